@@ -1,0 +1,203 @@
+"""What a GLM model is, as one immutable value that is static under ``jax.jit``."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+_FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+_ROTARY_DTYPES = ("float16", "float32")
+
+
+class ConfigError(ValueError):
+    """A configuration that no model can have; the message names the field."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the tokens that are not text. The defaults are those of the released model.
+
+    Attributes:
+      mask: [MASK], a short blank inside a text.
+      gmask: [gMASK], a blank of any length at the end of a text.
+      smask: [sMASK], a sentence-long blank.
+      eod: ends a document.
+      sop: starts a generated piece.
+      eop: ends a generated piece.
+      enc: marks a context that is encoded only.
+      dblock: marks a block that is decoded.
+      eos: the sentencepiece end of sentence, which lies among the text ids.
+    """
+
+    mask: int = 150000
+    gmask: int = 150001
+    smask: int = 150002
+    eod: int = 150003
+    sop: int = 150004
+    eop: int = 150005
+    enc: int = 150006
+    dblock: int = 150007
+    eos: int = 20002
+
+    @property
+    def end_tokens(self) -> tuple[int, int]:
+        """Generating one of these ends an answer."""
+        return (self.eop, self.eos)
+
+
+RELEASED_VOCAB_SIZE = 150528
+
+
+@dataclasses.dataclass(frozen=True)
+class GLMConfig:
+    """Architecture and number formats of one GLM model (arXiv:2210.02414, section 2.1).
+
+    Attributes:
+      num_layers: transformer blocks.
+      hidden_size: width of the residual stream.
+      inner_hidden_size: width of each half of the gated feed-forward layer.
+      num_heads: attention heads; hidden_size / num_heads must be even, for rotary.
+      vocab_size: rows of the word embedding, padding rows included.
+      max_sequence_length: position ids run from 0 to this, exclusive.
+      layernorm_epsilon: added to the variance.
+      rotary_base: base of the geometric rotary frequencies.
+      rotary_dtype: "float16" rounds frequencies, angles, cosines and sines as the
+        released model does, "float32" keeps them exact.
+      param_dtype: how float parameters are stored.
+      compute_dtype: activations and products.
+      softmax_dtype: attention probabilities, before the product with the values.
+      special_tokens: ids of the tokens that are not text, None if not known.
+    """
+
+    num_layers: int
+    hidden_size: int
+    inner_hidden_size: int
+    num_heads: int
+    vocab_size: int = RELEASED_VOCAB_SIZE
+    max_sequence_length: int = 2048
+    layernorm_epsilon: float = 1e-5
+    rotary_base: float = 10000.0
+    rotary_dtype: str = "float32"
+    param_dtype: str = "float32"
+    compute_dtype: str = "float32"
+    softmax_dtype: str = "float32"
+    special_tokens: SpecialTokens | None = None
+
+    def __post_init__(self) -> None:
+        sizes = (
+            "num_layers",
+            "hidden_size",
+            "inner_hidden_size",
+            "num_heads",
+            "vocab_size",
+            "max_sequence_length",
+        )
+        for name in sizes:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name}={value!r}: must be a positive integer")
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"hidden_size={self.hidden_size} does not divide into num_heads={self.num_heads}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"head size {self.head_dim} (hidden_size / num_heads) is odd: "
+                "rotary positions need an even one"
+            )
+        for name in ("param_dtype", "compute_dtype", "softmax_dtype"):
+            if getattr(self, name) not in _FLOAT_DTYPES:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: one of {_FLOAT_DTYPES}")
+        if self.rotary_dtype not in _ROTARY_DTYPES:
+            raise ConfigError(f"rotary_dtype={self.rotary_dtype!r}: one of {_ROTARY_DTYPES}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def residual_scale(self) -> float:
+        """alpha of DeepNorm, sqrt(2 * layers) (arXiv:2210.02414, section 2.1)."""
+        return math.sqrt(2.0 * self.num_layers)
+
+    def replace(self, **changes: Any) -> "GLMConfig":
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "GLMConfig":
+        """Inverse of `to_json`.
+
+        Raises:
+          ConfigError: not JSON, an unknown or missing field, or a value out of range.
+        """
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"model config is not JSON: {error}") from error
+        return cls.from_dict(fields)
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> "GLMConfig":
+        """Builds a config from plain values; raises ConfigError as `from_json` does."""
+        if not isinstance(fields, dict):
+            raise ConfigError("model config is not a JSON object")
+        fields = dict(fields)
+        if fields.get("special_tokens") is not None:
+            fields["special_tokens"] = _build(SpecialTokens, dict(fields["special_tokens"]))
+        config: GLMConfig = _build(cls, fields)
+        return config
+
+
+def _build(cls: Any, fields: dict[str, Any]) -> Any:
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise ConfigError(f"unknown field {unknown[0]!r} in {cls.__name__}")
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        raise ConfigError(f"{cls.__name__}: {error}") from error
+
+
+_SIZES: dict[str, tuple[int, int, int, int]] = {
+    # name: layers, hidden, inner (8/3 of hidden, in multiples of 128), heads
+    "tiny": (2, 128, 384, 4),
+    "125m": (14, 512, 1408, 8),
+    "350m": (15, 1024, 2816, 16),
+    "1b": (16, 2048, 5504, 16),
+    "6b": (28, 4096, 11008, 32),
+    "13b": (40, 5120, 13696, 40),
+    "130b": (70, 12288, 32768, 96),
+}
+MODEL_SIZES = tuple(_SIZES)
+
+
+def glm_config(size: str, **overrides: Any) -> GLMConfig:
+    """The config of a named size, from "tiny" to "130b".
+
+    The names count all parameters, the 150,528-row embedding included; "tiny" has a
+    vocabulary of 512 and 128 positions.
+
+    Raises:
+      ConfigError: `size` is not one of `MODEL_SIZES`.
+    """
+    if size not in _SIZES:
+        raise ConfigError(f"model size {size!r}: one of {', '.join(MODEL_SIZES)}")
+    layers, hidden, inner, heads = _SIZES[size]
+    fields: dict[str, Any] = dict(
+        num_layers=layers, hidden_size=hidden, inner_hidden_size=inner, num_heads=heads
+    )
+    if size == "tiny":
+        fields |= dict(vocab_size=512, max_sequence_length=128)
+    else:
+        fields |= dict(special_tokens=SpecialTokens())
+    return GLMConfig(**(fields | overrides))
+
+
+def glm_130b(**overrides: Any) -> GLMConfig:
+    """The released model: 70 layers, hidden 12288, 96 heads, float16 rotary tables."""
+    released = dict(rotary_dtype="float16", param_dtype="float16", compute_dtype="float16")
+    return glm_config("130b", **(released | overrides))

@@ -1,0 +1,1 @@
+"""From prompts to tokens: sampling, generation and blank filling."""

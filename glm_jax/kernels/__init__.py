@@ -1,0 +1,1 @@
+"""Operations with more than one backend; each folder's api.py chooses."""

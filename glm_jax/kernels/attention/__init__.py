@@ -1,0 +1,1 @@
+"""Attention over per-row key ranges."""

@@ -1,0 +1,52 @@
+"""Attention as the formula says it, with every score in memory."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+
+def ranges_to_mask(
+    key_ranges: Int32[Array, "batch query 4"], num_keys: int
+) -> Bool[Array, "batch query key"]:
+    """True where the query row may see the key column.
+
+    Args:
+      key_ranges: [start, end) of the context and [start, end) of the row's own piece.
+      num_keys: columns of the result.
+    """
+    key = jnp.arange(num_keys, dtype=jnp.int32)
+    context_start, context_end, own_start, own_end = (
+        key_ranges[..., i, None] for i in range(4)
+    )
+    in_context = (key >= context_start) & (key < context_end)
+    in_own = (key >= own_start) & (key < own_end)
+    return in_context | in_own
+
+
+def masked_attention(
+    query: Float[Array, "batch query heads head_dim"],
+    key: Float[Array, "batch heads key head_dim"],
+    value: Float[Array, "batch heads key head_dim"],
+    mask: Bool[Array, "batch query key"],
+    softmax_dtype: str,
+) -> Float[Array, "batch query heads head_dim"]:
+    """softmax(query key^T / sqrt(head_dim)) value over the visible keys.
+
+    The query is scaled before the product and scores are float32, so that float16 does
+    not overflow (what the original's per-layer query scaling is for). A row that sees
+    nothing gets zeros.
+    """
+    scale = jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
+    scores = jnp.einsum(
+        "bqhd,bhkd->bhqk", query * scale, key, preferred_element_type=jnp.float32
+    ).astype(softmax_dtype)
+    visible = mask[:, None]
+    scores = jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
+    scores = scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.where(visible, jnp.exp(scores), 0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights / jnp.where(total == 0, 1, total)
+    attended = jnp.einsum(
+        "bhqk,bhkd->bqhd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+    )
+    return attended.astype(query.dtype)

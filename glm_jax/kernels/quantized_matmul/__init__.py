@@ -1,0 +1,1 @@
+"""Product of activations with a quantised weight."""

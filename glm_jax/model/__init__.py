@@ -1,0 +1,1 @@
+"""The GLM architecture: parameters, layers, visibility, cache and forward pass."""

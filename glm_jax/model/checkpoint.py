@@ -1,0 +1,179 @@
+"""A model on disk: `config.json`, the parameters in Orbax, the tokenizer beside them.
+
+A folder is written under another name and renamed when whole, so that a path either
+holds a complete model or nothing.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import serialization
+from jax.sharding import Mesh
+
+from glm_jax import config as glm_config
+from glm_jax.config import ConfigError, GLMConfig
+from glm_jax.model import params as glm_params
+from glm_jax.model.params import GLMParams, LinearParams
+from glm_jax.quantization import QuantizedArray
+
+CONFIG_FILE = "config.json"
+PARAMS_FOLDER = "params"
+_BITS = {"int8": 8, "int4": 4}
+
+
+class CheckpointError(ValueError):
+    """A folder that holds no complete model; the message says what is missing where."""
+
+
+def save_model(
+    path: str | os.PathLike[str],
+    config: GLMConfig,
+    params: GLMParams,
+    extra_files: tuple[Path, ...] = (),
+) -> None:
+    """Writes a model folder.
+
+    Args:
+      path: a folder that does not exist yet, or is empty.
+      params: float or quantised, layers stacked; arrays of jax or numpy.
+      extra_files: copied into the folder (a tokenizer's files).
+
+    Raises:
+      CheckpointError: the folder holds something already.
+    """
+    target = Path(path).absolute()
+    refuse_non_empty(target)
+    partial = target.with_name(target.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(partial / PARAMS_FOLDER, serialization.to_state_dict(params))
+    for file in extra_files:
+        shutil.copy2(file, partial / file.name)
+    (partial / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
+    if target.exists():
+        target.rmdir()
+    partial.rename(target)
+
+
+def refuse_non_empty(path: Path) -> None:
+    """Raises CheckpointError where writing to `path` would mix with what is there."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise CheckpointError(f"output {path} is not empty: remove it or name another folder")
+
+
+def load_config(path: str | os.PathLike[str]) -> GLMConfig:
+    """The config of a model folder.
+
+    Raises:
+      CheckpointError: there is none, or it cannot be read.
+    """
+    file = Path(path) / CONFIG_FILE
+    try:
+        return glm_config.GLMConfig.from_json(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(
+            f"{path} holds no model ({CONFIG_FILE} is missing): give a folder that a converter, "
+            "a training run's export or save_model wrote"
+        ) from error
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def restore(
+    path: str | os.PathLike[str],
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
+    quantization: str | None = None,
+) -> tuple[GLMConfig, GLMParams]:
+    """Reads a model onto a mesh; each device reads its own slices.
+
+    Args:
+      path: a model folder.
+      mesh: where the parameters go, one device by default.
+      dtype: "float32", "bfloat16" or "float16" for parameters and computation; as stored
+        by default.
+      quantization: "int8" or "int4" quantises a float model after reading.
+
+    Returns:
+      The config, and the parameters with layers stacked.
+
+    Raises:
+      CheckpointError: no complete model there, or one quantised in another way.
+      MeshError: the shapes do not divide over the mesh.
+    """
+    if quantization is not None and quantization not in _BITS:
+        raise CheckpointError(f"quantization={quantization!r}: one of {tuple(_BITS)}, or None")
+    config = load_config(path)
+    stored = Path(path).absolute() / PARAMS_FOLDER
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            metadata = checkpointer.metadata(stored).item_metadata.tree
+        except (FileNotFoundError, ValueError) as error:
+            raise CheckpointError(f"{stored} holds no complete parameters: {error}") from error
+        target = _abstract_like(config, metadata, mesh, path)
+        state = checkpointer.restore(stored, serialization.to_state_dict(target))
+    params: GLMParams = serialization.from_state_dict(target, state)
+    if quantization is not None:
+        params = _quantize_restored(params, quantization, path)
+    if dtype is not None:
+        config = config.replace(param_dtype=dtype, compute_dtype=dtype)
+        params = glm_params.cast_params(params, dtype)
+    return config, params
+
+
+def _quantize_restored(params: GLMParams, quantization: str, path: Any) -> GLMParams:
+    kernel = params.layers.dense.kernel  # type: ignore[union-attr]
+    if not isinstance(kernel, QuantizedArray):
+        return glm_params.quantize_params(params, _BITS[quantization])
+    if kernel.bits != _BITS[quantization]:
+        raise CheckpointError(
+            f"{path} is quantised to int{kernel.bits} already and cannot become {quantization}"
+        )
+    return params
+
+
+def _abstract_like(config: GLMConfig, metadata: Any, mesh: Mesh | None, path: Any) -> GLMParams:
+    """The tree to restore: shapes of the config, kernels quantised where the file's are."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    specs = glm_params.specs(config)
+    float_tree = glm_params.abstract(config, mesh)
+    if mesh is None:
+        float_tree = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), float_tree
+        )
+
+    def quantized(name: str, linear: LinearParams) -> LinearParams:
+        stored = metadata["layers"][name]["kernel"]
+        if not isinstance(stored, dict):
+            return linear
+        values, scales = stored["values"], stored["scales"]
+        shardings = (device, device)
+        if mesh is not None:
+            spec = getattr(specs.layers, name).kernel
+            shardings = glm_params.quantized_sharding(mesh, spec, values.shape, scales.shape)
+        kernel = QuantizedArray(
+            values=jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=shardings[0]),
+            scales=jax.ShapeDtypeStruct(scales.shape, scales.dtype, sharding=shardings[1]),
+            bits=8 * values.shape[1] // linear.kernel.shape[1],
+            contraction_axis=glm_params.contraction_axis(values),
+        )
+        return LinearParams(kernel=kernel, bias=linear.bias)
+
+    target = glm_params.map_linears(quantized, float_tree)
+    expected = jax.tree_util.tree_leaves_with_path(serialization.to_state_dict(target))
+    found = dict(jax.tree_util.tree_leaves_with_path(metadata))
+    for key, leaf in expected:
+        name = jax.tree_util.keystr(key, simple=True, separator=".")
+        if key not in found:
+            raise CheckpointError(f"{path}: the parameter {name} is missing")
+        if tuple(found[key].shape) != tuple(leaf.shape):
+            raise CheckpointError(
+                f"{path}: {name} is {tuple(found[key].shape)}, its config says {leaf.shape}"
+            )
+    return target

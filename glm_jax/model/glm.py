@@ -1,0 +1,168 @@
+"""Embedding, blocks, final norm, logits.
+
+Parameters whose layers are stacked run under `lax.scan`: one block is compiled, which
+keeps the programs of 70 layers small. Parameters whose layers are a tuple are unrolled,
+which on CPU spares a copy of each layer's weights in every step.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Int32
+
+from glm_jax.config import GLMConfig
+from glm_jax.kernels.attention.api import attention
+from glm_jax.model import cache as kv_cache
+from glm_jax.model.cache import KVCache, LayerCache
+from glm_jax.model.layers import apply_rotary, geglu, layer_norm, linear, rotary_factors
+from glm_jax.model.params import GLMParams, LayerParams
+from glm_jax.model.visibility import Visibility
+from glm_jax.sharding import constrain
+
+Visible = Int32[Array, "batch query 4"] | Bool[Array, "batch query key"]
+Rotary = tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]
+HIDDEN_AXES = ("batch", "seq", "embed")
+
+
+def forward(
+    params: GLMParams,
+    config: GLMConfig,
+    tokens: Int[Array, "batch seq"],
+    position_ids: Int[Array, "batch seq"],
+    mask: Visibility | Bool[Array, "batch seq seq"],
+) -> Float[Array, "batch seq vocab"]:
+    """Logits of every token.
+
+    Args:
+      tokens: ids below vocab_size.
+      position_ids: below max_sequence_length.
+      mask: who sees whom; as an array, true where the row may see the column.
+
+    Returns:
+      float32 [batch, seq, vocab].
+    """
+    hidden, _ = forward_hidden(params, config, tokens, position_ids, mask)
+    return logits(params, config, hidden)
+
+
+def forward_hidden(
+    params: GLMParams,
+    config: GLMConfig,
+    tokens: Int[Array, "batch seq"],
+    position_ids: Int[Array, "batch seq"],
+    mask: Visibility | Bool[Array, "batch seq key"],
+    cache: KVCache | None = None,
+    start: Int32[Array, " batch"] | None = None,
+) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
+    """Final hidden states, and the cache with these tokens' keys and values.
+
+    Args:
+      cache: earlier keys and values; the mask's key indices then count its positions.
+      start: the position in the cache of each row's first token here.
+    """
+    visible = mask.key_ranges if isinstance(mask, Visibility) else mask
+    rotary = rotary_factors(config, position_ids)
+    x = params.word_embeddings[tokens].astype(config.compute_dtype)
+    x = constrain(x, HIDDEN_AXES)
+    if isinstance(params.layers, tuple):
+        x, cache = _run_unrolled(params.layers, config, x, rotary, visible, cache, start)
+    else:
+        x, cache = _run_scanned(params.layers, config, x, rotary, visible, cache, start)
+    return layer_norm(x, params.final_layernorm, config.layernorm_epsilon), cache
+
+
+def logits(
+    params: GLMParams, config: GLMConfig, hidden: Float[Array, "*batch embed"]
+) -> Float[Array, "*batch vocab"]:
+    """float32 scores of every vocabulary entry, by the word embedding itself."""
+    table = params.word_embeddings.astype(config.compute_dtype)
+    scores = jax.lax.dot_general(
+        hidden, table, (((hidden.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    axes = ("batch", *(("seq",) * (scores.ndim - 2)), "vocab")
+    return constrain(scores, axes)
+
+
+def block(
+    x: Float[Array, "batch seq embed"],
+    layer: LayerParams,
+    config: GLMConfig,
+    rotary: Rotary,
+    visible: Visible,
+    cache: LayerCache | None,
+    start: Int32[Array, " batch"] | None,
+) -> tuple[Float[Array, "batch seq embed"], LayerCache | None]:
+    """One transformer block with DeepNorm residuals (arXiv:2210.02414, section 2.1)."""
+    alpha = jnp.asarray(config.residual_scale, x.dtype)
+    h = layer_norm(x, layer.input_layernorm, config.layernorm_epsilon)
+    attended, cache = _self_attention(h, layer, config, rotary, visible, cache, start)
+    x = constrain(h * alpha + attended, HIDDEN_AXES)
+    h = layer_norm(x, layer.post_attention_layernorm, config.layernorm_epsilon)
+    inner = constrain(linear(h, layer.dense_h_to_4h), ("batch", "seq", None, "mlp"))
+    x = constrain(h * alpha + linear(geglu(inner), layer.dense_4h_to_h), HIDDEN_AXES)
+    return x, cache
+
+
+def _self_attention(
+    h: Float[Array, "batch seq embed"],
+    layer: LayerParams,
+    config: GLMConfig,
+    rotary: Rotary,
+    visible: Visible,
+    cache: LayerCache | None,
+    start: Int32[Array, " batch"] | None,
+) -> tuple[Float[Array, "batch seq embed"], LayerCache | None]:
+    fused = linear(h, layer.query_key_value)
+    fused = constrain(fused, ("batch", "seq", "heads", None, "head_dim"))
+    query, key, value = (fused[:, :, :, i] for i in range(3))
+    query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    if cache is not None:
+        assert start is not None
+        cache = kv_cache.write(cache, key, value, start)
+        key, value = cache.keys.astype(h.dtype), cache.values.astype(h.dtype)
+    attended = attention(query, key, value, visible, config.softmax_dtype)
+    merged = attended.reshape(*attended.shape[:2], math.prod(attended.shape[2:]))
+    return linear(merged, layer.dense), cache
+
+
+def _run_unrolled(
+    layers: tuple[LayerParams, ...],
+    config: GLMConfig,
+    x: Array,
+    rotary: Rotary,
+    visible: Visible,
+    cache: Any,
+    start: Array | None,
+) -> tuple[Array, Any]:
+    written = []
+    for i, layer in enumerate(layers):
+        layer_cache = None if cache is None else cache[i]
+        x, layer_cache = block(x, layer, config, rotary, visible, layer_cache, start)
+        written.append(layer_cache)
+    return x, None if cache is None else tuple(written)
+
+
+def _run_scanned(
+    layers: LayerParams,
+    config: GLMConfig,
+    x: Array,
+    rotary: Rotary,
+    visible: Visible,
+    cache: Any,
+    start: Array | None,
+) -> tuple[Array, Any]:
+    def step(carry: tuple[Array, Any], scanned: tuple[LayerParams, Array]) -> Any:
+        x, cache = carry
+        layer, index = scanned
+        # The cache rides in the carry, so that it is updated in place and not restacked.
+        layer_cache = None if cache is None else jax.tree.map(lambda c: c[index], cache)
+        x, layer_cache = block(x, layer, config, rotary, visible, layer_cache, start)
+        if cache is not None:
+            cache = jax.tree.map(lambda c, new: c.at[index].set(new), cache, layer_cache)
+        return (x, cache), None
+
+    (x, cache), _ = jax.lax.scan(step, (x, cache), (layers, jnp.arange(config.num_layers)))
+    return x, cache

@@ -1,0 +1,88 @@
+"""The parts of a block, as plain functions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from glm_jax.config import GLMConfig
+from glm_jax.kernels.quantized_matmul.api import quantized_matmul
+from glm_jax.model.params import LayerNormParams, LinearParams
+from glm_jax.quantization import QuantizedArray
+
+
+def layer_norm(
+    x: Float[Array, "*batch embed"], params: LayerNormParams, epsilon: float
+) -> Float[Array, "*batch embed"]:
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias, in float32 within."""
+    wide = x.astype(jnp.float32)
+    mean = jnp.mean(wide, axis=-1, keepdims=True)
+    centred = wide - mean
+    variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(variance + epsilon)
+    return (normed * params.scale + params.bias).astype(x.dtype)
+
+
+def linear(x: Float[Array, "..."], params: LinearParams) -> Float[Array, "..."]:
+    """x [..., inputs] times a kernel [inputs, *outputs], float or quantised, plus bias.
+
+    Accumulates in float32 and rounds once, to x's dtype.
+    """
+    kernel = params.kernel
+    if isinstance(kernel, QuantizedArray):
+        product = quantized_matmul(x, kernel)
+    else:
+        product = jax.lax.dot_general(
+            x,
+            kernel.astype(x.dtype),
+            (((x.ndim - 1,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+    return (product + params.bias).astype(x.dtype)
+
+
+def geglu(hidden: Float[Array, "batch seq 2 mlp"]) -> Float[Array, "batch seq mlp"]:
+    """u * gelu(g) with the exact GELU; g and u are the two halves, u first."""
+    u, g = hidden[..., 0, :], hidden[..., 1, :]
+    gate = jax.nn.gelu(g.astype(jnp.float32), approximate=False)
+    return (u.astype(jnp.float32) * gate).astype(hidden.dtype)
+
+
+def rotary_tables(config: GLMConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """inv_freq [head_dim / 2], and cos and sin [max_sequence_length, head_dim / 2].
+
+    With rotary_dtype "float16" every step is rounded to float16 (frequency, angle,
+    cosine, sine), as in the released model, whose weights grew up with those errors. The
+    original run in float32 rounds the frequency alone, and so does this.
+    Computed on the host, so that every backend has the same tables.
+    """
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    inv_freq = np.float32(1) / np.float32(config.rotary_base) ** exponent
+    inv_freq = inv_freq.astype(config.rotary_dtype)
+    dtype = "float32" if config.compute_dtype == "float32" else config.rotary_dtype
+    positions = np.arange(config.max_sequence_length).astype(dtype)
+    angles = (positions[:, None] * inv_freq[None, :].astype(dtype)).astype(np.float32)
+    cos = np.cos(angles).astype(dtype)
+    sin = np.sin(angles).astype(dtype)
+    return inv_freq, cos, sin
+
+
+def rotary_factors(
+    config: GLMConfig, position_ids: Int[Array, "batch seq"]
+) -> tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]:
+    """float32 cosines and sines for the given positions."""
+    _, cos, sin = rotary_tables(config)
+    take = lambda table: jnp.asarray(table)[position_ids].astype(jnp.float32)  # noqa: E731
+    return take(cos), take(sin)
+
+
+def apply_rotary(
+    x: Float[Array, "batch seq heads head_dim"],
+    cos: Float[Array, "batch seq half"],
+    sin: Float[Array, "batch seq half"],
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Rotates pairs (i, i + head_dim / 2) of each head by the position's angle."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

@@ -1,0 +1,277 @@
+"""Parameter trees: every array's shape, dtype, logical axes and initialiser.
+
+Layers are stacked on a leading axis, the form that is stored and that `lax.scan` runs
+over. `unstack_layers` gives the tuple form that unrolled programs take.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from glm_jax.config import GLMConfig
+from glm_jax.quantization import QuantizedArray, quantize
+from glm_jax.sharding import LogicalAxes, parameter_sharding
+
+Initializer = Callable[[PRNGKeyArray, tuple[int, ...], Any], Float[Array, "..."]]
+
+
+@struct.dataclass
+class LayerNormParams:
+    scale: Any
+    bias: Any
+
+
+@struct.dataclass
+class LinearParams:
+    """kernel: [inputs, *outputs], float or a QuantizedArray; bias: [*outputs]."""
+
+    kernel: Any
+    bias: Any
+
+
+@struct.dataclass
+class LayerParams:
+    """One block, or all of them stacked on a leading `layers` axis.
+
+    Attributes:
+      query_key_value: kernel [embed, heads, 3, head_dim].
+      dense: attention output, kernel [heads * head_dim, embed].
+      dense_h_to_4h: the two halves (value, gate) of the GLU, kernel [embed, 2, mlp].
+      dense_4h_to_h: kernel [mlp, embed].
+    """
+
+    input_layernorm: LayerNormParams
+    query_key_value: LinearParams
+    dense: LinearParams
+    post_attention_layernorm: LayerNormParams
+    dense_h_to_4h: LinearParams
+    dense_4h_to_h: LinearParams
+
+
+LINEAR_NAMES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+
+
+@struct.dataclass
+class GLMParams:
+    """word_embeddings: [vocab, embed], also the output projection."""
+
+    word_embeddings: Any
+    layers: LayerParams | tuple[LayerParams, ...]
+    final_layernorm: LayerNormParams
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """What one array is, before it exists."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    axes: LogicalAxes
+    initializer: Initializer
+
+
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, ParamSpec)
+
+
+def _constant(value: float) -> Initializer:
+    return lambda key, shape, dtype: jnp.full(shape, value, dtype)
+
+
+def _normal(stddev: float) -> Initializer:
+    return lambda key, shape, dtype: (stddev * jax.random.normal(key, shape)).astype(dtype)
+
+
+def _xavier(fan_in: int, fan_out: int, gain: float) -> Initializer:
+    return _normal(gain * math.sqrt(2.0 / (fan_in + fan_out)))
+
+
+def _query_key_value(hidden: int, value_gain: float) -> Initializer:
+    """Xavier normal for query and key, scaled for value (DeepNorm)."""
+
+    def initializer(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
+        kernel = _xavier(hidden, hidden, 1.0)(key, shape, jnp.float32)
+        gain = jnp.array([1.0, 1.0, value_gain])[:, None]
+        return (kernel * gain).astype(dtype)
+
+    return initializer
+
+
+def specs(config: GLMConfig) -> GLMParams:
+    """The whole model as `ParamSpec` leaves, layers stacked.
+
+    Initial values after DeepNorm (arXiv:2210.02414, section 2.1 and appendix): Xavier
+    normal, scaled by (2 * layers)^-1/2 but for query and key; zero biases.
+    """
+    layers, hidden, inner = config.num_layers, config.hidden_size, config.inner_hidden_size
+    heads, head_dim, dtype = config.num_heads, config.head_dim, config.param_dtype
+    gain = (2.0 * layers) ** -0.5
+
+    def layernorm(*stack: tuple[int, str]) -> LayerNormParams:
+        shape = tuple(size for size, _ in stack) + (hidden,)
+        axes = tuple(axis for _, axis in stack) + (None,)
+        return LayerNormParams(
+            scale=ParamSpec(shape, dtype, axes, _constant(1.0)),
+            bias=ParamSpec(shape, dtype, axes, _constant(0.0)),
+        )
+
+    def linear(
+        inputs: tuple[int, str], outputs: list[tuple[int, str | None]], initializer: Initializer
+    ) -> LinearParams:
+        sizes = tuple(size for size, _ in outputs)
+        axes = tuple(axis for _, axis in outputs)
+        return LinearParams(
+            kernel=ParamSpec(
+                (layers, inputs[0], *sizes), dtype, ("layers", inputs[1], *axes), initializer
+            ),
+            bias=ParamSpec((layers, *sizes), dtype, ("layers", *axes), _constant(0.0)),
+        )
+
+    return GLMParams(
+        word_embeddings=ParamSpec(
+            (config.vocab_size, hidden), dtype, ("vocab", "embed"), _normal(0.02)
+        ),
+        layers=LayerParams(
+            input_layernorm=layernorm((layers, "layers")),
+            query_key_value=linear(
+                (hidden, "embed"),
+                [(heads, "heads"), (3, None), (head_dim, "head_dim")],
+                _query_key_value(hidden, gain),
+            ),
+            dense=linear(
+                (hidden, "heads"), [(hidden, "embed")], _xavier(hidden, hidden, gain)
+            ),
+            post_attention_layernorm=layernorm((layers, "layers")),
+            dense_h_to_4h=linear(
+                (hidden, "embed"), [(2, None), (inner, "mlp")], _xavier(hidden, inner, gain)
+            ),
+            dense_4h_to_h=linear(
+                (inner, "mlp"), [(hidden, "embed")], _xavier(inner, hidden, gain)
+            ),
+        ),
+        final_layernorm=layernorm(),
+    )
+
+
+def parameter_count(config: GLMConfig) -> int:
+    """Numbers in the model, from shapes alone."""
+    leaves = jax.tree.leaves(specs(config), is_leaf=_is_spec)
+    return sum(math.prod(spec.shape) for spec in leaves)
+
+
+def abstract(config: GLMConfig, mesh: Mesh | None = None) -> GLMParams:
+    """The float tree as `jax.ShapeDtypeStruct`, with shardings where a mesh is given."""
+
+    def build(spec: ParamSpec) -> jax.ShapeDtypeStruct:
+        sharding = None if mesh is None else parameter_sharding(mesh, spec.axes, spec.shape)
+        return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+
+    tree: GLMParams = jax.tree.map(build, specs(config), is_leaf=_is_spec)
+    return tree
+
+
+def init(config: GLMConfig, key: PRNGKeyArray, mesh: Mesh | None = None) -> GLMParams:
+    """Fresh parameters, made where they will live: the same values on every mesh."""
+    tree = specs(config)
+    leaves, structure = jax.tree.flatten(tree, is_leaf=_is_spec)
+
+    def build(key: PRNGKeyArray) -> GLMParams:
+        keys = jax.random.split(key, len(leaves))
+        arrays = [s.initializer(k, s.shape, s.dtype) for s, k in zip(leaves, keys, strict=True)]
+        made: GLMParams = jax.tree.unflatten(structure, arrays)
+        return made
+
+    if mesh is None:
+        return jax.jit(build)(key)
+    shardings = jax.tree.map(lambda a: a.sharding, abstract(config, mesh))
+    return jax.jit(build, out_shardings=shardings)(key)
+
+
+def quantized_sharding(
+    mesh: Mesh, spec: ParamSpec, values_shape: tuple[int, ...], scales_shape: tuple[int, ...]
+) -> tuple[Any, Any]:
+    """Shardings of a quantised kernel's values and scales.
+
+    Values lie as the float kernel does. Scales follow them but along the contraction,
+    where they are split only if every device would get whole groups.
+    """
+    values = parameter_sharding(mesh, spec.axes, values_shape)
+    scale_axes = list(spec.axes)
+    whole = spec.axes[1] is None or scales_shape[1] % _axis_size(mesh, spec.axes[1])
+    if whole:
+        scale_axes[1] = None
+    return values, parameter_sharding(mesh, tuple(scale_axes), scales_shape)
+
+
+def _axis_size(mesh: Mesh, axis: str) -> int:
+    mesh_axis = parameter_sharding(mesh, (axis,), (mesh.size,)).spec[0]
+    return 1 if mesh_axis is None else int(mesh.shape[mesh_axis])
+
+
+def map_linears(
+    function: Callable[[str, LinearParams], LinearParams], params: GLMParams
+) -> GLMParams:
+    """Applies `function(name, linear)` to the four linears of the (stacked) layers."""
+    linears = {name: function(name, getattr(params.layers, name)) for name in LINEAR_NAMES}
+    changed: GLMParams = params.replace(layers=params.layers.replace(**linears))  # type: ignore[attr-defined]
+    return changed
+
+
+def contraction_axis(kernel: Any) -> int:
+    """Negative index of the inputs of a kernel stacked over layers."""
+    return 1 - len(kernel.shape)
+
+
+def quantize_params(params: GLMParams, bits: int) -> GLMParams:
+    """The four linears of each layer in 8 or 4 bits, one scale per output row.
+
+    Embedding, layernorms and biases stay as they are, as in the original.
+
+    Raises:
+      QuantizationError: `bits` is neither 8 nor 4.
+    """
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def quantize_kernel(kernel: Array, axis: int) -> QuantizedArray:
+        return quantize(kernel, bits, axis)
+
+    def convert(name: str, linear: LinearParams) -> LinearParams:
+        kernel = quantize_kernel(linear.kernel, contraction_axis(linear.kernel))
+        return LinearParams(kernel=kernel, bias=linear.bias)
+
+    return map_linears(convert, params)
+
+
+def cast_params(params: GLMParams, dtype: str) -> GLMParams:
+    """All float arrays in `dtype`; the scales of quantised kernels too."""
+    cast: GLMParams = jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params
+    )
+    return cast
+
+
+def unstack_layers(params: GLMParams) -> GLMParams:
+    """Layers as a tuple of blocks, for unrolled programs."""
+    if isinstance(params.layers, tuple):
+        return params
+    count = params.layers.input_layernorm.scale.shape[0]
+
+    @jax.jit
+    def take(x: Array) -> tuple[Array, ...]:
+        return tuple(x[i] for i in range(count))
+
+    columns = jax.tree.map(take, params.layers)
+    layers = tuple(
+        jax.tree.map(lambda c, i=i: c[i], columns, is_leaf=lambda c: type(c) is tuple)
+        for i in range(count)
+    )
+    unstacked: GLMParams = params.replace(layers=layers)  # type: ignore[attr-defined]
+    return unstacked

@@ -1,0 +1,70 @@
+"""Who sees whom, as four integers a row and never as an array of seq x seq.
+
+In GLM a row sees a context in full, and of its own piece what lies at or before it
+(arXiv:2210.02414, section 2.1). Both are runs of neighbouring keys, whatever the
+arrangement: one text, packed documents, or several choices after one context.
+"""
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Int, Int32
+
+
+@struct.dataclass
+class Visibility:
+    """The keys that each row sees.
+
+    Attributes:
+      key_ranges: int32 [batch, seq, 4]: start and end (exclusive) of the context, start
+        and end (exclusive) of the row's own piece. An empty range sees nothing.
+    """
+
+    key_ranges: Int32[Array, "batch seq 4"]
+
+    @classmethod
+    def prefix(cls, context_length: Int[Array, " batch"], length: int) -> "Visibility":
+        """One text a row: all see the first `context_length` keys, then causal."""
+        context = context_length[:, None]
+        own_end = jnp.broadcast_to(jnp.arange(1, length + 1), (context.shape[0], length))
+        return cls(_stack(jnp.zeros_like(own_end), context, jnp.zeros_like(own_end), own_end))
+
+    @classmethod
+    def packed(
+        cls, segment_ids: Int[Array, "batch seq"], context_length: Int[Array, "batch seq"]
+    ) -> "Visibility":
+        """Several texts after one another, none of which sees another.
+
+        Args:
+          segment_ids: equal and neighbouring within a text, 0 for padding, which sees
+            only itself.
+          context_length: of the text that the token belongs to.
+        """
+        index, start = _piece_starts(segment_ids)
+        real = segment_ids > 0
+        context_end = jnp.where(real, start + context_length, start)
+        own_start = jnp.where(real, start, index)
+        return cls(_stack(start, context_end, own_start, index + 1))
+
+    @classmethod
+    def choices(cls, choice_ids: Int[Array, "batch seq"]) -> "Visibility":
+        """A context (id 0), then choices (ids 1, 2, ..) that see it but not each other.
+
+        Padding goes at the end under an id of its own.
+        """
+        index, start = _piece_starts(choice_ids)
+        context = jnp.sum(choice_ids == 0, axis=1, keepdims=True)
+        return cls(_stack(jnp.zeros_like(index), context, start, index + 1))
+
+
+def _piece_starts(ids: Int[Array, "batch seq"]) -> tuple[Array, Array]:
+    """Index of each token, and of the first token of its run of equal ids."""
+    index = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+    is_first = jnp.concatenate(
+        [jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1
+    )
+    first = jnp.where(is_first, index, 0)
+    return index, jnp.maximum.accumulate(first, axis=1)
+
+
+def _stack(*columns: Array) -> Array:
+    return jnp.stack(jnp.broadcast_arrays(*columns), axis=-1).astype(jnp.int32)

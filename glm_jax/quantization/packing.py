@@ -1,0 +1,33 @@
+"""Two signed 4-bit numbers in one byte."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int8
+
+
+def pack_int4(values: Int8[Array, "..."], axis: int) -> Int8[Array, "..."]:
+    """Packs neighbours along `axis`: the even index goes to the high four bits.
+
+    Args:
+      values: int8 in [-8, 7]; its size along `axis` is even.
+      axis: the axis that halves.
+    """
+    even, odd = _split_pairs(values, axis)
+    return ((even << 4) | (odd & 0x0F)).astype(jnp.int8)
+
+
+def unpack_int4(packed: Int8[Array, "..."], axis: int) -> Int8[Array, "..."]:
+    """Inverse of `pack_int4`: int8 in [-8, 7], twice as long along `axis`."""
+    axis = axis % packed.ndim
+    even = packed >> 4  # int8 shifts keep the sign
+    odd = (packed << 4).astype(jnp.int8) >> 4
+    pairs = jnp.stack([even, odd], axis=axis + 1)
+    shape = packed.shape[:axis] + (2 * packed.shape[axis],) + packed.shape[axis + 1 :]
+    return pairs.reshape(shape)
+
+
+def _split_pairs(values: Int8[Array, "..."], axis: int) -> tuple[Array, Array]:
+    axis = axis % values.ndim
+    size = values.shape[axis]
+    shape = values.shape[:axis] + (size // 2, 2) + values.shape[axis + 1 :]
+    pairs = values.reshape(shape)
+    return jnp.take(pairs, 0, axis=axis + 1), jnp.take(pairs, 1, axis=axis + 1)

@@ -1,0 +1,138 @@
+"""The device mesh, and which logical axis of an array lies on which mesh axis.
+
+This is the only place that knows mesh axes. Everything else names logical axes:
+batch, seq, embed, heads, head_dim, mlp, vocab, layers, group.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax.linen import spmd
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+LogicalAxes = tuple[str | None, ...]
+
+PARAMETER_RULES = (
+    ("vocab", "tensor"),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("embed", "fsdp"),
+    ("head_dim", None),
+    ("layers", None),
+    ("group", None),
+)
+# Activations keep whole embeddings: fsdp splits parameters and, like data, the batch.
+ACTIVATION_RULES = (
+    ("batch", ("data", "fsdp")),
+    ("vocab", "tensor"),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("embed", None),
+    ("seq", None),
+    ("head_dim", None),
+    ("layers", None),
+)
+
+
+class MeshError(ValueError):
+    """A mesh that the devices or the model's shapes do not allow."""
+
+
+def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes (data, fsdp, tensor).
+
+    Args:
+      shape: sizes of the three axes; one of them may be -1 and takes what is left.
+      devices: the devices to use, all by default; when fewer are asked for than there
+        are, the first ones.
+
+    Raises:
+      MeshError: not three sizes, or more devices asked for than there are.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = list(shape)
+    if len(sizes) != 3 or sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise MeshError(
+            f"mesh {tuple(shape)}: give three positive sizes for {MESH_AXES}, one may be -1"
+        )
+    if -1 in sizes:
+        known = -sizes[0] * sizes[1] * sizes[2]
+        if len(devices) % known:
+            raise MeshError(f"mesh {tuple(shape)}: {len(devices)} devices do not divide by {known}")
+        sizes[sizes.index(-1)] = len(devices) // known
+    count = sizes[0] * sizes[1] * sizes[2]
+    if count > len(devices):
+        raise MeshError(f"mesh {tuple(shape)} needs {count} devices, there are {len(devices)}")
+    return jax.make_mesh(
+        tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:count]
+    )
+
+
+def parse_mesh(text: str) -> Mesh:
+    """A mesh from a flag such as "1,1,8" (data, fsdp, tensor).
+
+    Raises:
+      MeshError: the text is not three integers, or `make_mesh` refuses them.
+    """
+    try:
+        sizes = [int(part) for part in text.replace("x", ",").split(",")]
+    except ValueError as error:
+        raise MeshError(f"mesh {text!r}: give three integers, such as 1,1,8") from error
+    return make_mesh(sizes)
+
+
+def parameter_sharding(mesh: Mesh, axes: LogicalAxes, shape: Sequence[int]) -> NamedSharding:
+    """Where a parameter lives. An axis that its mesh axis does not divide stays whole.
+
+    Raises:
+      MeshError: a tensor-parallel axis does not divide (that must be said, not hidden:
+        the model would be held once per device).
+    """
+    spec = list(spmd.logical_to_mesh_axes(axes, PARAMETER_RULES) or ())
+    for i, mesh_axis in enumerate(spec):
+        if mesh_axis is None or shape[i] % mesh.shape[mesh_axis] == 0:
+            continue
+        if mesh_axis == "tensor":
+            raise MeshError(
+                f"{axes[i]}={shape[i]} does not divide by the tensor axis of "
+                f"{mesh.shape['tensor']} devices"
+            )
+        spec[i] = None
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def activation_spec(axes: LogicalAxes) -> PartitionSpec:
+    """The mesh axes of an activation with the given logical axes."""
+    spec = spmd.logical_to_mesh_axes(axes, ACTIVATION_RULES)
+    return PartitionSpec(*(spec or ()))
+
+
+def activation_sharding(mesh: Mesh, axes: LogicalAxes) -> NamedSharding:
+    return NamedSharding(mesh, activation_spec(axes))
+
+
+def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
+    """Pins an activation to the mesh of the surrounding `jax.set_mesh`, if there is one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    spec = list(activation_spec(axes))
+    for i, mesh_axes in enumerate(spec):
+        names = (mesh_axes,) if isinstance(mesh_axes, str) else (mesh_axes or ())
+        divisor = 1
+        for name in names:
+            divisor *= mesh.shape[name]
+        if x.shape[i] % divisor:
+            spec[i] = None
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that the arrays of a tree are sharded over, None for a single device."""
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+            return sharding.mesh
+    return None

@@ -1,0 +1,249 @@
+"""Text to ids and back: a sentencepiece model under icetk's id layout.
+
+icetk gives ids below 20,000 to images, then come the sentencepiece ids, then the
+special tokens. Line breaks, tabs and runs of blanks are written as symbols of the
+sentencepiece vocabulary, so that they survive its normalisation.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from glm_jax.config import SpecialTokens
+
+MODEL_FILE = "tokenizer.model"
+CONFIG_FILE = "tokenizer_config.json"
+LINE_BREAK, TAB = "<n>", "<|tab|>"
+_MAX_BLANKS = 80
+_SPECIAL_TEXTS = {
+    "[MASK]": "mask",
+    "[gMASK]": "gmask",
+    "[sMASK]": "smask",
+    "<eod>": "eod",
+    "<sop>": "sop",
+    "<eop>": "eop",
+    "<ENC>": "enc",
+    "<dBLOCK>": "dblock",
+}
+_SPECIAL_PATTERN = re.compile("(" + "|".join(map(re.escape, _SPECIAL_TEXTS)) + ")")
+
+
+class TokenizerError(ValueError):
+    """A tokenizer file that cannot be used; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Where the ids of a sentencepiece model lie.
+
+    Attributes:
+      text_offset: added to sentencepiece ids (icetk: 20000 image ids come first).
+      special_tokens: ids of the tokens that are not text.
+      segments: how text after a special token is encoded. "separate": by itself, as the
+        released model had it, with sentencepiece's leading blank. "continued": as it
+        would be inside a running text, so that a blank in the middle of a sentence looks
+        in a prompt as it did in training.
+    """
+
+    text_offset: int = 20000
+    special_tokens: SpecialTokens = SpecialTokens()
+    segments: str = "separate"
+
+    @classmethod
+    def for_vocabulary(cls, num_text_tokens: int) -> "TokenizerConfig":
+        """The same layout for a small vocabulary: text first, then special tokens."""
+        names = [f.name for f in dataclasses.fields(SpecialTokens) if f.name != "eos"]
+        ids = {name: num_text_tokens + i for i, name in enumerate(names)}
+        return cls(0, SpecialTokens(**ids, eos=2), "continued")
+
+
+class Tokenizer:
+    """Encodes text with special tokens in it and decodes ids.
+
+    Attributes:
+      special_tokens: ids of the tokens that are not text.
+      vocab_size: one more than the greatest id.
+      files: the files that it was read from.
+
+    Raises:
+      TokenizerError: a file is missing or no sentencepiece model, or ids overlap.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], config: TokenizerConfig | None = None):
+        """Reads a folder (`tokenizer.model`, `tokenizer_config.json`) or a .model file.
+
+        Args:
+          config: the id layout; by default that of the config file beside the model, or
+            icetk's where there is none.
+        """
+        model = Path(path) / MODEL_FILE if Path(path).is_dir() else Path(path)
+        if not model.is_file():
+            raise TokenizerError(f"{model} is missing: give a sentencepiece model file")
+        config_file = model.with_name(CONFIG_FILE)
+        self.files: tuple[Path, ...] = (model,)
+        if config is None and config_file.is_file():
+            config = _read_config(config_file)
+            self.files = (model, config_file)
+        self._config = config or TokenizerConfig()
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model.read_bytes())
+        except RuntimeError as error:
+            raise TokenizerError(f"{model} is not a sentencepiece model") from error
+        self.special_tokens = self._config.special_tokens
+        self._special_ids = {
+            getattr(self.special_tokens, name): text for text, name in _SPECIAL_TEXTS.items()
+        }
+        self._text_ids = range(
+            self._config.text_offset, self._config.text_offset + self._processor.GetPieceSize()
+        )
+        inside = [text for token, text in self._special_ids.items() if token in self._text_ids]
+        if inside or len(self._special_ids) < len(_SPECIAL_TEXTS):
+            raise TokenizerError(
+                f"{model}: the text ids {self._text_ids.start} to {self._text_ids.stop - 1} and "
+                f"the special tokens overlap ({inside[0] if inside else 'two share an id'})"
+            )
+        self.vocab_size = 1 + max(*self._special_ids, self._text_ids.stop - 1)
+        self._continued_prefix = self._encode_pieces(LINE_BREAK)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; [MASK], [gMASK], [sMASK], <sop> and their like become special ids."""
+        ids: list[int] = []
+        for part in _SPECIAL_PATTERN.split(text):
+            if part in _SPECIAL_TEXTS:
+                ids.append(getattr(self.special_tokens, _SPECIAL_TEXTS[part]))
+            elif self._config.segments == "separate":
+                ids.extend(self._encode_pieces(part))
+            else:
+                ids.extend(self._encode_continued(part, ids, text))
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """Text of ids; special tokens appear by name unless they are skipped."""
+        return "".join(self._decoded_runs(ids, skip_special_tokens))
+
+    def is_special(self, token: int) -> bool:
+        return token in self._special_ids
+
+    def _encode_pieces(self, text: str) -> list[int]:
+        if not text:
+            return []
+        pieces = self._processor.EncodeAsIds(_protect_blanks(text))
+        return [self._config.text_offset + piece for piece in pieces]
+
+    def _encode_continued(self, part: str, before: Sequence[int], text: str) -> list[int]:
+        """A part of a running text. The blank before a special token belongs to what will
+        fill it, because a word's blank is part of its piece."""
+        is_last = text.endswith(part)
+        if not is_last and part.endswith(" ") and not part.endswith("  "):
+            part = part[:-1]
+        if not part or not before:
+            return self._encode_pieces(part)
+        return self._encode_pieces(LINE_BREAK + part)[len(self._continued_prefix) :]
+
+    def _decoded_runs(self, ids: Iterable[int], skip_special_tokens: bool) -> Iterator[str]:
+        run: list[int] = []
+        is_continued = False
+        for token in ids:
+            if token in self._text_ids:
+                run.append(token - self._config.text_offset)
+                continue
+            yield self._decode_run(run, is_continued)
+            run, is_continued = [], self._config.segments == "continued"
+            if not skip_special_tokens:
+                yield self._special_ids.get(token, f"<|{token}|>")
+        yield self._decode_run(run, is_continued)
+
+    def _decode_run(self, pieces: list[int], is_continued: bool) -> str:
+        if not pieces:
+            return ""
+        if is_continued:
+            prefix = [token - self._config.text_offset for token in self._continued_prefix]
+            return _restore_blanks(self._processor.DecodeIds(prefix + pieces))[1:]
+        return _restore_blanks(self._processor.DecodeIds(pieces))
+
+
+def save_tokenizer(folder: str | os.PathLike[str], model: bytes, config: TokenizerConfig) -> None:
+    """Writes a sentencepiece model and its id layout, the form that `Tokenizer` reads."""
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / MODEL_FILE).write_bytes(model)
+    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    (path / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def train_tokenizer(
+    texts: Iterable[str], folder: str | os.PathLike[str], num_text_tokens: int
+) -> "Tokenizer":
+    """Learns a unigram sentencepiece model with byte fallback and writes it to a folder.
+
+    Text comes back as it was: nothing is normalised, and blanks are kept.
+
+    Args:
+      texts: documents; a line is a sentence to sentencepiece.
+      num_text_tokens: pieces of text, the 256 bytes and the blank symbols included; fewer
+        are made where the texts don't hold as many.
+
+    Raises:
+      TokenizerError: no text, or fewer pieces asked for than characters need.
+    """
+    lines = [line for text in texts for line in _protect_blanks(text).split(LINE_BREAK) if line]
+    if not lines:
+        raise TokenizerError("no text to train a tokenizer on")
+    model = io.BytesIO()
+    blanks = [_blanks(n) for n in range(2, 9)]
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            vocab_size=num_text_tokens,
+            hard_vocab_limit=False,
+            model_type="unigram",
+            character_coverage=1.0,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            user_defined_symbols=[LINE_BREAK, TAB, *blanks],
+            max_sentence_length=1 << 16,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise TokenizerError(f"sentencepiece: {error}") from error
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.LoadFromSerializedProto(model.getvalue())
+    config = TokenizerConfig.for_vocabulary(processor.GetPieceSize())
+    save_tokenizer(folder, model.getvalue(), config)
+    return Tokenizer(folder)
+
+
+def _blanks(count: int) -> str:
+    return f"<|blank_{count}|>"
+
+
+def _protect_blanks(text: str) -> str:
+    text = text.replace("\n", LINE_BREAK).replace("\t", TAB)
+    return re.sub(f" {{2,{_MAX_BLANKS}}}", lambda run: _blanks(len(run[0])), text)
+
+
+def _restore_blanks(text: str) -> str:
+    text = re.sub(r"<\|blank_(\d\d?)\|>", lambda match: " " * int(match[1]), text)
+    return text.replace(TAB, "\t").replace(LINE_BREAK, "\n")
+
+
+def _read_config(path: Path) -> TokenizerConfig:
+    try:
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        special = SpecialTokens(**fields.pop("special_tokens"))
+        config = TokenizerConfig(special_tokens=special, **fields)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise TokenizerError(f"{path}: {error}") from error
+    if config.segments not in ("separate", "continued"):
+        raise TokenizerError(f'{path}: segments={config.segments!r}: "separate" or "continued"')
+    return config
