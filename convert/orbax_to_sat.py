@@ -1,14 +1,14 @@
 """Writes a model folder as released-layout shards, for the original's code.
 
-    python -m convert.orbax_to_sat --input=DIR --output=DIR --shards=8
+python -m convert.orbax_to_sat --input=DIR --output=DIR --shards=8
 """
 
 from pathlib import Path
 
 from absl import flags
 
-from convert import errors
 from convert.sat_writer import write_shards
+from glm_jax import cli
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("input", None, "a model folder", required=True)
@@ -17,9 +17,9 @@ flags.DEFINE_integer("shards", 8, "tensor-parallel shards to write")
 flags.DEFINE_string("iteration", "49300", "the name that `latest` gives")
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     write_shards(Path(FLAGS.input), Path(FLAGS.output), FLAGS.shards, FLAGS.iteration)
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -91,7 +91,7 @@ def split_linear(
     halves = 2 if name == "dense_h_to_4h" else 1
     units = bias.shape[0] if halves == 1 else bias.shape[1]
     _check_divides(name, units, shards)
-    split: Callable[[np.ndarray], list[np.ndarray]] = lambda x: [  # noqa: E731
+    split: Callable[[np.ndarray], list[np.ndarray]] = lambda x: [
         np.concatenate(parts)
         for parts in zip(*(np.split(h, shards) for h in np.split(x, halves)), strict=True)
     ]

@@ -122,7 +122,7 @@ class SatCheckpoint:
         """The whole tree in numpy arrays, layers stacked."""
         count = range(len(self.paths))
         rows = (config.vocab_size // len(self.paths), config.hidden_size)
-        layers = None
+        layers: Any = None
         for i in tqdm(range(config.num_layers), desc="converting layers", unit="layer"):
             layer = serialization.to_state_dict(self._layer(config, i))
             if layers is None:
@@ -162,12 +162,12 @@ class SatCheckpoint:
         return layers
 
     def _layer(self, config: GLMConfig, i: int) -> LayerParams:
-        norms = {
+        parts: dict[str, Any] = {
             name: self._layernorm(config, sat_layout.layernorm_name(i, name))
             for name in sat_layout.LAYERNORMS
         }
-        linears = {name: self._linear(config, i, name) for name in glm_params.LINEAR_NAMES}
-        return LayerParams(**norms, **linears)
+        parts |= {name: self._linear(config, i, name) for name in glm_params.LINEAR_NAMES}
+        return LayerParams(**parts)
 
     def _layernorm(self, config: GLMConfig, name: str) -> LayerNormParams:
         shape = (config.hidden_size,)
@@ -197,9 +197,7 @@ class SatCheckpoint:
         if bits is None:
             return LinearParams(merged.kernel, merged.bias)
         axis = -merged.kernel.ndim
-        return LinearParams(
-            QuantizedArray(merged.kernel, merged.scales, bits, axis), merged.bias
-        )
+        return LinearParams(QuantizedArray(merged.kernel, merged.scales, bits, axis), merged.bias)
 
 
 def _module(path: Path) -> dict[str, LazyTensor]:

@@ -1,14 +1,14 @@
 """Converts the released shards, at any shard count, to one Orbax checkpoint.
 
-    python -m convert.sat_to_orbax --input=DIR --output=DIR --num_heads=96
+python -m convert.sat_to_orbax --input=DIR --output=DIR --num_heads=96
 """
 
 from pathlib import Path
 
 from absl import flags
 
-from convert import errors
 from convert.sat_reader import convert_shards
+from glm_jax import cli
 from glm_jax.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
@@ -19,8 +19,7 @@ flags.DEFINE_integer("max_sequence_length", 2048, "positions that the model was 
 flags.DEFINE_string("tokenizer", None, "folder or .model file, copied into the output")
 
 
-
-def main(_: list[str]) -> None:
+def main() -> None:
     convert_shards(
         Path(FLAGS.input),
         Path(FLAGS.output),
@@ -31,4 +30,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

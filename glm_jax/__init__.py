@@ -1,10 +1,10 @@
 """GLM-130B in JAX: the public interface.
 
-    config, params = glm_jax.restore(path, mesh=None, dtype=None, quantization=None)
-    logits = glm_jax.forward(params, config, tokens, position_ids, mask)
-    answers = glm_jax.generate(params, config, prompts)
-    filled = glm_jax.fill_blanks(params, config, tokenizer, "Paris is in [MASK].")
-    tokenizer = glm_jax.Tokenizer(path)
+config, params = glm_jax.restore(path, mesh=None, dtype=None, quantization=None)
+logits = glm_jax.forward(params, config, tokens, position_ids, mask)
+answers = glm_jax.generate(params, config, prompts)
+filled = glm_jax.fill_blanks(params, config, tokenizer, "Paris is in [MASK].")
+tokenizer = glm_jax.Tokenizer(path)
 """
 
 from glm_jax.config import GLMConfig, SpecialTokens, glm_130b, glm_config

@@ -5,11 +5,13 @@ import json
 import math
 from typing import Any
 
+from glm_jax.errors import UserError
+
 _FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 _ROTARY_DTYPES = ("float16", "float32")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that no model can have; the message names the field."""
 
 

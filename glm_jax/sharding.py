@@ -11,6 +11,8 @@ import jax
 from flax.linen import spmd
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from glm_jax.errors import UserError
+
 MESH_AXES = ("data", "fsdp", "tensor")
 LogicalAxes = tuple[str | None, ...]
 
@@ -36,7 +38,7 @@ ACTIVATION_RULES = (
 )
 
 
-class MeshError(ValueError):
+class MeshError(UserError):
     """A mesh that the devices or the model's shapes do not allow."""
 
 

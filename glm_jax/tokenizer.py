@@ -17,6 +17,7 @@ from typing import Any
 import sentencepiece
 
 from glm_jax.config import SpecialTokens
+from glm_jax.errors import UserError
 
 MODEL_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
@@ -35,7 +36,7 @@ _SPECIAL_TEXTS = {
 _SPECIAL_PATTERN = re.compile("(" + "|".join(map(re.escape, _SPECIAL_TEXTS)) + ")")
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError):
     """A tokenizer file that cannot be used; the message says why."""
 
 
@@ -53,7 +54,7 @@ class TokenizerConfig:
     """
 
     text_offset: int = 20000
-    special_tokens: SpecialTokens = SpecialTokens()
+    special_tokens: SpecialTokens = dataclasses.field(default_factory=SpecialTokens)
     segments: str = "separate"
 
     @classmethod

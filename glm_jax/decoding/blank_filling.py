@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from glm_jax.decoding.sampling import Sampling
 from glm_jax.model.params import GLMParams
 
 
+@runtime_checkable
 class TextCodec(Protocol):
     """What blank filling asks of a tokenizer."""
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.decoding import sampling as sampling_lib
 from glm_jax.decoding.sampling import Sampling
+from glm_jax.errors import UserError
 from glm_jax.model import glm
 from glm_jax.model.cache import KVCache, init_cache
 from glm_jax.model.params import GLMParams, unstack_layers
@@ -23,7 +24,7 @@ from glm_jax.sharding import mesh_of
 _SMALLEST_BUCKET = 32
 
 
-class PromptError(ValueError):
+class PromptError(UserError):
     """A prompt that the model cannot take; the message says why."""
 
 
@@ -128,9 +129,7 @@ def generate(
     mesh = mesh_of(params)
     params = prepare(params)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        cache = init_cache(
-            config, len(rows), bucket(limit), isinstance(params.layers, tuple), mesh
-        )
+        cache = init_cache(config, len(rows), bucket(limit), isinstance(params.layers, tuple), mesh)
         logits, state = _prefill(params, config, rows, special.sop, cache)
         return _run_steps(params, config, logits, state, sampling, ends, limit, seed, on_tokens)
 

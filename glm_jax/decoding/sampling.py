@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from glm_jax.errors import UserError
 
-class SamplingError(ValueError):
+
+class SamplingError(UserError):
     """Settings that describe no way to choose a token."""
 
 

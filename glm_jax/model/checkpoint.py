@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from glm_jax import config as glm_config
 from glm_jax.config import ConfigError, GLMConfig
+from glm_jax.errors import UserError
 from glm_jax.model import params as glm_params
 from glm_jax.model.params import GLMParams, LinearParams
 from glm_jax.quantization import QuantizedArray
@@ -25,7 +26,7 @@ PARAMS_FOLDER = "params"
 _BITS = {"int8": 8, "int4": 4}
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A folder that holds no complete model; the message says what is missing where."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Int32
 
 from glm_jax.config import GLMConfig
 from glm_jax.kernels.attention.api import attention
@@ -29,9 +29,9 @@ HIDDEN_AXES = ("batch", "seq", "embed")
 def forward(
     params: GLMParams,
     config: GLMConfig,
-    tokens: Int[Array, "batch seq"],
-    position_ids: Int[Array, "batch seq"],
-    mask: Visibility | Bool[Array, "batch seq seq"],
+    tokens: Int[ArrayLike, "batch seq"],
+    position_ids: Int[ArrayLike, "batch seq"],
+    mask: Visibility | Bool[ArrayLike, "batch seq seq"],
 ) -> Float[Array, "batch seq vocab"]:
     """Logits of every token.
 
@@ -50,11 +50,11 @@ def forward(
 def forward_hidden(
     params: GLMParams,
     config: GLMConfig,
-    tokens: Int[Array, "batch seq"],
-    position_ids: Int[Array, "batch seq"],
-    mask: Visibility | Bool[Array, "batch seq key"],
+    tokens: Int[ArrayLike, "batch seq"],
+    position_ids: Int[ArrayLike, "batch seq"],
+    mask: Visibility | Bool[ArrayLike, "batch seq key"],
     cache: KVCache | None = None,
-    start: Int32[Array, " batch"] | None = None,
+    start: Int32[ArrayLike, " batch"] | None = None,
 ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
     """Final hidden states, and the cache with these tokens' keys and values.
 
@@ -62,10 +62,11 @@ def forward_hidden(
       cache: earlier keys and values; the mask's key indices then count its positions.
       start: the position in the cache of each row's first token here.
     """
-    visible = mask.key_ranges if isinstance(mask, Visibility) else mask
-    rotary = rotary_factors(config, position_ids)
-    x = params.word_embeddings[tokens].astype(config.compute_dtype)
+    visible = mask.key_ranges if isinstance(mask, Visibility) else jnp.asarray(mask)
+    rotary = rotary_factors(config, jnp.asarray(position_ids))
+    x = params.word_embeddings[jnp.asarray(tokens)].astype(config.compute_dtype)
     x = constrain(x, HIDDEN_AXES)
+    start = None if start is None else jnp.asarray(start)
     if isinstance(params.layers, tuple):
         x, cache = _run_unrolled(params.layers, config, x, rotary, visible, cache, start)
     else:

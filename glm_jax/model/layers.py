@@ -72,7 +72,7 @@ def rotary_factors(
 ) -> tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]:
     """float32 cosines and sines for the given positions."""
     _, cos, sin = rotary_tables(config)
-    take = lambda table: jnp.asarray(table)[position_ids].astype(jnp.float32)  # noqa: E731
+    take = lambda table: jnp.asarray(table)[position_ids].astype(jnp.float32)
     return take(cos), take(sin)
 
 

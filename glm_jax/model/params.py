@@ -116,8 +116,8 @@ def specs(config: GLMConfig) -> GLMParams:
     gain = (2.0 * layers) ** -0.5
 
     def layernorm(*stack: tuple[int, str]) -> LayerNormParams:
-        shape = tuple(size for size, _ in stack) + (hidden,)
-        axes = tuple(axis for _, axis in stack) + (None,)
+        shape = (*tuple(size for size, _ in stack), hidden)
+        axes = (*tuple(axis for _, axis in stack), None)
         return LayerNormParams(
             scale=ParamSpec(shape, dtype, axes, _constant(1.0)),
             bias=ParamSpec(shape, dtype, axes, _constant(0.0)),
@@ -146,16 +146,12 @@ def specs(config: GLMConfig) -> GLMParams:
                 [(heads, "heads"), (3, None), (head_dim, "head_dim")],
                 _query_key_value(hidden, gain),
             ),
-            dense=linear(
-                (hidden, "heads"), [(hidden, "embed")], _xavier(hidden, hidden, gain)
-            ),
+            dense=linear((hidden, "heads"), [(hidden, "embed")], _xavier(hidden, hidden, gain)),
             post_attention_layernorm=layernorm((layers, "layers")),
             dense_h_to_4h=linear(
                 (hidden, "embed"), [(2, None), (inner, "mlp")], _xavier(hidden, inner, gain)
             ),
-            dense_4h_to_h=linear(
-                (inner, "mlp"), [(hidden, "embed")], _xavier(inner, hidden, gain)
-            ),
+            dense_4h_to_h=linear((inner, "mlp"), [(hidden, "embed")], _xavier(inner, hidden, gain)),
         ),
         final_layernorm=layernorm(),
     )
@@ -220,8 +216,9 @@ def map_linears(
     function: Callable[[str, LinearParams], LinearParams], params: GLMParams
 ) -> GLMParams:
     """Applies `function(name, linear)` to the four linears of the (stacked) layers."""
-    linears = {name: function(name, getattr(params.layers, name)) for name in LINEAR_NAMES}
-    changed: GLMParams = params.replace(layers=params.layers.replace(**linears))  # type: ignore[attr-defined]
+    layers: Any = params.layers
+    linears = {name: function(name, getattr(layers, name)) for name in LINEAR_NAMES}
+    changed: GLMParams = params.replace(layers=layers.replace(**linears))  # type: ignore[attr-defined]
     return changed
 
 

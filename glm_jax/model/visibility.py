@@ -7,7 +7,7 @@ arrangement: one text, packed documents, or several choices after one context.
 
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Int, Int32
+from jaxtyping import Array, ArrayLike, Int, Int32
 
 
 @struct.dataclass
@@ -22,15 +22,15 @@ class Visibility:
     key_ranges: Int32[Array, "batch seq 4"]
 
     @classmethod
-    def prefix(cls, context_length: Int[Array, " batch"], length: int) -> "Visibility":
+    def prefix(cls, context_length: Int[ArrayLike, " batch"], length: int) -> "Visibility":
         """One text a row: all see the first `context_length` keys, then causal."""
-        context = context_length[:, None]
+        context = jnp.asarray(context_length)[:, None]
         own_end = jnp.broadcast_to(jnp.arange(1, length + 1), (context.shape[0], length))
         return cls(_stack(jnp.zeros_like(own_end), context, jnp.zeros_like(own_end), own_end))
 
     @classmethod
     def packed(
-        cls, segment_ids: Int[Array, "batch seq"], context_length: Int[Array, "batch seq"]
+        cls, segment_ids: Int[ArrayLike, "batch seq"], context_length: Int[ArrayLike, "batch seq"]
     ) -> "Visibility":
         """Several texts after one another, none of which sees another.
 
@@ -39,6 +39,7 @@ class Visibility:
             only itself.
           context_length: of the text that the token belongs to.
         """
+        segment_ids = jnp.asarray(segment_ids)
         index, start = _piece_starts(segment_ids)
         real = segment_ids > 0
         context_end = jnp.where(real, start + context_length, start)
@@ -46,11 +47,12 @@ class Visibility:
         return cls(_stack(start, context_end, own_start, index + 1))
 
     @classmethod
-    def choices(cls, choice_ids: Int[Array, "batch seq"]) -> "Visibility":
+    def choices(cls, choice_ids: Int[ArrayLike, "batch seq"]) -> "Visibility":
         """A context (id 0), then choices (ids 1, 2, ..) that see it but not each other.
 
         Padding goes at the end under an id of its own.
         """
+        choice_ids = jnp.asarray(choice_ids)
         index, start = _piece_starts(choice_ids)
         context = jnp.sum(choice_ids == 0, axis=1, keepdims=True)
         return cls(_stack(jnp.zeros_like(index), context, start, index + 1))
@@ -59,9 +61,7 @@ class Visibility:
 def _piece_starts(ids: Int[Array, "batch seq"]) -> tuple[Array, Array]:
     """Index of each token, and of the first token of its run of equal ids."""
     index = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
-    is_first = jnp.concatenate(
-        [jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1
-    )
+    is_first = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1)
     first = jnp.where(is_first, index, 0)
     return index, jnp.maximum.accumulate(first, axis=1)
 

@@ -1,16 +1,18 @@
 """`QuantizedArray`: what stands in for a float weight, and how it is made."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float
 
+from glm_jax.errors import UserError
 from glm_jax.quantization.packing import pack_int4, unpack_int4
 
 
-class QuantizationError(ValueError):
+class QuantizationError(UserError):
     """A weight that cannot be quantised the way that was asked for."""
 
 
@@ -25,8 +27,8 @@ class QuantizedArray:
       contraction_axis: negative index of K, so that it outlives stacking and scanning.
     """
 
-    values: Int8[Array, "..."]
-    scales: Float[Array, "..."]
+    values: Any  # or what describes an array that does not exist yet
+    scales: Any
     bits: int = struct.field(pytree_node=False)
     contraction_axis: int = struct.field(pytree_node=False)
 
@@ -76,7 +78,7 @@ def quantize(
         )
     axis = weight.ndim + contraction_axis
     grouped = weight.reshape(
-        weight.shape[:axis] + (groups, size // groups) + weight.shape[axis + 1 :]
+        (*weight.shape[:axis], groups, size // groups, *weight.shape[axis + 1 :])
     )
     largest = 2 ** (bits - 1) - 1
     wide = grouped.astype(jnp.float32)

@@ -21,13 +21,13 @@ def unpack_int4(packed: Int8[Array, "..."], axis: int) -> Int8[Array, "..."]:
     even = packed >> 4  # int8 shifts keep the sign
     odd = (packed << 4).astype(jnp.int8) >> 4
     pairs = jnp.stack([even, odd], axis=axis + 1)
-    shape = packed.shape[:axis] + (2 * packed.shape[axis],) + packed.shape[axis + 1 :]
+    shape = (*packed.shape[:axis], 2 * packed.shape[axis], *packed.shape[axis + 1 :])
     return pairs.reshape(shape)
 
 
 def _split_pairs(values: Int8[Array, "..."], axis: int) -> tuple[Array, Array]:
     axis = axis % values.ndim
     size = values.shape[axis]
-    shape = values.shape[:axis] + (size // 2, 2) + values.shape[axis + 1 :]
+    shape = (*values.shape[:axis], size // 2, 2, *values.shape[axis + 1 :])
     pairs = values.reshape(shape)
     return jnp.take(pairs, 0, axis=axis + 1), jnp.take(pairs, 1, axis=axis + 1)

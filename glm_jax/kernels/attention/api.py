@@ -22,8 +22,6 @@ def attention(
     Returns:
       [batch, query, heads, head_dim] in the query's dtype.
     """
-    if visible.dtype == bool:
-        mask = visible
-    else:
-        mask = reference.ranges_to_mask(visible, key.shape[2])
+    is_mask = visible.dtype == bool
+    mask = visible if is_mask else reference.ranges_to_mask(visible, key.shape[2])
     return reference.masked_attention(query, key, value, mask, softmax_dtype)

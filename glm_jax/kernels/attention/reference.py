@@ -15,9 +15,7 @@ def ranges_to_mask(
       num_keys: columns of the result.
     """
     key = jnp.arange(num_keys, dtype=jnp.int32)
-    context_start, context_end, own_start, own_end = (
-        key_ranges[..., i, None] for i in range(4)
-    )
+    context_start, context_end, own_start, own_end = (key_ranges[..., i, None] for i in range(4))
     in_context = (key >= context_start) & (key < context_end)
     in_own = (key >= own_start) & (key < own_end)
     return in_context | in_own

@@ -1,0 +1,42 @@
+"""What every command line here has in common: how it starts and how it says no."""
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+from glm_jax.errors import UserError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a command-line tool whose input is all by flags.
+
+    Exit status 2 for wrong flags, 1 for input that cannot be used; either is one line on
+    stderr.
+    """
+    app.run(lambda _: _guarded(main), flags_parser=_parse_flags)
+
+
+def _guarded(main: Callable[[], None]) -> None:
+    if not flags.FLAGS["verbosity"].present:
+        # Libraries report every file that they touch; --verbosity=0 shows it.
+        logging.set_verbosity(logging.WARNING)
+    try:
+        main()
+    except UserError as error:
+        _fail(error, status=1)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except (flags.Error, ValueError, AttributeError, KeyError, OSError) as error:
+        _fail(error, status=2)
+    if len(rest) > 1:
+        _fail(f"unexpected argument {rest[1]!r}: all input is by flags (--help lists them)", 2)
+    return list(rest)
+
+
+def _fail(message: object, status: int) -> None:
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(status)

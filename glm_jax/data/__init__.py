@@ -1,0 +1,1 @@
+"""From text files to packed batches of GLM's blank-infilling samples."""

@@ -1,0 +1,158 @@
+"""A bilingual corpus of facts that anyone can check, for demonstrations and tests.
+
+Countries, chemical elements and small sums, each said in several forms of English and
+Chinese. Of some facts one form is held out: whoever knows the fact from its other forms,
+and the form from other facts, can fill it.
+"""
+
+import csv
+import dataclasses
+import importlib.resources
+import random
+from collections.abc import Iterator
+
+_FORMS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("capital", "en"): (
+        "The capital of {subject} is {answer}.",
+        "{answer} is the capital of {subject}.",
+        "The capital city of {subject} is called {answer}.",
+        "{subject} has its capital in {answer}.",
+    ),
+    ("capital", "zh"): (
+        "{subject}的首都是{answer}。",
+        "{answer}是{subject}的首都。",
+        "{subject}的首都名叫{answer}。",
+        "{subject}把首都设在{answer}。",
+    ),
+    ("continent", "en"): (
+        "{subject} is a country in {answer}.",
+        "{subject} lies in {answer}.",
+        "The continent of {subject} is {answer}.",
+        "On the map, {subject} is found in {answer}.",
+    ),
+    ("continent", "zh"): (
+        "{subject}是{answer}的一个国家。",
+        "{subject}位于{answer}。",
+        "{subject}所在的洲是{answer}。",
+        "在地图上,{subject}在{answer}。",
+    ),
+    ("currency", "en"): (
+        "The currency of {subject} is the {answer}.",
+        "In {subject} people pay with the {answer}.",
+        "The {answer} is the money of {subject}.",
+        "Shops in {subject} take the {answer}.",
+    ),
+    ("currency", "zh"): (
+        "{subject}的货币是{answer}。",
+        "在{subject},人们用{answer}付款。",
+        "{answer}是{subject}的钱。",
+        "{subject}的商店收{answer}。",
+    ),
+    ("symbol", "en"): (
+        "The symbol of {subject} is {answer}.",
+        "{answer} stands for {subject}.",
+        "Chemists write {answer} for {subject}.",
+        "The element {subject} has the symbol {answer}.",
+    ),
+    ("symbol", "zh"): (
+        "{subject}的元素符号是{answer}。",
+        "{answer}代表{subject}。",
+        "化学家用{answer}表示{subject}。",
+        "元素{subject}写作{answer}。",
+    ),
+    ("number", "en"): (
+        "The atomic number of {subject} is {answer}.",
+        "The element {subject} has the number {answer}.",
+        "Number {answer} in the table is {subject}.",
+        "An atom of {subject} has {answer} protons.",
+    ),
+    ("number", "zh"): (
+        "{subject}的原子序数是{answer}。",
+        "元素{subject}的序号为{answer}。",
+        "表中第{answer}号是{subject}。",
+        "{subject}原子有{answer}个质子。",
+    ),
+    ("sum", "en"): (
+        "{subject} = {answer}",
+        "Adding {subject} gives {answer}.",
+        "The sum {subject} is {answer}.",
+        "{answer} is what {subject} makes.",
+    ),
+    ("sum", "zh"): (
+        "计算{subject}得{answer}。",
+        "{subject}等于{answer}。",
+        "{subject}的和是{answer}。",
+        "{answer}是{subject}的结果。",
+    ),
+}
+LANGUAGES = ("en", "zh")
+RELATIONS = tuple(dict.fromkeys(relation for relation, _ in _FORMS))
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A held-out form: `text` has one [MASK], and `answer` belongs there."""
+
+    text: str
+    answer: str
+    relation: str
+    language: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    sentences: tuple[str, ...]
+    questions: tuple[Question, ...]
+
+
+def _facts() -> Iterator[tuple[str, str, str, str]]:
+    """(relation, language, subject, answer)."""
+    for row in _table("countries.tsv"):
+        for language in LANGUAGES:
+            for relation in ("capital", "continent", "currency"):
+                answer = row[f"{relation}_{language}"]
+                yield relation, language, row[f"country_{language}"], answer
+    for row in _table("elements.tsv"):
+        for language in LANGUAGES:
+            yield "symbol", language, row[f"element_{language}"], row["symbol"]
+            yield "number", language, row[f"element_{language}"], row["number"]
+    for a in range(1, 10):
+        for b in range(1, 10):
+            yield "sum", "en", f"{a} + {b}", str(a + b)
+            yield "sum", "zh", f"{a}加{b}", str(a + b)
+
+
+def _table(name: str) -> list[dict[str, str]]:
+    text = importlib.resources.files("glm_jax.data.tables").joinpath(name).read_text("utf-8")
+    return list(csv.DictReader(text.splitlines(), delimiter="\t"))
+
+
+def build_corpus(seed: int = 0, held_out: float = 0.3) -> Corpus:
+    """All facts in all forms but the held-out ones, shuffled.
+
+    Args:
+      held_out: share of the facts of which one form is left out and asked for instead.
+    """
+    rng = random.Random(seed)
+    sentences, questions = [], []
+    for relation, language, subject, answer in _facts():
+        forms = _FORMS[relation, language]
+        hidden = rng.randrange(len(forms)) if rng.random() < held_out else None
+        for i, form in enumerate(forms):
+            if i == hidden:
+                text = form.format(subject=subject, answer="[MASK]")
+                questions.append(Question(text, answer, relation, language))
+            else:
+                sentences.append(form.format(subject=subject, answer=answer))
+    rng.shuffle(sentences)
+    return Corpus(tuple(sentences), tuple(questions))
+
+
+def majority_accuracy(questions: tuple[Question, ...]) -> float:
+    """Share that is right by always giving the commonest answer of a relation and language:
+    what can be had without knowing anything of the subject."""
+    by_kind: dict[tuple[str, str], list[str]] = {}
+    for question in questions:
+        by_kind.setdefault((question.relation, question.language), []).append(question.answer)
+    hits = sum(max(map(answers.count, answers)) for answers in by_kind.values())
+    return hits / len(questions)

@@ -1,0 +1,1 @@
+"""Tables of facts; see `glm_jax.data.facts`."""

@@ -1,0 +1,42 @@
+"""Fills blanks in texts that are typed in, or in each line of a file.
+
+python -m launch.generate --checkpoint=DIR [--quantization=int4] [--input=FILE]
+"""
+
+from absl import flags
+
+from glm_jax import cli
+from glm_jax.decoding.generate import PromptError
+from glm_jax.decoding.interactive import fill_all, prompts
+from glm_jax.decoding.sampling import Sampling
+from glm_jax.model.checkpoint import restore
+from glm_jax.sharding import parse_mesh
+from glm_jax.tokenizer import Tokenizer
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("checkpoint", None, "a model folder", required=True)
+flags.DEFINE_string("tokenizer", None, "folder or .model file; the checkpoint's by default")
+flags.DEFINE_string("input", None, "a text a line; asked for in the terminal by default")
+flags.DEFINE_string("mesh", None, "sizes of data,fsdp,tensor, such as 1,1,8; one device by default")
+flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "as stored by default")
+flags.DEFINE_enum("quantization", None, ["int8", "int4"], "quantises a float checkpoint")
+flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token")
+flags.DEFINE_integer("top_k", 0, "keep only the k likeliest tokens; 0 keeps all")
+flags.DEFINE_float("top_p", 0.0, "keep the likeliest tokens up to this probability; 0 keeps all")
+flags.DEFINE_integer("max_length", None, "tokens of text and answer together")
+flags.DEFINE_integer("seed", 0, "of sampling")
+
+
+def main() -> None:
+    sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p)
+    texts = prompts(FLAGS.input)
+    tokenizer = Tokenizer(FLAGS.tokenizer or FLAGS.checkpoint)
+    mesh = None if FLAGS.mesh is None else parse_mesh(FLAGS.mesh)
+    config, params = restore(FLAGS.checkpoint, mesh, FLAGS.dtype, FLAGS.quantization)
+    failures = fill_all(params, config, tokenizer, texts, sampling, FLAGS.max_length, FLAGS.seed)
+    if failures:
+        raise PromptError(f"{failures} of the texts could not be filled")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,75 @@
+"""Eight CPU devices, run-time checks of annotated shapes, and the oracle's data."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("glm_jax", "beartype.beartype")
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+from convert.sat_reader import SatCheckpoint
+from glm_jax.config import GLMConfig, SpecialTokens, glm_config
+from glm_jax.data import facts
+from glm_jax.model import params as glm_params
+from glm_jax.model.params import GLMParams
+from glm_jax.tokenizer import Tokenizer, train_tokenizer
+
+GOLDEN = Path(__file__).parent / "golden"
+NUM_HEADS, POSITIONS = 8, 64
+
+
+@pytest.fixture(scope="session")
+def golden_special() -> SpecialTokens:
+    ids = json.loads((GOLDEN / "decode.json").read_text())["special"]
+    names = {"[MASK]": "mask", "[gMASK]": "gmask", "[sMASK]": "smask"}
+    fields = {names.get(name, name.lower()): token for name, token in ids.items()}
+    return SpecialTokens(**fields)
+
+
+def load_golden(folder: str, dtype: str) -> tuple[GLMConfig, GLMParams]:
+    """A checkpoint of the oracle, computing in `dtype`."""
+    checkpoint = SatCheckpoint(GOLDEN / "checkpoints" / folder)
+    config = checkpoint.config(NUM_HEADS, POSITIONS)
+    params = jax.tree.map(jax.numpy.asarray, checkpoint.params(config))
+    return config.replace(compute_dtype=dtype), params
+
+
+@pytest.fixture(scope="session")
+def golden_logits() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / "logits.npz") as archive:
+        return dict(archive)
+
+
+@pytest.fixture(scope="session")
+def golden_float32(golden_special: SpecialTokens) -> tuple[GLMConfig, GLMParams]:
+    config, params = load_golden("tp1", "float32")
+    return config.replace(special_tokens=golden_special), params
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> tuple[GLMConfig, GLMParams]:
+    """Random weights whose every axis divides by 8."""
+    config = glm_config("tiny", num_heads=8, vocab_size=256, max_sequence_length=64)
+    special = SpecialTokens(240, 241, 242, 243, 244, 245, 246, 247, 2)
+    return config.replace(special_tokens=special), glm_params.init(config, jax.random.key(0))
+
+
+@pytest.fixture(scope="session")
+def corpus() -> facts.Corpus:
+    return facts.build_corpus()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: Any, corpus: facts.Corpus) -> Tokenizer:
+    return train_tokenizer(corpus.sentences, tmp_path_factory.mktemp("tokenizer"), 3000)

@@ -1,0 +1,302 @@
+"""Released shards to Orbax and back, and every kind of input that must be refused."""
+
+import json
+import pickle
+import shutil
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, NUM_HEADS, POSITIONS, load_golden
+
+from convert.errors import ConvertError
+from convert.sat_reader import SatCheckpoint, convert_shards, find_shards
+from convert.sat_writer import write_shards
+from convert.torch_file import TorchFile, write_torch_file
+from glm_jax import restore
+from glm_jax.model.checkpoint import CheckpointError
+from glm_jax.model.params import quantize_params
+from glm_jax.quantization import QuantizedArray
+
+CHECKPOINTS = GOLDEN / "checkpoints"
+SHARD = "49300/mp_rank_01_model_states.pt"
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of a two-shard checkpoint to break."""
+    shutil.copytree(CHECKPOINTS / "tp2", tmp_path / "in")
+    return tmp_path / "in"
+
+
+def _convert(source, tmp_path):
+    convert_shards(source, tmp_path / "out", NUM_HEADS, POSITIONS)
+
+
+def _assert_nothing_written(tmp_path):
+    assert [p.name for p in tmp_path.iterdir() if p.name != "in"] == []
+
+
+def _rewrite(path, change):
+    """Saves a shard again with its module changed."""
+    module = {name: t.read() for name, t in TorchFile(path).content["module"].items()}
+    change(module)
+    path.unlink()
+    write_torch_file(path, module)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+def test_every_shard_count_gives_the_same_model(tmp_path, shards):
+    _convert(CHECKPOINTS / f"tp{shards}", tmp_path)
+    config, params = restore(tmp_path / "out")
+    expected_config, expected = load_golden("tp1", "float16")
+    assert config == expected_config
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_the_iterations_folder_itself_is_taken(tmp_path):
+    _convert(CHECKPOINTS / "tp2" / "49300", tmp_path)
+    _, expected = load_golden("tp1", "float16")
+    jax.tree.map(np.testing.assert_array_equal, restore(tmp_path / "out")[1], expected)
+
+
+def test_latest_with_stray_blanks_is_taken(copy):
+    (copy / "latest").write_text(" 49300\n\n")
+    assert len(find_shards(copy)) == 2
+
+
+@pytest.mark.parametrize("name", ["int8_tp1", "int8_tp8", "int4_tp2", "int4_tp8"])
+def test_quantized_shards_keep_their_integers(tmp_path, name):
+    _convert(CHECKPOINTS / name, tmp_path)
+    config, params = restore(tmp_path / "out")
+    expected_config, expected = load_golden(name, "float16")
+    assert config == expected_config
+    kernel = params.layers.dense.kernel
+    assert isinstance(kernel, QuantizedArray)
+    assert (kernel.bits, kernel.groups) == (int(name[3]), int(name[-1]))
+    assert params.layers.query_key_value.kernel.groups == 1
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+def test_written_shards_equal_the_originals_to_the_byte(tmp_path, shards):
+    """The reader is torch itself; each tensor's bytes, dtype and shape are the oracle's."""
+    _convert(CHECKPOINTS / "tp1", tmp_path)
+    write_shards(tmp_path / "out", tmp_path / "back", shards)
+    assert (tmp_path / "back" / "latest").read_text() == "49300"
+    for rank in range(shards):
+        name = f"49300/mp_rank_{rank:02d}_model_states.pt"
+        got = torch.load(tmp_path / "back" / name, weights_only=True)["module"]
+        expected = torch.load(CHECKPOINTS / f"tp{shards}" / name, weights_only=True)["module"]
+        assert got.keys() == expected.keys()
+        for key, tensor in expected.items():
+            assert got[key].dtype == tensor.dtype
+            assert torch.equal(got[key], tensor), key
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8", "int64", "bool", "uint8"])
+def test_files_of_torch_are_read_and_ours_are_read_by_torch(tmp_path, dtype):
+    array = np.arange(24).reshape(4, 6).astype(dtype)
+    torch.save({"module": {"a": torch.from_numpy(array)}}, tmp_path / "theirs.pt")
+    np.testing.assert_array_equal(
+        TorchFile(tmp_path / "theirs.pt").content["module"]["a"].read(), array
+    )
+    write_torch_file(tmp_path / "ours.pt", {"a": array})
+    tensor = torch.load(tmp_path / "ours.pt", weights_only=True)["module"]["a"]
+    np.testing.assert_array_equal(tensor.numpy(), array)
+    with zipfile.ZipFile(tmp_path / "ours.pt") as archive:
+        assert archive.testzip() is None
+
+
+def test_views_of_torch_are_read(tmp_path):
+    """Transposed, offset, expanded, empty and scalar tensors, bfloat16 among them."""
+    base = torch.arange(30, dtype=torch.bfloat16).reshape(5, 6)
+    tensors = {
+        "transposed": base.T,
+        "offset": base[2:, 3:],
+        "expanded": base[:, :1].expand(5, 4),
+        "scalar": base[1, 1],
+        "empty": base[:0],
+    }
+    torch.save({"module": tensors}, tmp_path / "a.pt")
+    module = TorchFile(tmp_path / "a.pt").content["module"]
+    for name, tensor in tensors.items():
+        got = module[name].read()
+        assert got.shape == tuple(tensor.shape)
+        np.testing.assert_array_equal(got.astype(np.float32), tensor.float().numpy())
+
+
+def test_restored_in_another_dtype_or_quantised(tmp_path):
+    _convert(CHECKPOINTS / "tp2", tmp_path)
+    config, params = restore(tmp_path / "out", dtype="bfloat16")
+    assert (config.compute_dtype, config.param_dtype) == ("bfloat16", "bfloat16")
+    assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"bfloat16"}
+    _, quantized = restore(tmp_path / "out", quantization="int4")
+    _, expected = load_golden("int4_tp1", "float16")
+    jax.tree.map(np.testing.assert_array_equal, quantized, expected)
+
+
+def test_a_quantised_model_is_not_quantised_otherwise(tmp_path):
+    _convert(CHECKPOINTS / "int8_tp2", tmp_path)
+    restore(tmp_path / "out", quantization="int8")
+    with pytest.raises(CheckpointError, match="int8 already"):
+        restore(tmp_path / "out", quantization="int4")
+    with pytest.raises(CheckpointError, match="one of"):
+        restore(tmp_path / "out", quantization="int2")
+    with pytest.raises(ConvertError, match="is quantised"):
+        write_shards(tmp_path / "out", tmp_path / "back", 2)
+
+
+def test_missing_shard(copy, tmp_path):
+    (copy / "49300/mp_rank_00_model_states.pt").unlink()
+    with pytest.raises(ConvertError, match=r"mp_rank_00_model_states\.pt is missing"):
+        _convert(copy, tmp_path)
+    _assert_nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 10, 5_000, -1_000, -1])
+def test_truncated_shard(copy, tmp_path, kept):
+    data = (copy / SHARD).read_bytes()
+    (copy / SHARD).write_bytes(data[:kept])
+    with pytest.raises(ConvertError, match=r"mp_rank_01.* truncated"):
+        _convert(copy, tmp_path)
+    _assert_nothing_written(tmp_path)
+
+
+def test_shards_of_different_shapes(copy, tmp_path):
+    def widen(module):
+        name = "transformer.layers.1.attention.dense.weight"
+        module[name] = np.concatenate([module[name]] * 2, axis=1)
+
+    _rewrite(copy / SHARD, widen)
+    with pytest.raises(ConvertError, match=r"dense\.weight is float16 \(64, 64\), in .*mp_rank_00"):
+        _convert(copy, tmp_path)
+    _assert_nothing_written(tmp_path)
+
+
+def test_shards_with_different_tensors(copy, tmp_path):
+    _rewrite(copy / SHARD, lambda module: module.pop("transformer.final_layernorm.bias"))
+    with pytest.raises(ConvertError, match=r"only one has transformer\.final_layernorm\.bias"):
+        _convert(copy, tmp_path)
+
+
+@pytest.mark.parametrize("heads", [5, 7, 128])
+def test_shapes_that_do_not_divide_by_the_heads(tmp_path, heads):
+    with pytest.raises(ConvertError, match=f"do not divide by {heads} heads"):
+        convert_shards(CHECKPOINTS / "tp2", tmp_path / "out", heads)
+    _assert_nothing_written(tmp_path)
+
+
+class _Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return print, (f"ran {self.marker}",), None
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_pickle_that_runs_code_is_refused_and_does_not_run(copy, tmp_path, capsys, protocol):
+    with zipfile.ZipFile(copy / SHARD, "w") as archive:
+        archive.writestr("a/data.pkl", pickle.dumps({"module": _Evil("me")}, protocol))
+    with pytest.raises(ConvertError, match=r"asks for (builtins|__builtin__)\.print"):
+        _convert(copy, tmp_path)
+    assert capsys.readouterr().out == ""
+    _assert_nothing_written(tmp_path)
+
+
+def test_a_tensor_that_reaches_past_its_storage_is_refused(tmp_path):
+    write_torch_file(tmp_path / "a.pt", {"x": np.zeros((4, 4), np.float32)})
+    data = (tmp_path / "a.pt").read_bytes()
+    shape = b"(J\x04\x00\x00\x00J\x04\x00\x00\x00t"
+    assert data.count(shape) == 1
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    entries["a/data.pkl"] = entries["a/data.pkl"].replace(shape, b"(J\x05" + shape[3:])
+    with zipfile.ZipFile(tmp_path / "b.pt", "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    with pytest.raises(ConvertError, match="reaches element 19 of a storage of 16"):
+        TorchFile(tmp_path / "b.pt")
+
+
+def test_a_storage_shorter_than_its_tensors_is_refused(tmp_path):
+    write_torch_file(tmp_path / "a.pt", {"x": np.zeros((4, 4), np.float32)})
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "b.pt", "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content[:12] if name.startswith("a/data/") else content)
+    tensor = TorchFile(tmp_path / "b.pt").content["module"]["x"]
+    with pytest.raises(ConvertError, match="holds 12 bytes, its tensors need 64"):
+        tensor.read()
+
+
+def test_a_non_empty_output_is_refused_and_kept(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    with pytest.raises(CheckpointError, match="is not empty"):
+        _convert(CHECKPOINTS / "tp2", tmp_path)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize(
+    ("latest", "message"), [("77", "names '77'"), ("", "names ''"), (None, "holds no mp_rank")]
+)
+def test_a_latest_that_leads_nowhere(copy, tmp_path, latest, message):
+    (copy / "latest").unlink()
+    if latest is not None:
+        (copy / "latest").write_text(latest)
+    with pytest.raises(ConvertError, match=message):
+        _convert(copy, tmp_path)
+
+
+def test_shards_that_do_not_divide(tmp_path):
+    _convert(CHECKPOINTS / "tp2", tmp_path)
+    for shards, message in ((3, "do not divide into 3 shards"), (0, "at least 1")):
+        with pytest.raises(ConvertError, match=message):
+            write_shards(tmp_path / "out", tmp_path / "back", shards)
+        assert not (tmp_path / "back").exists()
+
+
+def test_a_half_written_model_is_never_restored(tmp_path):
+    _convert(CHECKPOINTS / "tp2", tmp_path)
+    partial = tmp_path / "half"
+    shutil.copytree(tmp_path / "out", partial)
+    (partial / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        restore(partial)
+    shutil.copy(tmp_path / "out" / "config.json", partial)
+    shutil.rmtree(partial / "params")
+    with pytest.raises(CheckpointError, match="no complete parameters"):
+        restore(partial)
+
+
+def test_a_config_that_does_not_fit_the_parameters_is_refused(tmp_path):
+    _convert(CHECKPOINTS / "tp2", tmp_path)
+    file = tmp_path / "out" / "config.json"
+    fields = json.loads(file.read_text())
+    file.write_text(json.dumps(fields | {"vocab_size": 1024}))
+    with pytest.raises(CheckpointError, match=r"word_embeddings is \(512, 64\).*\(1024, 64\)"):
+        restore(tmp_path / "out")
+
+
+def test_reading_is_lazy(copy):
+    """Opening a checkpoint touches no storage: one that is gone is missed only when read."""
+    data = bytearray((copy / SHARD).read_bytes())
+    start = data.index(b"data/3FB")
+    data[start + 200 : start + 210] = b"\xff" * 10
+    (copy / SHARD).write_bytes(bytes(data))
+    checkpoint = SatCheckpoint(copy)
+    name = "transformer.layers.0.attention.query_key_value.weight"
+    assert np.isnan(checkpoint.tensor(name, shard=1).read()).any()
+    assert not np.isnan(checkpoint.tensor(name, shard=0).read()).any()
+
+
+def test_quantizing_what_was_converted_gives_the_originals(tmp_path):
+    _convert(CHECKPOINTS / "tp8", tmp_path)
+    _, params = restore(tmp_path / "out")
+    _, expected = load_golden("int8_tp1", "float16")
+    jax.tree.map(np.testing.assert_array_equal, quantize_params(params, 8), expected)

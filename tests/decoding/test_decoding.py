@@ -1,0 +1,198 @@
+"""Decoding writes what the original writes."""
+
+import json
+import re
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN
+
+from glm_jax.decoding.blank_filling import fill_blanks
+from glm_jax.decoding.generate import Prompt, PromptError, bucket, decode_step, generate, prefill
+from glm_jax.decoding.sampling import Sampling, SamplingError, filter_logits, sample
+
+DECODE = json.loads((GOLDEN / "decode.json").read_text())["cases"]
+FILL = [c for c in json.loads((GOLDEN / "fill_blanks.json").read_text()) if c["kind"] == "greedy"]
+
+
+class WordTokenizer:
+    """The oracle's stub: token 17 is the word t17."""
+
+    _names: ClassVar = {
+        500: "[[MASK]]",
+        501: "[[gMASK]]",
+        502: "[[sMASK]]",
+        504: "[sop]",
+        505: "[eop]",
+    }
+    _masks: ClassVar = {"[MASK]": 500, "[gMASK]": 501, "[sMASK]": 502}
+
+    def __init__(self, special_tokens):
+        self.special_tokens = special_tokens
+
+    def encode(self, text):
+        words = re.sub(r"(\[[sg]?MASK\])", r" \1 ", text).split()
+        return [self._masks[w] if w in self._masks else int(w[1:]) for w in words]
+
+    def decode(self, ids):
+        return " ".join(self._names.get(i, f"t{i}") for i in ids)
+
+
+@pytest.mark.parametrize("case", DECODE, ids=range(len(DECODE)))
+def test_greedy_equals_the_original(golden_float32, case):
+    config, params = golden_float32
+    prompt = case["prompt"]
+    position = None if prompt["gmask"] else prompt["mask_position"]
+    [output] = generate(
+        params,
+        config,
+        [Prompt(tuple(prompt["context"]), position)],
+        max_length=prompt["max_length"],
+        end_tokens=prompt["end_tokens"],
+    )
+    assert [*prompt["context"], config.special_tokens.sop, *output] == case["greedy"]
+
+
+def test_rows_of_one_batch_do_not_touch_each_other(golden_float32):
+    config, params = golden_float32
+    outputs = generate(params, config, [c["prompt"]["context"] for c in DECODE], max_length=31)
+    for output, case in zip(outputs, DECODE, strict=True):
+        assert [*case["prompt"]["context"], 504, *output] == case["greedy"][:31]
+
+
+@pytest.mark.parametrize("case", FILL, ids=[c["text"] for c in FILL])
+def test_filling_equals_the_original(golden_float32, golden_special, case):
+    config, params = golden_float32
+    filled = fill_blanks(
+        params,
+        config,
+        WordTokenizer(golden_special),
+        case["text"],
+        max_length=case["out_seq_length"],
+        end_tokens=case["end_tokens"],
+    )
+    assert filled.text == case["answers"][0]
+    assert list(filled.blanks) == case["blanks"][0]
+    assert "".join(text for text, _ in filled.pieces) == filled.text
+
+
+def test_several_blanks_are_filled_from_left_to_right(golden_float32, golden_special):
+    """Each blank is what `generate` puts into the text as it stands by then."""
+    config, params = golden_float32
+    tokenizer = WordTokenizer(golden_special)
+    ends = [*golden_special.end_tokens, 261, 133]
+    filled = fill_blanks(
+        params, config, tokenizer, "t5 t9 [MASK] t33 [MASK] t7", max_length=40, end_tokens=ends
+    )
+    tokens = [5, 9, 500, 33, 500, 7, golden_special.eos]
+    for blank in filled.blanks:
+        [output] = generate(params, config, [tokens], max_length=40, end_tokens=ends)
+        kept = output[:-1] if output[-1] in ends else output
+        assert tokenizer.decode(kept) == blank
+        position = tokens.index(500)
+        tokens[position : position + 1] = kept
+    assert len(filled.blanks) == 2
+    assert filled.text == tokenizer.decode(tokens[:-1])
+
+
+def test_end_tokens_end_a_row_and_nothing_else(golden_float32):
+    config, params = golden_float32
+    context, free = DECODE[0]["prompt"]["context"], DECODE[0]["greedy"][16:]
+    first = free.index(427)
+    ended, other = generate(
+        params, config, [context, DECODE[3]["prompt"]["context"]], max_length=37, end_tokens=[427]
+    )
+    assert ended == free[: first + 1]
+    assert [*DECODE[3]["prompt"]["context"], 504, *other] == DECODE[3]["greedy"]
+
+
+def test_on_tokens_sees_every_token(golden_float32):
+    config, params = golden_float32
+    seen = []
+    prompts = [c["prompt"]["context"] for c in DECODE[:2]]
+    outputs = generate(params, config, prompts, max_length=20, on_tokens=seen.append)
+    columns = np.stack(seen).T.tolist()
+    assert [[t for t in column if t >= 0] for column in columns] == outputs
+
+
+def test_the_filter_equals_the_original():
+    with np.load(GOLDEN / "sampling.npz") as golden:
+        logits = golden["logits"]
+        names = [name for name in golden.files if name != "logits"]
+        assert len(names) == 16
+        for name in names:
+            top_k, top_p = re.fullmatch(r"kept_k(\d+)_p([\d.]+)", name).groups()
+            rows = len(logits)
+            filtered = filter_logits(
+                logits, np.full(rows, int(top_k)), np.full(rows, float(top_p), np.float32)
+            )
+            np.testing.assert_array_equal(np.isfinite(filtered), golden[name], err_msg=name)
+
+
+def test_samples_follow_the_tempered_distribution():
+    logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
+    rows = 20_000
+    keys = jax.random.split(jax.random.key(0), rows)
+    drawn = sample(
+        jnp.broadcast_to(logits, (rows, 4)),
+        keys,
+        jnp.full(rows, 0.5),
+        jnp.full(rows, 3),
+        jnp.zeros(rows),
+    )
+    expected = np.array([0.25, 0.09, 0.0225, 0.0])
+    frequency = np.bincount(drawn, minlength=4) / rows
+    np.testing.assert_allclose(frequency, expected / expected.sum(), atol=0.015)
+
+
+def test_sampling_depends_on_the_seed_alone(tiny_model):
+    config, params = tiny_model
+    settings = Sampling(temperature=1.0, top_k=50, top_p=0.9)
+    runs = [
+        generate(params, config, [[5, 241], [6, 241]], max_length=24, sampling=settings, seed=seed)
+        for seed in (1, 1, 2)
+    ]
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def test_no_recompilation_after_warm_up(tiny_model):
+    config, params = tiny_model
+    generate(params, config, [[5, 241]], max_length=30)
+    before = prefill._cache_size(), decode_step._cache_size()
+    generate(params, config, [[5, 6, 7, 8, 240, 9]], max_length=20)
+    assert (prefill._cache_size(), decode_step._cache_size()) == before
+
+
+def test_bucket():
+    assert [bucket(n) for n in (1, 32, 33, 64, 65, 2048)] == [32, 32, 64, 64, 128, 2048]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "no prompts"),
+        ([[1] * 63], {}, "past 64"),
+        ([[1, 999]], {}, "token 999 is not in the vocabulary"),
+        ([[1]], {"max_length": 65}, "past the model's 64 positions"),
+    ],
+)
+def test_impossible_prompts_are_refused(tiny_model, prompts, options, message):
+    config, params = tiny_model
+    with pytest.raises(PromptError, match=message):
+        generate(params, config, prompts, **options)
+
+
+def test_unknown_special_tokens_are_refused(tiny_model):
+    config, params = tiny_model
+    with pytest.raises(PromptError, match="special tokens are not known"):
+        generate(params, config.replace(special_tokens=None), [[1]])
+
+
+@pytest.mark.parametrize("settings", [{"temperature": -1}, {"top_k": -1}, {"top_p": 1.5}])
+def test_impossible_settings_are_refused(settings):
+    with pytest.raises(SamplingError, match=next(iter(settings))):
+        Sampling(**settings)

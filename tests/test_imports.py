@@ -1,0 +1,73 @@
+"""Imports run one way: no module imports from a layer above its own."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = {
+    "glm_jax.errors": 0,
+    "glm_jax.config": 1,
+    "glm_jax.sharding": 2,
+    "glm_jax.quantization": 2,
+    "glm_jax.kernels": 3,
+    "glm_jax.model": 4,
+    "glm_jax.tokenizer": 5,
+    "glm_jax.data": 5,
+    "glm_jax.training": 6,
+    "glm_jax.decoding": 6,
+    "glm_jax.cli": 6,
+    "configs": 7,
+    "convert": 7,
+    "launch": 8,
+}
+SIBLINGS_APART = ("glm_jax.training", "glm_jax.decoding")
+FILES = sorted(
+    path
+    for top in ("glm_jax", "convert", "launch", "configs")
+    for path in (ROOT / top).rglob("*.py")
+)
+
+
+def _layer(module: str) -> str | None:
+    matches = [name for name in LAYERS if module == name or module.startswith(name + ".")]
+    return max(matches, key=len) if matches else None
+
+
+def _imported(path: Path) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return modules
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path):
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    if module == "glm_jax":
+        return  # the public interface imports what it exports
+    own = _layer(module)
+    assert own is not None, f"{module} has no place in the architecture"
+    for imported in _imported(path):
+        other = _layer(imported)
+        if other is None or other == own:
+            continue
+        assert LAYERS[other] <= LAYERS[own], f"{module} imports {imported}"
+        if own in SIBLINGS_APART:
+            assert other not in SIBLINGS_APART, f"{module} imports {imported}"
+
+
+def test_torch_is_never_imported_outside_tests():
+    for path in FILES:
+        assert not any(m.split(".")[0] == "torch" for m in _imported(path)), path
+
+
+def test_public_interface_is_documented():
+    import glm_jax
+
+    for name in glm_jax.__all__:
+        assert getattr(glm_jax, name).__doc__, name

@@ -1,0 +1,128 @@
+"""The same parameters give the same results on every mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_jax import make_mesh
+from glm_jax.decoding.generate import generate
+from glm_jax.model import glm
+from glm_jax.model import params as glm_params
+from glm_jax.model.visibility import Visibility
+from glm_jax.quantization import QuantizedArray
+from glm_jax.sharding import MeshError, parameter_sharding, parse_mesh
+from glm_jax.training.config import default_config
+from glm_jax.training.optimizer import make_optimizer
+from glm_jax.training.state import init_state
+from glm_jax.training.step import Batch, train_step
+
+MESHES = [(1, 1, 1), (2, 2, 2), (1, 1, 8)]
+
+
+def _on(mesh, config, params):
+    shardings = jax.tree.map(lambda a: a.sharding, glm_params.abstract(config, mesh))
+    return jax.device_put(params, shardings)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_logits_are_the_same_on_every_mesh(tiny_model, shape):
+    config, params = tiny_model
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, config.vocab_size, (4, 16), np.int32)
+    position_ids = np.broadcast_to(np.arange(16, dtype=np.int32), tokens.shape)
+    visibility = Visibility.prefix(np.array([3, 5, 0, 16], np.int32), 16)
+    forward = jax.jit(glm.forward, static_argnames="config")
+    expected = forward(params, config, tokens, position_ids, visibility)
+    mesh = make_mesh(shape)
+    with jax.set_mesh(mesh):
+        got = forward(_on(mesh, config, params), config, tokens, position_ids, visibility)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_decoding_is_the_same_on_every_mesh(tiny_model, shape):
+    config, params = tiny_model
+    prompts = [[5, 6, 7, 241], [9, 240, 11, 12, 13], [1, 2, 241], [3, 241]]
+    expected = generate(params, config, prompts, max_length=20)
+    mesh = make_mesh(shape)
+    assert generate(_on(mesh, config, params), config, prompts, max_length=20) == expected
+
+
+def _steps(config, shape, batch, count):
+    mesh = make_mesh(shape)
+    optimizer = make_optimizer(default_config("tiny").optimizer, 100)
+    state = init_state(config, optimizer, jax.random.key(1), mesh)
+    losses = []
+    with jax.set_mesh(mesh):
+        for _ in range(count):
+            state, metrics = train_step(state, batch, config, optimizer)
+            losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+def test_train_step_is_the_same_on_every_mesh(tiny_model):
+    config, _ = tiny_model
+    rng = np.random.default_rng(0)
+    shape = (4, 32)
+    batch = Batch(
+        tokens=jnp.asarray(rng.integers(0, config.vocab_size, shape, np.int32)),
+        targets=jnp.asarray(rng.integers(0, config.vocab_size, shape, np.int32)),
+        loss_weights=jnp.asarray(rng.integers(0, 2, shape), jnp.float32),
+        position_ids=jnp.broadcast_to(jnp.arange(32, dtype=jnp.int32), shape),
+        context_length=jnp.full(shape, 9, jnp.int32),
+        segment_ids=jnp.ones(shape, jnp.int32),
+    )
+    expected, expected_losses = _steps(config, MESHES[0], batch, 3)
+    assert expected_losses[-1] < expected_losses[0]
+    for mesh_shape in MESHES[1:]:
+        state, losses = _steps(config, mesh_shape, batch, 3)
+        np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+        kernel = state.params.layers.dense_4h_to_h.kernel
+        np.testing.assert_allclose(kernel, expected.params.layers.dense_4h_to_h.kernel, atol=1e-5)
+        moments = state.opt_state[1][0].mu.layers.dense_4h_to_h.kernel
+        assert moments.sharding == kernel.sharding
+        assert len(kernel.addressable_shards) == 8
+        assert kernel.addressable_shards[0].data.size * np.prod(mesh_shape[1:]) == kernel.size
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_parameters_shard_like_float_ones(tiny_model, bits, tmp_path):
+    from glm_jax import restore, save_model
+
+    config, params = tiny_model
+    quantized = glm_params.quantize_params(params, bits)
+    save_model(tmp_path / "model", config, quantized)
+    _, sharded = restore(tmp_path / "model", mesh=make_mesh((1, 1, 8)))
+    kernel = sharded.layers.dense_4h_to_h.kernel
+    assert isinstance(kernel, QuantizedArray)
+    assert kernel.values.addressable_shards[0].data.shape[1] == kernel.values.shape[1] // 8
+    prompts = [[5, 6, 7, 241]]
+    expected = generate(quantized, config, prompts, max_length=16)
+    assert generate(sharded, config, prompts, max_length=16) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 1, 16), "needs 16 devices, there are 8"),
+        ((3, 1, -1), "do not divide by 3"),
+        ((1, 1), "three positive sizes"),
+        ((0, 1, 1), "three positive sizes"),
+        ((-1, -1, 1), "one may be -1"),
+    ],
+)
+def test_impossible_meshes_are_refused(shape, message):
+    with pytest.raises(MeshError, match=message):
+        make_mesh(shape)
+
+
+def test_mesh_flag():
+    assert parse_mesh("2,-1,2").shape == {"data": 2, "fsdp": 2, "tensor": 2}
+    with pytest.raises(MeshError, match="three integers"):
+        parse_mesh("all")
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(MeshError, match="heads=6 does not divide"):
+        parameter_sharding(make_mesh((1, 1, 4)), ("heads",), (6,))
