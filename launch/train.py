@@ -15,7 +15,12 @@ from glm_jax.training.loop import MODEL_FOLDER, train
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "experiment, a file of configs/")
 flags.DEFINE_string("workdir", None, "checkpoints, metrics and the finished model", required=True)
-flags.mark_flag_as_required("config")
+# A file that cannot be loaded raises here, at the first look into it.
+flags.register_validator(
+    "config",
+    lambda config: config is not None and "model" in config,
+    "give an experiment, such as configs/train_tiny.py",
+)
 
 
 def main() -> None:

@@ -113,10 +113,10 @@ def restore(
     config = load_config(path)
     stored = Path(path).absolute() / PARAMS_FOLDER
     with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            metadata = checkpointer.metadata(stored).item_metadata.tree
-        except (FileNotFoundError, ValueError) as error:
-            raise CheckpointError(f"{stored} holds no complete parameters: {error}") from error
+        item_metadata = checkpointer.metadata(stored).item_metadata if stored.is_dir() else None
+        if item_metadata is None:
+            raise CheckpointError(f"{stored} holds no complete parameters: convert or export again")
+        metadata = item_metadata.tree
         target = _abstract_like(config, metadata, mesh, path)
         state = checkpointer.restore(stored, serialization.to_state_dict(target))
     params: GLMParams = serialization.from_state_dict(target, state)

@@ -1,5 +1,6 @@
 """A whole run: data, steps, metrics, checkpoints and the finished model."""
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -45,18 +46,18 @@ def train(config: ConfigDict, workdir: Path) -> list[dict[str, float]]:
     mesh = parse_mesh(config.mesh)
     batches = _batches(config, tokenizer)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    checkpoints = RunCheckpoints(
-        workdir / "checkpoints", config.checkpoint_every, config.checkpoints_kept
-    )
-    restored = checkpoints.restore_latest(abstract_state(model, optimizer, mesh))
-    if restored is None:
-        state = init_state(model, optimizer, jax.random.key(config.seed), mesh)
-    else:
-        state, data_state = restored
-        batches.set_state(data_state)
-    with jax.set_mesh(mesh):
-        state, history = _run(config, model, optimizer, state, batches, checkpoints, workdir)
-    checkpoints.close()
+    # Closing waits for saves that are under way, also when a step fails.
+    with contextlib.closing(
+        RunCheckpoints(workdir / "checkpoints", config.checkpoint_every, config.checkpoints_kept)
+    ) as checkpoints:
+        restored = checkpoints.restore_latest(abstract_state(model, optimizer, mesh))
+        if restored is None:
+            state = init_state(model, optimizer, jax.random.key(config.seed), mesh)
+        else:
+            state, data_state = restored
+            batches.set_state(data_state)
+        with jax.set_mesh(mesh):
+            state, history = _run(config, model, optimizer, state, batches, checkpoints, workdir)
     if not (workdir / MODEL_FOLDER).exists():
         save_model(workdir / MODEL_FOLDER, model, state.params, tokenizer.files)
     return history

@@ -1,10 +1,10 @@
 """AdamW with warm-up, cosine decay and gradient clipping, all by optax."""
 
+from typing import Any
+
 import jax
 import optax
 from ml_collections import ConfigDict
-
-from glm_jax.model.params import GLMParams
 
 
 def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
@@ -34,11 +34,10 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
     )
 
 
-def decay_mask(params: GLMParams) -> GLMParams:
-    """True for the word embedding and the linears' kernels."""
+def decay_mask(params: Any) -> Any:
+    """Of a tree of parameters, True for the word embedding and the linears' kernels."""
 
     def is_decayed(path: tuple[jax.tree_util.GetAttrKey, ...], _: object) -> bool:
         return path[-1].name in ("kernel", "word_embeddings")
 
-    mask: GLMParams = jax.tree_util.tree_map_with_path(is_decayed, params)
-    return mask
+    return jax.tree_util.tree_map_with_path(is_decayed, params)

@@ -120,14 +120,14 @@ def test_on_tokens_sees_every_token(golden_float32):
 
 def test_the_filter_equals_the_original():
     with np.load(GOLDEN / "sampling.npz") as golden:
-        logits = golden["logits"]
+        logits = jnp.asarray(golden["logits"])
         names = [name for name in golden.files if name != "logits"]
         assert len(names) == 16
         for name in names:
             top_k, top_p = re.fullmatch(r"kept_k(\d+)_p([\d.]+)", name).groups()
             rows = len(logits)
             filtered = filter_logits(
-                logits, np.full(rows, int(top_k)), np.full(rows, float(top_p), np.float32)
+                logits, jnp.full(rows, int(top_k)), jnp.full(rows, float(top_p))
             )
             np.testing.assert_array_equal(np.isfinite(filtered), golden[name], err_msg=name)
 
@@ -192,7 +192,7 @@ def test_unknown_special_tokens_are_refused(tiny_model):
         generate(params, config.replace(special_tokens=None), [[1]])
 
 
-@pytest.mark.parametrize("settings", [{"temperature": -1}, {"top_k": -1}, {"top_p": 1.5}])
+@pytest.mark.parametrize("settings", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 1.5}])
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(SamplingError, match=next(iter(settings))):
         Sampling(**settings)

@@ -10,6 +10,7 @@ import tensorboardX
 from glm_jax import restore
 from glm_jax.config import ConfigError
 from glm_jax.model import params as glm_params
+from glm_jax.training import loop
 from glm_jax.training.config import check, default_config
 from glm_jax.training.loop import train
 from glm_jax.training.optimizer import decay_mask, learning_rate, make_optimizer
@@ -66,24 +67,17 @@ def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(experiment, tmp_path, m
     assert train(experiment, tmp_path / "broken") == []
 
 
-def test_a_run_goes_on_on_another_mesh(experiment, tmp_path):
+def test_a_run_goes_on_on_another_mesh(experiment, tmp_path, monkeypatch):
     expected = train(experiment, tmp_path / "one")
     experiment.steps = 12
-    schedule_steps = 24
     first = experiment.copy_and_resolve_references()
     first.mesh = "2,2,2"
-    # The same schedule: warm-up and decay are shares of the whole.
-    monkey = make_optimizer
-    import glm_jax.training.loop as loop
-
-    loop.make_optimizer = lambda config, steps: monkey(config, schedule_steps)
-    try:
-        sharded = train(first, tmp_path / "many")
-        experiment.steps = 24
-        experiment.mesh = "1,1,4"
-        rest = train(experiment, tmp_path / "many")
-    finally:
-        loop.make_optimizer = monkey
+    # Warm-up and decay are shares of all steps: keep those of the whole run.
+    monkeypatch.setattr(loop, "make_optimizer", lambda config, _: make_optimizer(config, 24))
+    sharded = train(first, tmp_path / "many")
+    experiment.steps = 24
+    experiment.mesh = "1,1,4"
+    rest = train(experiment, tmp_path / "many")
     got = [h["loss"] for h in sharded + rest]
     np.testing.assert_allclose(got, [h["loss"] for h in expected], rtol=1e-3)
 
@@ -121,15 +115,10 @@ def test_adamw_step_equals_the_formula():
     config = default_config("tiny").optimizer
     config.gradient_clip = 0.5
     optimizer = make_optimizer(config, 1000)
-    params = {"kernel": jnp.array([2.0]), "bias": jnp.array([2.0])}
-
-    class Key:
-        pass
-
-    struct = glm_params.LinearParams(params["kernel"], params["bias"])
-    state = optimizer.init(struct)
+    params = glm_params.LinearParams(jnp.array([2.0]), jnp.array([2.0]))
+    state = optimizer.init(params)
     gradient = glm_params.LinearParams(jnp.array([3.0]), jnp.array([4.0]))
-    updates, state = optimizer.update(gradient, state, struct)
+    updates, state = optimizer.update(gradient, state, params)
     rate = float(learning_rate(config, 1000)(0))
     # Clipped by 10; the first Adam update is the gradient's sign.
     np.testing.assert_allclose(updates.kernel, -rate * (1 + 0.1 * 2.0), rtol=1e-4)

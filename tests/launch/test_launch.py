@@ -1,0 +1,161 @@
+"""Command lines as a user types them: what they print, and how they refuse."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN
+
+from launch.benchmark import interleaved
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def _run(*arguments, cwd=ROOT):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def _assert_refused(result, status, *words):
+    assert result.returncode == status, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in last
+
+
+def test_from_text_to_filled_blanks(tmp_path, corpus):
+    """Tokenizer, training, export, conversion back, INT4 generation: each by its command."""
+    (tmp_path / "text.txt").write_text("\n".join(corpus.sentences[:300]), encoding="utf-8")
+    result = _run(
+        "launch.train_tokenizer",
+        f"--input={tmp_path}/text.txt",
+        f"--output={tmp_path}/tokenizer",
+        "--num_text_tokens=1500",
+    )
+    assert result.returncode == 0, result.stderr
+    train = (
+        "launch.train",
+        "--config=configs/train_tiny.py",
+        f"--workdir={tmp_path}/run",
+        f"--config.data.files={tmp_path}/text.txt",
+        f"--config.data.tokenizer={tmp_path}/tokenizer",
+        "--config.steps=6",
+        "--config.model.num_layers=1",
+    )
+    result = _run(*train)
+    assert result.returncode == 0, result.stderr
+    assert "step 6, loss " in result.stdout
+    assert "training:" in result.stderr
+    model = tmp_path / "run" / "model"
+    result = _run(
+        "convert.orbax_to_sat", f"--input={model}", f"--output={tmp_path}/sat", "--shards=4"
+    )
+    assert result.returncode == 0, result.stderr
+    convert = (
+        "convert.sat_to_orbax",
+        f"--input={tmp_path}/sat",
+        f"--output={tmp_path}/back",
+        "--num_heads=4",
+        "--max_sequence_length=128",
+        f"--tokenizer={tmp_path}/tokenizer",
+    )
+    result = _run(*convert)
+    assert result.returncode == 0, result.stderr
+    assert "from 4 shards" in result.stdout
+    _assert_refused(_run(*convert), 1, "is not empty")
+    (tmp_path / "prompts.txt").write_text("Paris is in [MASK].\n法国的首都是\n", encoding="utf-8")
+    result = _run(
+        "launch.generate",
+        f"--checkpoint={tmp_path}/back",
+        f"--input={tmp_path}/prompts.txt",
+        "--dtype=float32",
+        "--quantization=int4",
+        "--max_length=24",
+        "--top_k=3",
+        "--temperature=0.8",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "is in" in result.stdout
+    assert "法国的首都是" in result.stdout
+    assert "[MASK]" not in result.stdout
+
+
+def test_the_demo_from_end_to_end(tmp_path):
+    result = _run("launch.demo", f"--output={tmp_path}/demo", "--steps=12")
+    assert result.returncode == 0, result.stderr
+    for line in ("float32 ", "INT8 ", "INT4 ", "always the commonest answer"):
+        assert f"\n{line}" in result.stdout
+    assert "loss: " in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["launch.generate"], 2, ["--checkpoint"]),
+        (["launch.generate", "--checkpoint=x", "--beams=3"], 2, ["beams"]),
+        (["launch.generate", "--checkpoint=x", "stray"], 2, ["stray"]),
+        (["launch.generate", "--checkpoint=nowhere", "--tokenizer=no"], 1, ["is missing"]),
+        (["launch.generate", "--checkpoint=x", "--input=nowhere.txt"], 1, ["nowhere.txt"]),
+        (["launch.generate", "--checkpoint=x", "--temperature=-1"], 1, ["temperature"]),
+        (["launch.train", "--workdir=w", "--config=configs/none.py"], 2, ["none.py"]),
+        (
+            ["launch.train", "--workdir=w", "--config=configs/train_tiny.py", "--config.stesp=3"],
+            2,
+            ["stesp"],
+        ),
+        (["launch.train", "--workdir=w", "--config=configs/train_tiny.py"], 1, ["data.files"]),
+        (["launch.train_tokenizer", "--input=no*.txt", "--output=o"], 1, ["no*.txt"]),
+        (
+            ["convert.sat_to_orbax", "--input=nowhere", "--output=o", "--num_heads=8"],
+            1,
+            ["nowhere"],
+        ),
+        (["convert.orbax_to_sat", "--input=nowhere", "--output=o"], 1, ["nowhere"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_bad_input_is_one_line_and_a_status(tmp_path, arguments, status, words):
+    if arguments[-1].startswith("--config=") or "--config.stesp=3" in arguments:
+        arguments = [a.replace("configs/", f"{ROOT}/configs/") for a in arguments]
+    _assert_refused(_run(*arguments, cwd=tmp_path), status, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_without_tokenizer_is_refused(tmp_path):
+    _run(
+        "convert.sat_to_orbax",
+        f"--input={GOLDEN}/checkpoints/tp2",
+        f"--output={tmp_path}/model",
+        "--num_heads=8",
+        "--max_sequence_length=64",
+    )
+    (tmp_path / "prompts.txt").write_text("one\n")
+    result = _run(
+        "launch.generate", f"--checkpoint={tmp_path}/model", f"--input={tmp_path}/prompts.txt"
+    )
+    _assert_refused(result, 1, "tokenizer.model is missing")
+
+
+def test_interleaved_runs_every_case_in_every_round():
+    calls = []
+    seconds = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    assert calls == ["a", "b"] * 4
+    assert [len(times) for times in seconds.values()] == [3, 3]
+
+
+def test_every_config_builds_its_model():
+    import importlib
+
+    from glm_jax.training.config import model_config
+
+    for file in sorted((ROOT / "configs").glob("*.py")):
+        if file.stem != "__init__":
+            config = importlib.import_module(f"configs.{file.stem}").get_config()
+            assert model_config(config).num_layers > 0
