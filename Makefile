@@ -19,15 +19,17 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m launch.benchmark --suite=decode_step
+	$(BIN)/python -m launch.benchmark --suite=kernels
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo_output bench_output
+	rm -rf $(VENV) build *.egg-info demo_output bench_output glm_jax/kernels/quantized_matmul/*.so
 
-$(VENV)/.base: setup.py requirements.txt
+$(VENV)/.base: setup.py requirements.txt $(wildcard glm_jax/kernels/quantized_matmul/cpu*)
 	$(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
-	$(INSTALL) -e .
+	$(INSTALL) jaxlib setuptools
+	$(INSTALL) --no-build-isolation -e .
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(INSTALL) -e .[test]
+	$(INSTALL) --no-build-isolation -e .[test]
 	touch $@

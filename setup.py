@@ -2,7 +2,24 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+_KERNEL = "glm_jax/kernels/quantized_matmul"
+
+
+class BuildKernel(build_ext):
+    """Builds the CPU kernel as a plain shared library; without a compiler, goes without."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def build_extension(self, extension: Extension) -> None:
+        import jaxlib
+
+        extension.include_dirs.append(str(Path(jaxlib.__file__).parent / "include"))
+        super().build_extension(extension)
+
 
 setup(
     name="glm_jax",
@@ -14,6 +31,17 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["glm_jax*", "convert*", "launch*", "configs*"]),
     package_data={"glm_jax.data.tables": ["*.tsv"]},
+    cmdclass={"build_ext": BuildKernel},
+    ext_modules=[
+        Extension(
+            "glm_jax.kernels.quantized_matmul.libglm_jax_cpu",
+            sources=[f"{_KERNEL}/cpu.cc"],
+            depends=[f"{_KERNEL}/cpu_kernel.inc"],
+            language="c++",
+            extra_compile_args=["-O3", "-std=c++17", "-Wno-psabi"],
+            optional=True,
+        )
+    ],
     install_requires=[
         "absl-py>=2.1",
         "flax>=0.12",

@@ -15,6 +15,8 @@ from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.decoding import sampling as sampling_lib
 from glm_jax.decoding.sampling import Sampling
 from glm_jax.errors import UserError
+from glm_jax.kernels.quantized_matmul.api import is_quantized
+from glm_jax.kernels.quantized_matmul.api import prepare as prepare_weight
 from glm_jax.model import glm
 from glm_jax.model.cache import KVCache, init_cache
 from glm_jax.model.params import GLMParams, unstack_layers
@@ -80,11 +82,22 @@ class SamplingArrays:
 def prepare(params: GLMParams) -> GLMParams:
     """Parameters in the form that decodes fastest here.
 
-    On CPU a scan copies each layer's weights in every step, so layers are unstacked;
-    elsewhere the scanned form stays. Call it once where many prompts follow.
+    On CPU a scan copies each layer's weights in every step, so layers are unstacked, and on
+    a single CPU device quantised kernels are laid out for the CPU kernel. Elsewhere the
+    scanned form stays. Call it once where many prompts follow.
     """
-    platform = next(iter(jax.tree.leaves(params)[0].devices())).platform
-    return unstack_layers(params) if platform == "cpu" else params
+    devices = params.word_embeddings.devices()
+    if next(iter(devices)).platform != "cpu":
+        return params
+    params = unstack_layers(params)
+    if len(devices) > 1:
+        return params
+    prepared: GLMParams = jax.tree.map(
+        lambda leaf: prepare_weight(leaf) if is_quantized(leaf) else leaf,
+        params,
+        is_leaf=is_quantized,
+    )
+    return prepared
 
 
 def generate(

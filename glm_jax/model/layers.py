@@ -6,9 +6,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from glm_jax.config import GLMConfig
-from glm_jax.kernels.quantized_matmul.api import quantized_matmul
+from glm_jax.kernels.quantized_matmul.api import is_quantized, quantized_matmul
 from glm_jax.model.params import LayerNormParams, LinearParams
-from glm_jax.quantization import QuantizedArray
 
 
 def layer_norm(
@@ -29,7 +28,7 @@ def linear(x: Float[Array, "..."], params: LinearParams) -> Float[Array, "..."]:
     Accumulates in float32 and rounds once, to x's dtype.
     """
     kernel = params.kernel
-    if isinstance(kernel, QuantizedArray):
+    if is_quantized(kernel):
         product = quantized_matmul(x, kernel)
     else:
         product = jax.lax.dot_general(

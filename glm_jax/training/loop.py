@@ -47,9 +47,14 @@ def train(config: ConfigDict, workdir: Path) -> list[dict[str, float]]:
     batches = _batches(config, tokenizer)
     optimizer = make_optimizer(config.optimizer, config.steps)
     # Closing waits for saves that are under way, also when a step fails.
-    with contextlib.closing(
-        RunCheckpoints(workdir / "checkpoints", config.checkpoint_every, config.checkpoints_kept)
-    ) as checkpoints:
+    with (
+        contextlib.closing(
+            RunCheckpoints(
+                workdir / "checkpoints", config.checkpoint_every, config.checkpoints_kept
+            )
+        ) as checkpoints,
+        contextlib.closing(tensorboardX.SummaryWriter(str(workdir / "tensorboard"))) as writer,
+    ):
         restored = checkpoints.restore_latest(abstract_state(model, optimizer, mesh))
         if restored is None:
             state = init_state(model, optimizer, jax.random.key(config.seed), mesh)
@@ -57,7 +62,7 @@ def train(config: ConfigDict, workdir: Path) -> list[dict[str, float]]:
             state, data_state = restored
             batches.set_state(data_state)
         with jax.set_mesh(mesh):
-            state, history = _run(config, model, optimizer, state, batches, checkpoints, workdir)
+            state, history = _run(config, model, optimizer, state, batches, checkpoints, writer)
     if not (workdir / MODEL_FOLDER).exists():
         save_model(workdir / MODEL_FOLDER, model, state.params, tokenizer.files)
     return history
@@ -70,13 +75,12 @@ def _run(
     state: TrainState,
     batches: Any,
     checkpoints: RunCheckpoints,
-    workdir: Path,
+    writer: tensorboardX.SummaryWriter,
 ) -> tuple[TrainState, list[dict[str, float]]]:
     schedule = learning_rate(config.optimizer, config.steps)
     step, history = int(state.step), []
     tokens_per_step = config.data.batch_size * config.data.sequence_length
     began, counted = time.perf_counter(), step
-    writer = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
     bar = tqdm(total=config.steps, initial=step, desc="training", unit="step")
     while step < config.steps:
         state, metrics = train_step(state, _on_mesh(next(batches)), model, optimizer)
@@ -97,7 +101,6 @@ def _run(
         if checkpoints.is_due(step) or step == config.steps:
             checkpoints.save(step, state, batches.get_state())
     bar.close()
-    writer.close()
     return state, history
 
 

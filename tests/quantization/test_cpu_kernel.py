@@ -1,0 +1,93 @@
+"""The C++ kernel equals the reference, whatever vectors the machine has."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import load_golden
+
+from glm_jax.decoding.generate import generate, prepare
+from glm_jax.kernels.quantized_matmul import cpu, reference
+from glm_jax.kernels.quantized_matmul.api import prepare as prepare_weight
+from glm_jax.kernels.quantized_matmul.api import quantized_matmul
+from glm_jax.kernels.quantized_matmul.cpu import TiledArray
+from glm_jax.model import params as glm_params
+from glm_jax.quantization import QuantizedArray, dequantize, pack_int4, quantize
+
+pytestmark = pytest.mark.skipif(
+    not cpu.is_available(), reason="the CPU kernel is not built: no C++ compiler at installation"
+)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("widest", [512, 256, 0])
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "groups"), [(64, (2, 24), 1), (96, (5,), 3), (128, (3, 3, 8), 4)]
+)
+def test_equals_the_reference(bits, widest, inputs, outputs, groups):
+    axis = -1 - len(outputs)
+    weight = quantize(jax.random.normal(jax.random.key(0), (inputs, *outputs)), bits, axis, groups)
+    tiled = cpu.tile(weight)
+    assert tiled.shape == weight.shape
+    for rows in (1, 3, 8, 33):
+        x = jax.random.normal(jax.random.key(rows), (rows, inputs))
+        expected = reference.matmul(x, weight)
+        np.testing.assert_allclose(cpu.matmul(x, tiled, widest), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_every_value_of_every_place_survives(bits):
+    """A one in each input in turn picks out that row of the weight."""
+    largest = 2 ** (bits - 1)
+    values = np.random.default_rng(0).integers(-largest, largest, (32, 20)).astype(np.int8)
+    scales = jnp.ones((1, 20))
+    packed = jnp.asarray(values)
+    if bits == 4:
+        packed = pack_int4(packed, 0)
+    tiled = cpu.tile(QuantizedArray(packed, scales, bits, -2))
+    np.testing.assert_array_equal(cpu.matmul(jnp.eye(32), tiled), values)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_under_jit_with_leading_axes(dtype):
+    weight = quantize(jax.random.normal(jax.random.key(0), (64, 2, 40)), 4, -3)
+    x = jax.random.normal(jax.random.key(1), (2, 3, 64)).astype(dtype)
+    got = jax.jit(quantized_matmul)(x, prepare_weight(weight))
+    assert got.shape == (2, 3, 2, 40)
+    expected = reference.matmul(x.astype(jnp.float32), weight)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_shapes_that_do_not_fit_stay_as_they_are():
+    weight = quantize(jnp.ones((12, 4)), 4, -2)
+    assert prepare_weight(weight) is weight
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_decoding_uses_it_and_writes_what_the_dequantised_weights_write(tiny_model, bits):
+    config, params = tiny_model
+    _assert_decodes_as_dequantised(config, glm_params.quantize_params(params, bits), TiledArray)
+
+
+@pytest.mark.parametrize("folder", ["int8_tp2", "int4_tp1"])
+def test_shards_of_the_original_decode_as_their_dequantised_weights(golden_special, folder):
+    """Scales per shard are groups along the inputs."""
+    config, params = load_golden(folder, "float32")
+    config = config.replace(special_tokens=golden_special)
+    _assert_decodes_as_dequantised(config, params, TiledArray)
+
+
+def _assert_decodes_as_dequantised(config, params, kind):
+    def is_quantized(leaf):
+        return isinstance(leaf, QuantizedArray)
+
+    def dequantized(leaf):
+        return dequantize(leaf, jnp.float32) if is_quantized(leaf) else leaf
+
+    prepared = prepare(params)
+    assert isinstance(prepared.layers[0].dense_4h_to_h.kernel, kind)
+    special = config.special_tokens
+    prompts = [[5, 6, 7, special.gmask], [9, special.mask, 11]]
+    exact = jax.tree.map(dequantized, params, is_leaf=is_quantized)
+    expected = generate(exact, config, prompts, max_length=24)
+    assert generate(prepared, config, prompts, max_length=24) == expected
