@@ -58,6 +58,12 @@ def test_under_jit_with_leading_axes(dtype):
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
+def test_without_a_compiler_there_is_one_warning_and_the_plain_path(monkeypatch):
+    monkeypatch.setattr(cpu, "LIBRARY", "never_built.so")
+    with pytest.warns(UserWarning, match="CPU kernel is not built"):
+        assert not cpu.is_available.__wrapped__()
+
+
 def test_shapes_that_do_not_fit_stay_as_they_are():
     weight = quantize(jnp.ones((12, 4)), 4, -2)
     assert prepare_weight(weight) is weight
