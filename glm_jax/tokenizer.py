@@ -10,7 +10,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +117,14 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text; [MASK], [gMASK], [sMASK], <sop> and their like become special ids."""
         ids: list[int] = []
-        for part in _SPECIAL_PATTERN.split(text):
+        parts = _SPECIAL_PATTERN.split(text)
+        for i, part in enumerate(parts):
             if part in _SPECIAL_TEXTS:
                 ids.append(getattr(self.special_tokens, _SPECIAL_TEXTS[part]))
             elif self._config.segments == "separate":
                 ids.extend(self._encode_pieces(part))
             else:
-                ids.extend(self._encode_continued(part, ids, text))
+                ids.extend(self._encode_continued(part, i == 0, i == len(parts) - 1))
         return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
@@ -139,13 +140,12 @@ class Tokenizer:
         pieces = self._processor.EncodeAsIds(_protect_blanks(text))
         return [self._config.text_offset + piece for piece in pieces]
 
-    def _encode_continued(self, part: str, before: Sequence[int], text: str) -> list[int]:
+    def _encode_continued(self, part: str, is_first: bool, is_last: bool) -> list[int]:
         """A part of a running text. The blank before a special token belongs to what will
         fill it, because a word's blank is part of its piece."""
-        is_last = text.endswith(part)
         if not is_last and part.endswith(" ") and not part.endswith("  "):
             part = part[:-1]
-        if not part or not before:
+        if not part or is_first:
             return self._encode_pieces(part)
         return self._encode_pieces(LINE_BREAK + part)[len(self._continued_prefix) :]
 

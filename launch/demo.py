@@ -18,12 +18,12 @@ from glm_jax import cli
 from glm_jax.data import facts
 from glm_jax.decoding.blank_filling import fill_blanks
 from glm_jax.decoding.quiz import Score, ask
-from glm_jax.model.checkpoint import restore
+from glm_jax.model.checkpoint import refuse_non_empty, restore
 from glm_jax.tokenizer import train_tokenizer
 from glm_jax.training.loop import MODEL_FOLDER, train
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("output", "demo_output", "folder to write; what it holds is removed")
+flags.DEFINE_string("output", "demo_output", "folder to write; an earlier demo there is removed")
 flags.DEFINE_integer("steps", None, "training steps; those of configs/demo.py by default")
 
 _SHARDS = 4
@@ -39,11 +39,13 @@ _TEXTS = (
 def main() -> None:
     began = time.perf_counter()
     output = Path(FLAGS.output)
+    text = output / "facts.txt"
+    if not text.exists():
+        refuse_non_empty(output)  # what another demo left may go, nothing else
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
 
     corpus = facts.build_corpus()
-    text = output / "facts.txt"
     text.write_text("\n".join(corpus.sentences) + "\n", encoding="utf-8")
     print(f"corpus: {len(corpus.sentences)} sentences, {len(corpus.questions)} forms held out")
 

@@ -82,6 +82,16 @@ def test_a_blank_looks_in_a_prompt_as_in_running_text(tokenizer):
         assert tokenizer.decode(blank).strip() == answer
 
 
+def test_the_blank_before_a_mask_belongs_to_its_answer_wherever_the_mask_is(tokenizer):
+    mask = tokenizer.special_tokens.mask
+    once = tokenizer.encode("x [MASK]")
+    assert once == [*tokenizer.encode("x"), mask]
+    # The same words again behind the mask, the last blank of the text included.
+    twice = tokenizer.encode("x [MASK] x ")
+    assert twice[: len(once)] == once
+    assert tokenizer.decode(twice) == "x[MASK] x "
+
+
 def test_decode_names_or_skips_special_tokens(tokenizer):
     special = tokenizer.special_tokens
     ids = [*tokenizer.encode("Paris"), special.eop, special.mask]

@@ -95,6 +95,12 @@ def test_the_demo_from_end_to_end(tmp_path):
     assert "loss: " in result.stdout
 
 
+def test_the_demo_removes_nothing_but_an_earlier_demo(tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    _assert_refused(_run("launch.demo", f"--output={tmp_path}"), 1, "is not empty")
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
