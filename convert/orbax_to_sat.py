@@ -1,4 +1,4 @@
-"""Writes a model folder as released-layout shards, for the original's code.
+"""Writes a model folder as released-layout shards.
 
 python -m convert.orbax_to_sat --input=DIR --output=DIR --shards=8
 """

@@ -1,6 +1,5 @@
 """Finds a released checkpoint's shards and joins their tensors one by one."""
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -226,7 +225,7 @@ def convert_shards(
     checkpoint = SatCheckpoint(source)
     config = checkpoint.config(num_heads, max_sequence_length)
     if tokenizer is not None:
-        config = dataclasses.replace(config, special_tokens=tokenizer.special_tokens)
+        config = config.replace(special_tokens=tokenizer.special_tokens)
     params = checkpoint.params(config)
     save_model(output, config, params, () if tokenizer is None else tokenizer.files)
     bits = checkpoint.bits(config)

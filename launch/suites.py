@@ -76,7 +76,6 @@ def _step_case(config: GLMConfig, params: GLMParams) -> Case:
             position_ids=one(),
             position_steps=one(),
             index=one(),
-            lengths=one(),
             is_done=jnp.zeros(1, bool),
         )
     ]

@@ -54,8 +54,6 @@ def fill_blanks(
     """Fills every [MASK] of a text; one with none of them has its [sMASK]s filled; else a
     [gMASK], put at the end where there is no mask, is written on from.
 
-    A text that doesn't end in a mask is closed by eos, as the original does.
-
     Args:
       max_length: tokens of text, sop and answer, the model's positions by default.
       sampling: greedy by default.
@@ -70,11 +68,7 @@ def fill_blanks(
     params = prepare(params)
     limit = max_length or config.max_sequence_length
     ends = special.end_tokens if end_tokens is None else tuple(end_tokens)
-    tokens = tokenizer.encode(text)
-    if not {special.mask, special.smask, special.gmask} & set(tokens):
-        tokens.append(special.gmask)
-    elif not text.endswith("MASK]"):
-        tokens.append(special.eos)
+    tokens = encode_prompt(tokenizer, text)
     if len(tokens) + 2 > limit:
         raise PromptError(f"the text has {len(tokens)} tokens: no room for an answer in {limit}")
     mask = next(m for m in (special.mask, special.smask, special.gmask) if m in tokens)
@@ -112,6 +106,20 @@ def fill_blanks(
         blanks=tuple(tokenizer.decode(blank) for blank in blanks),
         pieces=_decode_pieces(tokenizer, pieces),
     )
+
+
+def encode_prompt(tokenizer: TextCodec, text: str) -> list[int]:
+    """Ids of a text with blanks; [gMASK] is put at the end of one that has none.
+
+    A text that doesn't end in a mask is closed by eos, as the original does.
+    """
+    special = tokenizer.special_tokens
+    tokens = tokenizer.encode(text)
+    if not {special.mask, special.smask, special.gmask} & set(tokens):
+        tokens.append(special.gmask)
+    elif not text.endswith("MASK]"):
+        tokens.append(special.eos)
+    return tokens
 
 
 def _decode_pieces(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.decoding import sampling as sampling_lib
@@ -65,7 +65,6 @@ class DecodeState:
     position_ids: Int[Array, " batch"]
     position_steps: Int[Array, " batch"]
     index: Int[Array, " batch"]
-    lengths: Int[Array, " batch"]
     is_done: Bool[Array, " batch"]
 
 
@@ -191,7 +190,6 @@ def _prefill(
         position_ids=jnp.asarray(last),
         position_steps=jnp.array([row.mask_position is None for row in rows], jnp.int32),
         index=jnp.asarray(lengths - 1),
-        lengths=jnp.asarray(lengths),
         is_done=jnp.zeros(len(rows), bool),
     )
     return logits, state
@@ -245,10 +243,15 @@ def choose(
     logits: Float[Array, "batch vocab"],
     state: DecodeState,
     settings: SamplingArrays,
+    limit: Int[ArrayLike, ""],
     is_greedy: bool,
     ends: tuple[int, ...],
 ) -> tuple[Int[Array, " batch"], DecodeState]:
-    """The next token of each row (-1 where the row had ended) and the state to run it."""
+    """The next token of each row (-1 where the row had ended) and the state to run it.
+
+    A row also ends with `limit` tokens, context and sop included.
+    """
+    is_done = state.is_done | (state.index + 1 >= limit)
     if is_greedy:
         chosen = sampling_lib.greedy(logits)
     else:
@@ -256,14 +259,14 @@ def choose(
         chosen = sampling_lib.sample(
             logits, keys, settings.temperature, settings.top_k, settings.top_p
         )
-    emitted = jnp.where(state.is_done, -1, chosen)
+    emitted = jnp.where(is_done, -1, chosen)
     is_end = jnp.isin(chosen, jnp.array(ends, jnp.int32))
-    moved = jnp.where(state.is_done, 0, 1)
+    moved = jnp.where(is_done, 0, 1)
     state = state.replace(  # type: ignore[attr-defined]
         tokens=chosen,
         position_ids=state.position_ids + state.position_steps * moved,
         index=state.index + moved,
-        is_done=state.is_done | is_end,
+        is_done=is_done | is_end,
     )
     return emitted, state
 
@@ -279,20 +282,18 @@ def _run_steps(
     seed: int,
     on_tokens: Callable[[np.ndarray], None] | None,
 ) -> list[list[int]]:
-    lengths = np.asarray(state.lengths)
-    settings = sampling_arrays([sampling] * len(lengths), seed)
-    outputs: list[list[int]] = [[] for _ in lengths]
-    for step in range(limit - int(lengths.min())):
-        # A row that reaches the limit stops, whatever the shorter ones still do.
-        state = state.replace(is_done=state.is_done | (lengths + step >= limit))  # type: ignore[attr-defined]
-        emitted, state = choose(logits, state, settings, sampling.is_greedy, ends)
+    settings = sampling_arrays([sampling] * len(logits), seed)
+    outputs: list[list[int]] = [[] for _ in range(len(logits))]
+    steps = limit - 1 - int(np.min(np.asarray(state.index)))
+    for step in range(steps):
+        emitted, state = choose(logits, state, settings, limit, sampling.is_greedy, ends)
         tokens = np.asarray(emitted)
         if on_tokens is not None:
             on_tokens(tokens)
         for output, token in zip(outputs, tokens.tolist(), strict=True):
             if token >= 0:
                 output.append(token)
-        if bool(np.all(np.asarray(state.is_done))) or step + 1 == limit - int(lengths.min()):
+        if bool(np.all(np.asarray(state.is_done))) or step + 1 == steps:
             break
         logits, state = decode_step(params, config, state)
     return outputs

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TextIO
 
 from glm_jax.config import GLMConfig
-from glm_jax.decoding.blank_filling import FilledText, fill_blanks
+from glm_jax.decoding.blank_filling import FilledText, TextCodec, fill_blanks
 from glm_jax.decoding.generate import PromptError, prepare
 from glm_jax.decoding.sampling import Sampling
 from glm_jax.model.params import GLMParams
-from glm_jax.tokenizer import Tokenizer
 
 _GREEN_UNDERLINED, _PLAIN = "\x1b[32;4m", "\x1b[0m"
 
@@ -49,7 +48,7 @@ def _ask() -> str:
 def fill_all(
     params: GLMParams,
     config: GLMConfig,
-    tokenizer: Tokenizer,
+    tokenizer: TextCodec,
     texts: Iterable[str],
     sampling: Sampling,
     max_length: int | None,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from glm_jax.config import GLMConfig
 from glm_jax.data.facts import Question
+from glm_jax.decoding.blank_filling import encode_prompt
 from glm_jax.decoding.generate import generate, prepare
 from glm_jax.model.params import GLMParams
 from glm_jax.tokenizer import Tokenizer
@@ -41,7 +42,7 @@ def ask(
     """Greedy answers to all questions; blanks around an answer don't count."""
     params = prepare(params)
     special = tokenizer.special_tokens
-    prompts = [_prompt(tokenizer, question) for question in questions]
+    prompts = [encode_prompt(tokenizer, question.text) for question in questions]
     # One shape for all batches: the longest prompt decides, the last batch is filled up.
     max_length = max(map(len, prompts)) + _ANSWER_ROOM
     results: list[tuple[Question, str, bool]] = []
@@ -60,10 +61,3 @@ def ask(
             results.append((question, answer, answer == question.answer))
     speed = generated / seconds if seconds else float("nan")
     return Score(tuple(results), speed)
-
-
-def _prompt(tokenizer: Tokenizer, question: Question) -> list[int]:
-    tokens = tokenizer.encode(question.text)
-    if not question.text.endswith("MASK]"):
-        tokens.append(tokenizer.special_tokens.eos)
-    return tokens

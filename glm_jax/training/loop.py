@@ -1,7 +1,6 @@
 """A whole run: data, steps, metrics, checkpoints and the finished model."""
 
 import contextlib
-import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -111,7 +110,7 @@ def _model_for(config: ConfigDict, tokenizer: Tokenizer) -> GLMConfig:
             f"model.vocab_size={model.vocab_size} is less than the tokenizer's "
             f"{tokenizer.vocab_size}: --config.model.vocab_size=..."
         )
-    return dataclasses.replace(model, special_tokens=tokenizer.special_tokens)
+    return model.replace(special_tokens=tokenizer.special_tokens)
 
 
 def _batches(config: ConfigDict, tokenizer: Tokenizer) -> Any:

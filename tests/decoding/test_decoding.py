@@ -12,6 +12,7 @@ from conftest import GOLDEN
 
 from glm_jax.decoding.blank_filling import fill_blanks
 from glm_jax.decoding.generate import Prompt, PromptError, bucket, decode_step, generate, prefill
+from glm_jax.decoding.interactive import fill_all
 from glm_jax.decoding.sampling import Sampling, SamplingError, filter_logits, sample
 
 DECODE = json.loads((GOLDEN / "decode.json").read_text())["cases"]
@@ -77,6 +78,20 @@ def test_filling_equals_the_original(golden_float32, golden_special, case):
     assert filled.text == case["answers"][0]
     assert list(filled.blanks) == case["blanks"][0]
     assert "".join(text for text, _ in filled.pieces) == filled.text
+
+
+def test_a_text_too_long_is_an_error_of_its_own_and_the_others_are_answered(
+    golden_float32, golden_special, capsys
+):
+    config, params = golden_float32
+    texts = ["t3 [MASK]", " ".join(["t5"] * 30), "t12 t13"]
+    tokenizer = WordTokenizer(golden_special)
+    assert fill_all(params, config, tokenizer, texts, Sampling(), 12, seed=0) == 1
+    printed = capsys.readouterr()
+    first, second = printed.out.splitlines()
+    assert first.startswith("t3 t269")
+    assert second.startswith("t12 t13 ")
+    assert printed.err.startswith("error: line 2: the text has 31 tokens")
 
 
 def test_several_blanks_are_filled_from_left_to_right(golden_float32, golden_special):
