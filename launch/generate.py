@@ -19,7 +19,9 @@ flags.DEFINE_string("tokenizer", None, "folder or .model file; the checkpoint's 
 flags.DEFINE_string("input", None, "a text a line; asked for in the terminal by default")
 flags.DEFINE_string("mesh", None, "sizes of data,fsdp,tensor, such as 1,1,8; one device by default")
 flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "as stored by default")
-flags.DEFINE_enum("quantization", None, ["int8", "int4"], "quantises a float checkpoint")
+flags.DEFINE_string(
+    "quantization", None, "quantises a float checkpoint: int8, int4, or int4,group=128,zero_point"
+)
 flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token")
 flags.DEFINE_integer("top_k", 0, "keep only the k likeliest tokens; 0 keeps all")
 flags.DEFINE_float("top_p", 0.0, "keep the likeliest tokens up to this probability; 0 keeps all")

@@ -15,7 +15,7 @@ from glm_jax.kernels.quantized_matmul.api import quantized_matmul
 from glm_jax.model import params as glm_params
 from glm_jax.model.cache import init_cache
 from glm_jax.model.params import GLMParams
-from glm_jax.quantization import quantize
+from glm_jax.quantization import Scheme, quantize
 
 Case = Callable[[], object]
 ROWS = (1, 4, 8, 32, 128)
@@ -36,7 +36,7 @@ def decode_step_suite() -> Iterator[tuple[str, dict[str, Case]]]:
         "float32": _step_case(config, prepare(params)),
     }
     for bits in (8, 4):
-        quantized = glm_params.quantize_params(params, bits)
+        quantized = glm_params.quantize_params(params, Scheme(bits))
         cases[f"int{bits}"] = _step_case(config, prepare(quantized))
     megabytes = 4 * glm_params.parameter_count(config) / 1e6
     title = f"decode step, {config.num_layers} layers of {config.hidden_size}, {megabytes:.0f} MB"
@@ -50,7 +50,9 @@ def kernels_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     """
     for inputs, outputs in SHAPES:
         weight = jax.random.normal(jax.random.key(0), (inputs, outputs))
-        tiled = {f"int{bits}": prepare_weight(quantize(weight, bits, -2)) for bits in (8, 4)}
+        tiled = {
+            f"int{bits}": prepare_weight(quantize(weight, Scheme(bits), -2)) for bits in (8, 4)
+        }
         peers = _torch_products(inputs, outputs)
         for rows in ROWS:
             x = jax.random.normal(jax.random.key(1), (rows, inputs))

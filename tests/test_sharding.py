@@ -10,7 +10,7 @@ from glm_jax.decoding.generate import generate
 from glm_jax.model import glm
 from glm_jax.model import params as glm_params
 from glm_jax.model.visibility import Visibility
-from glm_jax.quantization import QuantizedArray
+from glm_jax.quantization import QuantizedArray, Scheme
 from glm_jax.sharding import MeshError, parameter_sharding, parse_mesh
 from glm_jax.training.config import default_config
 from glm_jax.training.optimizer import make_optimizer
@@ -91,7 +91,7 @@ def test_quantized_parameters_shard_like_float_ones(tiny_model, bits, tmp_path):
     from glm_jax import restore, save_model
 
     config, params = tiny_model
-    quantized = glm_params.quantize_params(params, bits)
+    quantized = glm_params.quantize_params(params, Scheme(bits))
     save_model(tmp_path / "model", config, quantized)
     _, sharded = restore(tmp_path / "model", mesh=make_mesh((1, 1, 8)))
     kernel = sharded.layers.dense_4h_to_h.kernel

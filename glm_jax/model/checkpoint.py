@@ -18,12 +18,11 @@ from glm_jax import config as glm_config
 from glm_jax.config import ConfigError, GLMConfig
 from glm_jax.errors import UserError
 from glm_jax.model import params as glm_params
-from glm_jax.model.params import GLMParams, LinearParams
-from glm_jax.quantization import QuantizedArray
+from glm_jax.model.params import KERNEL_AXES, GLMParams, LinearParams
+from glm_jax.quantization import QuantizedArray, Scheme
 
 CONFIG_FILE = "config.json"
 PARAMS_FOLDER = "params"
-_BITS = {"int8": 8, "int4": 4}
 
 
 class CheckpointError(UserError):
@@ -99,17 +98,18 @@ def restore(
       mesh: where the parameters go, one device by default.
       dtype: "float32", "bfloat16" or "float16" for parameters and computation; as stored
         by default.
-      quantization: "int8" or "int4" quantises a float model after reading.
+      quantization: quantises a float model after reading: "int8", "int4", or with options
+        such as "int4,group=128,zero_point" (`Scheme.parse`).
 
     Returns:
       The config, and the parameters with layers stacked.
 
     Raises:
       CheckpointError: no complete model there, or one quantised in another way.
+      QuantizationError: `quantization` says nothing known, or groups do not divide.
       MeshError: the shapes do not divide over the mesh.
     """
-    if quantization is not None and quantization not in _BITS:
-        raise CheckpointError(f"quantization={quantization!r}: one of {tuple(_BITS)}, or None")
+    scheme = None if quantization is None else Scheme.parse(quantization)
     config = load_config(path)
     stored = Path(path).absolute() / PARAMS_FOLDER
     with ocp.StandardCheckpointer() as checkpointer:
@@ -120,21 +120,27 @@ def restore(
         target = _abstract_like(config, metadata, mesh, path)
         state = checkpointer.restore(stored, serialization.to_state_dict(target))
     params: GLMParams = serialization.from_state_dict(target, state)
-    if quantization is not None:
-        params = _quantize_restored(params, quantization, path)
+    if scheme is not None:
+        params = _quantize_restored(params, scheme, path)
     if dtype is not None:
         config = config.replace(param_dtype=dtype, compute_dtype=dtype)
         params = glm_params.cast_params(params, dtype)
     return config, params
 
 
-def _quantize_restored(params: GLMParams, quantization: str, path: Any) -> GLMParams:
-    kernel = params.layers.dense.kernel  # type: ignore[union-attr]
+def _quantize_restored(params: GLMParams, scheme: Scheme, path: Any) -> GLMParams:
+    kernel = params.layers.query_key_value.kernel  # type: ignore[union-attr]
     if not isinstance(kernel, QuantizedArray):
-        return glm_params.quantize_params(params, _BITS[quantization])
-    if kernel.bits != _BITS[quantization]:
+        return glm_params.quantize_params(params, scheme)
+    is_other_group = scheme.group_size not in (None, kernel.group_size)
+    if (
+        kernel.bits != scheme.bits
+        or is_other_group
+        or scheme.zero_point != (kernel.zero_points is not None)
+    ):
         raise CheckpointError(
-            f"{path} is quantised to int{kernel.bits} already and cannot become {quantization}"
+            f"{path} is quantised to int{kernel.bits} already, {kernel.group_size} inputs a "
+            "group, and cannot become something else: quantise the float model"
         )
     return params
 
@@ -158,11 +164,15 @@ def _abstract_like(config: GLMConfig, metadata: Any, mesh: Mesh | None, path: An
         if mesh is not None:
             spec = getattr(specs.layers, name).kernel
             shardings = glm_params.quantized_sharding(mesh, spec, values.shape, scales.shape)
+        describe = lambda x, i: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[i])
+        zero_points = stored.get("zero_points")
         kernel = QuantizedArray(
-            values=jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=shardings[0]),
-            scales=jax.ShapeDtypeStruct(scales.shape, scales.dtype, sharding=shardings[1]),
+            values=describe(values, 0),
+            scales=describe(scales, 1),
             bits=8 * values.shape[1] // linear.kernel.shape[1],
             contraction_axis=glm_params.contraction_axis(values),
+            zero_points=None if zero_points is None else describe(zero_points, 1),
+            axes=KERNEL_AXES[name],
         )
         return LinearParams(kernel=kernel, bias=linear.bias)
 

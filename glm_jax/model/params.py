@@ -5,7 +5,6 @@ over. `unstack_layers` gives the tuple form that unrolled programs take.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from glm_jax.config import GLMConfig
-from glm_jax.quantization import QuantizedArray, quantize
+from glm_jax.quantization import Scheme, quantize
 from glm_jax.sharding import LogicalAxes, parameter_sharding
 
 Initializer = Callable[[PRNGKeyArray, tuple[int, ...], Any], Float[Array, "..."]]
@@ -56,7 +55,14 @@ class LayerParams:
     dense_4h_to_h: LinearParams
 
 
-LINEAR_NAMES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+# Logical axes of each kernel, [inputs, *outputs].
+KERNEL_AXES: dict[str, LogicalAxes] = {
+    "query_key_value": ("embed", "heads", None, "head_dim"),
+    "dense": ("heads", "embed"),
+    "dense_h_to_4h": ("embed", None, "mlp"),
+    "dense_4h_to_h": ("mlp", "embed"),
+}
+LINEAR_NAMES = tuple(KERNEL_AXES)
 
 
 @struct.dataclass
@@ -123,16 +129,11 @@ def specs(config: GLMConfig) -> GLMParams:
             bias=ParamSpec(shape, dtype, axes, _constant(0.0)),
         )
 
-    def linear(
-        inputs: tuple[int, str], outputs: list[tuple[int, str | None]], initializer: Initializer
-    ) -> LinearParams:
-        sizes = tuple(size for size, _ in outputs)
-        axes = tuple(axis for _, axis in outputs)
+    def linear(name: str, sizes: tuple[int, ...], initializer: Initializer) -> LinearParams:
+        axes = KERNEL_AXES[name]
         return LinearParams(
-            kernel=ParamSpec(
-                (layers, inputs[0], *sizes), dtype, ("layers", inputs[1], *axes), initializer
-            ),
-            bias=ParamSpec((layers, *sizes), dtype, ("layers", *axes), _constant(0.0)),
+            kernel=ParamSpec((layers, *sizes), dtype, ("layers", *axes), initializer),
+            bias=ParamSpec((layers, *sizes[1:]), dtype, ("layers", *axes[1:]), _constant(0.0)),
         )
 
     return GLMParams(
@@ -142,16 +143,12 @@ def specs(config: GLMConfig) -> GLMParams:
         layers=LayerParams(
             input_layernorm=layernorm((layers, "layers")),
             query_key_value=linear(
-                (hidden, "embed"),
-                [(heads, "heads"), (3, None), (head_dim, "head_dim")],
-                _query_key_value(hidden, gain),
+                "query_key_value", (hidden, heads, 3, head_dim), _query_key_value(hidden, gain)
             ),
-            dense=linear((hidden, "heads"), [(hidden, "embed")], _xavier(hidden, hidden, gain)),
+            dense=linear("dense", (hidden, hidden), _xavier(hidden, hidden, gain)),
             post_attention_layernorm=layernorm((layers, "layers")),
-            dense_h_to_4h=linear(
-                (hidden, "embed"), [(2, None), (inner, "mlp")], _xavier(hidden, inner, gain)
-            ),
-            dense_4h_to_h=linear((inner, "mlp"), [(hidden, "embed")], _xavier(inner, hidden, gain)),
+            dense_h_to_4h=linear("dense_h_to_4h", (hidden, 2, inner), _xavier(hidden, inner, gain)),
+            dense_4h_to_h=linear("dense_4h_to_h", (inner, hidden), _xavier(inner, hidden, gain)),
         ),
         final_layernorm=layernorm(),
     )
@@ -227,22 +224,24 @@ def contraction_axis(kernel: Any) -> int:
     return 1 - len(kernel.shape)
 
 
-def quantize_params(params: GLMParams, bits: int) -> GLMParams:
-    """The four linears of each layer in 8 or 4 bits, one scale per output row.
+def quantize_params(params: GLMParams, scheme: Scheme) -> GLMParams:
+    """The four linears of each (stacked) layer in 8 or 4 bits.
 
     Embedding, layernorms and biases stay as they are, as in the original.
 
     Raises:
-      QuantizationError: `bits` is neither 8 nor 4.
+      QuantizationError: a kernel's inputs do not divide into the scheme's groups.
     """
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def quantize_kernel(kernel: Array, axis: int) -> QuantizedArray:
-        return quantize(kernel, bits, axis)
-
     def convert(name: str, linear: LinearParams) -> LinearParams:
-        kernel = quantize_kernel(linear.kernel, contraction_axis(linear.kernel))
-        return LinearParams(kernel=kernel, bias=linear.bias)
+        axis = contraction_axis(linear.kernel)
+        # Layer after layer: floats beside integers are then one layer's, not the model's.
+        quantize_layers = jax.jit(
+            lambda kernel: jax.lax.map(
+                lambda layer: quantize(layer, scheme, axis, KERNEL_AXES[name]), kernel
+            )
+        )
+        return LinearParams(kernel=quantize_layers(linear.kernel), bias=linear.bias)
 
     return map_linears(convert, params)
 

@@ -1,11 +1,14 @@
 """Weights held in 8 or 4 bits with a scale per output row and group of inputs."""
 
-from glm_jax.quantization.array import QuantizationError, QuantizedArray, dequantize, quantize
+from glm_jax.quantization.array import QuantizedArray, dequantize
 from glm_jax.quantization.packing import pack_int4, unpack_int4
+from glm_jax.quantization.quantize import quantize
+from glm_jax.quantization.scheme import QuantizationError, Scheme
 
 __all__ = [
     "QuantizationError",
     "QuantizedArray",
+    "Scheme",
     "dequantize",
     "pack_int4",
     "quantize",

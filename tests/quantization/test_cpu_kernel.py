@@ -12,7 +12,7 @@ from glm_jax.kernels.quantized_matmul.api import prepare as prepare_weight
 from glm_jax.kernels.quantized_matmul.api import quantized_matmul
 from glm_jax.kernels.quantized_matmul.cpu import TiledArray
 from glm_jax.model import params as glm_params
-from glm_jax.quantization import QuantizedArray, dequantize, pack_int4, quantize
+from glm_jax.quantization import QuantizedArray, Scheme, dequantize, pack_int4, quantize
 
 pytestmark = pytest.mark.skipif(
     not cpu.is_available(), reason="the CPU kernel is not built: no C++ compiler at installation"
@@ -26,7 +26,11 @@ pytestmark = pytest.mark.skipif(
 )
 def test_equals_the_reference(bits, widest, inputs, outputs, groups):
     axis = -1 - len(outputs)
-    weight = quantize(jax.random.normal(jax.random.key(0), (inputs, *outputs)), bits, axis, groups)
+    weight = quantize(jax.random.normal(jax.random.key(0), (inputs, *outputs)), Scheme(bits), axis)
+    grouped = weight.scales.repeat(groups, 0) * jnp.arange(1.0, groups + 1).reshape(
+        -1, *[1] * len(outputs)
+    )
+    weight = QuantizedArray(weight.values, grouped, bits, axis)
     tiled = cpu.tile(weight)
     assert tiled.shape == weight.shape
     for rows in (1, 3, 8, 33):
@@ -50,7 +54,7 @@ def test_every_value_of_every_place_survives(bits):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_under_jit_with_leading_axes(dtype):
-    weight = quantize(jax.random.normal(jax.random.key(0), (64, 2, 40)), 4, -3)
+    weight = quantize(jax.random.normal(jax.random.key(0), (64, 2, 40)), Scheme(4), -3)
     x = jax.random.normal(jax.random.key(1), (2, 3, 64)).astype(dtype)
     got = jax.jit(quantized_matmul)(x, prepare_weight(weight))
     assert got.shape == (2, 3, 2, 40)
@@ -65,14 +69,16 @@ def test_without_a_compiler_there_is_one_warning_and_the_plain_path(monkeypatch)
 
 
 def test_shapes_that_do_not_fit_stay_as_they_are():
-    weight = quantize(jnp.ones((12, 4)), 4, -2)
+    weight = quantize(jnp.ones((12, 4)), Scheme(4), -2)
     assert prepare_weight(weight) is weight
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_decoding_uses_it_and_writes_what_the_dequantised_weights_write(tiny_model, bits):
     config, params = tiny_model
-    _assert_decodes_as_dequantised(config, glm_params.quantize_params(params, bits), TiledArray)
+    _assert_decodes_as_dequantised(
+        config, glm_params.quantize_params(params, Scheme(bits)), TiledArray
+    )
 
 
 @pytest.mark.parametrize("folder", ["int8_tp2", "int4_tp1"])

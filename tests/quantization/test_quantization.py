@@ -10,18 +10,20 @@ from glm_jax.kernels.quantized_matmul.api import quantized_matmul
 from glm_jax.model import params as glm_params
 from glm_jax.quantization import (
     QuantizationError,
+    Scheme,
     dequantize,
     pack_int4,
     quantize,
     unpack_int4,
 )
+from glm_jax.quantization.report import as_table, report
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_integers_and_scales_equal_the_originals(bits):
     _, params = load_golden("tp1", "float16")
     _, expected = load_golden(f"int{bits}_tp1", "float16")
-    got = glm_params.quantize_params(params, bits)
+    got = glm_params.quantize_params(params, Scheme(bits, search=False))
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
@@ -40,9 +42,11 @@ def test_packing_puts_the_even_index_high():
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("groups", [1, 4])
-def test_error_is_at_most_half_a_step(bits, groups):
-    weight = jax.random.normal(jax.random.key(0), (16, 3, 5))
-    array = quantize(weight, bits, -3, groups)
+@pytest.mark.parametrize("zero_point", [False, True])
+def test_error_is_at_most_half_a_step(bits, groups, zero_point):
+    weight = jax.random.normal(jax.random.key(0), (128, 3, 5))
+    size = None if groups == 1 else 128 // groups
+    array = quantize(weight, Scheme(bits, size, zero_point, search=False), -3)
     assert array.shape == weight.shape
     assert array.groups == groups
     error = np.abs(dequantize(array, jnp.float32) - weight).reshape(groups, -1, 3, 5)
@@ -50,14 +54,14 @@ def test_error_is_at_most_half_a_step(bits, groups):
 
 
 def test_rows_of_zeros_stay_zero():
-    array = quantize(jnp.zeros((4, 2)), 4, -2)
+    array = quantize(jnp.zeros((4, 2)), Scheme(4), -2)
     np.testing.assert_array_equal(dequantize(array, jnp.float32), np.zeros((4, 2)))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_product_equals_that_with_the_dequantised_weight(bits):
-    x = jax.random.normal(jax.random.key(1), (2, 3, 16))
-    weight = quantize(jax.random.normal(jax.random.key(0), (16, 2, 4)), bits, -3, 2)
+    x = jax.random.normal(jax.random.key(1), (2, 3, 64))
+    weight = quantize(jax.random.normal(jax.random.key(0), (64, 2, 4)), Scheme(bits, 32), -3)
     expected = np.einsum("bsk,kcn->bscn", x, dequantize(weight, jnp.float32))
     np.testing.assert_allclose(quantized_matmul(x, weight), expected, atol=1e-5)
     gradient = jax.grad(lambda x: quantized_matmul(x, weight).sum())(x)
@@ -65,15 +69,61 @@ def test_product_equals_that_with_the_dequantised_weight(bits):
     np.testing.assert_allclose(gradient, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("zero_point", [False, True])
+def test_the_search_never_loses_and_wins_at_four_bits(bits, zero_point):
+    weight = jax.random.normal(jax.random.key(0), (512, 64))
+    tree = {"w": weight}
+    errors = [
+        report(tree, {"w": quantize(weight, Scheme(bits, 128, zero_point, search), -2)})[0]
+        for search in (False, True)
+    ]
+    plain, searched = (entry.relative_error for entry in errors)
+    assert searched <= plain
+    if bits == 4:
+        assert searched < 0.95 * plain
+    assert errors[0].bits_per_weight == bits + (32 + 8 * zero_point) / 128
+
+
+def test_report_has_a_line_for_each_layer(tiny_model):
+    _, params = tiny_model
+    entries = report(params, glm_params.quantize_params(params, Scheme(4)))
+    layers = params.layers.dense.bias.shape[0]
+    assert [e.layer for e in entries[:layers]] == list(range(layers))
+    assert len(entries) == 4 * layers
+    assert "layers.dense.kernel" in as_table(entries)
+    assert all(0.01 < e.relative_error < 0.2 for e in entries)
+
+
 @pytest.mark.parametrize(
-    ("bits", "axis", "groups", "message"),
+    ("text", "scheme"),
     [
-        (3, -2, 1, "8 or 4 bits"),
-        (8, 0, 1, "must be negative"),
-        (8, -2, 5, "do not divide into 5 groups"),
-        (4, -2, 4, "pairs"),
+        ("int8", Scheme(8)),
+        ("int4,group=64", Scheme(4, 64)),
+        ("int4, max, zero_point", Scheme(4, zero_point=True, search=False)),
     ],
 )
-def test_impossible_quantisation_is_refused(bits, axis, groups, message):
+def test_schemes_are_read_from_text(text, scheme):
+    assert Scheme.parse(text) == scheme
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("int2", "begin with"), ("int4,group=7", "group size 7"), ("int4,fast", "'fast' is none")],
+)
+def test_unknown_schemes_are_refused(text, message):
     with pytest.raises(QuantizationError, match=message):
-        quantize(jnp.ones((12, 4)) if groups != 4 else jnp.ones((4, 4)), bits, axis, groups)
+        Scheme.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "axis", "message"),
+    [
+        (Scheme(8), 0, "must be negative"),
+        (Scheme(8, 32), -2, "do not divide into groups of 32"),
+        (Scheme(4), -2, "pairs"),
+    ],
+)
+def test_impossible_quantisation_is_refused(scheme, axis, message):
+    with pytest.raises(QuantizationError, match=message):
+        quantize(jnp.ones((13, 4)), scheme, axis)

@@ -63,9 +63,10 @@ def is_available() -> bool:
 
 
 def can_tile(weight: QuantizedArray) -> bool:
-    """Whether the kernel takes a weight: inputs of a group fill whole 32-bit words."""
+    """Whether the kernel takes a weight: symmetric, a group filling whole 32-bit words."""
     inputs = weight.shape[weight.contraction_axis]
-    return inputs % (weight.groups * 32 // weight.bits) == 0 and is_available()
+    is_whole = inputs % (weight.groups * 32 // weight.bits) == 0
+    return is_whole and weight.zero_points is None and is_available()
 
 
 @jax.jit

@@ -1,0 +1,62 @@
+"""How to quantise, as one value that flags and configs can hold."""
+
+import dataclasses
+
+from glm_jax.errors import UserError
+
+GROUP_SIZES = (32, 64, 128)
+
+
+class QuantizationError(UserError):
+    """A weight that cannot be quantised the way that was asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """What quantised weights are made of.
+
+    Attributes:
+      bits: 8 or 4.
+      group_size: inputs that share a scale: 32, 64 or 128, or None for all of a row.
+      zero_point: whether a group's range may lie off centre; otherwise it is symmetric.
+      search: whether each group's range is narrowed to where the squared error is least;
+        otherwise it reaches to the greatest magnitude, as the original's does.
+    """
+
+    bits: int
+    group_size: int | None = None
+    zero_point: bool = False
+    search: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in (8, 4):
+            raise QuantizationError(f"bits={self.bits}: weights are quantised to 8 or 4 bits")
+        if self.group_size not in (None, *GROUP_SIZES):
+            raise QuantizationError(
+                f"group size {self.group_size}: one of {GROUP_SIZES}, or none for whole rows"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> "Scheme":
+        """Reads "int8" or "int4", then in any order "group=64", "zero_point", "max".
+
+        "max" leaves out the search and gives the original's scales.
+
+        Raises:
+          QuantizationError: the text says something else.
+        """
+        first, *options = (part.strip() for part in text.split(","))
+        if first not in ("int8", "int4"):
+            raise QuantizationError(f"quantization={text!r}: begin with int8 or int4")
+        settings: dict[str, int | bool] = {}
+        for option in options:
+            name, _, value = option.partition("=")
+            if option in ("zero_point", "max"):
+                settings |= {"search": False} if option == "max" else {"zero_point": True}
+            elif name == "group" and value.isdigit():
+                settings["group_size"] = int(value)
+            else:
+                raise QuantizationError(
+                    f"quantization={text!r}: {option!r} is none of group=N, zero_point, max"
+                )
+        return cls(bits=int(first.removeprefix("int")), **settings)  # type: ignore[arg-type]
