@@ -15,7 +15,7 @@ from convert.torch_file import LazyTensor, TorchFile
 from glm_jax.config import RELEASED_VOCAB_SIZE, GLMConfig, SpecialTokens
 from glm_jax.model import params as glm_params
 from glm_jax.model.checkpoint import refuse_non_empty, save_model
-from glm_jax.model.params import KERNEL_AXES, GLMParams, LayerNormParams, LayerParams, LinearParams
+from glm_jax.model.params import GLMParams, LayerNormParams, LayerParams, LinearParams
 from glm_jax.quantization import QuantizedArray
 from glm_jax.tokenizer import Tokenizer
 
@@ -151,14 +151,8 @@ class SatCheckpoint:
         bits = self.bits(config)
         if bits is not None:
             template = glm_params.map_linears(
-                lambda name, linear: LinearParams(
-                    QuantizedArray(
-                        None,
-                        None,
-                        bits,
-                        glm_params.contraction_axis(linear.kernel),
-                        axes=KERNEL_AXES[name],
-                    ),
+                lambda _, linear: LinearParams(
+                    QuantizedArray(None, None, bits, glm_params.contraction_axis(linear.kernel)),
                     linear.bias,
                 ),
                 template,
@@ -202,8 +196,7 @@ class SatCheckpoint:
         if bits is None:
             return LinearParams(merged.kernel, merged.bias)
         axis = -merged.kernel.ndim
-        kernel = QuantizedArray(merged.kernel, merged.scales, bits, axis, axes=KERNEL_AXES[name])
-        return LinearParams(kernel, merged.bias)
+        return LinearParams(QuantizedArray(merged.kernel, merged.scales, bits, axis), merged.bias)
 
 
 def _module(path: Path) -> dict[str, LazyTensor]:

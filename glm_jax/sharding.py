@@ -4,7 +4,7 @@ This is the only place that knows mesh axes. Everything else names logical axes:
 batch, seq, embed, heads, head_dim, mlp, vocab, layers, group.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -92,24 +92,17 @@ def parameter_sharding(mesh: Mesh, axes: LogicalAxes, shape: Sequence[int]) -> N
       MeshError: a tensor-parallel axis does not divide (that must be said, not hidden:
         the model would be held once per device).
     """
-    return NamedSharding(mesh, parameter_spec(mesh.shape, axes, shape))
-
-
-def parameter_spec(
-    mesh_shape: Mapping[str, int], axes: LogicalAxes, shape: Sequence[int]
-) -> PartitionSpec:
-    """The mesh axes of a parameter, as `parameter_sharding` places it."""
     spec = list(spmd.logical_to_mesh_axes(axes, PARAMETER_RULES) or ())
     for i, mesh_axis in enumerate(spec):
-        if mesh_axis is None or shape[i] % mesh_shape[mesh_axis] == 0:
+        if mesh_axis is None or shape[i] % mesh.shape[mesh_axis] == 0:
             continue
         if mesh_axis == "tensor":
             raise MeshError(
                 f"{axes[i]}={shape[i]} does not divide by the tensor axis of "
-                f"{mesh_shape['tensor']} devices"
+                f"{mesh.shape['tensor']} devices"
             )
         spec[i] = None
-    return PartitionSpec(*spec)
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def activation_spec(axes: LogicalAxes) -> PartitionSpec:

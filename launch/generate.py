@@ -10,6 +10,7 @@ from glm_jax.decoding.generate import PromptError
 from glm_jax.decoding.interactive import fill_all, prompts
 from glm_jax.decoding.sampling import Sampling
 from glm_jax.model.checkpoint import restore
+from glm_jax.quantization import QuantizationError, Scheme
 from glm_jax.sharding import parse_mesh
 from glm_jax.tokenizer import Tokenizer
 
@@ -27,6 +28,14 @@ flags.DEFINE_integer("top_k", 0, "keep only the k likeliest tokens; 0 keeps all"
 flags.DEFINE_float("top_p", 0.0, "keep the likeliest tokens up to this probability; 0 keeps all")
 flags.DEFINE_integer("max_length", None, "tokens of text and answer together")
 flags.DEFINE_integer("seed", 0, "of sampling")
+
+
+@flags.validator("quantization")
+def _is_scheme(text: str | None) -> bool:
+    try:
+        return text is None or bool(Scheme.parse(text))
+    except QuantizationError as error:
+        raise flags.ValidationError(str(error)) from error
 
 
 def main() -> None:

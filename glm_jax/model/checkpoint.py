@@ -18,7 +18,7 @@ from glm_jax import config as glm_config
 from glm_jax.config import ConfigError, GLMConfig
 from glm_jax.errors import UserError
 from glm_jax.model import params as glm_params
-from glm_jax.model.params import KERNEL_AXES, GLMParams, LinearParams
+from glm_jax.model.params import GLMParams, LinearParams
 from glm_jax.quantization import QuantizedArray, Scheme
 
 CONFIG_FILE = "config.json"
@@ -132,12 +132,12 @@ def _quantize_restored(params: GLMParams, scheme: Scheme, path: Any) -> GLMParam
     kernel = params.layers.query_key_value.kernel  # type: ignore[union-attr]
     if not isinstance(kernel, QuantizedArray):
         return glm_params.quantize_params(params, scheme)
-    is_other_group = scheme.group_size not in (None, kernel.group_size)
-    if (
+    is_other = (
         kernel.bits != scheme.bits
-        or is_other_group
-        or scheme.zero_point != (kernel.zero_points is not None)
-    ):
+        or scheme.group_size not in (None, kernel.group_size)
+        or (scheme.zero_point and kernel.zero_points is None)
+    )
+    if is_other:
         raise CheckpointError(
             f"{path} is quantised to int{kernel.bits} already, {kernel.group_size} inputs a "
             "group, and cannot become something else: quantise the float model"
@@ -172,7 +172,6 @@ def _abstract_like(config: GLMConfig, metadata: Any, mesh: Mesh | None, path: An
             bits=8 * values.shape[1] // linear.kernel.shape[1],
             contraction_axis=glm_params.contraction_axis(values),
             zero_points=None if zero_points is None else describe(zero_points, 1),
-            axes=KERNEL_AXES[name],
         )
         return LinearParams(kernel=kernel, bias=linear.bias)
 

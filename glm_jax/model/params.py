@@ -237,9 +237,7 @@ def quantize_params(params: GLMParams, scheme: Scheme) -> GLMParams:
         axis = contraction_axis(linear.kernel)
         # Layer after layer: floats beside integers are then one layer's, not the model's.
         quantize_layers = jax.jit(
-            lambda kernel: jax.lax.map(
-                lambda layer: quantize(layer, scheme, axis, KERNEL_AXES[name]), kernel
-            )
+            lambda kernel: jax.lax.map(lambda layer: quantize(layer, scheme, axis), kernel)
         )
         return LinearParams(kernel=quantize_layers(linear.kernel), bias=linear.bias)
 

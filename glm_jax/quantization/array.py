@@ -9,7 +9,6 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from glm_jax.quantization.packing import unpack_int4
-from glm_jax.sharding import LogicalAxes
 
 
 @struct.dataclass
@@ -25,8 +24,6 @@ class QuantizedArray:
       bits: 8 or 4.
       contraction_axis: negative index of K, so that it outlives stacking and scanning.
       zero_points: int8, of the scales' shape; None where the weight is symmetric.
-      axes: logical axes of the last dimensions of `values`, those that scanning over layers
-        leaves; None where the weight is on one device.
     """
 
     values: Any  # or what describes an array that does not exist yet
@@ -34,7 +31,6 @@ class QuantizedArray:
     bits: int = struct.field(pytree_node=False)
     contraction_axis: int = struct.field(pytree_node=False)
     zero_points: Any = None
-    axes: LogicalAxes | None = struct.field(pytree_node=False, default=None)
 
     @property
     def shape(self) -> tuple[int, ...]:

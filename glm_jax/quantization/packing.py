@@ -1,7 +1,7 @@
 """Two signed 4-bit numbers in one byte."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int8
+from jaxtyping import Array, Float, Int, Int8
 
 
 def pack_int4(values: Int8[Array, "..."], axis: int) -> Int8[Array, "..."]:
@@ -18,11 +18,26 @@ def pack_int4(values: Int8[Array, "..."], axis: int) -> Int8[Array, "..."]:
 def unpack_int4(packed: Int8[Array, "..."], axis: int) -> Int8[Array, "..."]:
     """Inverse of `pack_int4`: int8 in [-8, 7], twice as long along `axis`."""
     axis = axis % packed.ndim
-    even = packed >> 4  # int8 shifts keep the sign
-    odd = (packed << 4).astype(jnp.int8) >> 4
-    pairs = jnp.stack([even, odd], axis=axis + 1)
+    pairs = jnp.stack(split_bytes(packed), axis=axis + 1)
     shape = (*packed.shape[:axis], 2 * packed.shape[axis], *packed.shape[axis + 1 :])
     return pairs.reshape(shape)
+
+
+def split_bytes(packed: Int[Array, "..."]) -> tuple[Int[Array, "..."], Int[Array, "..."]]:
+    """The two numbers of each byte, the even index first.
+
+    Args:
+      packed: int8, or the same sign-extended to a wider integer.
+    """
+    shift = 8 * packed.dtype.itemsize - 4
+    return packed >> 4, (packed << shift) >> shift  # shifts to the right keep the sign
+
+
+def interleaved_planes(
+    x: Float[Array, "rows inputs"], per_byte: int
+) -> Float[Array, "planes rows packed"]:
+    """Inputs in the order of `split_bytes`: those that come first in a byte, then second."""
+    return x.reshape(x.shape[0], -1, per_byte).transpose(2, 0, 1)
 
 
 def _split_pairs(values: Int8[Array, "..."], axis: int) -> tuple[Array, Array]:

@@ -7,18 +7,14 @@ from jaxtyping import Array, Float
 from glm_jax.quantization.array import QuantizedArray
 from glm_jax.quantization.packing import pack_int4
 from glm_jax.quantization.scheme import QuantizationError, Scheme
-from glm_jax.sharding import LogicalAxes
 
-# Shares of the full range that the search tries; below a half nothing was ever best.
+# Shares of the full range that the search tries.
 _NARROWEST, _TRIES = 0.5, 16
 
+Bounds = tuple[Array, Array]  # of size 1 along the inputs of a group
 
-def quantize(
-    weight: Float[Array, "..."],
-    scheme: Scheme,
-    contraction_axis: int,
-    axes: LogicalAxes | None = None,
-) -> QuantizedArray:
+
+def quantize(weight: Float[Array, "..."], scheme: Scheme, contraction_axis: int) -> QuantizedArray:
     """Rounds a weight to integers with a scale per output row and group of inputs.
 
     Scales and quotients are rounded to the weight's dtype. Without search, in float16 and
@@ -28,7 +24,6 @@ def quantize(
     Args:
       weight: [..., K, *outputs].
       contraction_axis: negative index of K.
-      axes: logical axes of the last dimensions, [K, *outputs].
 
     Raises:
       QuantizationError: K does not divide into groups (and, for 4 bits, into pairs).
@@ -45,8 +40,10 @@ def quantize(
     axis = weight.ndim + contraction_axis
     shape = (*weight.shape[:axis], size // group_size, group_size, *weight.shape[axis + 1 :])
     grouped = weight.reshape(shape)
-    share = _search(grouped, axis + 1, scheme) if scheme.search else jnp.float32(1)
-    values, scales, zero_points = _round_values(grouped, axis + 1, scheme, share)
+    bounds = _bounds(grouped, axis + 1, scheme)
+    if scheme.search:
+        bounds = _search(grouped, bounds, axis + 1, scheme)
+    values, scales, zero_points = _round_values(grouped, bounds, scheme)
     integers = values.astype(jnp.int8).reshape(weight.shape)
     return QuantizedArray(
         values=pack_int4(integers, contraction_axis) if scheme.bits == 4 else integers,
@@ -56,52 +53,54 @@ def quantize(
         zero_points=None
         if zero_points is None
         else jnp.squeeze(zero_points, axis + 1).astype(jnp.int8),
-        axes=axes,
     )
 
 
-def _round_values(
-    grouped: Array, axis: int, scheme: Scheme, share: Array
-) -> tuple[Array, Array, Array | None]:
-    """Integers (as float32), and scales and zero points of size 1 along `axis`.
-
-    Args:
-      share: of the full range that is kept; what lies outside is clipped.
-    """
+def _bounds(grouped: Array, axis: int, scheme: Scheme) -> Bounds:
+    """Lowest and highest of each group, 0 included; of equal magnitude if symmetric."""
     wide = grouped.astype(jnp.float32)
-    lowest, highest = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
-    zero_points = None
     if scheme.zero_point:
-        low = share * jnp.minimum(jnp.min(wide, axis=axis, keepdims=True), 0)
-        high = share * jnp.maximum(jnp.max(wide, axis=axis, keepdims=True), 0)
-        scales = _round_to((high - low) / (highest - lowest), grouped.dtype)
-    else:
-        largest = jnp.max(jnp.abs(wide), axis=axis, keepdims=True)
-        scales = _round_to(share * largest / highest, grouped.dtype)
-        lowest = -highest
+        low = jnp.minimum(jnp.min(wide, axis=axis, keepdims=True), 0)
+        return low, jnp.maximum(jnp.max(wide, axis=axis, keepdims=True), 0)
+    largest = jnp.max(jnp.abs(wide), axis=axis, keepdims=True)
+    return -largest, largest
+
+
+def _round_values(
+    grouped: Array, bounds: Bounds, scheme: Scheme
+) -> tuple[Array, Array, Array | None]:
+    """Integers (as float32), scales and zero points; what is out of bounds is clipped."""
+    wide = grouped.astype(jnp.float32)
+    low, high = bounds
+    largest = 2 ** (scheme.bits - 1) - 1
+    lowest = -largest - 1 if scheme.zero_point else -largest
+    # Symmetric bounds halve exactly, so that this is high / largest to the bit.
+    scales = _round_to((high - low) / (largest - lowest), grouped.dtype)
     divisor = jnp.where(scales == 0, 1.0, scales)
     quotient = _round_to(wide / divisor, grouped.dtype)
+    zero_points = None
     if scheme.zero_point:
-        zero_points = jnp.clip(jnp.round(lowest - low / divisor), lowest, highest)
+        zero_points = jnp.clip(jnp.round(lowest - low / divisor), lowest, largest)
         quotient = quotient + zero_points
-    return jnp.clip(jnp.round(quotient), lowest, highest), scales, zero_points
+    return jnp.clip(jnp.round(quotient), lowest, largest), scales, zero_points
 
 
-def _search(grouped: Array, axis: int, scheme: Scheme) -> Array:
-    """The share of each group's range with the least squared error, size 1 along `axis`."""
+def _search(grouped: Array, bounds: Bounds, axis: int, scheme: Scheme) -> Bounds:
+    """Bounds narrowed to the share that leaves the least squared error in each group."""
     wide = grouped.astype(jnp.float32)
+    low, high = bounds
 
     def attempt(best: tuple[Array, Array], share: Array) -> tuple[tuple[Array, Array], None]:
-        values, scales, zero_points = _round_values(grouped, axis, scheme, share)
+        narrowed = (share * low, share * high)
+        values, scales, zero_points = _round_values(grouped, narrowed, scheme)
         centred = values if zero_points is None else values - zero_points
         error = jnp.sum((centred * scales - wide) ** 2, axis=axis, keepdims=True)
         is_better = error < best[0]
         return (jnp.where(is_better, error, best[0]), jnp.where(is_better, share, best[1])), None
 
-    shape = (*grouped.shape[:axis], 1, *grouped.shape[axis + 1 :])
-    start = (jnp.full(shape, jnp.inf), jnp.ones(shape))
+    start = (jnp.full_like(low, jnp.inf), jnp.ones_like(low))
     (_, share), _ = jax.lax.scan(attempt, start, jnp.linspace(1.0, _NARROWEST, _TRIES))
-    return share
+    return share * low, share * high
 
 
 def _round_to(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from glm_jax.kernels.quantized_matmul import pallas_gpu, pallas_tpu, reference, xla
-from glm_jax.kernels.quantized_matmul.tuning import Blocks
+from glm_jax.kernels.quantized_matmul.pallas_gpu import Blocks
 from glm_jax.quantization import Scheme, quantize
 
 

@@ -107,6 +107,7 @@ def test_the_demo_removes_nothing_but_an_earlier_demo(tmp_path):
         (["launch.generate"], 2, ["--checkpoint"]),
         (["launch.generate", "--checkpoint=x", "--beams=3"], 2, ["beams"]),
         (["launch.generate", "--checkpoint=x", "stray"], 2, ["stray"]),
+        (["launch.generate", "--checkpoint=x", "--quantization=int2"], 2, ["int8 or int4"]),
         (["launch.generate", "--checkpoint=nowhere", "--tokenizer=no"], 1, ["is missing"]),
         (["launch.generate", "--checkpoint=x", "--input=nowhere.txt"], 1, ["nowhere.txt"]),
         (["launch.generate", "--checkpoint=x", "--temperature=-1"], 1, ["temperature"]),

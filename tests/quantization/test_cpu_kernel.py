@@ -26,11 +26,9 @@ pytestmark = pytest.mark.skipif(
 )
 def test_equals_the_reference(bits, widest, inputs, outputs, groups):
     axis = -1 - len(outputs)
-    weight = quantize(jax.random.normal(jax.random.key(0), (inputs, *outputs)), Scheme(bits), axis)
-    grouped = weight.scales.repeat(groups, 0) * jnp.arange(1.0, groups + 1).reshape(
-        -1, *[1] * len(outputs)
-    )
-    weight = QuantizedArray(weight.values, grouped, bits, axis)
+    scheme = Scheme(bits, None if groups == 1 else inputs // groups)
+    weight = quantize(jax.random.normal(jax.random.key(0), (inputs, *outputs)), scheme, axis)
+    assert weight.groups == groups
     tiled = cpu.tile(weight)
     assert tiled.shape == weight.shape
     for rows in (1, 3, 8, 33):

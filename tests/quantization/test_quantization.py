@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from conftest import load_golden
 
+from glm_jax import make_mesh, restore, save_model
 from glm_jax.kernels.quantized_matmul.api import quantized_matmul
 from glm_jax.model import params as glm_params
+from glm_jax.model.checkpoint import CheckpointError
 from glm_jax.quantization import (
     QuantizationError,
     Scheme,
@@ -114,6 +116,23 @@ def test_schemes_are_read_from_text(text, scheme):
 def test_unknown_schemes_are_refused(text, message):
     with pytest.raises(QuantizationError, match=message):
         Scheme.parse(text)
+
+
+def test_other_bits_are_refused():
+    with pytest.raises(QuantizationError, match="8 or 4 bits"):
+        Scheme(3)
+
+
+def test_groups_and_zero_points_survive_on_disk_and_on_a_mesh(tiny_model, tmp_path):
+    config, params = tiny_model
+    quantized = glm_params.quantize_params(params, Scheme(4, 32, zero_point=True))
+    save_model(tmp_path / "model", config, quantized)
+    for mesh in (None, make_mesh((1, 2, 2))):
+        _, restored = restore(tmp_path / "model", mesh, quantization="int4")
+        jax.tree.map(np.testing.assert_array_equal, restored, quantized)
+    for other in ("int4,group=64", "int8"):
+        with pytest.raises(CheckpointError, match="int4 already, 32 inputs a group"):
+            restore(tmp_path / "model", quantization=other)
 
 
 @pytest.mark.parametrize(

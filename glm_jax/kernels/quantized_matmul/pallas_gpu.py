@@ -6,6 +6,7 @@ matrix units. Where rows are few the inputs are split among programs, so that al
 multiprocessors read; what those write is summed afterwards, always in the same order.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -15,25 +16,27 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-from glm_jax.kernels.quantized_matmul.tuning import Blocks, Problem, lookup
 from glm_jax.quantization import QuantizedArray
-
-_DTYPES = ("float16", "bfloat16")
-_DEFAULT_CAPABILITY = 8.0
+from glm_jax.quantization.packing import interleaved_planes, split_bytes
 
 
-def blocks_for(
-    rows: int, weight: QuantizedArray, compute_capability: float | None
-) -> Blocks | None:
-    """Block sizes for x [rows, K] times weight [K, N]; None where the kernel does not fit."""
-    inputs, outputs = weight.shape
-    problem = Problem(rows, inputs, outputs, weight.group_size, weight.bits)
-    return lookup(problem, compute_capability or _DEFAULT_CAPABILITY)
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How the kernel divides its work. Sizes are powers of two, all that Triton takes.
 
+    Attributes:
+      rows, outputs, inputs: sizes of a block; outputs divide the weight's, inputs a group's.
+      splits: programs among which the inputs are divided, each taking whole blocks.
+      warps: of a program.
+      stages: blocks of the pipeline that reads ahead.
+    """
 
-def takes_dtype(dtype: Any) -> bool:
-    """Whether the matrix units take x as it is; float32 would lose bits there."""
-    return jnp.dtype(dtype).name in _DTYPES
+    rows: int
+    outputs: int
+    inputs: int
+    splits: int
+    warps: int
+    stages: int
 
 
 def matmul(
@@ -46,27 +49,19 @@ def matmul(
     """x [rows, K], float16 or bfloat16, times weight [K, N], plus bias.
 
     Args:
-      blocks: of `blocks_for`.
+      blocks: sizes that divide the weight's.
       interpret: runs the kernel's program step by step on any device, for tests.
 
     Returns:
       float32 [rows, N].
     """
-    rows, inputs = x.shape
-    outputs = weight.shape[1]
-    per_byte = 8 // weight.bits
-    # Inputs that share bytes lie in planes of their own, each read in one run.
-    planes = x.reshape(rows, inputs // per_byte, per_byte).transpose(2, 0, 1)
+    rows, outputs = x.shape[0], weight.shape[1]
+    planes = list(interleaved_planes(x, 8 // weight.bits))
     grid = (outputs // blocks.outputs, pl.cdiv(rows, blocks.rows), blocks.splits)
     column = lambda size: pl.BlockSpec((size, blocks.outputs), lambda n, m, s: (0, n))
-    operands, specs = (
-        [planes, weight.values, weight.scales],
-        [
-            pl.BlockSpec(planes.shape, lambda n, m, s: (0, 0, 0)),
-            column(weight.values.shape[0]),
-            column(weight.groups),
-        ],
-    )
+    operands = [*planes, weight.values, weight.scales]
+    specs = [pl.BlockSpec(plane.shape, lambda n, m, s: (0, 0)) for plane in planes]
+    specs += [column(weight.values.shape[0]), column(weight.groups)]
     for extra in (weight.zero_points, None if bias is None else bias[None]):
         if extra is not None:
             operands.append(extra)
@@ -92,24 +87,23 @@ def matmul(
 
 
 def _kernel(
-    x_ref: Any,
-    values_ref: Any,
-    scales_ref: Any,
-    *rest: Any,
+    *refs: Any,
     blocks: Blocks,
     bits: int,
     group_size: int,
     has_zero_points: bool,
     has_bias: bool,
 ) -> None:
-    *extra, out_ref = rest
+    per_byte = 8 // bits
+    x_refs, (values_ref, scales_ref, *extra, out_ref) = refs[:per_byte], refs[per_byte:]
     zeros_ref = extra[0] if has_zero_points else None
-    dtype = x_ref.dtype
-    packed_inputs = blocks.inputs * bits // 8
+    num_rows, dtype = x_refs[0].shape[0], x_refs[0].dtype
+    packed_inputs = blocks.inputs // per_byte
     has_groups = scales_ref.shape[0] > 1
     row_block, split = pl.program_id(1), pl.program_id(2)
-    row = row_block * blocks.rows + jnp.arange(blocks.rows)
-    row_mask = (row < x_ref.shape[1])[:, None]
+    first_row = row_block * blocks.rows
+    rows = pl.ds(first_row, blocks.rows)
+    row_mask = (first_row + jnp.arange(blocks.rows) < num_rows)[:, None]
     steps = values_ref.shape[0] // (packed_inputs * blocks.splits)
 
     def body(step: Array, total: Array) -> Array:
@@ -117,17 +111,13 @@ def _kernel(
         inputs = pl.ds(block * packed_inputs, packed_inputs)
         packed = triton.load(values_ref.at[inputs, :])
         group = block * blocks.inputs // group_size if has_groups else 0
-        planes = [packed] if bits == 8 else [packed >> 4, (packed << 4) >> 4]
+        planes = (packed,) if bits == 8 else split_bytes(packed)
         product = jnp.zeros((blocks.rows, blocks.outputs), jnp.float32)
-        for i, plane in enumerate(planes):
+        for x_ref, plane in zip(x_refs, planes, strict=True):
             weight = plane.astype(dtype)
             if zeros_ref is not None:
                 weight = weight - zeros_ref[group, :].astype(dtype)[None]
-            x = triton.load(
-                x_ref.at[row_block * 0 + i, pl.ds(row_block * blocks.rows, blocks.rows), inputs],
-                mask=row_mask,
-                other=0.0,
-            )
+            x = triton.load(x_ref.at[rows, inputs], mask=row_mask, other=0.0)
             product += pl.dot(x, weight)
         if has_groups:
             product = product * scales_ref[group, :].astype(jnp.float32)[None]
@@ -140,5 +130,4 @@ def _kernel(
     if has_bias:
         bias = extra[-1][0, :].astype(jnp.float32)[None]
         total = total + jnp.where(split == 0, bias, 0.0)
-    rows = pl.ds(row_block * blocks.rows, blocks.rows)
     triton.store(out_ref.at[rows, :], total, mask=row_mask)

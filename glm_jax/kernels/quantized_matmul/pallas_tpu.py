@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from glm_jax.quantization import QuantizedArray
+from glm_jax.quantization.packing import interleaved_planes, split_bytes
 
 _LANES = 128
 _ROWS, _OUTPUTS, _INPUTS = 128, 512, 1024  # the largest block; about 4 MB of VMEM
@@ -22,9 +23,7 @@ _ROWS, _OUTPUTS, _INPUTS = 128, 512, 1024  # the largest block; about 4 MB of VM
 
 def takes(weight: QuantizedArray) -> bool:
     """Whether blocks of lanes divide a weight [K, N], groups and packed pairs included."""
-    inputs, outputs = weight.shape
-    block = _input_block(weight)
-    return outputs % _LANES == 0 and block is not None and inputs % block == 0
+    return weight.shape[1] % _LANES == 0 and _input_block(weight) is not None
 
 
 def matmul(
@@ -47,8 +46,7 @@ def matmul(
     output_block = math.gcd(outputs, _OUTPUTS)
     input_block = _input_block(weight)
     assert input_block is not None
-    planes = x.reshape(rows, inputs // per_byte, per_byte).transpose(2, 0, 1)
-    planes = jnp.pad(planes, ((0, 0), (0, -rows % row_block), (0, 0)))
+    planes = jnp.pad(interleaved_planes(x, per_byte), ((0, 0), (0, -rows % row_block), (0, 0)))
     block_groups = max(1, input_block // weight.group_size)
     blocks_per_group = max(1, weight.group_size // input_block)
     of_groups = lambda a: a.reshape(-1, block_groups, outputs)
@@ -105,7 +103,7 @@ def _kernel(x_ref: Any, values_ref: Any, scales_ref: Any, *rest: Any, bits: int)
     # Float32 takes several passes of the matrix units; one would round it to bfloat16.
     precision = None if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     wide = values_ref[...].astype(jnp.int32)
-    planes = [wide] if bits == 8 else [wide >> 4, (wide << 28) >> 28]
+    planes = (wide,) if bits == 8 else split_bytes(wide)
     groups = scales_ref.shape[1]
     size = wide.shape[0] // groups
     for group in range(groups):

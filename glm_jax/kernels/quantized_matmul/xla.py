@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from glm_jax.quantization import QuantizedArray, dequantize
+from glm_jax.kernels.quantized_matmul import reference
+from glm_jax.quantization import QuantizedArray
 
 _TILE = 512
 
@@ -23,13 +24,11 @@ def matmul(x: Float[Array, "rows inputs"], weight: QuantizedArray) -> Float[Arra
     """
     inputs = weight.shape[0]
     tiles = _count(inputs, weight)
-    if tiles == 1:
-        return _product(x, weight)
-    split = lambda a, n: a.reshape(n, a.shape[0] // n, *a.shape[1:])
-    groups = math.lcm(weight.groups, tiles)
-    spread = lambda a: split(jnp.repeat(a, groups // weight.groups, axis=0), tiles)
+    split = lambda a: a.reshape(tiles, a.shape[0] // tiles, *a.shape[1:])
+    copies = math.lcm(weight.groups, tiles) // weight.groups
+    spread = lambda a: split(jnp.repeat(a, copies, axis=0))
     pieces = QuantizedArray(
-        values=split(weight.values, tiles),
+        values=split(weight.values),
         scales=spread(weight.scales),
         bits=weight.bits,
         contraction_axis=-2,
@@ -38,21 +37,16 @@ def matmul(x: Float[Array, "rows inputs"], weight: QuantizedArray) -> Float[Arra
     columns = x.reshape(len(x), tiles, inputs // tiles).swapaxes(0, 1)
 
     def step(total: Array, piece: tuple[Array, QuantizedArray]) -> tuple[Array, None]:
-        return total + _product(*piece), None
+        return total + reference.matmul(*piece), None
 
     start = jnp.zeros((len(x), weight.shape[1]), jnp.float32)
     return jax.lax.scan(step, start, (columns, pieces))[0]
-
-
-def _product(x: Array, weight: QuantizedArray) -> Array:
-    return jnp.dot(x, dequantize(weight, x.dtype), preferred_element_type=jnp.float32)
 
 
 def _count(inputs: int, weight: QuantizedArray) -> int:
     """The most tiles of at least `_TILE` inputs in which groups stay whole or split evenly."""
     pair = 2 if weight.bits == 4 else 1
     for tiles in range(max(1, inputs // _TILE), 1, -1):
-        groups = math.lcm(weight.groups, tiles)
-        if inputs % (groups * pair) == 0 and inputs % (tiles * pair) == 0:
+        if inputs % (math.lcm(weight.groups, tiles) * pair) == 0:
             return tiles
     return 1
