@@ -36,7 +36,7 @@ setup(
         Extension(
             "glm_jax.kernels.quantized_matmul.libglm_jax_cpu",
             sources=[f"{_KERNEL}/cpu.cc"],
-            depends=[f"{_KERNEL}/cpu_kernel.inc"],
+            depends=[f"{_KERNEL}/cpu_floats.inc", f"{_KERNEL}/cpu_integers.inc"],
             language="c++",
             extra_compile_args=["-O3", "-std=c++17", "-Wno-psabi"],
             optional=True,

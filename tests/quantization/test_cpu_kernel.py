@@ -1,5 +1,8 @@
 """The C++ kernel equals the reference, whatever vectors the machine has."""
 
+import itertools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,22 +22,79 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("widest", [512, 256, 0])
-@pytest.mark.parametrize(
-    ("inputs", "outputs", "groups"), [(64, (2, 24), 1), (96, (5,), 3), (128, (3, 3, 8), 4)]
+WIDTHS = (512, 256, 0)  # bits of vectors; what the machine lacks falls back to the next
+SHAPES = pytest.mark.parametrize(
+    ("inputs", "outputs", "groups"),
+    [(96, (5,), 3), (128, (3, 3, 8), 4), (4160, (20,), 1), (5120, (17,), 40)],
 )
-def test_equals_the_reference(bits, widest, inputs, outputs, groups):
+ROWS = (1, 2, 3, 4, 5, 13)
+
+
+def _weight(bits, inputs, outputs, groups, zero_point=False):
     axis = -1 - len(outputs)
-    scheme = Scheme(bits, None if groups == 1 else inputs // groups)
-    weight = quantize(jax.random.normal(jax.random.key(0), (inputs, *outputs)), scheme, axis)
-    assert weight.groups == groups
+    scheme = Scheme(bits, None, zero_point, search=False)
+    floats = 1 + jax.random.normal(jax.random.key(0), (inputs, *outputs))
+    parts = [quantize(part, scheme, axis) for part in jnp.split(floats, groups)]
+    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    assert joined.groups == groups
+    return joined
+
+
+def _relative_error(got, expected):
+    return float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected))
+
+
+@SHAPES
+@pytest.mark.parametrize("zero_point", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_equals_the_reference(bits, zero_point, inputs, outputs, groups):
+    weight = _weight(bits, inputs, outputs, groups, zero_point)
     tiled = cpu.tile(weight)
     assert tiled.shape == weight.shape
-    for rows in (1, 3, 8, 33):
-        x = jax.random.normal(jax.random.key(rows), (rows, inputs))
-        expected = reference.matmul(x, weight)
-        np.testing.assert_allclose(cpu.matmul(x, tiled, widest), expected, atol=1e-4)
+    x = jax.random.normal(jax.random.key(1), (ROWS[-1], inputs))
+    expected = reference.matmul(x, weight)
+    for rows, widest in itertools.product(ROWS, WIDTHS):
+        assert _relative_error(cpu.matmul(x[:rows], tiled, widest), expected[:rows]) < 3e-6
+
+
+@SHAPES
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float_weights_equal_the_plain_product(dtype, inputs, outputs, groups):
+    weight = jax.random.normal(jax.random.key(0), (inputs, *outputs)).astype(dtype)
+    tiled = cpu.tile(weight)
+    x = jax.random.normal(jax.random.key(1), (ROWS[-1], inputs))
+    expected = jnp.tensordot(x, weight.astype(jnp.float32), 1, precision="highest")
+    for rows, widest in itertools.product(ROWS, WIDTHS):
+        assert _relative_error(cpu.matmul(x[:rows], tiled, widest), expected[:rows]) < 3e-6
+
+
+@SHAPES
+@pytest.mark.parametrize("zero_point", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_activations_in_8_bits_equal_rounded_ones(bits, zero_point, inputs, outputs, groups):
+    """The kernel's integers give what floats give that were rounded in the same way."""
+    weight = _weight(bits, inputs, outputs, groups, zero_point)
+    tiled = cpu.tile(weight, activation_bits=8)
+    block = math.gcd(inputs // groups, 64)
+    x = jax.random.normal(jax.random.key(1), (ROWS[-1], inputs))
+    parts = x.reshape(len(x), -1, block)
+    scales = jnp.max(jnp.abs(parts), axis=-1, keepdims=True) / 127
+    rounded = (jnp.round(parts / scales) * scales).reshape(x.shape)
+    of_rounded, exact = reference.matmul(rounded, weight), reference.matmul(x, weight)
+    for rows, widest in itertools.product(ROWS, WIDTHS):
+        got = cpu.matmul(x[:rows], tiled, widest)
+        # A quotient near a half may go either way.
+        assert _relative_error(got, of_rounded[:rows]) < 1e-3
+        assert 1e-4 < _relative_error(got, exact[:rows]) < 1.5e-2
+
+
+def test_what_is_not_finite_stays_so_with_activations_in_8_bits():
+    tiled = cpu.tile(_weight(4, 128, (16,), 2), activation_bits=8)
+    for bad, widest in itertools.product((jnp.inf, -jnp.inf, jnp.nan), WIDTHS):
+        x = jnp.ones((2, 128)).at[1, 70].set(bad)
+        got = cpu.matmul(x, tiled, widest)
+        assert np.isfinite(got[0]).all()
+        assert not np.isfinite(got[1]).any()
 
 
 @pytest.mark.parametrize("bits", [8, 4])

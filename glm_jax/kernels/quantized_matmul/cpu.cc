@@ -1,12 +1,14 @@
-// Products with quantised weights on CPU, called by XLA (jax.ffi). See cpu.py.
+// Products with weights of 4, 8, 16 or 32 bits on CPU, called by XLA (jax.ffi). See cpu.py.
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <thread>
-#include <type_traits>
+#include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define GLM_JAX_X86_VARIANTS 1
@@ -20,67 +22,132 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int64_t kColumns = 16;  // of a strip
+constexpr int64_t kLine = 64;     // bytes: 16 lanes of 32 bits
+constexpr int64_t kStep = 8;      // inputs taken at once
+constexpr int64_t kRange = 2048;  // inputs whose weights stay in cache for all rows
+constexpr int64_t kPart = 256;    // inputs at most whose sum takes on the offset of all values
 
-struct Shape {
-  int64_t rows, inputs, outputs, padded_outputs, groups, bits;
+struct Product {
+  int64_t rows, inputs, outputs, padded_outputs, bits;
+  int64_t group;  // inputs that share a scale
+  int64_t part;   // inputs that are summed before they are scaled
+  float zero;     // what is stored for a weight of zero
+  const int8_t* values;
+  const float *scales, *zeros;  // [groups, padded_outputs]; zeros may be null
+  float* out;
+  // Prepared activations, blocks of rows after one another, and by part: sums and scales.
+  float *x, *x_sums, *x_scales;
+  int8_t* x_integers;
 };
 
-using RunFunction = void (*)(const float*, const int8_t*, const float*, float*, const Shape&,
-                             int64_t);
-
-namespace portable {
-#include "cpu_kernel.inc"
+// Adds a strip's results to a row of the output; the first ones overwrite what is there.
+inline void AddTo(const Product& p, int64_t strip, int64_t row, bool is_first,
+                  const float* totals) {
+  float* out = p.out + row * p.outputs + strip * kColumns;
+  const int64_t columns = std::min(kColumns, p.outputs - strip * kColumns);
+  for (int64_t i = 0; i < columns; ++i) out[i] = is_first ? totals[i] : out[i] + totals[i];
 }
+
+// An instruction set's way to prepare a block of rows, and to multiply it with a strip.
+struct Variant {
+  int64_t most_rows;
+  void (*prepare)(Product& p, const float* x, int64_t first_row, int64_t rows);
+  void (*run)(const Product& p, int64_t strip, int64_t first_row, int64_t rows, int64_t begin,
+              int64_t end);
+};
+
+#define GLM_JAX_VECTOR_BYTES 16
+#define GLM_JAX_MOST_ROWS 3
+namespace portable {
+#include "cpu_floats.inc"
+#include "cpu_integers.inc"
+}  // namespace portable
+#undef GLM_JAX_VECTOR_BYTES
+#undef GLM_JAX_MOST_ROWS
 
 #ifdef GLM_JAX_X86_VARIANTS
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
+#define GLM_JAX_VECTOR_BYTES 32
+#define GLM_JAX_MOST_ROWS 6
 namespace avx2 {
-#include "cpu_kernel.inc"
-}
+#include "cpu_floats.inc"
+#include "cpu_integers.inc"
+}  // namespace avx2
+#undef GLM_JAX_VECTOR_BYTES
+#undef GLM_JAX_MOST_ROWS
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
+#define GLM_JAX_VECTOR_BYTES 64
+#define GLM_JAX_MOST_ROWS 12
 namespace avx512 {
-#include "cpu_kernel.inc"
-}
+#include "cpu_floats.inc"
+}  // namespace avx512
+#undef GLM_JAX_VECTOR_BYTES
+#undef GLM_JAX_MOST_ROWS
 #pragma GCC pop_options
 #endif
 
 // `widest` caps the choice, so that tests can run each variant that the machine has.
-RunFunction Choose(int64_t widest) {
+Variant Choose(int64_t widest, bool integers) {
 #ifdef GLM_JAX_X86_VARIANTS
-  if (widest >= 512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    return avx512::Run;
+  // Integer products at one row are as fast as memory in 256 bits already.
+  if (!integers && widest >= 512 && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq")) {
+    return avx512::kFloats;
   }
   if (widest >= 256 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return avx2::Run;
+    return integers ? avx2::kIntegers : avx2::kFloats;
   }
 #endif
-  return portable::Run;
+  return integers ? portable::kIntegers : portable::kFloats;
 }
 
 // Work that threads take pieces of until none is left.
 struct Job {
-  RunFunction run;
-  Shape shape;
-  const float* x;
-  const int8_t* values;
-  const float* scales;
-  float* out;
+  Variant variant;
+  Product product;
   int64_t strips, piece;
+  std::vector<float> floats;
+  std::vector<int8_t> integers;
   std::atomic<int64_t> next{0}, finished{0};
 
+  // Rows in as few blocks as registers allow, all of one size or one less.
+  template <class F>
+  void ForRowBlocks(F f) {
+    const int64_t rows = product.rows;
+    const int64_t blocks = (rows + variant.most_rows - 1) / variant.most_rows;
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t first = rows * i / blocks;
+      f(first, rows * (i + 1) / blocks - first);
+    }
+  }
+
+  void Prepare(const float* x, bool with_integers) {
+    Product& p = product;
+    const int64_t size = p.rows * p.inputs, sums = size / p.part;
+    floats.resize(2 * sums + (with_integers ? 0 : size));
+    p.x_sums = floats.data();
+    p.x_scales = p.x_sums + sums;
+    p.x = p.x_scales + sums;
+    if (with_integers) integers.resize(size);
+    p.x_integers = integers.data();
+    ForRowBlocks([&](int64_t first, int64_t rows) { variant.prepare(p, x, first, rows); });
+  }
+
   void Work() {
-    const int64_t strip_bytes = shape.inputs * shape.bits / 8 * kColumns;
+    const int64_t range = std::max<int64_t>(1, kRange / product.part) * product.part;
     for (int64_t first; (first = next.fetch_add(piece)) < strips;) {
       const int64_t last = std::min(first + piece, strips);
       for (int64_t strip = first; strip < last; ++strip) {
-        const int64_t column = strip * kColumns;
-        run(x, values + strip * strip_bytes, scales + column, out + column, shape,
-            std::min(kColumns, shape.outputs - column));
+        for (int64_t k = 0; k < product.inputs; k += range) {
+          ForRowBlocks([&](int64_t first_row, int64_t rows) {
+            variant.run(product, strip, first_row, rows, k, std::min(k + range, product.inputs));
+          });
+        }
       }
       finished.fetch_add(last - first, std::memory_order_release);
     }
@@ -89,27 +156,35 @@ struct Job {
 
 ffi::Error QuantizedMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                            ffi::Buffer<ffi::S8> values, ffi::Buffer<ffi::F32> scales,
-                           ffi::ResultBuffer<ffi::F32> out, int64_t bits, int64_t widest) {
+                           ffi::Buffer<ffi::F32> zeros, ffi::ResultBuffer<ffi::F32> out,
+                           int64_t bits, int64_t activation_bits, int64_t widest) {
   const auto x_shape = x.dimensions(), out_shape = out->dimensions();
   const auto scales_shape = scales.dimensions();
   if (x_shape.size() != 2 || out_shape.size() != 2 || scales_shape.size() != 2) {
     return ffi::Error::InvalidArgument("quantized_matmul takes matrices");
   }
   auto job = std::make_shared<Job>();
-  job->shape = {x_shape[0],      x_shape[1],      out_shape[1],
-                scales_shape[1], scales_shape[0], bits};
-  const Shape& shape = job->shape;
-  job->strips = shape.padded_outputs / kColumns;
-  const int64_t bytes = job->strips * kColumns * shape.inputs * bits / 8;
-  if (static_cast<int64_t>(values.element_count()) != bytes || shape.outputs > shape.padded_outputs ||
-      shape.inputs % (shape.groups * 32 / bits) != 0) {
+  Product& p = job->product;
+  p.rows = x_shape[0], p.inputs = x_shape[1], p.outputs = out_shape[1];
+  p.padded_outputs = scales_shape[1], p.bits = bits, p.group = p.inputs / scales_shape[0];
+  const bool integers = activation_bits == 8;
+  const int64_t bytes = p.padded_outputs * p.inputs * bits / 8;
+  if (static_cast<int64_t>(values.element_count()) != bytes || p.outputs > p.padded_outputs ||
+      p.padded_outputs % kColumns != 0 || p.inputs % (scales_shape[0] * kStep) != 0 ||
+      (zeros.element_count() && zeros.element_count() != scales.element_count()) ||
+      (bits != 4 && bits != 8 && (integers || (bits != 16 && bits != 32)))) {
     return ffi::Error::InvalidArgument("quantized_matmul: shapes do not belong together");
   }
-  job->run = Choose(widest);
-  job->x = x.typed_data();
-  job->values = values.typed_data();
-  job->scales = scales.typed_data();
-  job->out = out->typed_data();
+  p.part = integers ? std::gcd(p.group, int64_t{64}) : p.group;
+  while (p.part > kPart && p.part % (2 * kStep) == 0) p.part /= 2;
+  p.zero = bits < 16 ? static_cast<float>(1 << (bits - 1)) : 0;
+  p.values = values.typed_data();
+  p.scales = scales.typed_data();
+  p.zeros = zeros.element_count() ? zeros.typed_data() : nullptr;
+  p.out = out->typed_data();
+  job->strips = p.padded_outputs / kColumns;
+  job->variant = Choose(widest, integers);
+  job->Prepare(x.typed_data(), integers);
   // Small pieces even out threads that start late; tiny products are not worth a thread.
   const int64_t helpers = bytes < (1 << 16) ? 0 : pool.num_threads() - 1;
   job->piece = std::max<int64_t>(1, job->strips / (8 * (helpers + 1)));
@@ -130,6 +205,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GlmJaxQuantizedMatmul, QuantizedMatmul,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S8>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("activation_bits")
                                   .Attr<int64_t>("widest"));

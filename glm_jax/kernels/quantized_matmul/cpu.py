@@ -1,6 +1,6 @@
-"""Products with quantised weights on CPU: a C++ kernel that XLA calls (`jax.ffi`).
+"""Products with weights on CPU: a C++ kernel that XLA calls (`jax.ffi`).
 
-XLA on CPU writes the whole weight matrix out as floats before each product. The kernel
+XLA on CPU writes a whole quantised matrix out as floats before each product. The kernel
 unpacks weights in registers instead, so that a step reads an eighth of the bytes. Weights
 are laid out anew for it once, when a model is made ready to decode: strips of 16 outputs,
 each one run of bytes in the order in which it is read.
@@ -22,26 +22,34 @@ from glm_jax.quantization import QuantizedArray, unpack_int4
 
 LIBRARY = "libglm_jax_cpu.so"
 _STRIP = 16
+_STEP = 8  # inputs that the kernel takes at once
 _TARGET = "glm_jax_quantized_matmul"
 _WIDEST = 512
+_FLOAT_BITS = {"float32": 32, "bfloat16": 16}
 
 
 @struct.dataclass
 class TiledArray:
-    """A quantised weight [K, *outputs] in the kernel's layout.
+    """A weight [K, *outputs] in the kernel's layout.
 
     Attributes:
       values: int8 [strips, K * bits / 32, 64]: 16 lanes of 32 bits, one an output; a lane
-        holds 32 / bits neighbouring inputs, the first in the lowest bits.
-      scales: float32 [groups, 16 * strips].
-      bits: 8 or 4.
+        holds 32 / bits neighbouring inputs, the first in the lowest bits. Integers are
+        stored without a sign, 2^(bits - 1) above what they are.
+      scales: float32 [groups, 16 * strips]; ones for a float weight.
+      bits: 4, 8, 16 (bfloat16) or 32 (float32).
       shape: [K, *outputs].
+      zero_points: float32, of the scales' shape; None where the weight is symmetric.
+      activation_bits: 8 to round activations to 8 bits, a scale for each 64 inputs, and
+        multiply integers; None to multiply float32.
     """
 
     values: Int8[Array, "strips words 64"]
     scales: Float32[Array, "groups outputs"]
     bits: int = struct.field(pytree_node=False)
     shape: tuple[int, ...] = struct.field(pytree_node=False)
+    zero_points: Float32[Array, "groups outputs"] | None = None
+    activation_bits: int | None = struct.field(pytree_node=False, default=None)
 
 
 @functools.cache
@@ -62,39 +70,53 @@ def is_available() -> bool:
     return True
 
 
-def can_tile(weight: QuantizedArray) -> bool:
-    """Whether the kernel takes a weight: symmetric, a group filling whole 32-bit words."""
-    inputs = weight.shape[weight.contraction_axis]
-    is_whole = inputs % (weight.groups * 32 // weight.bits) == 0
-    return is_whole and weight.zero_points is None and is_available()
+def can_tile(weight: QuantizedArray | Array) -> bool:
+    """Whether the kernel takes a weight: whole steps of inputs, in each group."""
+    if isinstance(weight, QuantizedArray):
+        inputs, groups = weight.shape[weight.contraction_axis], weight.groups
+    else:
+        inputs, groups = weight.shape[0], 1
+        if str(weight.dtype) not in _FLOAT_BITS:
+            return False
+    return inputs % (groups * _STEP) == 0 and is_available()
 
 
-@jax.jit
-def tile(weight: QuantizedArray) -> TiledArray:
-    """Lays a weight [K, *outputs] out for the kernel."""
+@functools.partial(jax.jit, static_argnames="activation_bits")
+def tile(weight: QuantizedArray | Array, activation_bits: int | None = None) -> TiledArray:
+    """Lays a weight [K, *outputs], quantised, float32 or bfloat16, out for the kernel.
+
+    Args:
+      activation_bits: 8 for integer products; a float weight has none and ignores it.
+    """
     inputs, outputs = weight.shape[0], math.prod(weight.shape[1:])
-    padding = -outputs % _STRIP
-    values = weight.values
-    if weight.bits == 4:
-        values = unpack_int4(values, 0)
-    matrix = jnp.pad(values.reshape(inputs, outputs), ((0, 0), (0, padding)))
-    per_word = 32 // weight.bits
-    words = matrix.reshape(inputs // per_word, per_word, -1, _STRIP)
+    matrix = lambda a: jnp.pad(a.reshape(-1, outputs), ((0, 0), (0, -outputs % _STRIP)))
+    if isinstance(weight, QuantizedArray):
+        bits, values = weight.bits, weight.values
+        values = (unpack_int4(values, 0) if bits == 4 else values) ^ jnp.int8(-(2 ** (bits - 1)))
+        scales = matrix(weight.scales).astype(jnp.float32)
+    else:
+        bits, values = _FLOAT_BITS[str(weight.dtype)], weight
+        scales, activation_bits = jnp.ones((1, outputs + -outputs % _STRIP)), None
+    words = matrix(values).reshape(inputs * bits // 32, 32 // bits, -1, _STRIP)
     lanes = words.transpose(2, 0, 3, 1)  # strip, word, lane, input
-    if weight.bits == 4:
+    if bits == 4:
         # Two inputs a byte, the first in the low half.
         lanes = (lanes[..., 0::2] & 0x0F) | (lanes[..., 1::2] << 4)
-    scales = weight.scales.reshape(weight.groups, outputs).astype(jnp.float32)
+    elif bits > 8:
+        lanes = jax.lax.bitcast_convert_type(lanes, jnp.int8)
+    zeros = weight.zero_points if isinstance(weight, QuantizedArray) else None
     return TiledArray(
         values=lanes.reshape(*lanes.shape[:2], 4 * _STRIP),
-        scales=jnp.pad(scales, ((0, 0), (0, padding))),
-        bits=weight.bits,
+        scales=scales,
+        bits=bits,
         shape=weight.shape,
+        zero_points=None if zeros is None else matrix(zeros).astype(jnp.float32),
+        activation_bits=activation_bits,
     )
 
 
 def matmul(x: Float[Array, "..."], weight: TiledArray, widest: int = _WIDEST) -> Array:
-    """x [..., K] times weight [K, *outputs], in float32 throughout.
+    """x [..., K] times weight [K, *outputs], accumulated in float32.
 
     Args:
       widest: bits of the widest vectors to use (512, 256 or less), for tests.
@@ -110,8 +132,14 @@ def matmul(x: Float[Array, "..."], weight: TiledArray, widest: int = _WIDEST) ->
     inputs, *outputs = weight.shape
     rows = x.reshape(-1, inputs).astype(jnp.float32)
     result = jax.ShapeDtypeStruct((rows.shape[0], math.prod(outputs)), jnp.float32)
-    call = jax.ffi.ffi_call(_TARGET, result)
-    product: Array = call(
-        rows, weight.values, weight.scales, bits=np.int64(weight.bits), widest=np.int64(widest)
+    zeros = weight.zero_points
+    product: Array = jax.ffi.ffi_call(_TARGET, result)(
+        rows,
+        weight.values,
+        weight.scales,
+        jnp.zeros((0, weight.scales.shape[1])) if zeros is None else zeros,
+        bits=np.int64(weight.bits),
+        activation_bits=np.int64(weight.activation_bits or 32),
+        widest=np.int64(widest),
     )
     return product.reshape(*x.shape[:-1], *outputs)
