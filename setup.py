@@ -30,7 +30,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["glm_jax*", "convert*", "launch*", "configs*"]),
-    package_data={"glm_jax.data.tables": ["*.tsv"]},
+    package_data={
+        "glm_jax.data.tables": ["*.tsv"],
+        "glm_jax.kernels.quantized_matmul": ["blocks.json"],
+    },
     cmdclass={"build_ext": BuildKernel},
     ext_modules=[
         Extension(

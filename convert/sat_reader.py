@@ -151,8 +151,14 @@ class SatCheckpoint:
         bits = self.bits(config)
         if bits is not None:
             template = glm_params.map_linears(
-                lambda _, linear: LinearParams(
-                    QuantizedArray(None, None, bits, glm_params.contraction_axis(linear.kernel)),
+                lambda name, linear: LinearParams(
+                    QuantizedArray(
+                        None,
+                        None,
+                        bits,
+                        glm_params.contraction_axis(linear.kernel),
+                        axes=glm_params.KERNEL_AXES[name],
+                    ),
                     linear.bias,
                 ),
                 template,
@@ -195,8 +201,14 @@ class SatCheckpoint:
         )
         if bits is None:
             return LinearParams(merged.kernel, merged.bias)
-        axis = -merged.kernel.ndim
-        return LinearParams(QuantizedArray(merged.kernel, merged.scales, bits, axis), merged.bias)
+        kernel = QuantizedArray(
+            values=merged.kernel,
+            scales=merged.scales,
+            bits=bits,
+            contraction_axis=-merged.kernel.ndim,
+            axes=glm_params.KERNEL_AXES[name],
+        )
+        return LinearParams(kernel, merged.bias)
 
 
 def _module(path: Path) -> dict[str, LazyTensor]:

@@ -4,7 +4,7 @@ This is the only place that knows mesh axes. Everything else names logical axes:
 batch, seq, embed, heads, head_dim, mlp, vocab, layers, group.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -85,8 +85,10 @@ def parse_mesh(text: str) -> Mesh:
     return make_mesh(sizes)
 
 
-def parameter_sharding(mesh: Mesh, axes: LogicalAxes, shape: Sequence[int]) -> NamedSharding:
-    """Where a parameter lives. An axis that its mesh axis does not divide stays whole.
+def parameter_spec(
+    mesh_shape: Mapping[str, int], axes: LogicalAxes, shape: Sequence[int]
+) -> PartitionSpec:
+    """The mesh axes of a parameter. An axis that its mesh axis does not divide stays whole.
 
     Raises:
       MeshError: a tensor-parallel axis does not divide (that must be said, not hidden:
@@ -94,15 +96,20 @@ def parameter_sharding(mesh: Mesh, axes: LogicalAxes, shape: Sequence[int]) -> N
     """
     spec = list(spmd.logical_to_mesh_axes(axes, PARAMETER_RULES) or ())
     for i, mesh_axis in enumerate(spec):
-        if mesh_axis is None or shape[i] % mesh.shape[mesh_axis] == 0:
+        if mesh_axis is None or shape[i] % mesh_shape[mesh_axis] == 0:
             continue
         if mesh_axis == "tensor":
             raise MeshError(
                 f"{axes[i]}={shape[i]} does not divide by the tensor axis of "
-                f"{mesh.shape['tensor']} devices"
+                f"{mesh_shape['tensor']} devices"
             )
         spec[i] = None
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    return PartitionSpec(*spec)
+
+
+def parameter_sharding(mesh: Mesh, axes: LogicalAxes, shape: Sequence[int]) -> NamedSharding:
+    """Where a parameter lives, by `parameter_spec`."""
+    return NamedSharding(mesh, parameter_spec(mesh.shape, axes, shape))
 
 
 def activation_spec(axes: LogicalAxes) -> PartitionSpec:

@@ -17,6 +17,7 @@ LAYERS = {
     "glm_jax.data": 5,
     "glm_jax.training": 6,
     "glm_jax.decoding": 6,
+    "glm_jax.planning": 6,
     "glm_jax.cli": 6,
     "configs": 7,
     "convert": 7,

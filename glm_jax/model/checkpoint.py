@@ -18,7 +18,7 @@ from glm_jax import config as glm_config
 from glm_jax.config import ConfigError, GLMConfig
 from glm_jax.errors import UserError
 from glm_jax.model import params as glm_params
-from glm_jax.model.params import GLMParams, LinearParams
+from glm_jax.model.params import KERNEL_AXES, GLMParams, LinearParams
 from glm_jax.quantization import QuantizedArray, Scheme
 
 CONFIG_FILE = "config.json"
@@ -172,6 +172,7 @@ def _abstract_like(config: GLMConfig, metadata: Any, mesh: Mesh | None, path: An
             bits=8 * values.shape[1] // linear.kernel.shape[1],
             contraction_axis=glm_params.contraction_axis(values),
             zero_points=None if zero_points is None else describe(zero_points, 1),
+            axes=KERNEL_AXES[name],
         )
         return LinearParams(kernel=kernel, bias=linear.bias)
 

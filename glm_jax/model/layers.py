@@ -29,14 +29,13 @@ def linear(x: Float[Array, "..."], params: LinearParams) -> Float[Array, "..."]:
     """
     kernel = params.kernel
     if is_quantized(kernel):
-        product = quantized_matmul(x, kernel)
-    else:
-        product = jax.lax.dot_general(
-            x,
-            kernel.astype(x.dtype),
-            (((x.ndim - 1,), (0,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
+        return quantized_matmul(x, kernel, params.bias).astype(x.dtype)
+    product = jax.lax.dot_general(
+        x,
+        kernel.astype(x.dtype),
+        (((x.ndim - 1,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
     return (product + params.bias).astype(x.dtype)
 
 

@@ -237,7 +237,9 @@ def quantize_params(params: GLMParams, scheme: Scheme) -> GLMParams:
         axis = contraction_axis(linear.kernel)
         # Layer after layer: floats beside integers are then one layer's, not the model's.
         quantize_layers = jax.jit(
-            lambda kernel: jax.lax.map(lambda layer: quantize(layer, scheme, axis), kernel)
+            lambda kernel: jax.lax.map(
+                lambda layer: quantize(layer, scheme, axis, KERNEL_AXES[name]), kernel
+            )
         )
         return LinearParams(kernel=quantize_layers(linear.kernel), bias=linear.bias)
 

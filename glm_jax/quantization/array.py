@@ -24,6 +24,8 @@ class QuantizedArray:
       bits: 8 or 4.
       contraction_axis: negative index of K, so that it outlives stacking and scanning.
       zero_points: int8, of the scales' shape; None where the weight is symmetric.
+      axes: logical axes of [K, *outputs], by which products are divided among devices; None
+        where they are not known.
     """
 
     values: Any  # or what describes an array that does not exist yet
@@ -31,6 +33,7 @@ class QuantizedArray:
     bits: int = struct.field(pytree_node=False)
     contraction_axis: int = struct.field(pytree_node=False)
     zero_points: Any = None
+    axes: tuple[str | None, ...] | None = struct.field(pytree_node=False, default=None)
 
     @property
     def shape(self) -> tuple[int, ...]:

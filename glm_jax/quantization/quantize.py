@@ -14,7 +14,12 @@ _NARROWEST, _TRIES = 0.5, 16
 Bounds = tuple[Array, Array]  # of size 1 along the inputs of a group
 
 
-def quantize(weight: Float[Array, "..."], scheme: Scheme, contraction_axis: int) -> QuantizedArray:
+def quantize(
+    weight: Float[Array, "..."],
+    scheme: Scheme,
+    contraction_axis: int,
+    axes: tuple[str | None, ...] | None = None,
+) -> QuantizedArray:
     """Rounds a weight to integers with a scale per output row and group of inputs.
 
     Scales and quotients are rounded to the weight's dtype. Without search, in float16 and
@@ -24,6 +29,7 @@ def quantize(weight: Float[Array, "..."], scheme: Scheme, contraction_axis: int)
     Args:
       weight: [..., K, *outputs].
       contraction_axis: negative index of K.
+      axes: logical axes of [K, *outputs], which the result remembers.
 
     Raises:
       QuantizationError: K does not divide into groups (and, for 4 bits, into pairs).
@@ -53,6 +59,7 @@ def quantize(weight: Float[Array, "..."], scheme: Scheme, contraction_axis: int)
         zero_points=None
         if zero_points is None
         else jnp.squeeze(zero_points, axis + 1).astype(jnp.int8),
+        axes=axes,
     )
 
 

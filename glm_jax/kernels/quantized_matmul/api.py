@@ -1,36 +1,49 @@
-"""Chooses how a product with a quantised weight is computed."""
+"""Products with weights that are quantised, or laid out for a kernel."""
 
+import functools
+import math
 from typing import Any, TypeGuard
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from glm_jax.kernels.quantized_matmul import cpu, reference
+from glm_jax.kernels.quantized_matmul import backends, cpu, sharded, xla
 from glm_jax.kernels.quantized_matmul.cpu import TiledArray
 from glm_jax.quantization import QuantizedArray
 
+Weight = QuantizedArray | TiledArray
 
-def is_quantized(weight: Any) -> TypeGuard[QuantizedArray | TiledArray]:
+
+def is_quantized(weight: Any) -> TypeGuard[Weight]:
     """Whether a kernel is one that `quantized_matmul` takes, not a float array."""
-    return isinstance(weight, QuantizedArray | TiledArray)
+    return isinstance(weight, Weight)
 
 
-def prepare(weight: QuantizedArray | TiledArray) -> QuantizedArray | TiledArray:
+def prepare(
+    weight: Weight | Array, activation_bits: int | None = None
+) -> QuantizedArray | TiledArray | Array:
     """A weight [K, *outputs] on one CPU device in the layout that multiplies fastest there.
 
     It stays as it is where the CPU kernel is not built or does not take its shape.
+
+    Args:
+      activation_bits: 8 for integer products; see `TiledArray`.
     """
-    if isinstance(weight, QuantizedArray) and cpu.can_tile(weight):
-        return cpu.tile(weight)
+    if not isinstance(weight, TiledArray) and cpu.can_tile(weight):
+        return cpu.tile(weight, activation_bits)
     return weight
 
 
 def quantized_matmul(
-    x: Float[Array, "..."], weight: QuantizedArray | TiledArray
+    x: Float[Array, "..."], weight: Weight, bias: Float[Array, "..."] | None = None
 ) -> Float[Array, "..."]:
-    """x [..., K] times weight [K, *outputs], accumulated in float32.
+    """x [..., K] times weight [K, *outputs] plus bias [*outputs], accumulated in float32.
 
-    A weight in the CPU kernel's layout is multiplied by it; any other is dequantised to
-    x's dtype first, as the original does.
+    The backend follows the platform that the program is compiled for, the shapes, and on
+    GPUs the compute capability. Under a mesh of several devices each multiplies its own
+    part of a weight that knows its logical axes, and sums of parts are exchanged, never
+    weights. Differentiable in x and bias; the weight is a constant.
 
     Returns:
       float32 [..., *outputs].
@@ -41,6 +54,47 @@ def quantized_matmul(
     is_one = isinstance(weight, TiledArray) or weight.contraction_axis == -len(weight.shape)
     if not is_one or weight.shape[0] != x.shape[-1]:
         raise ValueError(f"activations {x.shape} cannot multiply a weight {weight.shape}")
+    if isinstance(weight, QuantizedArray) and sharded.applies(weight):
+        return sharded.matmul(_product, x, weight, bias)
+    return _product(x, weight, bias)
+
+
+def _product(x: Array, weight: Weight, bias: Array | None) -> Array:
+    """The same on one device."""
+    outputs = weight.shape[1:]
+    if isinstance(weight, QuantizedArray):
+        weight = _flatten(weight)
+    rows = x.reshape(-1, x.shape[-1])
+    product = _matmul(rows, weight, None if bias is None else bias.reshape(-1))
+    return product.reshape(*x.shape[:-1], *outputs)
+
+
+def _flatten(weight: QuantizedArray) -> QuantizedArray:
+    """[K, *outputs] as [K, N]."""
+    outputs = math.prod(weight.shape[1:])
+    flat: QuantizedArray = jax.tree.map(lambda a: a.reshape(a.shape[0], outputs), weight)
+    return flat.replace(contraction_axis=-2, axes=None)  # type: ignore[attr-defined]
+
+
+@functools.partial(jax.custom_vjp)
+def _matmul(x: Array, weight: Weight, bias: Array | None) -> Array:
     if isinstance(weight, TiledArray):
-        return cpu.matmul(x, weight)
-    return reference.matmul(x, weight)
+        product = cpu.matmul(x, weight).reshape(len(x), -1)
+        return product if bias is None else product + bias.astype(jnp.float32)
+    return backends.matmul(x, weight, bias)
+
+
+def _forward(x: Array, weight: Weight, bias: Array | None) -> tuple[Array, Any]:
+    # An empty array remembers a dtype.
+    like = lambda a: None if a is None else jnp.zeros((0,), a.dtype)
+    return _matmul(x, weight, bias), (weight, like(x), like(bias))
+
+
+def _backward(kept: Any, gradient: Array) -> tuple[Array, None, Array | None]:
+    weight, x, bias = kept
+    transposed = cpu.transposed_matmul if isinstance(weight, TiledArray) else xla.transposed_matmul
+    of_bias = None if bias is None else jnp.sum(gradient, axis=0).astype(bias.dtype)
+    return transposed(gradient, weight, x.dtype).astype(x.dtype), None, of_bias
+
+
+_matmul.defvjp(_forward, _backward)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Float32, Int8
+from jaxtyping import Array, Float, Float32, Int, Int8
 
 from glm_jax.quantization import QuantizedArray, unpack_int4
 
@@ -143,3 +143,58 @@ def matmul(x: Float[Array, "..."], weight: TiledArray, widest: int = _WIDEST) ->
         widest=np.int64(widest),
     )
     return product.reshape(*x.shape[:-1], *outputs)
+
+
+def transposed_matmul(
+    gradient: Float[Array, "rows outputs"], weight: TiledArray, dtype: jnp.dtype
+) -> Float[Array, "rows inputs"]:
+    """gradient [rows, N] times the transpose of weight [K, *outputs], strip by strip.
+
+    Args:
+      dtype: what the weight and the gradient are rounded to before the product.
+
+    Returns:
+      float32 [rows, K].
+    """
+    strips = len(weight.values)
+    padded = jnp.pad(gradient, ((0, 0), (0, strips * _STRIP - gradient.shape[1])))
+    columns = padded.reshape(-1, strips, _STRIP).swapaxes(0, 1).astype(dtype)
+
+    def step(total: Array, strip: tuple[Array, Array]) -> tuple[Array, None]:
+        part, index = strip
+        outputs = index * _STRIP + jnp.arange(_STRIP)
+        weights = take_outputs(weight, outputs).astype(dtype)
+        return total + jnp.matmul(part, weights, preferred_element_type=jnp.float32), None
+
+    start = jnp.zeros((len(gradient), weight.shape[0]), jnp.float32)
+    return jax.lax.scan(step, start, (columns, jnp.arange(strips)))[0]
+
+
+def take_outputs(
+    weight: TiledArray, outputs: Int[Array, "*indices"]
+) -> Float[Array, "*indices inputs"]:
+    """The weights of some outputs, as floats: float32, or bfloat16 where stored so.
+
+    Args:
+      outputs: indices into [0, 16 * strips), outputs flattened.
+
+    Returns:
+      [*indices, K].
+    """
+    inputs, bits = weight.shape[0], weight.bits
+    lanes = weight.values.reshape(*weight.values.shape[:2], _STRIP, 4)
+    words = lanes[outputs // _STRIP, :, outputs % _STRIP]
+    if bits > 8:
+        dtype = jnp.float32 if bits == 32 else jnp.bfloat16
+        pairs = words.reshape(*outputs.shape, inputs, bits // 8)
+        return jax.lax.bitcast_convert_type(pairs, dtype)
+    if bits == 4:
+        words = jnp.stack([words & 0x0F, (words >> 4) & 0x0F], axis=-1) - 8
+    else:
+        words = words ^ jnp.int8(-128)
+    groups = weight.scales.shape[0]
+    values = words.reshape(*outputs.shape, groups, inputs // groups).astype(jnp.float32)
+    of_groups = lambda a: jnp.moveaxis(a[:, outputs], 0, -1)[..., None]
+    if weight.zero_points is not None:
+        values = values - of_groups(weight.zero_points)
+    return (values * of_groups(weight.scales)).reshape(*outputs.shape, inputs)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from glm_jax.kernels.quantized_matmul import reference
-from glm_jax.quantization import QuantizedArray
+from glm_jax.quantization import QuantizedArray, dequantize
 
 _TILE = 512
 
@@ -22,29 +22,60 @@ def matmul(x: Float[Array, "rows inputs"], weight: QuantizedArray) -> Float[Arra
     Returns:
       float32 [rows, N].
     """
-    inputs = weight.shape[0]
-    tiles = _count(inputs, weight)
+    tiles = _tiles(weight)
+    columns = x.reshape(len(x), len(tiles.values), -1).swapaxes(0, 1)
+
+    def step(total: Array, tile: tuple[Array, QuantizedArray]) -> tuple[Array, None]:
+        return total + reference.matmul(*tile), None
+
+    start = jnp.zeros((len(x), weight.shape[1]), jnp.float32)
+    return jax.lax.scan(step, start, (columns, tiles))[0]
+
+
+def transposed_matmul(
+    gradient: Float[Array, "rows outputs"], weight: QuantizedArray, dtype: jnp.dtype
+) -> Float[Array, "rows inputs"]:
+    """gradient [rows, N] times the transpose of weight [K, N], tile by tile of K.
+
+    Args:
+      dtype: what the weight and the gradient are rounded to before the product.
+
+    Returns:
+      float32 [rows, K].
+    """
+    narrow = gradient.astype(dtype)
+
+    def step(carry: None, tile: QuantizedArray) -> tuple[None, Array]:
+        part = jax.lax.dot_general(
+            narrow,
+            dequantize(tile, dtype),
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+        return carry, part
+
+    parts = jax.lax.scan(step, None, _tiles(weight))[1]
+    return parts.swapaxes(0, 1).reshape(len(gradient), -1)
+
+
+def _tiles(weight: QuantizedArray) -> QuantizedArray:
+    """The weight [K, N] as [tiles, K / tiles, N], groups split where a tile ends in one."""
+    tiles = _count(weight)
     split = lambda a: a.reshape(tiles, a.shape[0] // tiles, *a.shape[1:])
     copies = math.lcm(weight.groups, tiles) // weight.groups
     spread = lambda a: split(jnp.repeat(a, copies, axis=0))
-    pieces = QuantizedArray(
+    return QuantizedArray(
         values=split(weight.values),
         scales=spread(weight.scales),
         bits=weight.bits,
         contraction_axis=-2,
         zero_points=None if weight.zero_points is None else spread(weight.zero_points),
     )
-    columns = x.reshape(len(x), tiles, inputs // tiles).swapaxes(0, 1)
-
-    def step(total: Array, piece: tuple[Array, QuantizedArray]) -> tuple[Array, None]:
-        return total + reference.matmul(*piece), None
-
-    start = jnp.zeros((len(x), weight.shape[1]), jnp.float32)
-    return jax.lax.scan(step, start, (columns, pieces))[0]
 
 
-def _count(inputs: int, weight: QuantizedArray) -> int:
+def _count(weight: QuantizedArray) -> int:
     """The most tiles of at least `_TILE` inputs in which groups stay whole or split evenly."""
+    inputs = weight.shape[0]
     pair = 2 if weight.bits == 4 else 1
     for tiles in range(max(1, inputs // _TILE), 1, -1):
         if inputs % (math.lcm(weight.groups, tiles) * pair) == 0:

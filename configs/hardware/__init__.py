@@ -1,0 +1,1 @@
+"""What devices are made of, from their vendors' figures: one file a device."""

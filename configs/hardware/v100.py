@@ -1,0 +1,26 @@
+"""Tesla V100-SXM2-32GB.
+
+From NVIDIA's V100 data sheet and the CUDA guide's tables of
+compute capabilities.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "platform": "cuda",
+            "device_kind": "Tesla V100-SXM2-32GB",
+            "compute_capability": 7.0,
+            "memory_bytes": 32 * 2**30,
+            "memory_bandwidth": 900000000000,  # bytes per second
+            "matrix_flops": 1.25e14,  # float16 products, float32 sums, per second
+            "multiprocessors": 80,
+            "threads_per_multiprocessor": 2048,
+            "shared_memory_per_multiprocessor": 98304,
+            "shared_memory_per_block": 98304,  # where a kernel asks for more than 48 KiB
+            "l2_bytes": 12 * 2**19,
+            "clock_ghz": 1.53,
+        }
+    )

@@ -1,0 +1,72 @@
+"""Devices that are compiled for without being here.
+
+They take the platform's compiler (`jax[cuda12]` or `jax[tpu]`), not its hardware; run with
+JAX_PLATFORMS=cpu, and for TPUs TPU_SKIP_MDS_QUERY=1.
+"""
+
+import jax
+from jax.experimental import topologies
+from ml_collections import ConfigDict
+
+# The same for all GPUs of compute capability 7.0 to 9.0 (the CUDA guide's tables).
+_EVERY_GPU = {
+    "threads_per_block_limit": 1024,
+    "threads_per_warp": 32,
+    "shared_memory_per_block": 48 * 1024,
+    "block_dim_limit_x": 2**31 - 1,
+    "block_dim_limit_y": 2**16 - 1,
+    "block_dim_limit_z": 2**16 - 1,
+    "fpus_per_core": 64,
+    "registers_per_core_limit": 2**16,
+    "registers_per_block_limit": 2**16,
+}
+
+
+def target_config(hardware: ConfigDict) -> str:
+    """A GPU of `configs/hardware` as XLA's GpuTargetConfigProto in text form."""
+    major, minor = divmod(round(10 * hardware.compute_capability), 10)
+    info = _EVERY_GPU | {
+        "shared_memory_per_core": hardware.shared_memory_per_multiprocessor,
+        "shared_memory_per_block_optin": hardware.shared_memory_per_block,
+        "threads_per_core_limit": hardware.threads_per_multiprocessor,
+        "core_count": hardware.multiprocessors,
+        "memory_bandwidth": hardware.memory_bandwidth,
+        "l2_cache_size": hardware.l2_bytes,
+        "clock_rate_ghz": hardware.clock_ghz,
+        "device_memory_size": hardware.memory_bytes,
+    }
+    lines = [f"{name}: {value}" for name, value in info.items()]
+    lines.append(f"cuda_compute_capability {{ major: {major} minor: {minor} }}")
+    return (
+        f"gpu_device_info {{ {' '.join(lines)} }}\n"
+        'platform_name: "CUDA"\n'
+        "dnn_version_info { major: 9 minor: 10 }\n"
+        f'device_description_str: "{hardware.device_kind}"\n'
+    )
+
+
+def devices(hardware: ConfigDict, count: int = 1) -> list[jax.Device]:
+    """`count` devices of a kind, to make a mesh of and compile for.
+
+    Args:
+      hardware: what a file of `configs/hardware` returns. TPUs come as its topology says,
+        of which the first `count` are given.
+
+    Raises:
+      ValueError: the topology has fewer.
+      RuntimeError: the platform's compiler is not installed.
+    """
+    if hardware.platform == "tpu":
+        topology = topologies.get_topology_desc(
+            platform="tpu", topology_name=hardware.topology
+        )
+    else:
+        topology = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=f"{hardware.device_kind} x {count}",
+            topology=f"1x1x{count}",  # one host
+            target_config=target_config(hardware),
+        )
+    if len(topology.devices) < count:
+        raise ValueError(f"{hardware.device_kind}: {len(topology.devices)} devices, not {count}")
+    return list(topology.devices[:count])
