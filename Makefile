@@ -3,14 +3,19 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.txt
+# Compilers for GPUs and TPUs, which need no such device, in an environment of their own.
+AOT_VENV := .venv-aot
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-aot lint bench clean
 
 demo: $(VENV)/.base
 	$(BIN)/python -m launch.demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --ignore=tests/aot
+
+test-aot: $(AOT_VENV)/.aot
+	PYTHONPATH=tests $(AOT_VENV)/bin/python -m pytest -n 2 --noconftest -p aot.dumping tests/aot
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -22,7 +27,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m launch.benchmark --suite=kernels
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo_output bench_output glm_jax/kernels/quantized_matmul/*.so
+	rm -rf $(VENV) $(AOT_VENV) build *.egg-info demo_output bench_output glm_jax/kernels/quantized_matmul/*.so
 
 $(VENV)/.base: setup.py requirements.txt $(wildcard glm_jax/kernels/quantized_matmul/cpu*)
 	$(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
@@ -32,4 +37,10 @@ $(VENV)/.base: setup.py requirements.txt $(wildcard glm_jax/kernels/quantized_ma
 
 $(VENV)/.test: $(VENV)/.base
 	$(INSTALL) --no-build-isolation -e .[test]
+	touch $@
+
+$(AOT_VENV)/.aot: setup.py requirements.txt
+	$(MAKE) VENV=$(AOT_VENV) $(AOT_VENV)/.base
+	$(AOT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.txt \
+		--no-build-isolation -e .[aot]
 	touch $@

@@ -66,6 +66,7 @@ setup(
             "hypothesis",
             "mypy",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "torch==2.13.0",
             "types-tqdm",
@@ -73,6 +74,8 @@ setup(
         # The converters read PyTorch's files by themselves; nothing more is needed for
         # paths on a local disk.
         "convert": [],
+        # What `make test-aot` compiles with.
+        "aot": ["jax[cuda12]", "jax[tpu]", "pytest", "pytest-xdist"],
         "cuda12": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
     },

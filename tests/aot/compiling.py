@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from aot.conftest import DUMP
+import jax.numpy as jnp
+from aot.dumping import DUMP
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from glm_jax.planning import topology
+from glm_jax.quantization import QuantizedArray
 
 _PTXAS = Path(sysconfig.get_paths()["purelib"]) / "nvidia/cuda_nvcc/bin/ptxas"
 
@@ -33,6 +35,16 @@ def compile_for(name: str, function: Callable[..., Any], *arguments: Any) -> Any
     place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
     with jax.set_mesh(mesh):
         return jax.jit(function).lower(*jax.tree.map(place, arguments)).compile()
+
+
+def abstract_weight(inputs, outputs, group_size, bits, dtype="float16"):
+    """A weight [inputs, outputs] that does not exist."""
+    return QuantizedArray(
+        values=jax.ShapeDtypeStruct((inputs * bits // 8, outputs), jnp.int8),
+        scales=jax.ShapeDtypeStruct((inputs // group_size, outputs), dtype),
+        bits=bits,
+        contraction_axis=-2,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
