@@ -4,6 +4,7 @@ This is the only place that knows mesh axes. Everything else names logical axes:
 batch, seq, embed, heads, head_dim, mlp, vocab, layers, group.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -127,15 +128,18 @@ def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
+    return jax.lax.with_sharding_constraint(x, fitting_activation_spec(x.shape, axes))
+
+
+def fitting_activation_spec(shape: Sequence[int], axes: LogicalAxes) -> PartitionSpec:
+    """`activation_spec` under the surrounding mesh, without the axes that don't divide."""
+    mesh = jax.sharding.get_abstract_mesh()
     spec = list(activation_spec(axes))
     for i, mesh_axes in enumerate(spec):
         names = (mesh_axes,) if isinstance(mesh_axes, str) else (mesh_axes or ())
-        divisor = 1
-        for name in names:
-            divisor *= mesh.shape[name]
-        if x.shape[i] % divisor:
+        if shape[i] % math.prod(mesh.shape[name] for name in names):
             spec[i] = None
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+    return PartitionSpec(*spec)
 
 
 def mesh_of(tree: Any) -> Mesh | None:

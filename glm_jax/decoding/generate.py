@@ -223,8 +223,7 @@ def decode_step(
     params: GLMParams, config: GLMConfig, state: DecodeState
 ) -> tuple[Float[Array, "batch vocab"], DecodeState]:
     """Logits after the state's tokens, whose keys and values join the cache."""
-    zeros = jnp.zeros_like(state.index)
-    key_ranges = jnp.stack([zeros, state.index + 1, zeros, zeros], axis=-1)
+    key_ranges = jnp.stack([jnp.zeros_like(state.index), state.index + 1], axis=-1)
     hidden, cache = glm.forward_hidden(
         params,
         config,

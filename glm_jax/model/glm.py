@@ -21,7 +21,7 @@ from glm_jax.model.params import GLMParams, LayerParams
 from glm_jax.model.visibility import Visibility
 from glm_jax.sharding import constrain
 
-Visible = Int32[Array, "batch query 4"] | Bool[Array, "batch query key"]
+Visible = Int32[Array, "batch query bounds"] | Bool[Array, "batch query key"]
 Rotary = tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]
 HIDDEN_AXES = ("batch", "seq", "embed")
 

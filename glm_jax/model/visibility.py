@@ -1,8 +1,8 @@
-"""Who sees whom, as four integers a row and never as an array of seq x seq.
+"""Who sees whom, as two or four integers a row and never as an array of seq x seq.
 
 In GLM a row sees a context in full, and of its own piece what lies at or before it
-(arXiv:2210.02414, section 2.1). Both are runs of neighbouring keys, whatever the
-arrangement: one text, packed documents, or several choices after one context.
+(arXiv:2210.02414, section 2.1). Both are runs of neighbouring keys: in one text or in
+packed documents a single run, in several choices after one context two of them.
 """
 
 import jax.numpy as jnp
@@ -15,18 +15,19 @@ class Visibility:
     """The keys that each row sees.
 
     Attributes:
-      key_ranges: int32 [batch, seq, 4]: start and end (exclusive) of the context, start
-        and end (exclusive) of the row's own piece. An empty range sees nothing.
+      key_ranges: int32 [batch, seq, 2]: start and end (exclusive) of the keys it sees; or
+        [batch, seq, 4]: of the context, then of the row's own piece. An empty range sees
+        nothing.
     """
 
-    key_ranges: Int32[Array, "batch seq 4"]
+    key_ranges: Int32[Array, "batch seq bounds"]
 
     @classmethod
     def prefix(cls, context_length: Int[ArrayLike, " batch"], length: int) -> "Visibility":
         """One text a row: all see the first `context_length` keys, then causal."""
         context = jnp.asarray(context_length)[:, None]
         own_end = jnp.broadcast_to(jnp.arange(1, length + 1), (context.shape[0], length))
-        return cls(_stack(jnp.zeros_like(own_end), context, jnp.zeros_like(own_end), own_end))
+        return cls(_stack(jnp.zeros_like(own_end), jnp.maximum(context, own_end)))
 
     @classmethod
     def packed(
@@ -42,9 +43,8 @@ class Visibility:
         segment_ids = jnp.asarray(segment_ids)
         index, start = _piece_starts(segment_ids)
         real = segment_ids > 0
-        context_end = jnp.where(real, start + context_length, start)
-        own_start = jnp.where(real, start, index)
-        return cls(_stack(start, context_end, own_start, index + 1))
+        context_end = jnp.where(real, start + context_length, 0)
+        return cls(_stack(jnp.where(real, start, index), jnp.maximum(context_end, index + 1)))
 
     @classmethod
     def choices(cls, choice_ids: Int[ArrayLike, "batch seq"]) -> "Visibility":

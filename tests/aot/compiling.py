@@ -9,6 +9,7 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +31,13 @@ def compile_for(name: str, function: Callable[..., Any], *arguments: Any) -> Any
     """Compiles `function` for one device of a kind; arguments are (shape, dtype) pairs, or
     trees of `jax.ShapeDtypeStruct`."""
     shutil.rmtree(DUMP, ignore_errors=True)
-    mesh = Mesh(topology.devices(hardware(name)), ("x",))
+    devices = topology.devices(hardware(name))
+    mesh = Mesh(devices, ("x",))
     sharding = NamedSharding(mesh, PartitionSpec())
     place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-    with jax.set_mesh(mesh):
+    # The attention library asks the default device, which is no GPU here, what it can do.
+    default = mock.patch("jax.extend.backend.get_default_device", lambda: devices[0])
+    with jax.set_mesh(mesh), default:
         return jax.jit(function).lower(*jax.tree.map(place, arguments)).compile()
 
 

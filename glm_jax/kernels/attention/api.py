@@ -1,27 +1,60 @@
 """Chooses how attention is computed."""
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from glm_jax.kernels.attention import reference
+from glm_jax.kernels.attention import blockwise, library, reference
+
+# Keys up to which all scores at once are no more than a block.
+_FEW_KEYS = 128
+_QUERY_BLOCK, _KEY_BLOCK = 256, 256
 
 
 def attention(
     query: Float[Array, "batch query heads head_dim"],
-    key: Float[Array, "batch heads key head_dim"],
-    value: Float[Array, "batch heads key head_dim"],
-    visible: Int32[Array, "batch query 4"] | Bool[Array, "batch query key"],
+    key: Array,
+    value: Array,
+    visible: Int32[Array, "batch query bounds"] | Bool[Array, "batch query key"],
     softmax_dtype: str = "float32",
+    key_scales: Float[Array, "batch heads key"] | None = None,
+    value_scales: Float[Array, "batch heads key"] | None = None,
 ) -> Float[Array, "batch query heads head_dim"]:
     """softmax(query key^T / sqrt(head_dim)) value over the keys that each row may see.
 
+    Rows with ranges go block by block: no array of queries x keys, and keys that no row
+    sees are not read. A mask, which is such an array itself, and a softmax in less than
+    float32 take the formula as it stands.
+
     Args:
-      visible: per row, [start, end) of the context it sees and [start, end) of its own
-        piece, as key indices; or a mask, true where the row may see the key.
+      key, value: [batch, heads, key, head_dim], float, or int8 with scales.
+      visible: per row, [start, end) of one or two ranges of keys; or a mask, true where
+        the row may see the key.
       softmax_dtype: dtype of the scores and their softmax.
 
     Returns:
       [batch, query, heads, head_dim] in the query's dtype.
     """
-    is_mask = visible.dtype == bool
-    mask = visible if is_mask else reference.ranges_to_mask(visible, key.shape[2])
-    return reference.masked_attention(query, key, value, mask, softmax_dtype)
+    num_keys, is_mask = key.shape[2], visible.dtype == bool
+    if is_mask or softmax_dtype != "float32" or num_keys <= _FEW_KEYS:
+        if key_scales is not None and value_scales is not None:
+            key = (key * key_scales[..., None]).astype(query.dtype)
+            value = (value * value_scales[..., None]).astype(query.dtype)
+        mask = visible if is_mask else reference.ranges_to_mask(visible, num_keys)
+        return reference.masked_attention(
+            query, key.astype(query.dtype), value.astype(query.dtype), mask, softmax_dtype
+        )
+
+    def in_blocks(query: Array, key: Array, value: Array, ranges: Array) -> Array:
+        block = min(_QUERY_BLOCK, query.shape[1])
+        return blockwise.attention(
+            query, key, value, ranges, key_scales, value_scales, block, _KEY_BLOCK
+        )
+
+    if key_scales is None and library.is_available(query, visible):
+        key, value = key.astype(query.dtype), value.astype(query.dtype)
+        attended: Array = jax.lax.platform_dependent(
+            query, key, value, visible, cuda=library.attention, default=in_blocks
+        )
+        return attended
+    return in_blocks(query, key, value, visible)

@@ -6,19 +6,17 @@ from jaxtyping import Array, Bool, Float, Int32
 
 
 def ranges_to_mask(
-    key_ranges: Int32[Array, "batch query 4"], num_keys: int
+    key_ranges: Int32[Array, "batch query bounds"], num_keys: int
 ) -> Bool[Array, "batch query key"]:
     """True where the query row may see the key column.
 
     Args:
-      key_ranges: [start, end) of the context and [start, end) of the row's own piece.
+      key_ranges: [start, end) of one or two ranges a row.
       num_keys: columns of the result.
     """
     key = jnp.arange(num_keys, dtype=jnp.int32)
-    context_start, context_end, own_start, own_end = (key_ranges[..., i, None] for i in range(4))
-    in_context = (key >= context_start) & (key < context_end)
-    in_own = (key >= own_start) & (key < own_end)
-    return in_context | in_own
+    starts, ends = key_ranges[..., None, 0::2], key_ranges[..., None, 1::2]
+    return jnp.any((key[:, None] >= starts) & (key[:, None] < ends), axis=-1)
 
 
 def masked_attention(
@@ -26,7 +24,7 @@ def masked_attention(
     key: Float[Array, "batch heads key head_dim"],
     value: Float[Array, "batch heads key head_dim"],
     mask: Bool[Array, "batch query key"],
-    softmax_dtype: str,
+    softmax_dtype: str = "float32",
 ) -> Float[Array, "batch query heads head_dim"]:
     """softmax(query key^T / sqrt(head_dim)) value over the visible keys.
 

@@ -1,0 +1,202 @@
+"""Attention block by block in plain XLA: no array of queries x keys beyond one block.
+
+Blocks of keys that no row of a block of queries sees are not read at all. Forward as
+"FlashAttention-2" (arXiv:2307.08691, algorithm 1), a running softmax over blocks of keys;
+backward as its algorithm 2, from the saved logarithms of the softmax's sums.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from glm_jax.kernels.attention.reference import ranges_to_mask
+
+_LOWEST = -1e30  # of a row that has seen nothing; finite, so that differences are numbers
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def attention(
+    query: Float[Array, "batch query heads head_dim"],
+    key: Array,
+    value: Array,
+    key_ranges: Int32[Array, "batch query bounds"],
+    key_scales: Float[Array, "batch heads key"] | None,
+    value_scales: Float[Array, "batch heads key"] | None,
+    query_block: int,
+    key_block: int,
+) -> Float[Array, "batch query heads head_dim"]:
+    """softmax(query key^T / sqrt(head_dim)) value over each row's ranges of keys.
+
+    Args:
+      key, value: [batch, heads, key, head_dim], float, or int8 with scales, which a
+        gradient does not pass.
+      key_ranges: [start, end) of one or two ranges a row.
+
+    Returns:
+      [batch, query, heads, head_dim] in the query's dtype; zeros for rows that see nothing.
+    """
+    blocks = (query_block, key_block)
+    return _forward(query, key, value, key_ranges, key_scales, value_scales, *blocks)[0]
+
+
+def _forward(
+    query: Array,
+    key: Array,
+    value: Array,
+    key_ranges: Array,
+    key_scales: Array | None,
+    value_scales: Array | None,
+    query_block: int,
+    key_block: int,
+) -> tuple[Array, Any]:
+    batch, num_queries, heads, head_dim = query.shape
+    scaled = query * jnp.asarray(head_dim**-0.5, query.dtype)
+    keys = (_pad(key, 2, key_block), _pad(value, 2, key_block))
+    scales = tuple(None if s is None else _pad(s, 2, key_block) for s in (key_scales, value_scales))
+
+    def of_queries(block: tuple[Array, Array]) -> tuple[Array, Array]:
+        rows, ranges = block
+        first, last = _bounds(ranges, key_block, keys[0].shape[2])
+
+        def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            largest, total, summed = carry
+            k, v, k_scale, v_scale = (_slice(a, i, key_block) for a in (*keys, *scales))
+            scores = _scores(rows, k, ranges, i * key_block, k_scale)
+            new = jnp.maximum(largest, jnp.max(scores, axis=-1))
+            weights = jnp.where(scores > _LOWEST, jnp.exp(scores - new[..., None]), 0)
+            shrink = jnp.exp(largest - new)
+            total = total * shrink + jnp.sum(weights, axis=-1)
+            if v_scale is not None:
+                weights = weights * v_scale[:, :, None]
+            part = _product("bhqk,bhkd->bhqd", weights.astype(rows.dtype), v.astype(rows.dtype))
+            return new, total, summed * shrink[..., None] + part
+
+        rows_shape = (batch, heads, rows.shape[1])
+        start = (
+            jnp.full(rows_shape, _LOWEST),
+            jnp.zeros(rows_shape),
+            jnp.zeros((*rows_shape, head_dim)),
+        )
+        largest, total, summed = jax.lax.fori_loop(first, last, step, start)
+        total = jnp.where(total == 0, 1, total)
+        return (summed / total[..., None]).astype(query.dtype), largest + jnp.log(total)
+
+    outputs, log_sums = _map(of_queries, (scaled, key_ranges), query_block)
+    output = jnp.moveaxis(_join(outputs, 2)[:, :, :num_queries], 1, 2)
+    log_sums = _join(log_sums, 2)[:, :, :num_queries]
+    return output, (query, key, value, key_ranges, output, log_sums)
+
+
+def _backward(query_block: int, key_block: int, kept: Any, gradient: Array) -> tuple[Any, ...]:
+    query, key, value, key_ranges, output, log_sums = kept
+    factor = query.shape[-1] ** -0.5
+    scaled = query * jnp.asarray(factor, query.dtype)
+    wide = gradient.astype(jnp.float32)
+    shift = jnp.sum(wide * output.astype(jnp.float32), axis=-1)
+    by_query = (scaled, key_ranges, gradient, jnp.moveaxis(log_sums, 1, 2), shift)
+    padded_queries = tuple(_pad(a, 1, query_block) for a in by_query)
+    keys, values = _pad(key, 2, key_block), _pad(value, 2, key_block)
+
+    def weights_of(rows: tuple[Array, ...], k: Array, v: Array, offset: Array) -> Any:
+        q, ranges, g, log_sum, delta = rows
+        scores = _scores(q, k, ranges, offset, None)
+        log_sum, delta = (jnp.moveaxis(a, 1, 2)[..., None] for a in (log_sum, delta))
+        weights = jnp.where(scores > _LOWEST, jnp.exp(scores - log_sum), 0)
+        of_weights = _product("bqhd,bhkd->bhqk", g, v)
+        return weights.astype(q.dtype), (weights * (of_weights - delta)).astype(q.dtype)
+
+    def of_queries(rows: tuple[Array, ...]) -> Array:
+        first, last = _bounds(rows[1], key_block, keys.shape[2])
+
+        def step(i: Array, total: Array) -> Array:
+            k, v = _slice(keys, i, key_block), _slice(values, i, key_block)
+            _, of_scores = weights_of(rows, k, v, i * key_block)
+            return total + _product("bhqk,bhkd->bqhd", of_scores, k)
+
+        return jax.lax.fori_loop(first, last, step, jnp.zeros(rows[0].shape))
+
+    def of_keys(index: Array) -> tuple[Array, Array]:
+        k, v = _slice(keys, index, key_block), _slice(values, index, key_block)
+
+        def step(i: Array, totals: tuple[Array, Array]) -> tuple[Array, Array]:
+            rows = tuple(
+                jax.lax.dynamic_slice_in_dim(a, i * query_block, query_block, 1)
+                for a in padded_queries
+            )
+            weights, of_scores = weights_of(rows, k, v, index * key_block)
+            return (
+                totals[0] + _product("bhqk,bqhd->bhkd", of_scores, rows[0]),
+                totals[1] + _product("bhqk,bqhd->bhkd", weights, rows[2]),
+            )
+
+        count = padded_queries[0].shape[1] // query_block
+        return jax.lax.fori_loop(0, count, step, (jnp.zeros(k.shape), jnp.zeros(k.shape)))
+
+    of_query = _join(_map(of_queries, by_query, query_block), 1)[:, : query.shape[1]] * factor
+    of_key, of_value = jax.lax.map(of_keys, jnp.arange(keys.shape[2] // key_block))
+    trim = lambda a: _join(a, 2)[:, :, : key.shape[2]]
+    return (
+        of_query.astype(query.dtype),
+        trim(of_key).astype(key.dtype),
+        trim(of_value).astype(value.dtype),
+        None,
+        None,
+        None,
+    )
+
+
+attention.defvjp(_forward, _backward)
+
+
+def _scores(query: Array, key: Array, ranges: Array, offset: Array, scale: Array | None) -> Array:
+    """float32 [batch, heads, query, key]; the lowest where the row does not see the key."""
+    scores = _product("bqhd,bhkd->bhqk", query, key.astype(query.dtype))
+    if scale is not None:
+        scores = scores * scale[:, :, None]
+    visible = ranges_to_mask(ranges - offset, key.shape[2])
+    return jnp.where(visible[:, None], scores, _LOWEST)
+
+
+def _bounds(ranges: Array, key_block: int, num_keys: int) -> tuple[Array, Array]:
+    """First and last (exclusive) block of keys that any row sees."""
+    starts, ends = ranges[..., 0::2], ranges[..., 1::2]
+    seen = starts < ends
+    first = jnp.min(jnp.where(seen, starts, num_keys)) // key_block
+    last = -(-jnp.max(jnp.where(seen, ends, 0)) // key_block)
+    return jnp.maximum(first, 0), jnp.minimum(last, num_keys // key_block)
+
+
+def _product(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _pad(x: Array, axis: int, block: int) -> Array:
+    width = [(0, 0)] * x.ndim
+    width[axis] = (0, -x.shape[axis] % block)
+    return jnp.pad(x, width)
+
+
+def _slice(x: Array | None, index: Array, block: int) -> Any:
+    return None if x is None else jax.lax.dynamic_slice_in_dim(x, index * block, block, 2)
+
+
+def _map(function: Any, arrays: tuple[Array, ...], block: int) -> Any:
+    """Applies `function` to blocks of axis 1; results are stacked."""
+
+    def split(x: Array) -> Array:
+        padded = _pad(x, 1, block)
+        return jnp.moveaxis(padded.reshape(len(x), -1, block, *x.shape[2:]), 1, 0)
+
+    if arrays[0].shape[1] <= block:  # a loop of one step would still copy what it reads
+        whole = function(tuple(_pad(a, 1, block) for a in arrays))
+        return jax.tree.map(lambda a: a[None], whole)
+    return jax.lax.map(function, jax.tree.map(split, arrays))
+
+
+def _join(blocks: Array, axis: int) -> Array:
+    """Stacked blocks [count, ..] as one array, joined along `axis` of a block."""
+    moved = jnp.moveaxis(blocks, 0, axis)
+    return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])

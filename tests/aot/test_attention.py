@@ -1,0 +1,51 @@
+"""Attention over ranges of keys compiles for GPUs and TPUs without an array of S x S."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from aot.compiling import compile_for
+
+from glm_jax.kernels.attention.api import attention
+
+HEADS, HEAD_DIM, LENGTH = 12, 128, 2048  # of a device that holds an eighth of GLM-130B
+DEVICES = ["a100_40gb", "rtx_3090", "h100", "rtx_2080_ti", "tpu_v5e", "tpu_v5p", "tpu_v6e"]
+
+
+def _operands(batch, queries, keys, bounds=2):
+    of = jax.ShapeDtypeStruct
+    keys_shape = (batch, HEADS, keys, HEAD_DIM)
+    return (
+        of((batch, queries, HEADS, HEAD_DIM), jnp.bfloat16),
+        of(keys_shape, jnp.bfloat16),
+        of(keys_shape, jnp.bfloat16),
+        of((batch, queries, bounds), jnp.int32),
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bounds", [2, 4])
+def test_prefill(device, bounds):
+    compiled = compile_for(device, attention, *_operands(1, LENGTH, LENGTH, bounds))
+    scores = 4 * HEADS * LENGTH * LENGTH
+    assert compiled.memory_analysis().temp_size_in_bytes < scores / 2
+    takes_library = bounds == 2 and device in ("a100_40gb", "rtx_3090", "h100")
+    assert ("flash_attention" in compiled.as_text()) == takes_library
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_decode_copies_no_cache(device):
+    operands = _operands(8, 1, LENGTH)
+    compiled = compile_for(device, attention, *operands)
+    cache = 2 * operands[1].size
+    assert compiled.memory_analysis().temp_size_in_bytes < cache / 2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradient(device):
+    def gradient(query, key, value, ranges):
+        loss = lambda *inputs: jnp.sum(attention(*inputs, ranges).astype(jnp.float32))
+        return jax.grad(loss, argnums=(0, 1, 2))(query, key, value)
+
+    compiled = compile_for(device, gradient, *_operands(1, LENGTH, LENGTH))
+    scores = 4 * HEADS * LENGTH * LENGTH
+    assert compiled.memory_analysis().temp_size_in_bytes < scores / 2
