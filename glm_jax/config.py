@@ -68,6 +68,8 @@ class GLMConfig:
       param_dtype: how float parameters are stored.
       compute_dtype: activations and products.
       softmax_dtype: attention probabilities, before the product with the values.
+      cache_dtype: keys and values kept while decoding: a float dtype, or "int8" with a scale
+        for each head and position; None for compute_dtype.
       special_tokens: ids of the tokens that are not text, None if not known.
     """
 
@@ -83,6 +85,7 @@ class GLMConfig:
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     softmax_dtype: str = "float32"
+    cache_dtype: str | None = None
     special_tokens: SpecialTokens | None = None
 
     def __post_init__(self) -> None:
@@ -110,6 +113,10 @@ class GLMConfig:
         for name in ("param_dtype", "compute_dtype", "softmax_dtype"):
             if getattr(self, name) not in _FLOAT_DTYPES:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: one of {_FLOAT_DTYPES}")
+        if self.cache_dtype not in (None, "int8", *_FLOAT_DTYPES):
+            raise ConfigError(
+                f"cache_dtype={self.cache_dtype!r}: None, int8 or one of {_FLOAT_DTYPES}"
+            )
         if self.rotary_dtype not in _ROTARY_DTYPES:
             raise ConfigError(f"rotary_dtype={self.rotary_dtype!r}: one of {_ROTARY_DTYPES}")
 

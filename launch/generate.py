@@ -6,7 +6,7 @@ python -m launch.generate --checkpoint=DIR [--quantization=int4] [--input=FILE]
 from absl import flags
 
 from glm_jax import cli
-from glm_jax.decoding.generate import PromptError
+from glm_jax.decoding.generate import PromptError, prepare
 from glm_jax.decoding.interactive import fill_all, prompts
 from glm_jax.decoding.sampling import Sampling
 from glm_jax.model.checkpoint import restore
@@ -22,6 +22,11 @@ flags.DEFINE_string("mesh", None, "sizes of data,fsdp,tensor, such as 1,1,8; one
 flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "as stored by default")
 flags.DEFINE_string(
     "quantization", None, "quantises a float checkpoint: int8, int4, or int4,group=128,zero_point"
+)
+flags.DEFINE_enum("activation_bits", None, ["8"], "integer products of INT8 and INT4, on one CPU")
+flags.DEFINE_enum("embedding_bits", None, ["8"], "embedding and output projection, on one CPU")
+flags.DEFINE_enum(
+    "cache_dtype", None, ["float32", "bfloat16", "float16", "int8"], "of keys and values"
 )
 flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token")
 flags.DEFINE_integer("top_k", 0, "keep only the k likeliest tokens; 0 keeps all")
@@ -44,6 +49,9 @@ def main() -> None:
     tokenizer = Tokenizer(FLAGS.tokenizer or FLAGS.checkpoint)
     mesh = None if FLAGS.mesh is None else parse_mesh(FLAGS.mesh)
     config, params = restore(FLAGS.checkpoint, mesh, FLAGS.dtype, FLAGS.quantization)
+    config = config.replace(cache_dtype=FLAGS.cache_dtype)
+    as_int = lambda bits: None if bits is None else int(bits)
+    params = prepare(params, as_int(FLAGS.activation_bits), as_int(FLAGS.embedding_bits))
     failures = fill_all(params, config, tokenizer, texts, sampling, FLAGS.max_length, FLAGS.seed)
     if failures:
         raise PromptError(f"{failures} of the texts could not be filled")

@@ -15,12 +15,14 @@ from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.decoding import sampling as sampling_lib
 from glm_jax.decoding.sampling import Sampling
 from glm_jax.errors import UserError
+from glm_jax.kernels.quantized_matmul import cpu
 from glm_jax.kernels.quantized_matmul.api import is_quantized
 from glm_jax.kernels.quantized_matmul.api import prepare as prepare_weight
 from glm_jax.model import glm
 from glm_jax.model.cache import KVCache, init_cache
-from glm_jax.model.params import GLMParams, unstack_layers
+from glm_jax.model.params import GLMParams, map_linears, unstack_layers
 from glm_jax.model.visibility import Visibility
+from glm_jax.quantization import Scheme, quantize
 from glm_jax.sharding import mesh_of
 
 _SMALLEST_BUCKET = 32
@@ -28,6 +30,10 @@ _SMALLEST_BUCKET = 32
 
 class PromptError(UserError):
     """A prompt that the model cannot take; the message says why."""
+
+
+class PrecisionError(UserError):
+    """A precision that is not to be had here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,24 +84,48 @@ class SamplingArrays:
     top_p: Float[Array, " batch"]
 
 
-def prepare(params: GLMParams) -> GLMParams:
+def prepare(
+    params: GLMParams, activation_bits: int | None = None, embedding_bits: int | None = None
+) -> GLMParams:
     """Parameters in the form that decodes fastest here.
 
     On CPU a scan copies each layer's weights in every step, so layers are unstacked, and on
-    a single CPU device quantised kernels are laid out for the CPU kernel. Elsewhere the
+    a single CPU device kernels and embedding are laid out for the CPU kernel. Elsewhere the
     scanned form stays. Call it once where many prompts follow.
+
+    Args:
+      activation_bits: 8 to round activations too and multiply integers, twice as fast for
+        about half a percent of error a product; of quantised weights alone.
+      embedding_bits: 8 to quantise the embedding, which is also the output projection.
+
+    Raises:
+      PrecisionError: one of these was asked for, and this is not one CPU device with the
+        kernel built.
     """
-    devices = params.word_embeddings.devices()
-    if next(iter(devices)).platform != "cpu":
+    device, *others = jax.tree.leaves(params)[0].devices()
+    is_one_cpu = device.platform == "cpu" and not others
+    if (activation_bits or embedding_bits) and not (is_one_cpu and cpu.is_available()):
+        raise PrecisionError(
+            "activations and embedding in 8 bits are for one CPU device, and its kernel built: "
+            "leave out activation_bits and embedding_bits"
+        )
+    if device.platform != "cpu":
         return params
     params = unstack_layers(params)
-    if len(devices) > 1:
+    if not is_one_cpu:
         return params
-    prepared: GLMParams = jax.tree.map(
-        lambda leaf: prepare_weight(leaf) if is_quantized(leaf) else leaf,
+    params = map_linears(
+        lambda _, linear: linear.replace(kernel=prepare_weight(linear.kernel, activation_bits)),  # type: ignore[attr-defined]
         params,
-        is_leaf=is_quantized,
     )
+    table = params.word_embeddings
+    if not is_quantized(table):
+        table = table.T
+        if embedding_bits is not None:
+            table = quantize(table, Scheme(embedding_bits), -2)
+        tiled = prepare_weight(table, activation_bits)
+        table = tiled if is_quantized(tiled) else params.word_embeddings
+    prepared: GLMParams = params.replace(word_embeddings=table)  # type: ignore[attr-defined]
     return prepared
 
 

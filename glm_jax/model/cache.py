@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from glm_jax.config import GLMConfig
 from glm_jax.sharding import activation_sharding
@@ -14,10 +14,18 @@ CACHE_AXES = ("batch", "heads", "seq", "head_dim")
 
 @struct.dataclass
 class LayerCache:
-    """keys, values: [batch, heads, length, head_dim], or that with `layers` in front."""
+    """Keys and values, with `layers` in front where layers are stacked.
 
-    keys: Float[Array, "*layers batch heads length head_dim"]
-    values: Float[Array, "*layers batch heads length head_dim"]
+    Attributes:
+      keys, values: [batch, heads, length, head_dim], float or int8.
+      key_scales, value_scales: float32 [batch, heads, length], what int8 is multiplied by;
+        None for floats.
+    """
+
+    keys: Shaped[Array, "*layers batch heads length head_dim"]
+    values: Shaped[Array, "*layers batch heads length head_dim"]
+    key_scales: Float[Array, "*layers batch heads length"] | None = None
+    value_scales: Float[Array, "*layers batch heads length"] | None = None
 
 
 KVCache = LayerCache | tuple[LayerCache, ...]
@@ -30,7 +38,7 @@ def init_cache(
     unstacked: bool,
     mesh: Mesh | None = None,
 ) -> KVCache:
-    """An empty cache in the config's compute dtype.
+    """An empty cache in the config's cache dtype, by default its compute dtype.
 
     Args:
       batch_size: rows.
@@ -45,12 +53,20 @@ def init_cache(
         axes = (None, *axes[1:])
     if not unstacked:
         shape, axes = (config.num_layers, *shape), ("layers", *axes)
-    device = None if mesh is None else activation_sharding(mesh, axes)
+    dtype = config.cache_dtype or config.compute_dtype
+
+    def zeros(shape: tuple[int, ...], dtype: str) -> Array:
+        device = None if mesh is None else activation_sharding(mesh, axes[: len(shape)])
+        return jnp.zeros(shape, dtype, device=device)
 
     def layer() -> LayerCache:
+        if dtype != "int8":
+            return LayerCache(keys=zeros(shape, dtype), values=zeros(shape, dtype))
         return LayerCache(
-            keys=jnp.zeros(shape, config.compute_dtype, device=device),
-            values=jnp.zeros(shape, config.compute_dtype, device=device),
+            keys=zeros(shape, dtype),
+            values=zeros(shape, dtype),
+            key_scales=zeros(shape[:-1], "float32"),
+            value_scales=zeros(shape[:-1], "float32"),
         )
 
     return tuple(layer() for _ in range(config.num_layers)) if unstacked else layer()
@@ -62,12 +78,23 @@ def write(
     values: Float[Array, "batch heads new head_dim"],
     start: Int32[Array, " batch"],
 ) -> LayerCache:
-    """Puts new keys and values of one layer at `start` of each row."""
+    """Puts new keys and values of one layer at `start` of each row, rounded as it stores."""
 
     def put(row: Array, new: Array, at: Array) -> Array:
-        return jax.lax.dynamic_update_slice(row, new.astype(row.dtype), (0, at, 0))
+        place = (0, at, *[0] * (row.ndim - 2))
+        return jax.lax.dynamic_update_slice(row, new.astype(row.dtype), place)
 
-    return LayerCache(
-        keys=jax.vmap(put)(cache.keys, keys, start),
-        values=jax.vmap(put)(cache.values, values, start),
-    )
+    new = LayerCache(keys=keys, values=values)
+    if cache.key_scales is not None:
+        new = LayerCache(*_quantize(keys, values))
+    written: LayerCache = jax.tree.map(lambda old, x: jax.vmap(put)(old, x, start), cache, new)
+    return written
+
+
+def _quantize(*floats: Array) -> tuple[Array, ...]:
+    """Integers of each array, then the scale of each of their heads and positions."""
+    wide = [x.astype(jnp.float32) for x in floats]
+    scales = [jnp.max(jnp.abs(x), axis=-1) / 127 for x in wide]
+    divisors = [jnp.where(scale == 0, 1, scale)[..., None] for scale in scales]
+    integers = [jnp.round(x / d).astype(jnp.int8) for x, d in zip(wide, divisors, strict=True)]
+    return (*integers, *scales)

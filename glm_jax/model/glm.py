@@ -14,6 +14,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Int32
 
 from glm_jax.config import GLMConfig
 from glm_jax.kernels.attention.api import attention
+from glm_jax.kernels.quantized_matmul.api import is_quantized, quantized_matmul, take_outputs
 from glm_jax.model import cache as kv_cache
 from glm_jax.model.cache import KVCache, LayerCache
 from glm_jax.model.layers import apply_rotary, geglu, layer_norm, linear, rotary_factors
@@ -64,7 +65,7 @@ def forward_hidden(
     """
     visible = mask.key_ranges if isinstance(mask, Visibility) else jnp.asarray(mask)
     rotary = rotary_factors(config, jnp.asarray(position_ids))
-    x = params.word_embeddings[jnp.asarray(tokens)].astype(config.compute_dtype)
+    x = _embed(params, jnp.asarray(tokens)).astype(config.compute_dtype)
     x = constrain(x, HIDDEN_AXES)
     start = None if start is None else jnp.asarray(start)
     if isinstance(params.layers, tuple):
@@ -74,14 +75,27 @@ def forward_hidden(
     return layer_norm(x, params.final_layernorm, config.layernorm_epsilon), cache
 
 
+def _embed(
+    params: GLMParams, tokens: Int[Array, "batch seq"]
+) -> Float[Array, "batch seq embed"]:
+    table = params.word_embeddings
+    return take_outputs(table, tokens) if is_quantized(table) else table[tokens]
+
+
 def logits(
     params: GLMParams, config: GLMConfig, hidden: Float[Array, "*batch embed"]
 ) -> Float[Array, "*batch vocab"]:
     """float32 scores of every vocabulary entry, by the word embedding itself."""
-    table = params.word_embeddings.astype(config.compute_dtype)
-    scores = jax.lax.dot_general(
-        hidden, table, (((hidden.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    table = params.word_embeddings
+    if is_quantized(table):
+        scores = quantized_matmul(hidden, table)
+    else:
+        scores = jax.lax.dot_general(
+            hidden,
+            table.astype(config.compute_dtype),
+            (((hidden.ndim - 1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
     axes = ("batch", *(("seq",) * (scores.ndim - 2)), "vocab")
     return constrain(scores, axes)
 
@@ -120,11 +134,19 @@ def _self_attention(
     query, key, value = (fused[:, :, :, i] for i in range(3))
     query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    keys = LayerCache(keys=key, values=value)
     if cache is not None:
         assert start is not None
-        cache = kv_cache.write(cache, key, value, start)
-        key, value = cache.keys.astype(h.dtype), cache.values.astype(h.dtype)
-    attended = attention(query, key, value, visible, config.softmax_dtype)
+        keys = cache = kv_cache.write(cache, key, value, start)
+    attended = attention(
+        query,
+        keys.keys,
+        keys.values,
+        visible,
+        config.softmax_dtype,
+        keys.key_scales,
+        keys.value_scales,
+    )
     merged = attended.reshape(*attended.shape[:2], math.prod(attended.shape[2:]))
     return linear(merged, layer.dense), cache
 

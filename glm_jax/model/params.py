@@ -67,7 +67,12 @@ LINEAR_NAMES = tuple(KERNEL_AXES)
 
 @struct.dataclass
 class GLMParams:
-    """word_embeddings: [vocab, embed], also the output projection."""
+    """The whole model.
+
+    Attributes:
+      word_embeddings: [vocab, embed], also the output projection; or, made ready for the
+        CPU kernel, a `TiledArray` [embed, vocab].
+    """
 
     word_embeddings: Any
     layers: LayerParams | tuple[LayerParams, ...]
@@ -212,10 +217,15 @@ def _axis_size(mesh: Mesh, axis: str) -> int:
 def map_linears(
     function: Callable[[str, LinearParams], LinearParams], params: GLMParams
 ) -> GLMParams:
-    """Applies `function(name, linear)` to the four linears of the (stacked) layers."""
-    layers: Any = params.layers
-    linears = {name: function(name, getattr(layers, name)) for name in LINEAR_NAMES}
-    changed: GLMParams = params.replace(layers=layers.replace(**linears))  # type: ignore[attr-defined]
+    """Applies `function(name, linear)` to the four linears of the layers, stacked or not."""
+
+    def change(layer: Any) -> Any:
+        return layer.replace(**{name: function(name, getattr(layer, name)) for name in LINEAR_NAMES})
+
+    layers = params.layers
+    changed: GLMParams = params.replace(  # type: ignore[attr-defined]
+        layers=tuple(map(change, layers)) if isinstance(layers, tuple) else change(layers)
+    )
     return changed
 
 

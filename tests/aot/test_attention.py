@@ -11,13 +11,13 @@ HEADS, HEAD_DIM, LENGTH = 12, 128, 2048  # of a device that holds an eighth of G
 DEVICES = ["a100_40gb", "rtx_3090", "h100", "rtx_2080_ti", "tpu_v5e", "tpu_v5p", "tpu_v6e"]
 
 
-def _operands(batch, queries, keys, bounds=2):
+def _operands(batch, queries, keys, bounds=2, dtype=jnp.bfloat16):
     of = jax.ShapeDtypeStruct
     keys_shape = (batch, HEADS, keys, HEAD_DIM)
     return (
-        of((batch, queries, HEADS, HEAD_DIM), jnp.bfloat16),
-        of(keys_shape, jnp.bfloat16),
-        of(keys_shape, jnp.bfloat16),
+        of((batch, queries, HEADS, HEAD_DIM), dtype),
+        of(keys_shape, dtype),
+        of(keys_shape, dtype),
         of((batch, queries, bounds), jnp.int32),
     )
 
@@ -34,7 +34,9 @@ def test_prefill(device, bounds):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_decode_copies_no_cache(device):
-    operands = _operands(8, 1, LENGTH)
+    # Before compute capability 8.0 there is no bfloat16: XLA widens the whole cache.
+    dtype = jnp.float16 if device == "rtx_2080_ti" else jnp.bfloat16
+    operands = _operands(8, 1, LENGTH, dtype=dtype)
     compiled = compile_for(device, attention, *operands)
     cache = 2 * operands[1].size
     assert compiled.memory_analysis().temp_size_in_bytes < cache / 2

@@ -9,11 +9,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from jax.sharding import NamedSharding, PartitionSpec
 
 from glm_jax.decoding.blank_filling import fill_blanks
-from glm_jax.decoding.generate import Prompt, PromptError, bucket, decode_step, generate, prefill
+from glm_jax.decoding.generate import (
+    DecodeState,
+    PrecisionError,
+    Prompt,
+    PromptError,
+    bucket,
+    decode_step,
+    generate,
+    prefill,
+    prepare,
+)
 from glm_jax.decoding.interactive import fill_all
 from glm_jax.decoding.sampling import Sampling, SamplingError, filter_logits, sample
+from glm_jax.kernels.quantized_matmul.cpu import TiledArray
+from glm_jax.model import glm
+from glm_jax.model import params as glm_params
+from glm_jax.model.cache import init_cache
+from glm_jax.model.visibility import Visibility
+from glm_jax.quantization import Scheme
+from glm_jax.sharding import make_mesh
 
 DECODE = json.loads((GOLDEN / "decode.json").read_text())["cases"]
 FILL = [c for c in json.loads((GOLDEN / "fill_blanks.json").read_text()) if c["kind"] == "greedy"]
@@ -211,3 +229,50 @@ def test_unknown_special_tokens_are_refused(tiny_model):
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(SamplingError, match=next(iter(settings))):
         Sampling(**settings)
+
+
+@pytest.mark.parametrize("layout", ["stacked", "unstacked"])
+def test_a_cache_in_less_precision_changes_scores_a_little(tiny_model, layout):
+    """Of 8 bits a head and position, and of bfloat16: prefill and steps through it."""
+    config, params = tiny_model
+    if layout == "unstacked":
+        params = glm_params.unstack_layers(params)
+    tokens = jax.random.randint(jax.random.key(3), (2, 24), 0, 200)
+    lengths = jnp.array([20, 13])
+
+    def scores(dtype):
+        changed = config.replace(cache_dtype=dtype)
+        cache = init_cache(changed, 2, 32, layout == "unstacked")
+        assert jax.tree.leaves(cache)[0].dtype == (dtype or "float32")
+        first, cache = prefill(params, changed, tokens, tokens * 0, lengths, cache)
+        one = jnp.ones(2, jnp.int32)
+        state = DecodeState(cache, one, one, one, lengths, jnp.zeros(2, bool))
+        return first, decode_step(params, changed, state)[0]
+
+    exact = scores(None)
+    for dtype, tolerance in (("bfloat16", 2e-2), ("int8", 3e-2)):
+        for got, expected in zip(scores(dtype), exact, strict=True):
+            error = jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected)
+            assert 1e-5 < error < tolerance
+
+
+def test_embedding_and_activations_in_8_bits_change_scores_a_little(tiny_model):
+    config, params = tiny_model
+    params = glm_params.quantize_params(params, Scheme(8))
+    tokens = jax.random.randint(jax.random.key(3), (1, 24), 0, 200)
+    mask = Visibility.prefix(jnp.array([5]), 24)
+    score = lambda p: glm.forward(p, config, tokens, tokens * 0, mask)
+    exact = score(params)
+    for bits in ({}, {"embedding_bits": 8}, {"activation_bits": 8}):
+        prepared = prepare(params, **bits)
+        assert isinstance(prepared.word_embeddings, TiledArray)
+        assert prepared.word_embeddings.bits == bits.get("embedding_bits", 32)
+        error = float(jnp.linalg.norm(score(prepared) - exact) / jnp.linalg.norm(exact))
+        assert error < 1e-5 if not bits else 1e-4 < error < 2e-2
+
+
+def test_bits_that_are_not_to_be_had_are_refused(tiny_model):
+    config, params = tiny_model
+    everywhere = NamedSharding(make_mesh((1, 1, 8)), PartitionSpec())
+    with pytest.raises(PrecisionError, match="one CPU device"):
+        prepare(jax.device_put(params, everywhere), activation_bits=8)

@@ -18,29 +18,37 @@ def _case(rows, bits, group_size, zero_point, dtype, inputs=192, outputs=128):
     return x, weight, np.asarray(exact)
 
 
-@pytest.mark.parametrize("rows", [1, 33])
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize(("group_size", "zero_point"), [(None, False), (64, True)])
+ROWS = pytest.mark.parametrize("rows", [1, 2, 5, 16, 33, 128])
+BITS = pytest.mark.parametrize("bits", [8, 4])
+# One group, three, and three with zero points.
+GROUPS = pytest.mark.parametrize(
+    ("group_size", "zero_point"), [(None, False), (64, False), (64, True)]
+)
+
+
+@ROWS
+@BITS
+@GROUPS
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_gpu_kernel_equals_the_reference(rows, bits, group_size, zero_point, dtype):
     x, weight, exact = _case(rows, bits, group_size, zero_point, dtype)
     bias = jnp.arange(128.0)
-    blocks = Blocks(16, 64, 32, 3, 4, 3)
+    blocks = Blocks(16, 64, 32, 3, 4, 3) if rows <= 32 else Blocks(64, 64, 64, 1, 4, 3)
     got = pallas_gpu.matmul(x, weight, bias, blocks, interpret=True)
     np.testing.assert_allclose(got, exact + bias, atol=2e-3)
 
 
-@pytest.mark.parametrize("rows", [1, 33])
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize(("group_size", "zero_point"), [(None, False), (64, True)])
+@ROWS
+@BITS
+@GROUPS
 def test_tpu_kernel_equals_the_reference(rows, bits, group_size, zero_point):
     x, weight, exact = _case(rows, bits, group_size, zero_point, "bfloat16")
     assert pallas_tpu.takes(weight)
     np.testing.assert_allclose(pallas_tpu.matmul(x, weight, interpret=True), exact, atol=2e-3)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize(("group_size", "zero_point"), [(None, False), (64, True)])
+@BITS
+@GROUPS
 def test_tiles_of_xla_equal_the_reference(bits, group_size, zero_point):
     x, weight, exact = _case(5, bits, group_size, zero_point, "float32", inputs=1536)
     np.testing.assert_allclose(xla.matmul(x, weight), exact, atol=1e-3)

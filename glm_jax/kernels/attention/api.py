@@ -1,7 +1,8 @@
 """Chooses how attention is computed."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from glm_jax.kernels.attention import blockwise, library, reference
@@ -9,6 +10,8 @@ from glm_jax.kernels.attention import blockwise, library, reference
 # Keys up to which all scores at once are no more than a block.
 _FEW_KEYS = 128
 _QUERY_BLOCK, _KEY_BLOCK = 256, 256
+# On accelerators a product of one row becomes a sum, for which XLA transposes all values.
+_LEAST_ROWS = 8
 
 
 def attention(
@@ -45,16 +48,16 @@ def attention(
             query, key.astype(query.dtype), value.astype(query.dtype), mask, softmax_dtype
         )
 
-    def in_blocks(query: Array, key: Array, value: Array, ranges: Array) -> Array:
-        block = min(_QUERY_BLOCK, query.shape[1])
+    def in_blocks(query: Array, key: Array, value: Array, ranges: Array, rows: int) -> Array:
+        block = min(_QUERY_BLOCK, max(query.shape[1], rows))
         return blockwise.attention(
             query, key, value, ranges, key_scales, value_scales, block, _KEY_BLOCK
         )
 
+    alone = functools.partial(in_blocks, rows=1)
+    backends = {"cpu": alone, "default": functools.partial(in_blocks, rows=_LEAST_ROWS)}
     if key_scales is None and library.is_available(query, visible):
         key, value = key.astype(query.dtype), value.astype(query.dtype)
-        attended: Array = jax.lax.platform_dependent(
-            query, key, value, visible, cuda=library.attention, default=in_blocks
-        )
-        return attended
-    return in_blocks(query, key, value, visible)
+        backends["cuda"] = library.attention
+    attended: Array = jax.lax.platform_dependent(query, key, value, visible, **backends)
+    return attended

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from glm_jax.kernels.quantized_matmul import backends, cpu, sharded, xla
-from glm_jax.kernels.quantized_matmul.cpu import TiledArray
+from glm_jax.kernels.quantized_matmul.cpu import TiledArray, take_outputs
 from glm_jax.quantization import QuantizedArray
+
+__all__ = ["Weight", "is_quantized", "prepare", "quantized_matmul", "take_outputs"]
 
 Weight = QuantizedArray | TiledArray
 
