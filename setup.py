@@ -64,6 +64,7 @@ setup(
         "test": [
             "beartype",
             "hypothesis",
+            "matplotlib",
             "mypy",
             "pytest",
             "pytest-xdist",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 from absl import flags
+from matplotlib import pyplot
 
 from glm_jax import cli
 from launch import suites
@@ -21,7 +22,7 @@ FLAGS = flags.FLAGS
 _SUITES = {"decode_step": suites.decode_step_suite, "kernels": suites.kernels_suite}
 flags.DEFINE_enum("suite", "decode_step", list(_SUITES), "what to measure")
 flags.DEFINE_integer("rounds", 15, "timed runs of each case", lower_bound=3)
-flags.DEFINE_string("output", "bench_output", "folder for SUITE.json")
+flags.DEFINE_string("output", "bench_output", "folder for SUITE.json and SUITE.png")
 
 
 def interleaved(cases: dict[str, Case], rounds: int) -> dict[str, list[float]]:
@@ -39,10 +40,26 @@ def interleaved(cases: dict[str, Case], rounds: int) -> dict[str, list[float]]:
 def report(title: str, seconds: dict[str, list[float]]) -> None:
     """Prints medians, spread, and how many times as fast as float32 each case is."""
     float32 = statistics.median(seconds["float32"])
-    print(f"\n{title}\n{'case':<20}{'median ms':>10}{'min':>9}{'max':>9}{'float32 / case':>16}")
+    print(f"\n{title}\n{'case':<24}{'median ms':>10}{'min':>9}{'max':>9}{'float32 / case':>16}")
     for name, times in seconds.items():
         low, median, high = (1e3 * f(times) for f in (min, statistics.median, max))
-        print(f"{name:<20}{median:>10.2f}{low:>9.2f}{high:>9.2f}{1e3 * float32 / median:>16.2f}")
+        print(f"{name:<24}{median:>10.2f}{low:>9.2f}{high:>9.2f}{1e3 * float32 / median:>16.2f}")
+
+
+def plot(results: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Draws the medians of each title's cases as bars, spread as lines, into a PNG."""
+    figure, all_axes = pyplot.subplots(
+        len(results), figsize=(10, 3.2 * len(results)), squeeze=False, layout="constrained"
+    )
+    for axes, (title, seconds) in zip(all_axes[:, 0], results.items(), strict=True):
+        middle = [1e3 * statistics.median(times) for times in seconds.values()]
+        low = [m - 1e3 * min(t) for m, t in zip(middle, seconds.values(), strict=True)]
+        high = [1e3 * max(t) - m for m, t in zip(middle, seconds.values(), strict=True)]
+        axes.barh(list(seconds), middle, xerr=[low, high])
+        axes.invert_yaxis()
+        axes.set(title=title, xlabel="milliseconds")
+    figure.savefig(path)
+    pyplot.close(figure)
 
 
 def main() -> None:
@@ -53,6 +70,7 @@ def main() -> None:
     output = Path(FLAGS.output)
     output.mkdir(parents=True, exist_ok=True)
     (output / f"{FLAGS.suite}.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    plot(results, output / f"{FLAGS.suite}.png")
 
 
 if __name__ == "__main__":

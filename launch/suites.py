@@ -23,62 +23,74 @@ SHAPES = ((4096, 16384), (16384, 4096))
 
 
 def decode_step_suite() -> Iterator[tuple[str, dict[str, Case]]]:
-    """One token at batch 1 in every form, beside a limit and a peer.
+    """One token of each row of the 1B model, in every form, beside a limit and a peer.
 
-    `stream` reads the bytes of all float32 weights once: no float32 step can be faster.
-    `torch float32` is PyTorch's linears of the same shapes, without attention and norms.
+    `float32` has XLA's products. `stream float32` reads the bytes of all float32 weights
+    once: no float32 step can be faster. `torch float32` is PyTorch's linears of the same
+    shapes, without attention and norms. int8 and int4 have the embedding in 8 bits too but
+    where it says otherwise; `a8` multiplies integers.
     """
-    config = glm_config("1b", num_layers=4, vocab_size=32768, max_sequence_length=256)
+    config = glm_config("1b", max_sequence_length=256)
     params = glm_params.init(config, jax.random.key(0))
-    cases = {
-        "stream": _stream_case(params),
-        "float32 scanned": _step_case(config, params),
-        "float32": _step_case(config, prepare(params)),
-    }
+    forms = {"float32": glm_params.unstack_layers(params), "float32 tiled": prepare(params)}
     for bits in (8, 4):
-        quantized = glm_params.quantize_params(params, Scheme(bits))
-        cases[f"int{bits}"] = _step_case(config, prepare(quantized))
-    megabytes = 4 * glm_params.parameter_count(config) / 1e6
-    title = f"decode step, {config.num_layers} layers of {config.hidden_size}, {megabytes:.0f} MB"
-    yield title, cases | _torch_step_case(config)
+        quantized = glm_params.quantize_params(params, Scheme(bits, search=False))
+        name = f"int{bits}"
+        forms[f"{name} float32 embedding"] = prepare(quantized)
+        forms[name] = prepare(quantized, embedding_bits=8)
+        forms[f"{name} a8"] = prepare(quantized, activation_bits=8, embedding_bits=8)
+    del params, quantized
+    size = 4 * glm_params.parameter_count(config)
+    for batch in (1, 8):
+        cases = {name: _step_case(config, form, batch) for name, form in forms.items()}
+        cases |= _stream_case("stream float32", size) | _torch_step_case(config, batch)
+        yield f"decode step, 1B model, {size / 1e9:.1f} GB in float32, batch {batch}", cases
 
 
 def kernels_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     """x [M, K] times a weight [K, N], ours beside XLA's and PyTorch's products.
 
-    `stream` reads the bytes of the float32 weight once.
+    `stream int4` and such read as many bytes as that weight has, once, with PyTorch's
+    threads: `tiled`, int8 and int4 are our kernel's, `a8` with activations in 8 bits.
     """
     for inputs, outputs in SHAPES:
         weight = jax.random.normal(jax.random.key(0), (inputs, outputs))
-        tiled = {
-            f"int{bits}": prepare_weight(quantize(weight, Scheme(bits), -2)) for bits in (8, 4)
+        held: dict[str, Any] = {
+            "float32 tiled": prepare_weight(weight),
+            "bfloat16 tiled": prepare_weight(weight.astype(jnp.bfloat16)),
         }
+        for bits in (8, 4):
+            quantized = quantize(weight, Scheme(bits, search=False), -2)
+            held[f"int{bits}"] = prepare_weight(quantized)
+            held[f"int{bits} a8"] = prepare_weight(quantized, activation_bits=8)
         peers = _torch_products(inputs, outputs)
+        narrow = weight.astype(jnp.bfloat16)
         for rows in ROWS:
             x = jax.random.normal(jax.random.key(1), (rows, inputs))
-            product = jax.jit(quantized_matmul)
+            plain, product = jax.jit(jnp.matmul), jax.jit(quantized_matmul)
             cases: dict[str, Case] = {
-                "stream": _stream_case(weight),
-                "float32": functools.partial(jax.jit(jnp.matmul), x, weight),
+                "float32": functools.partial(plain, x, weight),
+                "bfloat16": functools.partial(plain, x.astype(jnp.bfloat16), narrow),
             }
-            for name, array in tiled.items():
-                cases[name] = functools.partial(product, x, array)
+            cases |= {name: functools.partial(product, x, array) for name, array in held.items()}
             cases |= {name: functools.partial(peer, rows) for name, peer in peers.items()}
+            for name, bits in (("float32", 32), ("int8", 8), ("int4", 4)):
+                cases |= _stream_case(f"stream {name}", inputs * outputs * bits // 8)
             yield f"K={inputs} N={outputs} M={rows}", cases
 
 
-def _step_case(config: GLMConfig, params: GLMParams) -> Case:
-    def one() -> jax.Array:  # a state is donated: no array may be in it twice
-        return jnp.ones(1, jnp.int32)
+def _step_case(config: GLMConfig, params: GLMParams, batch: int) -> Case:
+    def full(value: int) -> jax.Array:  # a state is donated: no array may be in it twice
+        return jnp.full(batch, value, jnp.int32)
 
     holder: list[Any] = [
         DecodeState(
-            cache=init_cache(config, 1, 256, isinstance(params.layers, tuple)),
-            tokens=one(),
-            position_ids=one(),
-            position_steps=one(),
-            index=one(),
-            is_done=jnp.zeros(1, bool),
+            cache=init_cache(config, batch, 256, isinstance(params.layers, tuple)),
+            tokens=full(1),
+            position_ids=full(1),
+            position_steps=full(1),
+            index=full(100),
+            is_done=jnp.zeros(batch, bool),
         )
     ]
 
@@ -89,9 +101,13 @@ def _step_case(config: GLMConfig, params: GLMParams) -> Case:
     return step
 
 
-def _stream_case(tree: Any) -> Case:
-    largest = jax.jit(lambda tree: [jnp.max(x) for x in jax.tree.leaves(tree)])
-    return lambda: largest(tree)
+def _stream_case(name: str, size: int) -> dict[str, Case]:
+    """Reads `size` bytes once, by PyTorch's sum: XLA's own on CPU reads a fifth slower."""
+    torch = _torch()
+    if torch is None:
+        return {}
+    numbers = torch.ones(size // 4)
+    return {name: numbers.sum}
 
 
 def _torch() -> Any:
@@ -105,7 +121,7 @@ def _torch() -> Any:
     return torch
 
 
-def _torch_step_case(config: GLMConfig) -> dict[str, Case]:
+def _torch_step_case(config: GLMConfig, batch: int) -> dict[str, Case]:
     torch = _torch()
     if torch is None:
         return {}
@@ -113,7 +129,7 @@ def _torch_step_case(config: GLMConfig) -> dict[str, Case]:
     shapes = [(3 * hidden, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
     weights = [torch.randn(s) for _ in range(config.num_layers) for s in shapes]
     weights.append(torch.randn(config.vocab_size, hidden))
-    inputs = {n: torch.randn(1, n) for n in (hidden, inner)}
+    inputs = {n: torch.randn(batch, n) for n in (hidden, inner)}
 
     def step() -> None:
         with torch.inference_mode():

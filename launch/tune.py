@@ -49,8 +49,8 @@ def problems() -> list[Problem]:
 def figures(hardware: ConfigDict) -> Gpu:
     return Gpu(
         multiprocessors=hardware.multiprocessors,
-        memory_bandwidth=hardware.memory_bandwidth,
-        matrix_flops=hardware.matrix_flops,
+        memory_bandwidth=float(hardware.memory_bandwidth),
+        matrix_flops=float(hardware.matrix_flops),
         shared_memory=hardware.shared_memory_per_multiprocessor,
         shared_memory_per_block=hardware.shared_memory_per_block,
         threads=hardware.threads_per_multiprocessor,

@@ -245,8 +245,8 @@ def test_a_cache_in_less_precision_changes_scores_a_little(tiny_model, layout):
         cache = init_cache(changed, 2, 32, layout == "unstacked")
         assert jax.tree.leaves(cache)[0].dtype == (dtype or "float32")
         first, cache = prefill(params, changed, tokens, tokens * 0, lengths, cache)
-        one = jnp.ones(2, jnp.int32)
-        state = DecodeState(cache, one, one, one, lengths, jnp.zeros(2, bool))
+        one = lambda: jnp.ones(2, jnp.int32)  # donated: no array may be in it twice
+        state = DecodeState(cache, one(), one(), one(), lengths + 0, jnp.zeros(2, bool))
         return first, decode_step(params, changed, state)[0]
 
     exact = scores(None)

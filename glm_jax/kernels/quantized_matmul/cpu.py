@@ -11,12 +11,13 @@ import functools
 import math
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Float32, Int, Int8
+from jaxtyping import Array, Float, Int
 
 from glm_jax.quantization import QuantizedArray, unpack_int4
 
@@ -44,11 +45,11 @@ class TiledArray:
         multiply integers; None to multiply float32.
     """
 
-    values: Int8[Array, "strips words 64"]
-    scales: Float32[Array, "groups outputs"]
+    values: Any  # or what jax puts in its place while it transforms a function
+    scales: Any
     bits: int = struct.field(pytree_node=False)
     shape: tuple[int, ...] = struct.field(pytree_node=False)
-    zero_points: Float32[Array, "groups outputs"] | None = None
+    zero_points: Any = None
     activation_bits: int | None = struct.field(pytree_node=False, default=None)
 
 
