@@ -12,6 +12,7 @@ from glm_jax.config import GLMConfig, glm_config
 from glm_jax.decoding.generate import DecodeState, decode_step, prepare
 from glm_jax.kernels.quantized_matmul.api import prepare as prepare_weight
 from glm_jax.kernels.quantized_matmul.api import quantized_matmul
+from glm_jax.kernels.quantized_matmul.cpu import TiledArray
 from glm_jax.model import params as glm_params
 from glm_jax.model.cache import init_cache
 from glm_jax.model.params import GLMParams
@@ -32,19 +33,24 @@ def decode_step_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     """
     config = glm_config("1b", max_sequence_length=256)
     params = glm_params.init(config, jax.random.key(0))
-    forms = {"float32": glm_params.unstack_layers(params), "float32 tiled": prepare(params)}
+    quantized = {
+        bits: glm_params.quantize_params(params, Scheme(bits, search=False)) for bits in (8, 4)
+    }
+    forms = {"float32": glm_params.unstack_layers(params)}
+    del params  # 4.5 GB
+    forms["float32 tiled"] = prepare(forms["float32"])
     for bits in (8, 4):
-        quantized = glm_params.quantize_params(params, Scheme(bits, search=False))
-        name = f"int{bits}"
-        forms[f"{name} float32 embedding"] = prepare(quantized)
-        forms[name] = prepare(quantized, embedding_bits=8)
-        forms[f"{name} a8"] = prepare(quantized, activation_bits=8, embedding_bits=8)
-    del params, quantized
-    size = 4 * glm_params.parameter_count(config)
+        name, held = f"int{bits}", prepare(quantized.pop(bits), embedding_bits=8)
+        table = forms["float32 tiled"].word_embeddings
+        forms[f"{name} float32 embedding"] = held.replace(word_embeddings=table)  # type: ignore[attr-defined]
+        forms[name], forms[f"{name} a8"] = held, _with_integer_activations(held)
+    peers = _torch_steps(config)
     for batch in (1, 8):
         cases = {name: _step_case(config, form, batch) for name, form in forms.items()}
-        cases |= _stream_case("stream float32", size) | _torch_step_case(config, batch)
-        yield f"decode step, 1B model, {size / 1e9:.1f} GB in float32, batch {batch}", cases
+        cases |= {name: functools.partial(peer, batch) for name, peer in peers.items()}
+        size = 4e-9 * glm_params.parameter_count(config)
+        title = f"decode step, 1B model, {size:.1f} GB in float32, batch {batch}"
+        yield title, cases
 
 
 def kernels_suite() -> Iterator[tuple[str, dict[str, Case]]]:
@@ -77,6 +83,17 @@ def kernels_suite() -> Iterator[tuple[str, dict[str, Case]]]:
             for name, bits in (("float32", 32), ("int8", 8), ("int4", 4)):
                 cases |= _stream_case(f"stream {name}", inputs * outputs * bits // 8)
             yield f"K={inputs} N={outputs} M={rows}", cases
+
+
+def _with_integer_activations(params: GLMParams) -> GLMParams:
+    """The same arrays, multiplied otherwise."""
+    is_tiled = lambda leaf: isinstance(leaf, TiledArray)
+    changed: GLMParams = jax.tree.map(
+        lambda leaf: leaf.replace(activation_bits=8) if is_tiled(leaf) else leaf,
+        params,
+        is_leaf=is_tiled,
+    )
+    return changed
 
 
 def _step_case(config: GLMConfig, params: GLMParams, batch: int) -> Case:
@@ -121,22 +138,27 @@ def _torch() -> Any:
     return torch
 
 
-def _torch_step_case(config: GLMConfig, batch: int) -> dict[str, Case]:
+def _torch_steps(config: GLMConfig) -> dict[str, Callable[[int], None]]:
+    """A step's linears by PyTorch, and one reading of their weights; of a batch's size."""
     torch = _torch()
     if torch is None:
         return {}
     hidden, inner = config.hidden_size, config.inner_hidden_size
     shapes = [(3 * hidden, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
-    weights = [torch.randn(s) for _ in range(config.num_layers) for s in shapes]
-    weights.append(torch.randn(config.vocab_size, hidden))
-    inputs = {n: torch.randn(batch, n) for n in (hidden, inner)}
+    weights = [torch.ones(s) for _ in range(config.num_layers) for s in shapes]
+    weights.append(torch.ones(config.vocab_size, hidden))
 
-    def step() -> None:
+    def step(batch: int) -> None:
+        inputs = {n: torch.ones(batch, n) for n in (hidden, inner)}
         with torch.inference_mode():
             for weight in weights:
                 torch.nn.functional.linear(inputs[weight.shape[1]], weight)
 
-    return {"torch float32": step}
+    def stream(batch: int) -> None:
+        for weight in weights:
+            weight.sum()
+
+    return {"torch float32": step, "stream float32": stream}
 
 
 def _torch_products(inputs: int, outputs: int) -> dict[str, Callable[[int], None]]:

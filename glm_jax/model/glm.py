@@ -75,9 +75,7 @@ def forward_hidden(
     return layer_norm(x, params.final_layernorm, config.layernorm_epsilon), cache
 
 
-def _embed(
-    params: GLMParams, tokens: Int[Array, "batch seq"]
-) -> Float[Array, "batch seq embed"]:
+def _embed(params: GLMParams, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
     table = params.word_embeddings
     return take_outputs(table, tokens) if is_quantized(table) else table[tokens]
 

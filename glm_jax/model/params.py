@@ -220,7 +220,9 @@ def map_linears(
     """Applies `function(name, linear)` to the four linears of the layers, stacked or not."""
 
     def change(layer: Any) -> Any:
-        return layer.replace(**{name: function(name, getattr(layer, name)) for name in LINEAR_NAMES})
+        return layer.replace(
+            **{name: function(name, getattr(layer, name)) for name in LINEAR_NAMES}
+        )
 
     layers = params.layers
     changed: GLMParams = params.replace(  # type: ignore[attr-defined]

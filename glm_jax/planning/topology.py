@@ -57,9 +57,7 @@ def devices(hardware: ConfigDict, count: int = 1) -> list[jax.Device]:
       RuntimeError: the platform's compiler is not installed.
     """
     if hardware.platform == "tpu":
-        topology = topologies.get_topology_desc(
-            platform="tpu", topology_name=hardware.topology
-        )
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=hardware.topology)
     else:
         topology = topologies.get_topology_desc(
             platform="cuda",

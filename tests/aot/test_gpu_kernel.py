@@ -24,9 +24,7 @@ PROBLEMS = [
 def _operands(problem, dtype):
     return (
         jax.ShapeDtypeStruct((problem.rows, problem.inputs), dtype),
-        abstract_weight(
-            problem.inputs, problem.outputs, problem.group_size, problem.bits, dtype
-        ),
+        abstract_weight(problem.inputs, problem.outputs, problem.group_size, problem.bits, dtype),
         jax.ShapeDtypeStruct((problem.outputs,), dtype),
     )
 

@@ -19,7 +19,8 @@ from glm_jax.sharding import make_mesh
 @pytest.mark.parametrize("name", glm_params.LINEAR_NAMES)
 @pytest.mark.parametrize("scheme", [Scheme(4, search=False), Scheme(8, 128, search=False)])
 @pytest.mark.parametrize(
-    ("device", "shape"), [("a100_40gb", (1, 1, 8)), ("a100_40gb", (1, 2, 4)), ("tpu_v5p", (1, 2, 2))]
+    ("device", "shape"),
+    [("a100_40gb", (1, 1, 8)), ("a100_40gb", (1, 2, 4)), ("tpu_v5p", (1, 2, 2))],
 )
 def test_no_weight_moves(name, scheme, device, shape):
     count = shape[1] * shape[2]
@@ -47,7 +48,9 @@ def test_no_weight_moves(name, scheme, device, shape):
     with jax.set_mesh(mesh):
         compiled = jax.jit(quantized_matmul).lower(x, weight).compile()
     assert f"quantized_matmul_int{scheme.bits}" in compiled.as_text()
-    moved = re.findall(r"= \(?(\w+)\[([\d,]*)\]\S* (all-gather|all-to-all|all-reduce)", compiled.as_text())
+    moved = re.findall(
+        r"= \(?(\w+)\[([\d,]*)\]\S* (all-gather|all-to-all|all-reduce)", compiled.as_text()
+    )
     for dtype, dims, _ in moved:
         elements = 1
         for size in dims.split(","):
