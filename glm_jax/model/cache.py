@@ -81,7 +81,7 @@ def write(
     """Puts new keys and values of one layer at `start` of each row, rounded as it stores."""
 
     def put(row: Array, new: Array, at: Array) -> Array:
-        place = (0, at, *[0] * (row.ndim - 2))
+        place = [jnp.zeros_like(at), at] + [jnp.zeros_like(at)] * (row.ndim - 2)
         return jax.lax.dynamic_update_slice(row, new.astype(row.dtype), place)
 
     new = LayerCache(keys=keys, values=values)

@@ -14,7 +14,12 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Int32
 
 from glm_jax.config import GLMConfig
 from glm_jax.kernels.attention.api import attention
-from glm_jax.kernels.quantized_matmul.api import is_quantized, quantized_matmul, take_outputs
+from glm_jax.kernels.quantized_matmul.api import (
+    TiledArray,
+    is_quantized,
+    quantized_matmul,
+    take_outputs,
+)
 from glm_jax.model import cache as kv_cache
 from glm_jax.model.cache import KVCache, LayerCache
 from glm_jax.model.layers import apply_rotary, geglu, layer_norm, linear, rotary_factors
@@ -77,7 +82,7 @@ def forward_hidden(
 
 def _embed(params: GLMParams, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
     table = params.word_embeddings
-    return take_outputs(table, tokens) if is_quantized(table) else table[tokens]
+    return take_outputs(table, tokens) if isinstance(table, TiledArray) else table[tokens]
 
 
 def logits(

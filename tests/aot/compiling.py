@@ -36,7 +36,7 @@ def compile_for(name: str, function: Callable[..., Any], *arguments: Any) -> Any
     sharding = NamedSharding(mesh, PartitionSpec())
     place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
     # The attention library asks the default device, which is no GPU here, what it can do.
-    default = mock.patch("jax.extend.backend.get_default_device", lambda: devices[0])
+    default = mock.patch("jax.extend.backend.get_default_device", return_value=devices[0])
     with jax.set_mesh(mesh), default:
         return jax.jit(function).lower(*jax.tree.map(place, arguments)).compile()
 

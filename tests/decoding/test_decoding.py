@@ -272,7 +272,7 @@ def test_embedding_and_activations_in_8_bits_change_scores_a_little(tiny_model):
 
 
 def test_bits_that_are_not_to_be_had_are_refused(tiny_model):
-    config, params = tiny_model
+    _, params = tiny_model
     everywhere = NamedSharding(make_mesh((1, 1, 8)), PartitionSpec())
     with pytest.raises(PrecisionError, match="one CPU device"):
         prepare(jax.device_put(params, everywhere), activation_bits=8)

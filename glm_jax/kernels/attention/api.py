@@ -1,6 +1,7 @@
 """Chooses how attention is computed."""
 
 import functools
+from typing import Any
 
 import jax
 from jaxtyping import Array, Bool, Float, Int32
@@ -55,7 +56,10 @@ def attention(
         )
 
     alone = functools.partial(in_blocks, rows=1)
-    backends = {"cpu": alone, "default": functools.partial(in_blocks, rows=_LEAST_ROWS)}
+    backends: dict[str, Any] = {
+        "cpu": alone,
+        "default": functools.partial(in_blocks, rows=_LEAST_ROWS),
+    }
     if key_scales is None and library.is_available(query, visible):
         key, value = key.astype(query.dtype), value.astype(query.dtype)
         backends["cuda"] = library.attention

@@ -12,7 +12,7 @@ from glm_jax.kernels.quantized_matmul import backends, cpu, sharded, xla
 from glm_jax.kernels.quantized_matmul.cpu import TiledArray, take_outputs
 from glm_jax.quantization import QuantizedArray
 
-__all__ = ["Weight", "is_quantized", "prepare", "quantized_matmul", "take_outputs"]
+__all__ = ["TiledArray", "Weight", "is_quantized", "prepare", "quantized_matmul", "take_outputs"]
 
 Weight = QuantizedArray | TiledArray
 

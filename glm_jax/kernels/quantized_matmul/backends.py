@@ -29,7 +29,8 @@ def _cuda(x: Array, weight: QuantizedArray, bias: Array | None) -> Array:
     capability = target.compute_capability()
     if x.dtype == jnp.float32 or capability < target.TRITON_CAPABILITY:
         return _xla(x, weight, bias)
-    problem = tuning.Problem(len(x), *weight.shape, weight.group_size, weight.bits)
+    inputs, outputs = weight.shape
+    problem = tuning.Problem(len(x), inputs, outputs, weight.group_size, weight.bits)
     blocks = tuning.lookup(problem, capability)
     if blocks is None:
         return _xla(x, weight, bias)
