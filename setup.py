@@ -76,8 +76,8 @@ setup(
         # paths on a local disk.
         "convert": [],
         # What `make test-aot` compiles with.
-        "aot": ["jax[cuda12]", "jax[tpu]", "pytest", "pytest-xdist"],
-        "cuda12": ["jax[cuda12]"],
+        "aot": ["jax[cuda12]", "jax[tpu]", "pytest", "pytest-xdist", "tokamax"],
+        "cuda12": ["jax[cuda12]", "tokamax"],
         "tpu": ["jax[tpu]"],
     },
 )
