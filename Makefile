@@ -14,7 +14,8 @@ demo: $(VENV)/.base
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --ignore=tests/aot
 
-test-aot: $(AOT_VENV)/.aot
+test-aot:
+	$(MAKE) VENV=$(AOT_VENV) $(AOT_VENV)/.aot
 	PYTHONPATH=tests $(AOT_VENV)/bin/python -m pytest -n 2 --noconftest -p aot.dumping tests/aot
 
 lint: $(VENV)/.test
@@ -39,8 +40,6 @@ $(VENV)/.test: $(VENV)/.base
 	$(INSTALL) --no-build-isolation -e .[test]
 	touch $@
 
-$(AOT_VENV)/.aot: setup.py requirements.txt
-	$(MAKE) VENV=$(AOT_VENV) $(AOT_VENV)/.base
-	$(AOT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.txt \
-		--no-build-isolation -e .[aot]
+$(VENV)/.aot: $(VENV)/.base
+	$(INSTALL) --no-build-isolation -e .[aot]
 	touch $@

@@ -23,8 +23,12 @@ flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "as stored 
 flags.DEFINE_string(
     "quantization", None, "quantises a float checkpoint: int8, int4, or int4,group=128,zero_point"
 )
-flags.DEFINE_enum("activation_bits", None, ["8"], "integer products of INT8 and INT4, on one CPU")
-flags.DEFINE_enum("embedding_bits", None, ["8"], "embedding and output projection, on one CPU")
+flags.DEFINE_integer(
+    "activation_bits", None, "8: integer products of INT8 and INT4, on one CPU", 8, 8
+)
+flags.DEFINE_integer(
+    "embedding_bits", None, "8: embedding and output projection in INT8, on one CPU", 8, 8
+)
 flags.DEFINE_enum(
     "cache_dtype", None, ["float32", "bfloat16", "float16", "int8"], "of keys and values"
 )
@@ -50,8 +54,7 @@ def main() -> None:
     mesh = None if FLAGS.mesh is None else parse_mesh(FLAGS.mesh)
     config, params = restore(FLAGS.checkpoint, mesh, FLAGS.dtype, FLAGS.quantization)
     config = config.replace(cache_dtype=FLAGS.cache_dtype)
-    as_int = lambda bits: None if bits is None else int(bits)
-    params = prepare(params, as_int(FLAGS.activation_bits), as_int(FLAGS.embedding_bits))
+    params = prepare(params, FLAGS.activation_bits, FLAGS.embedding_bits)
     failures = fill_all(params, config, tokenizer, texts, sampling, FLAGS.max_length, FLAGS.seed)
     if failures:
         raise PromptError(f"{failures} of the texts could not be filled")

@@ -6,21 +6,12 @@ compute capabilities.
 
 from ml_collections import ConfigDict
 
+from configs.hardware import a100_80gb
+
 
 def get_config() -> ConfigDict:
-    return ConfigDict(
-        {
-            "platform": "cuda",
-            "device_kind": "NVIDIA A100-SXM4-40GB",
-            "compute_capability": 8.0,
-            "memory_bytes": 40 * 2**30,
-            "memory_bandwidth": 1555000000000,  # bytes per second
-            "matrix_flops": 3.12e14,  # float16 products, float32 sums, per second
-            "multiprocessors": 108,
-            "threads_per_multiprocessor": 2048,
-            "shared_memory_per_multiprocessor": 167936,
-            "shared_memory_per_block": 166912,  # where a kernel asks for more than 48 KiB
-            "l2_bytes": 80 * 2**19,
-            "clock_ghz": 1.41,
-        }
-    )
+    config = a100_80gb.get_config()
+    config.device_kind = "NVIDIA A100-SXM4-40GB"
+    config.memory_bytes = 40 * 2**30
+    config.memory_bandwidth = 1555000000000  # bytes per second
+    return config

@@ -94,13 +94,13 @@ def prepare(
     scanned form stays. Call it once where many prompts follow.
 
     Args:
-      activation_bits: 8 to round activations too and multiply integers, twice as fast for
-        about half a percent of error a product; of quantised weights alone.
+      activation_bits: 8 to round activations too and multiply integers, of quantised
+        weights alone: faster, for about half a percent of error a product.
       embedding_bits: 8 to quantise the embedding, which is also the output projection.
 
     Raises:
       PrecisionError: one of these was asked for, and this is not one CPU device with the
-        kernel built.
+        kernel built, or the kernel does not take the embedding's shape.
     """
     device, *others = jax.tree.leaves(params)[0].devices()
     is_one_cpu = device.platform == "cpu" and not others
@@ -124,7 +124,13 @@ def prepare(
         if embedding_bits is not None:
             table = quantize(table, Scheme(embedding_bits), -2)
         tiled = prepare_weight(table, activation_bits)
-        table = tiled if is_quantized(tiled) else params.word_embeddings
+        is_tiled = isinstance(tiled, cpu.TiledArray)
+        if embedding_bits is not None and not is_tiled:
+            raise PrecisionError(
+                f"embedding_bits={embedding_bits}: the CPU kernel takes widths that divide by "
+                f"8, this model's is {table.shape[0]}; leave it out"
+            )
+        table = tiled if is_tiled else params.word_embeddings
     prepared: GLMParams = params.replace(word_embeddings=table)  # type: ignore[attr-defined]
     return prepared
 

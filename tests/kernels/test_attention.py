@@ -45,7 +45,7 @@ def test_values_and_gradients_equal_the_formula(kind, query_block, key_block):
         return jnp.sum(out * weights), out
 
     def formula(*inputs):
-        out = reference.masked_attention(*inputs, mask)
+        out = reference.masked_attention(*inputs, mask, "float32")
         return jnp.sum(out * weights), out
 
     grad = lambda f: jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))

@@ -5,9 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from conftest import GOLDEN
 
+from glm_jax.config import glm_config
+from glm_jax.model import params as glm_params
+from glm_jax.model.checkpoint import save_model
 from launch.benchmark import interleaved
 
 ROOT = Path(__file__).parent.parent.parent
@@ -108,6 +112,8 @@ def test_the_demo_removes_nothing_but_an_earlier_demo(tmp_path):
         (["launch.generate", "--checkpoint=x", "--beams=3"], 2, ["beams"]),
         (["launch.generate", "--checkpoint=x", "stray"], 2, ["stray"]),
         (["launch.generate", "--checkpoint=x", "--quantization=int2"], 2, ["int8 or int4"]),
+        (["launch.generate", "--checkpoint=x", "--activation_bits=4"], 2, ["activation_bits"]),
+        (["launch.generate", "--checkpoint=x", "--cache_dtype=int4"], 2, ["cache_dtype"]),
         (["launch.generate", "--checkpoint=nowhere", "--tokenizer=no"], 1, ["is missing"]),
         (["launch.generate", "--checkpoint=x", "--input=nowhere.txt"], 1, ["nowhere.txt"]),
         (["launch.generate", "--checkpoint=x", "--temperature=-1"], 1, ["temperature"]),
@@ -148,6 +154,26 @@ def test_a_checkpoint_without_tokenizer_is_refused(tmp_path):
         "launch.generate", f"--checkpoint={tmp_path}/model", f"--input={tmp_path}/prompts.txt"
     )
     _assert_refused(result, 1, "tokenizer.model is missing")
+
+
+def test_generate_in_the_lowest_precisions(tmp_path, tokenizer):
+    """Weights in 4 bits, activations, embedding, keys and values in 8: a text comes out."""
+    config = glm_config("tiny", vocab_size=-(-tokenizer.vocab_size // 64) * 64)
+    params = glm_params.init(config, jax.random.key(0))
+    save_model(tmp_path / "model", config, params, tokenizer.files)
+    (tmp_path / "prompts.txt").write_text("The capital of France is [MASK].\n")
+    result = _run(
+        "launch.generate",
+        f"--checkpoint={tmp_path}/model",
+        f"--input={tmp_path}/prompts.txt",
+        "--quantization=int4",
+        "--activation_bits=8",
+        "--embedding_bits=8",
+        "--cache_dtype=int8",
+        "--max_length=24",
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("The capital of France is ")
 
 
 def test_interleaved_runs_every_case_in_every_round():

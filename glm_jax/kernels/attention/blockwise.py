@@ -190,7 +190,7 @@ def _map(function: Any, arrays: tuple[Array, ...], block: int) -> Any:
         padded = _pad(x, 1, block)
         return jnp.moveaxis(padded.reshape(len(x), -1, block, *x.shape[2:]), 1, 0)
 
-    if arrays[0].shape[1] <= block:  # a loop of one step would still copy what it reads
+    if arrays[0].shape[1] <= block:
         whole = function(tuple(_pad(a, 1, block) for a in arrays))
         return jax.tree.map(lambda a: a[None], whole)
     return jax.lax.map(function, jax.tree.map(split, arrays))

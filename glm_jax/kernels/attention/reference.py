@@ -24,7 +24,7 @@ def masked_attention(
     key: Float[Array, "batch heads key head_dim"],
     value: Float[Array, "batch heads key head_dim"],
     mask: Bool[Array, "batch query key"],
-    softmax_dtype: str = "float32",
+    softmax_dtype: str,
 ) -> Float[Array, "batch query heads head_dim"]:
     """softmax(query key^T / sqrt(head_dim)) value over the visible keys.
 

@@ -1,6 +1,5 @@
 """Products with weights that are quantised, or laid out for a kernel."""
 
-import functools
 import math
 from typing import Any, TypeGuard
 
@@ -78,7 +77,7 @@ def _flatten(weight: QuantizedArray) -> QuantizedArray:
     return flat.replace(contraction_axis=-2, axes=None)  # type: ignore[attr-defined]
 
 
-@functools.partial(jax.custom_vjp)
+@jax.custom_vjp
 def _matmul(x: Array, weight: Weight, bias: Array | None) -> Array:
     if isinstance(weight, TiledArray):
         product = cpu.matmul(x, weight).reshape(len(x), -1)

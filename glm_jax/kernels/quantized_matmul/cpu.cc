@@ -93,7 +93,7 @@ namespace avx512 {
 // `widest` caps the choice, so that tests can run each variant that the machine has.
 Variant Choose(int64_t widest, bool integers) {
 #ifdef GLM_JAX_X86_VARIANTS
-  // Integer products at one row are as fast as memory in 256 bits already.
+  // Integer products have no variant in 512 bits.
   if (!integers && widest >= 512 && __builtin_cpu_supports("avx512f") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
