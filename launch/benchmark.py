@@ -2,7 +2,9 @@
 
     python -m launch.benchmark --suite=kernels --output=bench_output
 
-Every round runs each case once, so that a machine whose speed drifts drifts for all.
+Every round runs each case once, so that a machine whose speed drifts drifts for all. A pause
+before each lets the threads of the case before it go to sleep: PyTorch's spin for some
+milliseconds after their work, on the cores that the next case needs.
 """
 
 import json
@@ -20,6 +22,7 @@ from launch.suites import Case
 
 FLAGS = flags.FLAGS
 _SUITES = {"decode_step": suites.decode_step_suite, "kernels": suites.kernels_suite}
+_PAUSE = 0.02  # seconds
 flags.DEFINE_enum("suite", "decode_step", list(_SUITES), "what to measure")
 flags.DEFINE_integer("rounds", 15, "timed runs of each case", lower_bound=3)
 flags.DEFINE_string("output", "bench_output", "folder for SUITE.json and SUITE.png")
@@ -30,6 +33,7 @@ def interleaved(cases: dict[str, Case], rounds: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for counted in [False] + [True] * rounds:
         for name, case in cases.items():
+            time.sleep(_PAUSE)
             began = time.perf_counter()
             jax.block_until_ready(case())
             if counted:

@@ -25,6 +25,7 @@ constexpr int64_t kColumns = 16;  // of a strip
 constexpr int64_t kLine = 64;     // bytes: 16 lanes of 32 bits
 constexpr int64_t kStep = 8;      // inputs taken at once
 constexpr int64_t kRange = 2048;  // inputs whose weights stay in cache for all rows
+constexpr int64_t kAhead = 4096;  // bytes fetched ahead: the hardware stops at a page's end
 constexpr int64_t kPart = 256;    // inputs at most whose sum takes on the offset of all values
 
 struct Product {
