@@ -2,9 +2,10 @@
 
     python -m launch.benchmark --suite=kernels --output=bench_output
 
-Every round runs each case once, so that a machine whose speed drifts drifts for all. A pause
+Every round runs each case, so that a machine whose speed drifts drifts for all. A pause
 before each lets the threads of the case before it go to sleep: PyTorch's spin for some
-milliseconds after their work, on the cores that the next case needs.
+milliseconds after their work, on the cores that the next case needs. Each case's own threads
+are then woken by a run that does not count.
 """
 
 import json
@@ -34,10 +35,11 @@ def interleaved(cases: dict[str, Case], rounds: int) -> dict[str, list[float]]:
     for counted in [False] + [True] * rounds:
         for name, case in cases.items():
             time.sleep(_PAUSE)
+            jax.block_until_ready(case.run())
             began = time.perf_counter()
-            jax.block_until_ready(case())
+            jax.block_until_ready(case.run())
             if counted:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append((time.perf_counter() - began) / case.count)
     return seconds
 
 

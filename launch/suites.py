@@ -1,5 +1,6 @@
 """What `launch.benchmark` measures: named cases, each a function that does the work once."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -18,9 +19,22 @@ from glm_jax.model.cache import init_cache
 from glm_jax.model.params import GLMParams
 from glm_jax.quantization import Scheme, quantize
 
-Case = Callable[[], object]
 ROWS = (1, 4, 8, 32, 128)
+MOST_ROWS_OF_COPIES = 8
 SHAPES = ((4096, 16384), (16384, 4096))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is timed.
+
+    Attributes:
+      run: does the work `count` times.
+      count: its time is divided by this.
+    """
+
+    run: Callable[[], object]
+    count: int = 1
 
 
 def decode_step_suite() -> Iterator[tuple[str, dict[str, Case]]]:
@@ -47,7 +61,7 @@ def decode_step_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     peers = _torch_steps(config)
     for batch in (1, 8):
         cases = {name: _step_case(config, form, batch) for name, form in forms.items()}
-        cases |= {name: functools.partial(peer, batch) for name, peer in peers.items()}
+        cases |= {name: Case(functools.partial(peer, batch)) for name, peer in peers.items()}
         size = 4e-9 * glm_params.parameter_count(config)
         title = f"decode step, 1B model, {size:.1f} GB in float32, batch {batch}"
         yield title, cases
@@ -57,32 +71,50 @@ def kernels_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     """x [M, K] times a weight [K, N], ours beside XLA's and PyTorch's products.
 
     `stream int4` and such read as many bytes as that weight has, once, with PyTorch's
-    threads: `tiled`, int8 and int4 are our kernel's, `a8` with activations in 8 bits.
+    threads: `tiled`, int8 and int4 are our kernel's, `a8` with activations in 8 bits. Few
+    rows go through as many copies of a weight as have the bytes of the float32 one, like
+    a model's layers: one copy in 4 bits alone would stay in a large cache.
     """
     for inputs, outputs in SHAPES:
         weight = jax.random.normal(jax.random.key(0), (inputs, outputs))
-        held: dict[str, Any] = {
-            "float32 tiled": prepare_weight(weight),
-            "bfloat16 tiled": prepare_weight(weight.astype(jnp.bfloat16)),
+        narrow = weight.astype(jnp.bfloat16)
+        held: dict[str, tuple[int, Any]] = {  # bits and weight
+            "float32": (32, weight),
+            "bfloat16": (16, narrow),
+            "float32 tiled": (32, prepare_weight(weight)),
+            "bfloat16 tiled": (16, prepare_weight(narrow)),
         }
         for bits in (8, 4):
             quantized = quantize(weight, Scheme(bits, search=False), -2)
-            held[f"int{bits}"] = prepare_weight(quantized)
-            held[f"int{bits} a8"] = prepare_weight(quantized, activation_bits=8)
+            held[f"int{bits}"] = bits, prepare_weight(quantized)
+            held[f"int{bits} a8"] = bits, prepare_weight(quantized, activation_bits=8)
+        weights = {name: _copies(bits, array) for name, (bits, array) in held.items()}
         peers = _torch_products(inputs, outputs)
-        narrow = weight.astype(jnp.bfloat16)
         for rows in ROWS:
             x = jax.random.normal(jax.random.key(1), (rows, inputs))
-            plain, product = jax.jit(jnp.matmul), jax.jit(quantized_matmul)
-            cases: dict[str, Case] = {
-                "float32": functools.partial(plain, x, weight),
-                "bfloat16": functools.partial(plain, x.astype(jnp.bfloat16), narrow),
-            }
-            cases |= {name: functools.partial(product, x, array) for name, array in held.items()}
-            cases |= {name: functools.partial(peer, rows) for name, peer in peers.items()}
+            cases = {name: _products(x, arrays, rows) for name, arrays in weights.items()}
+            cases |= {name: peer(rows) for name, peer in peers.items()}
             for name, bits in (("float32", 32), ("int8", 8), ("int4", 4)):
-                cases |= _stream_case(f"stream {name}", inputs * outputs * bits // 8)
+                cases |= _stream_case(f"stream {name}", inputs * outputs * bits // 8, 32 // bits)
             yield f"K={inputs} N={outputs} M={rows}", cases
+
+
+def _copies(bits: int, weight: Any) -> list[Any]:
+    return [weight] + [jax.tree.map(jnp.copy, weight) for _ in range(32 // bits - 1)]
+
+
+def _products(x: jax.Array, weights: list[Any], rows: int) -> Case:
+    if isinstance(weights[0], jax.Array):
+        x, product = x.astype(weights[0].dtype), jax.jit(jnp.matmul)
+    else:
+        product = jax.jit(quantized_matmul)
+    weights = _few(weights, rows)
+    return Case(lambda: [product(x, weight) for weight in weights], len(weights))
+
+
+def _few(weights: list[Any], rows: int) -> list[Any]:
+    """All of them where reading weights is the work, one where multiplying is."""
+    return weights if rows <= MOST_ROWS_OF_COPIES else weights[:1]
 
 
 def _with_integer_activations(params: GLMParams) -> GLMParams:
@@ -115,16 +147,16 @@ def _step_case(config: GLMConfig, params: GLMParams, batch: int) -> Case:
         logits, holder[0] = decode_step(params, config, holder[0])
         return logits
 
-    return step
+    return Case(step)
 
 
-def _stream_case(name: str, size: int) -> dict[str, Case]:
-    """Reads `size` bytes once, by PyTorch's sum: XLA's own on CPU reads a fifth slower."""
+def _stream_case(name: str, size: int, copies: int) -> dict[str, Case]:
+    """Reads `size` bytes of each copy, by PyTorch's sum: XLA's on CPU reads a fifth slower."""
     torch = _torch()
     if torch is None:
         return {}
-    numbers = torch.ones(size // 4)
-    return {name: numbers.sum}
+    arrays = [torch.ones(size // 4) for _ in range(copies)]
+    return {name: Case(lambda: [numbers.sum() for numbers in arrays], copies)}
 
 
 def _torch() -> Any:
@@ -161,7 +193,7 @@ def _torch_steps(config: GLMConfig) -> dict[str, Callable[[int], None]]:
     return {"torch float32": step, "stream float32": stream}
 
 
-def _torch_products(inputs: int, outputs: int) -> dict[str, Callable[[int], None]]:
+def _torch_products(inputs: int, outputs: int) -> dict[str, Callable[[int], Case]]:
     """PyTorch's products with float32, bfloat16, int8 and int4 (groups of 128) weights."""
     torch = _torch()
     if torch is None:
@@ -175,20 +207,34 @@ def _torch_products(inputs: int, outputs: int) -> dict[str, Callable[[int], None
     int4 = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 1)
     int4_scales = torch.rand(inputs // 128, outputs, 2, dtype=torch.bfloat16)
     linear, ops = torch.nn.functional.linear, torch.ops.aten
-    calls = {
-        "torch float32": lambda m: linear(x[:m], weight),
-        "torch bfloat16": lambda m: linear(narrow_x[:m], narrow),
-        "torch int8": lambda m: ops._weight_int8pack_mm(narrow_x[:m], int8, int8_scales),
-        "torch int4": lambda m: ops._weight_int4pack_mm_for_cpu(
-            narrow_x[:m], int4, 128, int4_scales
+    products = {
+        "torch float32": (32, weight, lambda m, w: linear(x[:m], w)),
+        "torch bfloat16": (16, narrow, lambda m, w: linear(narrow_x[:m], w)),
+        "torch int8": (
+            8,
+            int8,
+            lambda m, w: ops._weight_int8pack_mm(narrow_x[:m], w, int8_scales),
+        ),
+        "torch int4": (
+            4,
+            int4,
+            lambda m, w: ops._weight_int4pack_mm_for_cpu(narrow_x[:m], w, 128, int4_scales),
         ),
     }
 
-    def quiet(call: Callable[[int], object]) -> Callable[[int], None]:
-        def run(rows: int) -> None:
-            with torch.inference_mode():
-                call(rows)
+    def case(bits: int, array: Any, product: Callable[[int, Any], object]) -> Any:
+        copies = [array] + [array.clone() for _ in range(32 // bits - 1)]
 
-        return run
+        def of_rows(rows: int) -> Case:
+            weights = _few(copies, rows)
 
-    return {name: quiet(call) for name, call in calls.items()}
+            def run() -> None:
+                with torch.inference_mode():
+                    for weight in weights:
+                        product(rows, weight)
+
+            return Case(run, len(weights))
+
+        return of_rows
+
+    return {name: case(*parts) for name, parts in products.items()}

@@ -80,11 +80,12 @@ namespace avx2 {
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
 #define GLM_JAX_VECTOR_BYTES 64
 #define GLM_JAX_MOST_ROWS 12
 namespace avx512 {
 #include "cpu_floats.inc"
+#include "cpu_integers.inc"
 }  // namespace avx512
 #undef GLM_JAX_VECTOR_BYTES
 #undef GLM_JAX_MOST_ROWS
@@ -94,11 +95,10 @@ namespace avx512 {
 // `widest` caps the choice, so that tests can run each variant that the machine has.
 Variant Choose(int64_t widest, bool integers) {
 #ifdef GLM_JAX_X86_VARIANTS
-  // Integer products have no variant in 512 bits.
-  if (!integers && widest >= 512 && __builtin_cpu_supports("avx512f") &&
+  if (widest >= 512 && __builtin_cpu_supports("avx512f") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq")) {
-    return avx512::kFloats;
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
+    return integers ? avx512::kIntegers : avx512::kFloats;
   }
   if (widest >= 256 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     return integers ? avx2::kIntegers : avx2::kFloats;
@@ -114,6 +114,7 @@ struct Job {
   int64_t strips, piece;
   std::vector<float> floats;
   std::vector<int8_t> integers;
+  std::atomic<bool> is_prepared{false};
   std::atomic<int64_t> next{0}, finished{0};
 
   // Rows in as few blocks as registers allow, all of one size or one less.
@@ -137,9 +138,11 @@ struct Job {
     if (with_integers) integers.resize(size);
     p.x_integers = integers.data();
     ForRowBlocks([&](int64_t first, int64_t rows) { variant.prepare(p, x, first, rows); });
+    is_prepared.store(true, std::memory_order_release);
   }
 
   void Work() {
+    while (!is_prepared.load(std::memory_order_acquire)) std::this_thread::yield();
     const int64_t range = std::max<int64_t>(1, kRange / product.part) * product.part;
     for (int64_t first; (first = next.fetch_add(piece)) < strips;) {
       const int64_t last = std::min(first + piece, strips);
@@ -185,13 +188,13 @@ ffi::Error QuantizedMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   p.out = out->typed_data();
   job->strips = p.padded_outputs / kColumns;
   job->variant = Choose(widest, integers);
-  job->Prepare(x.typed_data(), integers);
   // Small pieces even out threads that start late; tiny products are not worth a thread.
   const int64_t helpers = bytes < (1 << 16) ? 0 : pool.num_threads() - 1;
   job->piece = std::max<int64_t>(1, job->strips / (8 * (helpers + 1)));
   for (int64_t i = 0; i < helpers; ++i) {
     pool.Schedule([job] { job->Work(); });
   }
+  job->Prepare(x.typed_data(), integers);  // while the helpers wake up
   job->Work();
   // A helper that has not started by now finds nothing left: only pieces count.
   while (job->finished.load(std::memory_order_acquire) < job->strips) std::this_thread::yield();
