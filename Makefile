@@ -28,9 +28,9 @@ bench: $(VENV)/.test
 	$(BIN)/python -m launch.benchmark --suite=kernels
 
 clean:
-	rm -rf $(VENV) $(AOT_VENV) build *.egg-info demo_output bench_output glm_jax/kernels/quantized_matmul/*.so
+	rm -rf $(VENV) $(AOT_VENV) build *.egg-info demo_output bench_output glm_jax/kernels/*/*.so
 
-$(VENV)/.base: setup.py requirements.txt $(wildcard glm_jax/kernels/quantized_matmul/cpu*)
+$(VENV)/.base: setup.py requirements.txt $(wildcard glm_jax/kernels/*.h glm_jax/kernels/*/cpu*)
 	$(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	$(INSTALL) jaxlib setuptools
 	$(INSTALL) --no-build-isolation -e .

@@ -5,11 +5,24 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-_KERNEL = "glm_jax/kernels/quantized_matmul"
+_KERNELS = "glm_jax/kernels"
+
+
+def kernel(name: str, library: str, *included: str) -> Extension:
+    """`cpu.cc` of a kernel's folder as a shared library."""
+    folder = f"{_KERNELS}/{name}"
+    return Extension(
+        f"glm_jax.kernels.{name}.{library}",
+        sources=[f"{folder}/cpu.cc"],
+        depends=[f"{_KERNELS}/threads.h", *(f"{folder}/{file}" for file in included)],
+        language="c++",
+        extra_compile_args=["-O3", "-std=c++17", "-Wno-psabi"],
+        optional=True,
+    )
 
 
 class BuildKernel(build_ext):
-    """Builds the CPU kernel as a plain shared library; without a compiler, goes without."""
+    """Builds the CPU kernels as plain shared libraries; without a compiler, goes without."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
@@ -36,14 +49,8 @@ setup(
     },
     cmdclass={"build_ext": BuildKernel},
     ext_modules=[
-        Extension(
-            "glm_jax.kernels.quantized_matmul.libglm_jax_cpu",
-            sources=[f"{_KERNEL}/cpu.cc"],
-            depends=[f"{_KERNEL}/cpu_floats.inc", f"{_KERNEL}/cpu_integers.inc"],
-            language="c++",
-            extra_compile_args=["-O3", "-std=c++17", "-Wno-psabi"],
-            optional=True,
-        )
+        kernel("quantized_matmul", "libglm_jax_cpu", "cpu_floats.inc", "cpu_integers.inc"),
+        kernel("attention", "libglm_jax_attention", "cpu.inc"),
     ],
     install_requires=[
         "absl-py>=2.1",

@@ -27,8 +27,9 @@ flags.DEFINE_integer(
     "activation_bits", None, "8: integer products of INT8 and INT4, on one CPU", 8, 8
 )
 flags.DEFINE_integer(
-    "embedding_bits", None, "8: embedding and output projection in INT8, on one CPU", 8, 8
+    "embedding_bits", None, "8 or 4: embedding and output projection too, on one CPU"
 )
+flags.register_validator("embedding_bits", lambda bits: bits in (None, 8, 4), "8 or 4")
 flags.DEFINE_enum(
     "cache_dtype", None, ["float32", "bfloat16", "float16", "int8"], "of keys and values"
 )

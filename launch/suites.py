@@ -42,8 +42,8 @@ def decode_step_suite() -> Iterator[tuple[str, dict[str, Case]]]:
 
     `float32` has XLA's products. `stream float32` reads the bytes of all float32 weights
     once: no float32 step can be faster. `torch float32` is PyTorch's linears of the same
-    shapes, without attention and norms. int8 and int4 have the embedding in 8 bits too but
-    where it says otherwise; `a8` multiplies integers.
+    shapes, without attention and norms. int8 and int4 have the embedding in as many bits
+    but where it says otherwise; `a8` multiplies integers.
     """
     config = glm_config("1b", max_sequence_length=256)
     params = glm_params.init(config, jax.random.key(0))
@@ -54,7 +54,7 @@ def decode_step_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     del params  # 4.5 GB
     forms["float32 tiled"] = prepare(forms["float32"])
     for bits in (8, 4):
-        name, held = f"int{bits}", prepare(quantized.pop(bits), embedding_bits=8)
+        name, held = f"int{bits}", prepare(quantized.pop(bits), embedding_bits=bits)
         table = forms["float32 tiled"].word_embeddings
         forms[f"{name} float32 embedding"] = held.replace(word_embeddings=table)  # type: ignore[attr-defined]
         forms[name], forms[f"{name} a8"] = held, _with_integer_activations(held)

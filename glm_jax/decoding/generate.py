@@ -26,6 +26,7 @@ from glm_jax.quantization import Scheme, quantize
 from glm_jax.sharding import mesh_of
 
 _SMALLEST_BUCKET = 32
+_EMBEDDING_GROUP = 128  # inputs that share a scale, of an embedding in 4 bits
 
 
 class PromptError(UserError):
@@ -96,7 +97,8 @@ def prepare(
     Args:
       activation_bits: 8 to round activations too and multiply integers, of quantised
         weights alone: faster, for about half a percent of error a product.
-      embedding_bits: 8 to quantise the embedding, which is also the output projection.
+      embedding_bits: 8 or 4 to quantise the embedding, which is also the output projection;
+        in 4 bits with a scale for each 128 inputs.
 
     Raises:
       PrecisionError: one of these was asked for, and this is not one CPU device with the
@@ -106,7 +108,7 @@ def prepare(
     is_one_cpu = device.platform == "cpu" and not others
     if (activation_bits or embedding_bits) and not (is_one_cpu and cpu.is_available()):
         raise PrecisionError(
-            "activations and embedding in 8 bits are for one CPU device, and its kernel built: "
+            "activations and embedding in few bits are for one CPU device, and its kernel built: "
             "leave out activation_bits and embedding_bits"
         )
     if device.platform != "cpu":
@@ -122,7 +124,7 @@ def prepare(
     if not is_quantized(table):
         table = table.T
         if embedding_bits is not None:
-            table = quantize(table, Scheme(embedding_bits), -2)
+            table = quantize(table, _embedding_scheme(embedding_bits, len(table)), -2)
         tiled = prepare_weight(table, activation_bits)
         is_tiled = isinstance(tiled, cpu.TiledArray)
         if embedding_bits is not None and not is_tiled:
@@ -133,6 +135,11 @@ def prepare(
         table = tiled if is_tiled else params.word_embeddings
     prepared: GLMParams = params.replace(word_embeddings=table)  # type: ignore[attr-defined]
     return prepared
+
+
+def _embedding_scheme(bits: int, inputs: int) -> Scheme:
+    groups = bits == 4 and inputs % _EMBEDDING_GROUP == 0
+    return Scheme(bits, _EMBEDDING_GROUP if groups else None)
 
 
 def generate(

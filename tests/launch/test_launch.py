@@ -13,6 +13,7 @@ from glm_jax.config import glm_config
 from glm_jax.model import params as glm_params
 from glm_jax.model.checkpoint import save_model
 from launch.benchmark import interleaved
+from launch.suites import Case
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -179,8 +180,8 @@ def test_generate_in_the_lowest_precisions(tmp_path, tokenizer):
 
 def test_interleaved_runs_every_case_in_every_round():
     calls = []
-    seconds = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
-    assert calls == ["a", "b"] * 4
+    seconds = interleaved({n: Case(lambda n=n: calls.append(n)) for n in "ab"}, 3)
+    assert calls == ["a", "a", "b", "b"] * 4
     assert [len(times) for times in seconds.values()] == [3, 3]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Bool, Float, Int32
 
-from glm_jax.kernels.attention import blockwise, library, reference
+from glm_jax.kernels.attention import blockwise, cpu, library, reference
 
 # Keys up to which all scores at once are no more than a block.
 _FEW_KEYS = 128
@@ -27,8 +27,8 @@ def attention(
     """softmax(query key^T / sqrt(head_dim)) value over the keys that each row may see.
 
     Rows with ranges go block by block: no array of queries x keys, and keys that no row
-    sees are not read. A mask, which is such an array itself, and a softmax in less than
-    float32 take the formula as it stands.
+    sees are not read; few queries on CPU by a kernel of their own. A mask, which is such an
+    array itself, and a softmax in less than float32 take the formula as it stands.
 
     Args:
       key, value: [batch, heads, key, head_dim], float, or int8 with scales.
@@ -39,6 +39,35 @@ def attention(
     Returns:
       [batch, query, heads, head_dim] in the query's dtype.
     """
+    if softmax_dtype == "float32" and cpu.takes(query, key, visible):
+        arrays = (query, key, value, visible, key_scales, value_scales)
+        with_cache: Array = jax.lax.platform_dependent(
+            *arrays, cpu=cpu.attention, default=_in_float32
+        )
+        return with_cache
+    return _attention(query, key, value, visible, softmax_dtype, key_scales, value_scales)
+
+
+def _in_float32(
+    query: Array,
+    key: Array,
+    value: Array,
+    visible: Array,
+    key_scales: Array | None,
+    value_scales: Array | None,
+) -> Array:
+    return _attention(query, key, value, visible, "float32", key_scales, value_scales)
+
+
+def _attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    visible: Array,
+    softmax_dtype: str,
+    key_scales: Array | None,
+    value_scales: Array | None,
+) -> Array:
     num_keys, is_mask = key.shape[2], visible.dtype == bool
     if is_mask or softmax_dtype != "float32" or num_keys <= _FEW_KEYS:
         if key_scales is not None and value_scales is not None:

@@ -153,7 +153,8 @@ attention.defvjp(_forward, _backward)
 
 def _scores(query: Array, key: Array, ranges: Array, offset: Array, scale: Array | None) -> Array:
     """float32 [batch, heads, query, key]; the lowest where the row does not see the key."""
-    scores = _product("bqhd,bhkd->bhqk", query, key.astype(query.dtype))
+    # Keys first: with a single query XLA on CPU would transpose all keys for it.
+    scores = jnp.swapaxes(_product("bhkd,bqhd->bhkq", key.astype(query.dtype), query), 2, 3)
     if scale is not None:
         scores = scores * scale[:, :, None]
     visible = ranges_to_mask(ranges - offset, key.shape[2])

@@ -1,13 +1,11 @@
 // Products with weights of 4, 8, 16 or 32 bits on CPU, called by XLA (jax.ffi). See cpu.py.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <numeric>
-#include <thread>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -15,7 +13,7 @@
 #include <immintrin.h>
 #endif
 
-#include "xla/ffi/api/ffi.h"
+#include "../threads.h"
 
 namespace ffi = xla::ffi;
 
@@ -26,6 +24,7 @@ constexpr int64_t kLine = 64;     // bytes: 16 lanes of 32 bits
 constexpr int64_t kStep = 8;      // inputs taken at once
 constexpr int64_t kRange = 2048;  // inputs whose weights stay in cache for all rows
 constexpr int64_t kAhead = 4096;  // bytes fetched ahead: the hardware stops at a page's end
+constexpr int64_t kLeastShared = 1 << 16;  // bytes of weights that are worth waking a thread
 constexpr int64_t kPart = 256;    // inputs at most whose sum takes on the offset of all values
 
 struct Product {
@@ -107,15 +106,13 @@ Variant Choose(int64_t widest, bool integers) {
   return integers ? portable::kIntegers : portable::kFloats;
 }
 
-// Work that threads take pieces of until none is left.
-struct Job {
+struct Job : glm_jax::Work {
   Variant variant;
   Product product;
-  int64_t strips, piece;
+  const float* input;
+  bool with_integers;
   std::vector<float> floats;
   std::vector<int8_t> integers;
-  std::atomic<bool> is_prepared{false};
-  std::atomic<int64_t> next{0}, finished{0};
 
   // Rows in as few blocks as registers allow, all of one size or one less.
   template <class F>
@@ -128,7 +125,7 @@ struct Job {
     }
   }
 
-  void Prepare(const float* x, bool with_integers) {
+  void Prepare() override {
     Product& p = product;
     const int64_t size = p.rows * p.inputs, sums = size / p.part;
     floats.resize(2 * sums + (with_integers ? 0 : size));
@@ -137,23 +134,17 @@ struct Job {
     p.x = p.x_scales + sums;
     if (with_integers) integers.resize(size);
     p.x_integers = integers.data();
-    ForRowBlocks([&](int64_t first, int64_t rows) { variant.prepare(p, x, first, rows); });
-    is_prepared.store(true, std::memory_order_release);
+    ForRowBlocks([&](int64_t first, int64_t rows) { variant.prepare(p, input, first, rows); });
   }
 
-  void Work() {
-    while (!is_prepared.load(std::memory_order_acquire)) std::this_thread::yield();
+  void Run(int64_t first, int64_t last) override {  // strips
     const int64_t range = std::max<int64_t>(1, kRange / product.part) * product.part;
-    for (int64_t first; (first = next.fetch_add(piece)) < strips;) {
-      const int64_t last = std::min(first + piece, strips);
-      for (int64_t strip = first; strip < last; ++strip) {
-        for (int64_t k = 0; k < product.inputs; k += range) {
-          ForRowBlocks([&](int64_t first_row, int64_t rows) {
-            variant.run(product, strip, first_row, rows, k, std::min(k + range, product.inputs));
-          });
-        }
+    for (int64_t strip = first; strip < last; ++strip) {
+      for (int64_t k = 0; k < product.inputs; k += range) {
+        ForRowBlocks([&](int64_t first_row, int64_t rows) {
+          variant.run(product, strip, first_row, rows, k, std::min(k + range, product.inputs));
+        });
       }
-      finished.fetch_add(last - first, std::memory_order_release);
     }
   }
 };
@@ -186,18 +177,10 @@ ffi::Error QuantizedMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   p.scales = scales.typed_data();
   p.zeros = zeros.element_count() ? zeros.typed_data() : nullptr;
   p.out = out->typed_data();
-  job->strips = p.padded_outputs / kColumns;
+  job->input = x.typed_data(), job->with_integers = integers;
+  job->count = p.padded_outputs / kColumns;
   job->variant = Choose(widest, integers);
-  // Small pieces even out threads that start late; tiny products are not worth a thread.
-  const int64_t helpers = bytes < (1 << 16) ? 0 : pool.num_threads() - 1;
-  job->piece = std::max<int64_t>(1, job->strips / (8 * (helpers + 1)));
-  for (int64_t i = 0; i < helpers; ++i) {
-    pool.Schedule([job] { job->Work(); });
-  }
-  job->Prepare(x.typed_data(), integers);  // while the helpers wake up
-  job->Work();
-  // A helper that has not started by now finds nothing left: only pieces count.
-  while (job->finished.load(std::memory_order_acquire) < job->strips) std::this_thread::yield();
+  glm_jax::DoOnThreads(pool, job, bytes >= kLeastShared);
   return ffi::Error::Success();
 }
 

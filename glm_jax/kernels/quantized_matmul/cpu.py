@@ -6,10 +6,8 @@ are laid out anew for it once, when a model is made ready to decode: strips of 1
 each one run of bytes in the order in which it is read.
 """
 
-import ctypes
 import functools
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,13 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from glm_jax.kernels import cpu_library
 from glm_jax.quantization import QuantizedArray, unpack_int4
 
 LIBRARY = "libglm_jax_cpu.so"
 _STRIP = 16
 _STEP = 8  # inputs that the kernel takes at once
 _TARGET = "glm_jax_quantized_matmul"
-_WIDEST = 512
 _FLOAT_BITS = {"float32": 32, "bfloat16": 16}
 
 
@@ -53,22 +51,10 @@ class TiledArray:
     activation_bits: int | None = struct.field(pytree_node=False, default=None)
 
 
-@functools.cache
 def is_available() -> bool:
-    """Whether the kernel was built; says so once, by a warning, where it was not."""
+    """Whether the kernel was built; warns once where not."""
     path = Path(__file__).with_name(LIBRARY)
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        warnings.warn(
-            f"the CPU kernel is not built ({error}): low precision will be slow here; "
-            "install the package where a C++ compiler is",
-            stacklevel=2,
-        )
-        return False
-    handler = jax.ffi.pycapsule(library.GlmJaxQuantizedMatmul)
-    jax.ffi.register_ffi_target(_TARGET, handler, platform="cpu")
-    return True
+    return cpu_library.register(path, "GlmJaxQuantizedMatmul", _TARGET)
 
 
 def can_tile(weight: QuantizedArray | Array) -> bool:
@@ -116,7 +102,7 @@ def tile(weight: QuantizedArray | Array, activation_bits: int | None = None) -> 
     )
 
 
-def matmul(x: Float[Array, "..."], weight: TiledArray, widest: int = _WIDEST) -> Array:
+def matmul(x: Float[Array, "..."], weight: TiledArray, widest: int = cpu_library.WIDEST) -> Array:
     """x [..., K] times weight [K, *outputs], accumulated in float32.
 
     Args:

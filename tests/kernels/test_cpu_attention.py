@@ -1,0 +1,87 @@
+"""The C++ kernel of attention over a cache equals the formula, on every kind of machine."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_jax.kernels.attention import cpu, reference
+from glm_jax.kernels.attention.api import attention
+from glm_jax.model.cache import LayerCache, write
+
+pytestmark = pytest.mark.skipif(
+    not cpu.is_available(), reason="the CPU kernel is not built: no C++ compiler at installation"
+)
+WIDTHS = (512, 256, 0)  # bits of vectors; what the machine lacks falls back to the next
+
+
+def _inputs(batch, queries, heads, keys, head_dim):
+    draws = jax.random.split(jax.random.key(0), 3)
+    query = 3 * jax.random.normal(draws[0], (batch, queries, heads, head_dim))
+    key, value = (jax.random.normal(k, (batch, heads, keys, head_dim)) for k in draws[1:])
+    rng = np.random.default_rng(0)
+    starts = rng.integers(0, keys // 2, (batch, queries))
+    ends = starts + rng.integers(1, keys // 2, (batch, queries))
+    return query, key, value, jnp.asarray(np.stack([starts, ends], -1), jnp.int32)
+
+
+@pytest.mark.parametrize("widest", WIDTHS)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 16, 16), (2, 1, 3, 300, 48), (3, 8, 2, 77, 128), (2, 2, 16, 515, 80)]
+)
+def test_equals_the_formula(shape, widest):
+    query, key, value, ranges = _inputs(*shape)
+    mask = reference.ranges_to_mask(ranges, key.shape[2])
+    expected = reference.masked_attention(query, key, value, mask, "float32")
+    got = cpu.attention(query, key, value, ranges, None, None, widest)
+    np.testing.assert_allclose(got, expected, atol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("widest", WIDTHS)
+def test_reads_a_cache_as_it_is_stored(dtype, widest):
+    query, key, value, ranges = _inputs(2, 1, 3, 130, 32)
+    zeros = jnp.zeros(key.shape, dtype)
+    scales = jnp.zeros(key.shape[:3]) if dtype == "int8" else None
+    cache = write(LayerCache(zeros, zeros, scales, scales), key, value, jnp.zeros(2, jnp.int32))
+    wide = [cache.keys.astype(jnp.float32), cache.values.astype(jnp.float32)]
+    if dtype == "int8":
+        wide = [wide[0] * cache.key_scales[..., None], wide[1] * cache.value_scales[..., None]]
+    mask = reference.ranges_to_mask(ranges, 130)
+    expected = reference.masked_attention(query, *wide, mask, "float32")
+    got = cpu.attention(
+        query, cache.keys, cache.values, ranges, cache.key_scales, cache.value_scales, widest
+    )
+    np.testing.assert_allclose(got, expected, atol=3e-6)
+
+
+def test_only_the_visible_keys_are_read_and_a_row_without_any_is_zero():
+    query, key, value, ranges = _inputs(2, 2, 2, 200, 16)
+    ranges = ranges.at[0, 1].set(jnp.array([7, 7]))
+    seen = jnp.any(reference.ranges_to_mask(ranges, 200), axis=1)[:, None, :, None]
+    got = cpu.attention(
+        query, *(jnp.where(seen, x, jnp.nan) for x in (key, value)), ranges, None, None
+    )
+    np.testing.assert_array_equal(got, cpu.attention(query, key, value, ranges, None, None))
+    assert (got[0, 1] == 0).all()
+    assert (got[0, 0] != 0).all()
+
+
+def test_extreme_scores_stay_finite_and_not_a_number_stays_so():
+    query, key, value, ranges = _inputs(1, 1, 2, 64, 16)
+    loud = cpu.attention(1e4 * query, key, value, ranges, None, None)
+    mask = reference.ranges_to_mask(ranges, 64)
+    expected = reference.masked_attention(1e4 * query, key, value, mask, "float32")
+    np.testing.assert_allclose(loud, expected, atol=3e-6)
+    spoilt = cpu.attention(query.at[0, 0, 1, 3].set(jnp.nan), key, value, ranges, None, None)
+    assert np.isnan(spoilt[0, 0, 1]).all()
+    assert np.isfinite(spoilt[0, 0, 0]).all()
+
+
+def test_decoding_shapes_take_it_and_others_do_not():
+    query, key, value, ranges = _inputs(2, 1, 2, 200, 16)
+    assert "glm_jax_attention" in jax.jit(attention).lower(query, key, value, ranges).as_text()
+    two = jnp.concatenate([ranges, ranges], axis=-1)
+    assert "glm_jax_attention" not in jax.jit(attention).lower(query, key, value, two).as_text()
+    many = jnp.repeat(query, 9, axis=1), key, value, jnp.repeat(ranges, 9, axis=1)
+    assert "glm_jax_attention" not in jax.jit(attention).lower(*many).as_text()
