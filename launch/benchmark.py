@@ -18,11 +18,15 @@ from absl import flags
 from matplotlib import pyplot
 
 from glm_jax import cli
-from launch import suites
-from launch.suites import Case
+from launch.suites import products, train
+from launch.suites.case import Case
 
 FLAGS = flags.FLAGS
-_SUITES = {"decode_step": suites.decode_step_suite, "kernels": suites.kernels_suite}
+_SUITES = {
+    "decode_step": products.decode_step_suite,
+    "kernels": products.kernels_suite,
+    "train": train.train_suite,
+}
 _PAUSE = 0.02  # seconds
 flags.DEFINE_enum("suite", "decode_step", list(_SUITES), "what to measure")
 flags.DEFINE_integer("rounds", 15, "timed runs of each case", lower_bound=3)
@@ -44,12 +48,13 @@ def interleaved(cases: dict[str, Case], rounds: int) -> dict[str, list[float]]:
 
 
 def report(title: str, seconds: dict[str, list[float]]) -> None:
-    """Prints medians, spread, and how many times as fast as float32 each case is."""
-    float32 = statistics.median(seconds["float32"])
-    print(f"\n{title}\n{'case':<24}{'median ms':>10}{'min':>9}{'max':>9}{'float32 / case':>16}")
+    """Prints medians, spread, and how many times as fast as the first case each is."""
+    first = next(iter(seconds))
+    base = statistics.median(seconds[first])
+    print(f"\n{title}\n{'case':<24}{'median ms':>10}{'min':>9}{'max':>9}{first + ' / case':>16}")
     for name, times in seconds.items():
         low, median, high = (1e3 * f(times) for f in (min, statistics.median, max))
-        print(f"{name:<24}{median:>10.2f}{low:>9.2f}{high:>9.2f}{1e3 * float32 / median:>16.2f}")
+        print(f"{name:<24}{median:>10.2f}{low:>9.2f}{high:>9.2f}{1e3 * base / median:>16.2f}")
 
 
 def plot(results: dict[str, dict[str, list[float]]], path: Path) -> None:

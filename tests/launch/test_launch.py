@@ -13,7 +13,7 @@ from glm_jax.config import glm_config
 from glm_jax.model import params as glm_params
 from glm_jax.model.checkpoint import save_model
 from launch.benchmark import interleaved
-from launch.suites import Case
+from launch.suites.case import Case
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -1,8 +1,6 @@
-"""What `launch.benchmark` measures: named cases, each a function that does the work once."""
+"""Products with weights in every precision, alone and in a decode step, beside their peers."""
 
-import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,23 +16,11 @@ from glm_jax.model import params as glm_params
 from glm_jax.model.cache import init_cache
 from glm_jax.model.params import GLMParams
 from glm_jax.quantization import Scheme, quantize
+from launch.suites.case import Case, find_torch
 
 ROWS = (1, 4, 8, 32, 128)
 MOST_ROWS_OF_COPIES = 8
 SHAPES = ((4096, 16384), (16384, 4096))
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """What is timed.
-
-    Attributes:
-      run: does the work `count` times.
-      count: its time is divided by this.
-    """
-
-    run: Callable[[], object]
-    count: int = 1
 
 
 def decode_step_suite() -> Iterator[tuple[str, dict[str, Case]]]:
@@ -152,27 +138,16 @@ def _step_case(config: GLMConfig, params: GLMParams, batch: int) -> Case:
 
 def _stream_case(name: str, size: int, copies: int) -> dict[str, Case]:
     """Reads `size` bytes of each copy, by PyTorch's sum: XLA's on CPU reads a fifth slower."""
-    torch = _torch()
+    torch = find_torch()
     if torch is None:
         return {}
     arrays = [torch.ones(size // 4) for _ in range(copies)]
     return {name: Case(lambda: [numbers.sum() for numbers in arrays], copies)}
 
 
-def _torch() -> Any:
-    # Some virtual machines announce AMX and then refuse its instructions.
-    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
-    try:
-        import torch
-    except ImportError:
-        print("torch is not installed: its cases are left out")
-        return None
-    return torch
-
-
 def _torch_steps(config: GLMConfig) -> dict[str, Callable[[int], None]]:
     """A step's linears by PyTorch, and one reading of their weights; of a batch's size."""
-    torch = _torch()
+    torch = find_torch()
     if torch is None:
         return {}
     hidden, inner = config.hidden_size, config.inner_hidden_size
@@ -195,7 +170,7 @@ def _torch_steps(config: GLMConfig) -> dict[str, Callable[[int], None]]:
 
 def _torch_products(inputs: int, outputs: int) -> dict[str, Callable[[int], Case]]:
     """PyTorch's products with float32, bfloat16, int8 and int4 (groups of 128) weights."""
-    torch = _torch()
+    torch = find_torch()
     if torch is None:
         return {}
     x = torch.randn(max(ROWS), inputs)

@@ -1,0 +1,1 @@
+"""What `launch.benchmark` measures: each suite yields titles and their named cases."""

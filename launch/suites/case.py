@@ -1,0 +1,31 @@
+"""What the suites of `launch.benchmark` are made of."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is timed.
+
+    Attributes:
+      run: does the work `count` times.
+      count: its time is divided by this.
+    """
+
+    run: Callable[[], object]
+    count: float = 1
+
+
+def find_torch() -> Any:
+    """PyTorch, the peer; None, said in print, where it is not installed."""
+    # Some virtual machines announce AMX and then refuse its instructions.
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+    try:
+        import torch
+    except ImportError:
+        print("torch is not installed: its cases are left out")
+        return None
+    return torch

@@ -1,0 +1,61 @@
+"""The same model in PyTorch, of its own modules: the peer of the train suite."""
+
+import math
+from typing import Any
+
+from glm_jax.config import GLMConfig
+from launch.suites.case import find_torch
+
+
+def build(config: GLMConfig) -> Any:
+    """A GLM of `torch.nn` modules: forward(tokens, positions, mask) -> [batch, seq, vocab].
+
+    Post-layernorm residuals scaled as DeepNorm does, rotary positions, GeGLU, scaled
+    dot-product attention under a boolean mask, tied embedding.
+    """
+    torch = find_torch()
+    nn, functional = torch.nn, torch.nn.functional
+    alpha, heads, head_dim = config.residual_scale, config.num_heads, config.head_dim
+
+    def rotate(x: Any, cos: Any, sin: Any) -> Any:
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            hidden, inner = config.hidden_size, config.inner_hidden_size
+            self.input_norm, self.attention_norm = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
+            self.query_key_value = nn.Linear(hidden, 3 * hidden)
+            self.dense = nn.Linear(hidden, hidden)
+            self.widen, self.narrow = nn.Linear(hidden, 2 * inner), nn.Linear(inner, hidden)
+
+        def forward(self, x: Any, cos: Any, sin: Any, mask: Any) -> Any:
+            h = self.input_norm(x)
+            parts = self.query_key_value(h).view(*h.shape[:2], heads, 3, head_dim)
+            query, key, value = parts.transpose(1, 2).unbind(3)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+            attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            x = h * alpha + self.dense(attended.transpose(1, 2).flatten(2))
+            h = self.attention_norm(x)
+            up, gate = self.widen(h).chunk(2, dim=-1)
+            return h * alpha + self.narrow(up * functional.gelu(gate))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+            nn.init.normal_(self.embedding.weight, std=0.02)
+            self.blocks = nn.ModuleList(Block() for _ in range(config.num_layers))
+            self.final_norm = nn.LayerNorm(config.hidden_size)
+
+        def forward(self, tokens: Any, positions: Any, mask: Any) -> Any:
+            exponent = torch.arange(0, head_dim, 2) / head_dim
+            angle = positions[..., None] * torch.exp(-exponent * math.log(config.rotary_base))
+            cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+            x = self.embedding(tokens)
+            for block in self.blocks:
+                x = block(x, cos, sin, mask)
+            return functional.linear(self.final_norm(x), self.embedding.weight)
+
+    return Model()
