@@ -55,6 +55,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "flax>=0.12",
+        "array_record>=0.8",
         "grain>=0.2.16",
         "jax>=0.10",
         "jaxtyping>=0.3",
@@ -66,6 +67,7 @@ setup(
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",
         "tqdm>=4.66",
+        "zstandard>=0.23",
     ],
     extras_require={
         "test": [

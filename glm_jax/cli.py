@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
+from glm_jax import processes
 from glm_jax.errors import UserError
 
 
@@ -40,3 +41,16 @@ def _parse_flags(argv: list[str]) -> list[str]:
 def _fail(message: object, status: int) -> None:
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
     sys.exit(status)
+
+
+def define_process_flags() -> None:
+    """Flags of a launcher that several processes can run together."""
+    flags.DEFINE_string("coordinator", None, "host:port of process 0, of several processes")
+    flags.DEFINE_integer("num_processes", None, "how many there are", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "which of them this is, from 0", lower_bound=0)
+
+
+def join_processes() -> None:
+    """Joins the processes that the flags, or the scheduler's environment, speak of."""
+    chosen = flags.FLAGS
+    processes.initialize(chosen.coordinator, chosen.num_processes, chosen.process_id)

@@ -131,6 +131,22 @@ def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, fitting_activation_spec(x.shape, axes))
 
 
+def constrain_parameters(tree: Any, axes: Any) -> Any:
+    """Pins a tree of arrays shaped like parameters to where parameters live.
+
+    Args:
+      axes: logical axes of each leaf, in a tree of the same structure.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return tree
+
+    def pin(x: jax.Array, of_leaf: LogicalAxes) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, parameter_spec(mesh.shape, of_leaf, x.shape))
+
+    return jax.tree.map(pin, tree, axes)
+
+
 def fitting_activation_spec(shape: Sequence[int], axes: LogicalAxes) -> PartitionSpec:
     """`activation_spec` under the surrounding mesh, without the axes that don't divide."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "glm_jax.errors": 0,
     "glm_jax.config": 1,
+    "glm_jax.processes": 1,
     "glm_jax.sharding": 2,
     "glm_jax.quantization": 2,
     "glm_jax.kernels": 3,

@@ -1,19 +1,22 @@
-"""Documents of text files, and their tokens."""
+"""Documents and instructions of text files, plain or compressed."""
 
 import glob
+import gzip
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
+import zstandard
 from tqdm import tqdm
 
-from glm_jax.errors import UserError
+from glm_jax.data.records import DataError, Dataset, Record, in_memory
 from glm_jax.tokenizer import Tokenizer
 
-
-class DataError(UserError):
-    """Training text that cannot be used; the message says which file and line."""
+KINDS_OF_FILES = ("text", "instructions")
+_MASKS = {"[MASK]": "mask", "[gMASK]": "gmask"}
 
 
 def find_files(patterns: str) -> list[Path]:
@@ -33,6 +36,64 @@ def find_files(patterns: str) -> list[Path]:
     return files
 
 
+def open_text(file: Path) -> BinaryIO:
+    """A file's bytes, unpacked where its name ends in .gz or .zst."""
+    if file.suffix == ".gz":
+        return gzip.open(file)  # type: ignore[return-value]
+    if file.suffix == ".zst":
+        raw = zstandard.ZstdDecompressor().stream_reader(file.open("rb"), closefd=True)
+        return io.BufferedReader(raw)  # type: ignore[arg-type, return-value]
+    return file.open("rb")
+
+
+def is_json_lines(file: Path) -> bool:
+    name = file.with_suffix("") if file.suffix in (".gz", ".zst") else file
+    return name.suffix in (".jsonl", ".json")
+
+
+def parse_text(line: bytes, is_json: bool) -> str:
+    """The document of a line: its "text" where lines are JSON, else the line itself.
+
+    Raises:
+      ValueError: not UTF-8, or no JSON object with a "text" that is a string.
+    """
+    text: Any = line.decode("utf-8").rstrip("\r\n")
+    if is_json and text.strip():
+        text = _field(text, "text")
+    return str(text)
+
+
+def parse_instruction(line: bytes, tokenizer: Tokenizer) -> Record | None:
+    """A JSON line with "prompt", "target" and, if it likes, "mask": "[MASK]" or "[gMASK]".
+
+    Returns:
+      None for an empty line.
+
+    Raises:
+      ValueError: says what is missing or wrong.
+    """
+    text = line.decode("utf-8").strip()
+    if not text:
+        return None
+    prompt, target = (tokenizer.encode(_field(text, name)) for name in ("prompt", "target"))
+    if not target:
+        raise ValueError('"target" is empty')
+    mask = json.loads(text).get("mask")
+    if mask is not None and mask not in _MASKS:
+        raise ValueError(f'"mask" is {mask!r}: [MASK] or [gMASK]')
+    tokens = np.array([*prompt, *target], np.int32)
+    return Record(tokens, len(prompt), None if mask is None else _MASKS[mask])
+
+
+def _field(text: str, name: str) -> str:
+    fields = json.loads(text)
+    if not isinstance(fields, dict) or name not in fields:
+        raise ValueError(f'no JSON object with "{name}"')
+    if not isinstance(fields[name], str):
+        raise ValueError(f'"{name}" is not a string')
+    return str(fields[name])
+
+
 def read_documents(files: list[Path]) -> Iterator[str]:
     """Documents in order: of .jsonl files each line's "text", of others each line.
 
@@ -40,30 +101,33 @@ def read_documents(files: list[Path]) -> Iterator[str]:
       DataError: a line that is not UTF-8, or no JSON object with a "text".
     """
     for file in files:
-        with file.open("rb") as stream:
+        is_json = is_json_lines(file)
+        with open_text(file) as stream:
             for number, line in enumerate(stream, 1):
                 try:
-                    text = line.decode("utf-8").rstrip("\r\n")
-                    if file.suffix == ".jsonl" and text.strip():
-                        text = json.loads(text)["text"]
-                except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
-                    raise DataError(f"{file}:{number}: {error!r}") from error
-                if not isinstance(text, str):
-                    raise DataError(f'{file}:{number}: "text" is not a string')
+                    text = parse_text(line, is_json)
+                except ValueError as error:
+                    raise DataError(f"{file}:{number}: {error}") from error
                 if text.strip():
                     yield text
 
 
-def tokenize(files: list[Path], tokenizer: Tokenizer, window: int) -> list[np.ndarray]:
-    """Token arrays of all documents, cut into windows of at most `window` tokens.
+def text_records(text: str, tokenizer: Tokenizer, window: int) -> Iterator[Record]:
+    """A document, closed by eod, in pieces of at most `window` tokens."""
+    ids = np.array([*tokenizer.encode(text), tokenizer.special_tokens.eod], np.int32)
+    for start in range(0, len(ids), window):
+        yield Record(ids[start : start + window])
+
+
+def tokenize(files: list[Path], tokenizer: Tokenizer, window: int) -> Dataset:
+    """All documents of some files, tokenised in memory: for text that is small.
 
     Raises:
       DataError: unreadable files, or no text in them.
     """
-    windows = []
+    records: list[Record] = []
     for text in tqdm(read_documents(files), desc="tokenising", unit="doc"):
-        ids = np.array(tokenizer.encode(text), np.int32)
-        windows += [ids[i : i + window] for i in range(0, len(ids), window)]
-    if not windows:
+        records += text_records(text, tokenizer, window)
+    if not records:
         raise DataError(f"{files[0]}: no text in the training files")
-    return windows
+    return in_memory("text", records)

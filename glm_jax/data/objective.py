@@ -9,6 +9,9 @@ import dataclasses
 import numpy as np
 
 from glm_jax.config import SpecialTokens
+from glm_jax.data.records import Record
+
+KINDS = ("span", "suffix", "instruction")  # what a sample can be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +21,14 @@ class ObjectiveConfig:
       suffix is generated after [gMASK].
     span_length: mean of the Poisson distribution of span lengths.
     masked_tokens: share of a [MASK] text's tokens that its spans hide together.
+    short_target: an instruction's target of up to so many tokens is generated after
+      [MASK], a longer one after [gMASK], where the instruction does not say.
     """
 
     mask_sequences: float = 0.3
     span_length: float = 3.0
     masked_tokens: float = 0.15
+    short_target: int = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Sample:
       loss_weights: float32, 1 where the prediction counts, 0 in the context.
       position_ids: int32.
       context_length: int32, the context's length, the same number at every token.
+      kinds: int32, the sample's place in `KINDS`, the same number at every token.
     """
 
     tokens: np.ndarray
@@ -42,27 +49,68 @@ class Sample:
     loss_weights: np.ndarray
     position_ids: np.ndarray
     context_length: np.ndarray
+    kinds: np.ndarray
 
     def features(self) -> dict[str, np.ndarray]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 def make_sample(
-    text: np.ndarray,
+    record: Record,
     special: SpecialTokens,
     config: ObjectiveConfig,
     rng: np.random.Generator,
     max_length: int,
 ) -> Sample:
-    """Hides spans or a suffix of `text`, as chance has it.
+    """Hides spans or a suffix of a text, as chance has it, or an instruction's target.
 
     Args:
-      text: int32 [length], at least 1 token.
-      max_length: the sample is no longer; of a text too long for it the end is left off.
+      max_length: the sample is no longer; of a text too long for it a piece is taken, any
+        with the same chance.
     """
+    if record.prompt_length is not None:
+        return instruction_sample(record, special, config, max_length)
+    text = _crop(record.tokens, rng, max_length - 3)
     if rng.random() < config.mask_sequences:
         return span_sample(text, special, config, rng, max_length)
     return suffix_sample(text, special, rng, max_length)
+
+
+def _crop(text: np.ndarray, rng: np.random.Generator, length: int) -> np.ndarray:
+    if len(text) <= length:
+        return text
+    start = int(rng.integers(0, len(text) - length + 1))
+    return text[start : start + length]
+
+
+def instruction_sample(
+    record: Record, special: SpecialTokens, config: ObjectiveConfig, max_length: int
+) -> Sample:
+    """A prompt, and its target generated after [MASK] or [gMASK].
+
+    The mask stands where the prompt has one, else at its end. Of a pair too long the
+    prompt's beginning is left off, then the target's end.
+    """
+    prompt, target = record.tokens[: record.prompt_length], record.tokens[record.prompt_length :]
+    target = target[: max_length - 4]
+    masks = np.flatnonzero(np.isin(prompt, (special.mask, special.gmask)))
+    if masks.size:
+        mask = int(prompt[masks[0]])
+    elif record.mask is not None:
+        mask = getattr(special, record.mask)
+    else:
+        mask = special.mask if len(target) <= config.short_target else special.gmask
+    if not masks.size:
+        prompt = np.append(prompt, mask)
+    if prompt[-1] != mask:
+        prompt = np.append(prompt, special.eos)
+    prompt = prompt[max(0, len(prompt) + len(target) + 1 - max_length) :]
+    at = np.flatnonzero(prompt == mask)
+    if mask == special.mask and at.size:
+        positions = np.full(len(target) + 1, at[0])
+    else:
+        positions = np.arange(len(prompt), len(prompt) + len(target) + 1)
+    return _assemble(prompt, [(target, positions)], special, "instruction")
 
 
 def suffix_sample(
@@ -74,7 +122,7 @@ def suffix_sample(
     context = np.append(text[:cut], special.gmask)
     start = len(context)
     positions = np.arange(start, start + len(text) - cut + 1)
-    return _assemble(context, [(text[cut:], positions)], special)
+    return _assemble(context, [(text[cut:], positions)], special, "suffix")
 
 
 def span_sample(
@@ -87,8 +135,10 @@ def span_sample(
     """Hides spans behind [MASK]s and writes them in shuffled order.
 
     All tokens of a span are at its mask's position. A context that doesn't end in a mask
-    is closed by eos, as prompts are.
+    is closed by eos, as prompts are; the eod of a document makes room for it.
     """
+    if len(text) > 1 and text[-1] == special.eod:
+        text = text[:-1]
     # Each span costs its mask and its sop beside the tokens that move.
     text = text[: max_length - 3]
     most_spans = (max_length - 1 - len(text)) // 2
@@ -105,7 +155,7 @@ def span_sample(
     if context[-1] != special.mask:
         context.append(special.eos)
     order = rng.permutation(len(pieces))
-    return _assemble(np.array(context), [pieces[i] for i in order], special)
+    return _assemble(np.array(context), [pieces[i] for i in order], special, "span")
 
 
 def _draw_spans(
@@ -132,7 +182,10 @@ def _draw_spans(
 
 
 def _assemble(
-    context: np.ndarray, pieces: list[tuple[np.ndarray, np.ndarray]], special: SpecialTokens
+    context: np.ndarray,
+    pieces: list[tuple[np.ndarray, np.ndarray]],
+    special: SpecialTokens,
+    kind: str,
 ) -> Sample:
     tokens, positions = [context], [np.arange(len(context))]
     targets, weights = [np.zeros_like(context)], [np.zeros(len(context))]
@@ -148,4 +201,5 @@ def _assemble(
         loss_weights=np.concatenate(weights).astype(np.float32),
         position_ids=np.concatenate(positions).astype(np.int32),
         context_length=np.full(len(joined), len(context), np.int32),
+        kinds=np.full(len(joined), KINDS.index(kind), np.int32),
     )

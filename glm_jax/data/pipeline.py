@@ -1,5 +1,12 @@
-"""Endless packed batches, each a function of the seed and its number."""
+"""Endless packed batches, each a function of the seed and its number.
 
+The mixture is shuffled as a whole and dealt to a fixed number of streams, a row of the
+batch or several to each. A process reads the streams of the rows that its devices hold, so
+that the batches are the same for any number of processes.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
@@ -7,9 +14,12 @@ import numpy as np
 from grain import experimental as grain_experimental
 
 from glm_jax.config import SpecialTokens
-from glm_jax.data.objective import ObjectiveConfig, make_sample
+from glm_jax.data.objective import KINDS, ObjectiveConfig, make_sample
+from glm_jax.data.records import Dataset, Record
 
 _PACKING_BINS = 16
+FEATURES = ("tokens", "targets", "loss_weights", "position_ids", "context_length")
+State = dict[str, Any]  # of each stream, by its number; plain JSON
 
 
 def window_length(sequence_length: int) -> int:
@@ -17,42 +27,103 @@ def window_length(sequence_length: int) -> int:
     return max(1, int((sequence_length - 3) / 1.1))
 
 
-def packed_batches(
-    windows: list[np.ndarray],
-    special: SpecialTokens,
-    objective: ObjectiveConfig,
-    *,
-    sequence_length: int,
-    batch_size: int,
-    seed: int,
-) -> grain.DatasetIterator:
-    """Shuffled epochs of samples, several packed into each row.
+def group_names(datasets: Sequence[Dataset]) -> list[str]:
+    """Names of the kinds of sample by dataset, in the order of `Batch.groups`."""
+    return [f"{dataset.name}_{kind}" for dataset in datasets for kind in KINDS]
 
-    Args:
-      windows: token arrays.
 
-    Returns:
-      An iterator whose state can be saved and set. Its elements hold int32 tokens,
-      targets, position_ids, context_length and segment_ids (0 is padding) and float32
-      loss_weights, all [batch_size, sequence_length].
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """What batches are made of.
+
+    Attributes:
+      datasets: sources of records.
+      weights: share of the tokens that each gives, in any unit.
+      special: ids of the tokens that are not text.
+      objective: how samples are made.
+      sequence_length: tokens of a row.
+      rows: of a batch.
+      streams: into which samples are dealt; they divide the rows.
+      seed: of shuffling and of the objective.
     """
 
-    def sample(window: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        return make_sample(window, special, objective, rng, sequence_length).features()
+    datasets: Sequence[Dataset]
+    weights: Sequence[float]
+    special: SpecialTokens
+    objective: ObjectiveConfig
+    sequence_length: int
+    rows: int
+    streams: int
+    seed: int
 
-    samples = (
-        grain.MapDataset.source(windows)
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(sample)
-        # Samples are too small for grain's reading threads: they cost five times the work.
-        .to_iter_dataset(grain.ReadOptions(num_threads=0))
-    )
-    names = ("tokens", "targets", "loss_weights", "position_ids", "context_length")
+
+class Batches:
+    """An iterator over the rows of some streams, whose state can be saved and set.
+
+    Its elements hold int32 tokens, targets, position_ids, context_length, segment_ids (0 is
+    padding) and groups (see `group_names`) and float32 loss_weights, all
+    [rows of these streams, sequence_length].
+    """
+
+    def __init__(self, mixture: Mixture, streams: Sequence[int] | None = None):
+        """Args:
+        streams: which ones, all by default.
+        """
+        self._rows = mixture.rows // mixture.streams
+        numbers = range(mixture.streams) if streams is None else streams
+        samples = _samples(mixture)
+        self._streams = {number: _stream(mixture, samples, number) for number in numbers}
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        rows = [next(stream) for stream in self._streams.values() for _ in range(self._rows)]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def get_state(self) -> State:
+        return {str(number): stream.get_state() for number, stream in self._streams.items()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on where the streams were.
+
+        Raises:
+          KeyError: the state is of fewer streams.
+        """
+        for number, stream in self._streams.items():
+            stream.set_state(state[str(number)])
+
+
+def _samples(mixture: Mixture) -> grain.MapDataset:
+    """Endless shuffled samples of all datasets, mixed by tokens."""
+
+    def of_dataset(index: int, dataset: Dataset) -> grain.MapDataset:
+        def sample(content: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
+            record = Record.decode(content) if isinstance(content, bytes) else content
+            made = make_sample(
+                record, mixture.special, mixture.objective, rng, mixture.sequence_length
+            ).features()
+            groups = made.pop("kinds") + np.int32(index * len(KINDS))
+            return made | {"groups": groups}
+
+        source = grain.MapDataset.source(dataset.records).seed(mixture.seed + index)
+        return source.shuffle().repeat().random_map(sample)
+
+    parts = [of_dataset(i, dataset) for i, dataset in enumerate(mixture.datasets)]
+    if len(parts) == 1:
+        return parts[0]
+    lengths = [dataset.tokens / len(dataset.records) for dataset in mixture.datasets]
+    shares = [weight / length for weight, length in zip(mixture.weights, lengths, strict=True)]
+    return grain.MapDataset.mix(parts, [share / sum(shares) for share in shares])
+
+
+def _stream(mixture: Mixture, samples: grain.MapDataset, number: int) -> Any:
+    """Packed rows of every so-manieth sample."""
+    names = (*FEATURES, "groups")
     packed = grain_experimental.FirstFitPackIterDataset(
-        samples,
-        length_struct=dict.fromkeys(names, sequence_length),
+        # Samples are too small for grain's reading threads: they cost five times the work.
+        samples[number :: mixture.streams].to_iter_dataset(grain.ReadOptions(num_threads=0)),
+        length_struct=dict.fromkeys(names, mixture.sequence_length),
         num_packing_bins=_PACKING_BINS,
         shuffle_bins=False,
     )
@@ -60,4 +131,4 @@ def packed_batches(
     def select(row: dict[str, Any]) -> dict[str, np.ndarray]:
         return {name: row[name] for name in names} | {"segment_ids": row["tokens_segment_ids"]}
 
-    return iter(packed.map(select).batch(batch_size, drop_remainder=True))
+    return iter(packed.map(select))

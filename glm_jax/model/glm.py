@@ -22,7 +22,15 @@ from glm_jax.kernels.quantized_matmul.api import (
 )
 from glm_jax.model import cache as kv_cache
 from glm_jax.model.cache import KVCache, LayerCache
-from glm_jax.model.layers import apply_rotary, geglu, layer_norm, linear, rotary_factors
+from glm_jax.model.layers import (
+    Dropout,
+    apply_rotary,
+    drop,
+    geglu,
+    layer_norm,
+    linear,
+    rotary_factors,
+)
 from glm_jax.model.params import GLMParams, LayerParams
 from glm_jax.model.visibility import Visibility
 from glm_jax.sharding import constrain
@@ -70,7 +78,7 @@ def forward_hidden(
     """
     visible = mask.key_ranges if isinstance(mask, Visibility) else jnp.asarray(mask)
     rotary = rotary_factors(config, jnp.asarray(position_ids))
-    x = _embed(params, jnp.asarray(tokens)).astype(config.compute_dtype)
+    x = embed(params, jnp.asarray(tokens)).astype(config.compute_dtype)
     x = constrain(x, HIDDEN_AXES)
     start = None if start is None else jnp.asarray(start)
     if isinstance(params.layers, tuple):
@@ -80,7 +88,8 @@ def forward_hidden(
     return layer_norm(x, params.final_layernorm, config.layernorm_epsilon), cache
 
 
-def _embed(params: GLMParams, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
+def embed(params: GLMParams, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
+    """Rows of the word embedding."""
     table = params.word_embeddings
     return take_outputs(table, tokens) if isinstance(table, TiledArray) else table[tokens]
 
@@ -109,17 +118,19 @@ def block(
     config: GLMConfig,
     rotary: Rotary,
     visible: Visible,
-    cache: LayerCache | None,
-    start: Int32[Array, " batch"] | None,
+    cache: LayerCache | None = None,
+    start: Int32[Array, " batch"] | None = None,
+    dropout: Dropout | None = None,
 ) -> tuple[Float[Array, "batch seq embed"], LayerCache | None]:
     """One transformer block with DeepNorm residuals (arXiv:2210.02414, section 2.1)."""
     alpha = jnp.asarray(config.residual_scale, x.dtype)
     h = layer_norm(x, layer.input_layernorm, config.layernorm_epsilon)
     attended, cache = _self_attention(h, layer, config, rotary, visible, cache, start)
-    x = constrain(h * alpha + attended, HIDDEN_AXES)
+    x = constrain(h * alpha + drop(attended, dropout, 0), HIDDEN_AXES)
     h = layer_norm(x, layer.post_attention_layernorm, config.layernorm_epsilon)
     inner = constrain(linear(h, layer.dense_h_to_4h), ("batch", "seq", None, "mlp"))
-    x = constrain(h * alpha + linear(geglu(inner), layer.dense_4h_to_h), HIDDEN_AXES)
+    narrow = linear(geglu(inner), layer.dense_4h_to_h)
+    x = constrain(h * alpha + drop(narrow, dropout, 1), HIDDEN_AXES)
     return x, cache
 
 

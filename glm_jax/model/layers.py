@@ -1,8 +1,11 @@
 """The parts of a block, as plain functions."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Float, Int
 
 from glm_jax.config import GLMConfig
@@ -20,6 +23,26 @@ def layer_norm(
     variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(variance + epsilon)
     return (normed * params.scale + params.bias).astype(x.dtype)
+
+
+@struct.dataclass
+class Dropout:
+    """Sets a share `rate` of the numbers to zero, others for each key."""
+
+    key: Any
+    rate: float = struct.field(pytree_node=False)
+
+    def of_layer(self, index: Int[Array, ""] | int) -> "Dropout":
+        return Dropout(jax.random.fold_in(self.key, index), self.rate)
+
+
+def drop(x: Float[Array, "..."], dropout: Dropout | None, place: int) -> Float[Array, "..."]:
+    """x with dropout, what is kept enlarged by as much; `place` tells uses of a key apart."""
+    if dropout is None or dropout.rate == 0:
+        return x
+    kept = 1 - dropout.rate
+    is_kept = jax.random.bernoulli(jax.random.fold_in(dropout.key, place), kept, x.shape)
+    return jnp.where(is_kept, x / kept, 0).astype(x.dtype)
 
 
 def linear(x: Float[Array, "..."], params: LinearParams) -> Float[Array, "..."]:

@@ -159,6 +159,12 @@ def specs(config: GLMConfig) -> GLMParams:
     )
 
 
+def logical_axes(config: GLMConfig) -> GLMParams:
+    """The tree of each array's logical axes."""
+    axes: GLMParams = jax.tree.map(lambda spec: spec.axes, specs(config), is_leaf=_is_spec)
+    return axes
+
+
 def parameter_count(config: GLMConfig) -> int:
     """Numbers in the model, from shapes alone."""
     leaves = jax.tree.leaves(specs(config), is_leaf=_is_spec)

@@ -1,15 +1,40 @@
 """The fields of an experiment, with defaults; configs/*.py set what differs."""
 
 import dataclasses
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from glm_jax.config import ConfigError, GLMConfig, glm_config
 from glm_jax.data.objective import ObjectiveConfig
+from glm_jax.training.recipe import BatchSchedule, Recipe
+
+_OPTIMIZER = (
+    "learning_rate",
+    "initial_learning_rate",
+    "final_learning_rate_fraction",
+    "warmup_fraction",
+    "beta1",
+    "beta2",
+    "epsilon",
+    "weight_decay",
+    "gradient_clip",
+    "dropout",
+    "remat",
+    "loss_chunk",
+)
+_STABILITY = (
+    "embedding_gradient",
+    "embedding_gradient_samples",
+    "z_loss",
+    "loss_scaling",
+    "loss_scale_window",
+    "median_window",
+    "skip_factor",
+    "spike_loss",
+)
 
 
-def default_config(size: str, **model_overrides: Any) -> ConfigDict:
+def default_config(size: str, **model_overrides: object) -> ConfigDict:
     """An experiment with a model of a named size; all fields can be set by flags.
 
     Raises:
@@ -17,33 +42,39 @@ def default_config(size: str, **model_overrides: Any) -> ConfigDict:
     """
     model = dataclasses.asdict(glm_config(size, **model_overrides))
     model.pop("special_tokens")  # they come with the tokenizer
+    recipe = dataclasses.asdict(Recipe(total_samples=1))
     return ConfigDict(
         dict(
             model=model,
             seed=0,
-            steps=1000,
+            steps=1000,  # times data.batch_size are the rows of the run
             mesh="1,1,1",
             data=dict(
-                files="",  # comma-separated paths and patterns
+                files="",  # text to tokenise in memory: comma-separated paths and patterns
+                mixture="",  # or prepared folders: data/en:0.6,data/zh:0.35,data/tasks:0.05
                 tokenizer="",  # folder that launch/train_tokenizer.py wrote
                 sequence_length=model["max_sequence_length"],
                 batch_size=8,
+                micro_batch_size=0,  # rows at once; 0 for the whole batch
+                initial_batch_size=0,  # from which the batch grows; 0 for no growth
+                ramp_fraction=0.025,  # of the run's rows, over which it grows
+                ramp_increment=0,  # by which it grows; 0 for the initial size
+                streams=0,  # that samples are dealt to; 0 for one a row
                 objective=dataclasses.asdict(ObjectiveConfig()),
             ),
-            optimizer=dict(
-                learning_rate=8e-5,
-                initial_learning_rate=1e-7,
-                final_learning_rate_fraction=0.1,
-                warmup_fraction=0.005,
-                beta1=0.9,
-                beta2=0.95,
-                epsilon=1e-8,
-                weight_decay=0.1,
-                gradient_clip=1.0,
+            optimizer={name: recipe[name] for name in _OPTIMIZER},
+            stability={name: recipe[name] for name in _STABILITY}
+            | dict(
+                restore_after=10,  # skipped steps in a row; 0 for never
+                most_restores=5,  # without a checkpoint in between
             ),
+            evaluation=dict(files="", mixture="", every=0, batches=8),
             log_every=10,
             checkpoint_every=500,
+            checkpoint_minutes=0.0,  # besides; 0 for steps alone
             checkpoints_kept=2,
+            checkpoints_kept_every=0,  # steps of which one stays for good; 0 for none
+            peak_flops=0.0,  # of a device, for model FLOPs utilisation; 0 to measure it
         )
     )
 
@@ -52,6 +83,26 @@ def model_config(config: ConfigDict) -> GLMConfig:
     """The model of an experiment, without special tokens."""
     fields = config.model.to_dict()
     return GLMConfig.from_dict(fields)
+
+
+def recipe(config: ConfigDict) -> Recipe:
+    """How an experiment trains; raises ConfigError for values out of range."""
+    fields = {name: config.optimizer[name] for name in _OPTIMIZER}
+    fields |= {name: config.stability[name] for name in _STABILITY}
+    return Recipe(total_samples=config.steps * config.data.batch_size, **fields)
+
+
+def batch_schedule(config: ConfigDict) -> BatchSchedule:
+    """How an experiment's batch grows; raises ConfigError where sizes don't divide."""
+    data = config.data
+    initial = data.initial_batch_size or data.batch_size
+    return BatchSchedule(
+        final=data.batch_size,
+        initial=initial,
+        ramp_samples=round(data.ramp_fraction * config.steps * data.batch_size),
+        increment=data.ramp_increment or initial,
+        micro_batch=data.micro_batch_size or initial,
+    )
 
 
 def check(config: ConfigDict) -> None:
@@ -64,11 +115,23 @@ def check(config: ConfigDict) -> None:
     for name in positive:
         if config[name] < 1:
             raise ConfigError(f"{name}={config[name]}: at least 1")
-    for name in ("files", "tokenizer"):
-        if not config.data[name]:
-            raise ConfigError(f"data.{name} is not set: --config.data.{name}=...")
+    if not config.data.tokenizer:
+        raise ConfigError("data.tokenizer is not set: --config.data.tokenizer=...")
+    if bool(config.data.files) == bool(config.data.mixture):
+        raise ConfigError(
+            "data.files is not set, nor data.mixture: --config.data.files=... or "
+            "--config.data.mixture=..., one of them"
+        )
+    if config.evaluation.every and bool(config.evaluation.files) == bool(
+        config.evaluation.mixture
+    ):
+        raise ConfigError(
+            "evaluation.every is set: --config.evaluation.files=... or mixture=..., one of them"
+        )
     length, positions = config.data.sequence_length, config.model.max_sequence_length
     if not 8 <= length <= positions:
         raise ConfigError(f"data.sequence_length={length}: from 8 to the model's {positions}")
     if config.data.batch_size < 1:
         raise ConfigError(f"data.batch_size={config.data.batch_size}: at least 1")
+    recipe(config)
+    batch_schedule(config)

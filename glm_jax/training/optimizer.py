@@ -1,36 +1,34 @@
-"""AdamW with warm-up, cosine decay and gradient clipping, all by optax."""
+"""AdamW with gradient clipping, all by optax; the learning rate follows samples."""
 
 from typing import Any
 
 import jax
 import optax
-from ml_collections import ConfigDict
+from jaxtyping import Array, Float, Int
+
+from glm_jax.training.recipe import Recipe
 
 
-def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
-    """Learning rate of each step: linear warm-up, then cosine to a fraction of the peak."""
-    warmup = max(1, round(config.warmup_fraction * steps))
-    return optax.warmup_cosine_decay_schedule(
-        init_value=config.initial_learning_rate,
-        peak_value=config.learning_rate,
+def learning_rate(recipe: Recipe, samples: Int[Array, ""] | int) -> Float[Array, ""]:
+    """Learning rate after so many samples: linear warm-up, then cosine."""
+    warmup = max(1, round(recipe.warmup_fraction * recipe.total_samples))
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=recipe.initial_learning_rate,
+        peak_value=recipe.learning_rate,
         warmup_steps=warmup,
-        decay_steps=max(steps, warmup + 1),
-        end_value=config.final_learning_rate_fraction * config.learning_rate,
+        decay_steps=max(recipe.total_samples, warmup + 1),
+        end_value=recipe.final_learning_rate_fraction * recipe.learning_rate,
     )
+    return schedule(samples)
 
 
-def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """AdamW (arXiv:2210.02414, section 2.3); biases and layernorms do not decay."""
+def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """AdamW (arXiv:2210.02414, section 2.3) but for the learning rate, which multiplies
+    what it gives; biases and layernorms do not decay."""
     return optax.chain(
-        optax.clip_by_global_norm(config.gradient_clip),
-        optax.adamw(
-            learning_rate(config, steps),
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-            mask=decay_mask,
-        ),
+        optax.clip_by_global_norm(recipe.gradient_clip),
+        optax.scale_by_adam(recipe.beta1, recipe.beta2, recipe.epsilon),
+        optax.add_decayed_weights(recipe.weight_decay, decay_mask),
     )
 
 

@@ -1,68 +1,183 @@
 """Loss, gradient and update, as one compiled program."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
-from jaxtyping import Array, Float, Int32
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from glm_jax.config import GLMConfig
-from glm_jax.model import glm
+from glm_jax.model import params as glm_params
+from glm_jax.model.layers import Dropout
 from glm_jax.model.params import GLMParams, unstack_layers
+from glm_jax.model.training import training_hidden
 from glm_jax.model.visibility import Visibility
-from glm_jax.training.state import TrainState
+from glm_jax.sharding import constrain_parameters
+from glm_jax.training.loss import cross_entropy
+from glm_jax.training.optimizer import learning_rate, make_optimizer
+from glm_jax.training.recipe import Recipe
+from glm_jax.training.stability import embedding_factor, judge, shrink_gradient
+from glm_jax.training.state import Batch, TrainState, abstract_state
+
+Metrics = dict[str, Array]
 
 
-@struct.dataclass
-class Batch:
-    """Packed samples, all [batch, seq]; see `data.pipeline.packed_batches`."""
+def loss_sums(
+    params: GLMParams,
+    config: GLMConfig,
+    batch: Batch,
+    recipe: Recipe,
+    groups: int,
+    dropout: Dropout | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Cross-entropy, in nats, of the tokens that count, summed.
 
-    tokens: Int32[Array, "batch seq"]
-    targets: Int32[Array, "batch seq"]
-    loss_weights: Float[Array, "batch seq"]
-    position_ids: Int32[Array, "batch seq"]
-    context_length: Int32[Array, "batch seq"]
-    segment_ids: Int32[Array, "batch seq"]
-
-
-def loss_fn(
-    params: GLMParams, config: GLMConfig, batch: Batch
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Mean cross-entropy, in nats, of the tokens that count.
+    Args:
+      batch: [batch, seq].
+      groups: how many kinds of sample by dataset there are.
 
     Returns:
-      The loss, and {"accuracy": share of those tokens that are the likeliest}.
+      The sum, z-loss included, and sums: loss, hits, and by group losses and counts
+      [groups]; and activation_scale [layers].
     """
     if jax.default_backend() == "cpu":
         params = unstack_layers(params)  # measured a fifth faster than the scan here
     visibility = Visibility.packed(batch.segment_ids, batch.context_length)
-    logits = glm.forward(params, config, batch.tokens, batch.position_ids, visibility)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
-    total = jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
-    hits = (jnp.argmax(logits, axis=-1) == batch.targets) * batch.loss_weights
-    return jnp.sum(losses * batch.loss_weights) / total, {"accuracy": jnp.sum(hits) / total}
+    hidden, scales = training_hidden(
+        params, config, batch.tokens, batch.position_ids, visibility, recipe.remat, dropout
+    )
+    weights = batch.loss_weights
+    total, (losses, hits) = cross_entropy(
+        hidden, params.word_embeddings, batch.targets, weights, recipe.loss_chunk, recipe.z_loss
+    )
+    of_groups = lambda x: jax.ops.segment_sum(x.ravel(), batch.groups.ravel(), groups)
+    sums = {
+        "loss": jnp.sum(losses * weights),
+        "hits": jnp.sum(hits * weights),
+        "group_losses": of_groups(losses * weights),
+        "group_counts": of_groups(weights),
+        "activation_scale": scales,
+    }
+    return total, sums
 
 
-@functools.partial(jax.jit, static_argnames=("config", "optimizer"), donate_argnames="state")
-def train_step(
+def _gradients(
     state: TrainState,
     batch: Batch,
     config: GLMConfig,
-    optimizer: optax.GradientTransformation,
-) -> tuple[TrainState, dict[str, Any]]:
-    """One update.
+    recipe: Recipe,
+    groups: int,
+    key: PRNGKeyArray,
+) -> tuple[GLMParams, Metrics]:
+    """Gradients of the mean loss, times the loss scale, over all micro-batches; and sums."""
+    accumulation = batch.tokens.shape[0]
+    scale = state.monitor.loss_scale / jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
+    factor = embedding_factor(recipe, state.samples)
+
+    def scaled(params: GLMParams, part: Batch, index: Array | int) -> tuple[Array, Metrics]:
+        table = shrink_gradient(params.word_embeddings, factor)
+        params = params.replace(word_embeddings=table)  # type: ignore[attr-defined]
+        dropout = None
+        if recipe.dropout > 0:
+            dropout = Dropout(jax.random.fold_in(key, index), recipe.dropout)
+        total, sums = loss_sums(params, config, part, recipe, groups, dropout)
+        return total * scale, sums
+
+    gradient = jax.grad(scaled, has_aux=True)
+    if accumulation == 1:
+        return gradient(state.params, jax.tree.map(lambda x: x[0], batch), 0)
+
+    def add(total: Any, scanned: Any) -> tuple[Any, None]:
+        gradients, sums = gradient(state.params, *scanned)
+        gradients = constrain_parameters(gradients, glm_params.logical_axes(config))
+        return jax.tree.map(jnp.add, total, (gradients, sums)), None
+
+    first = jax.tree.map(lambda x: x[0], batch)
+    shapes = jax.eval_shape(gradient, state.params, first, 0)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    start = (constrain_parameters(zeros[0], glm_params.logical_axes(config)), zeros[1])
+    (gradients, sums), _ = jax.lax.scan(add, start, (batch, jnp.arange(accumulation)))
+    sums["activation_scale"] = sums["activation_scale"] / accumulation
+    return gradients, sums
+
+
+@functools.cache
+def compiled_train_step(
+    config: GLMConfig, recipe: Recipe, groups: int, mesh: Mesh
+) -> Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, Metrics]]:
+    """`train_step` for a mesh, to be called under it; the old state's memory is reused.
+
+    The new state lies as the old one did: what the compiler would choose for it may be
+    equivalent and yet another sharding, and compile the step once more.
+    """
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, recipe, mesh))
+    step = functools.partial(train_step, config=config, recipe=recipe, groups=groups)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    key: PRNGKeyArray,
+    config: GLMConfig,
+    recipe: Recipe,
+    groups: int,
+) -> tuple[TrainState, Metrics]:
+    """One update, or none where the gradient is not to be trusted.
+
+    Args:
+      batch: [accumulation, batch, seq].
+      key: of dropout; the state's step is folded in.
+      groups: see `loss_sums`.
 
     Returns:
-      The new state (the old one's memory is reused), and float32 scalars loss, accuracy
-      and gradient_norm.
+      The new state, and float32 scalars loss, accuracy, gradient_norm, update_norm, learning_rate, loss_scale, is_skipped, is_spike, bad_steps
+      and, with [groups] and [layers], group_losses, group_counts and activation_scale. A
+      skipped step leaves parameters, optimiser state and counts as they were.
     """
-    (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-        state.params, config, batch
+    # A step that is tried again after one was skipped drops other activations.
+    key = jax.random.fold_in(jax.random.fold_in(key, state.step), state.monitor.skipped)
+    gradients, sums = _gradients(state, batch, config, recipe, groups, key)
+    gradients = jax.tree.map(lambda g: g / state.monitor.loss_scale, gradients)
+    counted = jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
+    loss, norm = sums.pop("loss") / counted, optax.global_norm(gradients)
+    is_good, is_spike, monitor = judge(state.monitor, recipe, loss, norm)
+    updates, opt_state = make_optimizer(recipe).update(gradients, state.opt_state, state.params)
+    rate = learning_rate(recipe, state.samples)
+    updates = jax.tree.map(lambda u: -rate * u, updates)
+    rows = batch.tokens.shape[0] * batch.tokens.shape[1]
+    moved = TrainState(
+        step=state.step + 1,
+        samples=state.samples + rows,
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        monitor=monitor,
     )
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    metrics |= {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
-    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    kept = state.replace(monitor=monitor)  # type: ignore[attr-defined]
+    after: TrainState = jax.tree.map(lambda new, old: jnp.where(is_good, new, old), moved, kept)
+    metrics = {
+        "loss": loss,
+        "accuracy": sums.pop("hits") / counted,
+        "gradient_norm": norm,
+        "update_norm": optax.global_norm(updates),
+        "learning_rate": rate,
+        "loss_scale": state.monitor.loss_scale,
+        "is_skipped": ~is_good,
+        "is_spike": is_spike,
+        "bad_steps": monitor.bad_steps,
+    }
+    return after, sums | {name: jnp.float32(value) for name, value in metrics.items()}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "recipe", "groups"))
+def evaluation_step(
+    params: GLMParams, batch: Batch, config: GLMConfig, recipe: Recipe, groups: int
+) -> Metrics:
+    """Sums of losses and counts by group, [groups] each, of one batch [1, batch, seq]."""
+    part = jax.tree.map(lambda x: x[0], batch)
+    _, sums = loss_sums(params, config, part, recipe, groups)
+    return {name: sums[name] for name in ("group_losses", "group_counts")}

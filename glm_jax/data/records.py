@@ -1,0 +1,116 @@
+"""Tokenised documents and instructions, as they lie on disk.
+
+A prepared folder holds array_record shards and, written last, `dataset.json`: without it
+the folder is not whole and nothing trains on it.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from glm_jax.errors import UserError
+from glm_jax.tokenizer import Tokenizer
+
+DATASET_FILE = "dataset.json"
+_MASKS = (None, "mask", "gmask")
+_TEXT = -1
+
+
+class DataError(UserError):
+    """Training data that cannot be used; the message says which file and line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A piece of text, or an instruction.
+
+    Attributes:
+      tokens: int32 [length]; of an instruction the prompt, then the target.
+      prompt_length: tokens of an instruction's prompt, None for a text.
+      mask: "mask" or "gmask", after which the target is generated; None to choose by its
+        length.
+    """
+
+    tokens: np.ndarray
+    prompt_length: int | None = None
+    mask: str | None = None
+
+    def encode(self) -> bytes:
+        prompt = _TEXT if self.prompt_length is None else self.prompt_length
+        header = np.array([prompt, _MASKS.index(self.mask)], np.int32)
+        return header.tobytes() + self.tokens.astype(np.int32).tobytes()
+
+    @classmethod
+    def decode(cls, content: bytes) -> "Record":
+        prompt, mask, *_ = numbers = np.frombuffer(content, np.int32)
+        return cls(numbers[2:], None if prompt == _TEXT else int(prompt), _MASKS[int(mask)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """What one source of a mixture is made of.
+
+    Attributes:
+      name: in metrics, such as a language.
+      records: each a `Record`, encoded or not.
+      tokens: of all records together.
+    """
+
+    name: str
+    records: Any
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if not len(self.records):
+            raise DataError(f"the dataset {self.name!r} holds no records")
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """The same for tokenizers that give the same ids."""
+    digest = hashlib.sha256()
+    for file in tokenizer.files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def in_memory(name: str, records: Sequence[Record]) -> Dataset:
+    return Dataset(name, records, sum(len(record.tokens) for record in records))
+
+
+def open_dataset(folder: Path, tokenizer: Tokenizer) -> Dataset:
+    """A folder that `prepare` wrote, read at random as it is needed.
+
+    Raises:
+      DataError: there is no whole dataset, a shard is missing, or it was tokenised by
+        another tokenizer.
+    """
+    try:
+        about = json.loads((folder / DATASET_FILE).read_text(encoding="utf-8"))
+        shards, name, tokens = about["shards"], about["language"], about["tokens"]
+        made_by = about["tokenizer"]
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{folder} holds no whole dataset ({DATASET_FILE} is missing): run prepare_data "
+            "on it, again if it was broken off"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / DATASET_FILE}: {error!r}; prepare the data again") from error
+    if made_by != fingerprint(tokenizer):
+        raise DataError(f"{folder} was tokenised by another tokenizer: prepare it with this one")
+    files = [folder / shard for shard in shards]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise DataError(f"{folder}: the shard {missing[0]} is missing; prepare the data again")
+    source = grain.sources.ArrayRecordDataSource([str(file) for file in files])
+    if len(source) != about["records"]:
+        raise DataError(
+            f"{folder} holds {len(source)} records, {DATASET_FILE} says {about['records']}: "
+            "prepare the data again"
+        )
+    return Dataset(name, source, tokens)

@@ -1,0 +1,63 @@
+"""The forward pass as training runs it: with dropout, rematerialisation and a measure of
+how large activations are."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from glm_jax.config import GLMConfig
+from glm_jax.model import glm
+from glm_jax.model.glm import HIDDEN_AXES
+from glm_jax.model.layers import Dropout, drop, layer_norm, rotary_factors
+from glm_jax.model.params import GLMParams, LayerParams
+from glm_jax.model.visibility import Visibility
+from glm_jax.sharding import constrain
+
+# What the backward pass finds saved: all that the forward pass made, a block's input alone,
+# or the results of matrix products.
+REMAT_POLICIES = ("none", "blocks", "dots")
+_EMBEDDING = 2**30  # no layer's number
+
+
+def training_hidden(
+    params: GLMParams,
+    config: GLMConfig,
+    tokens: Int[Array, "batch seq"],
+    position_ids: Int[Array, "batch seq"],
+    visibility: Visibility,
+    remat: str = "none",
+    dropout: Dropout | None = None,
+) -> tuple[Float[Array, "batch seq embed"], Float[Array, " layers"]]:
+    """Final hidden states, and the root mean square of each block's output.
+
+    Args:
+      remat: one of `REMAT_POLICIES`.
+      dropout: of the embedding, the attention's output and the feed-forward's output.
+    """
+    rotary = rotary_factors(config, position_ids)
+
+    def run(x: Array, layer: LayerParams, index: Array | int) -> tuple[Array, Array]:
+        own = None if dropout is None else dropout.of_layer(index)
+        x, _ = glm.block(x, layer, config, rotary, visibility.key_ranges, dropout=own)
+        return x, jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
+
+    if remat != "none":
+        saved = jax.checkpoint_policies.dots_saveable if remat == "dots" else None
+        run = jax.checkpoint(run, policy=saved, prevent_cse=isinstance(params.layers, tuple))
+    x = constrain(glm.embed(params, tokens).astype(config.compute_dtype), HIDDEN_AXES)
+    x = drop(x, None if dropout is None else dropout.of_layer(_EMBEDDING), 0)
+    if isinstance(params.layers, tuple):
+        measured = []
+        for index, layer in enumerate(params.layers):
+            x, scale = run(x, layer, index)
+            measured.append(scale)
+        scales = jnp.stack(measured)
+    else:
+
+        def step(x: Array, scanned: Any) -> tuple[Array, Array]:
+            return run(x, *scanned)
+
+        x, scales = jax.lax.scan(step, x, (params.layers, jnp.arange(config.num_layers)))
+    return layer_norm(x, params.final_layernorm, config.layernorm_epsilon), scales

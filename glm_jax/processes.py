@@ -1,0 +1,104 @@
+"""Several processes of one run: how they find each other, and what they agree on."""
+
+import json
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from glm_jax.errors import UserError
+
+_COORDINATOR = "GLM_JAX_COORDINATOR"
+_COUNT = "GLM_JAX_NUM_PROCESSES"
+# A Kubernetes indexed Job says its pod's number in the last of these.
+_NUMBERS = ("GLM_JAX_PROCESS_ID", "JOB_COMPLETION_INDEX")
+
+
+class ProcessesError(UserError):
+    """Processes that cannot find each other; the message says what to set."""
+
+
+def initialize(
+    coordinator: str | None = None, count: int | None = None, number: int | None = None
+) -> None:
+    """Joins the other processes of a run, before anything else of jax is used.
+
+    What is not given is taken from the environment: GLM_JAX_COORDINATOR,
+    GLM_JAX_NUM_PROCESSES, and GLM_JAX_PROCESS_ID or a Kubernetes indexed Job's
+    JOB_COMPLETION_INDEX; under Slurm, of several tasks, jax finds them by itself. Without
+    any of these the process is alone.
+
+    Args:
+      coordinator: host:port of process 0.
+      count: processes.
+      number: this process's, from 0.
+
+    Raises:
+      ProcessesError: some of the three are known and some are not.
+    """
+    coordinator = coordinator or os.environ.get(_COORDINATOR)
+    count = count if count is not None else _number(_COUNT)
+    for name in _NUMBERS:
+        number = number if number is not None else _number(name)
+    if coordinator is None:
+        if count is not None and count > 1:
+            raise ProcessesError(
+                f"{count} processes and no coordinator: give host:port of process 0 by "
+                f"--coordinator or {_COORDINATOR}"
+            )
+        if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+            jax.distributed.initialize()
+        return
+    if count is None or number is None:
+        raise ProcessesError(
+            f"coordinator {coordinator}, but not the number of processes and this one's: "
+            f"--num_processes and --process_id, or {_COUNT} and {_NUMBERS[0]}"
+        )
+    try:
+        jax.distributed.initialize(coordinator, count, number)
+    except (ValueError, RuntimeError) as error:
+        raise ProcessesError(f"process {number} of {count} at {coordinator}: {error}") from error
+
+
+def _number(name: str) -> int | None:
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ProcessesError(f"{name}={text!r} in the environment is no number") from error
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def agree(value: float) -> float:
+    """Process 0's value, in all of them."""
+    if jax.process_count() == 1:
+        return value
+    return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
+
+
+def wait(name: str) -> None:
+    """Returns when all processes have come here."""
+    multihost_utils.sync_global_devices(name)
+
+
+def gather(value: dict[str, Any]) -> dict[str, Any]:
+    """The dictionaries of all processes as one, plain JSON; later ones win."""
+    if jax.process_count() == 1:
+        return value
+    content = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array([len(content)]))
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(content)] = content
+    rows = multihost_utils.process_allgather(padded)
+    joined: dict[str, Any] = {}
+    for row, length in zip(rows, lengths.ravel(), strict=True):
+        joined |= json.loads(row[:length].tobytes())
+    return joined

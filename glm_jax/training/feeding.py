@@ -1,0 +1,125 @@
+"""From a run's data to batches on its mesh."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from glm_jax.config import ConfigError
+from glm_jax.data import documents, pipeline
+from glm_jax.data.objective import ObjectiveConfig
+from glm_jax.data.pipeline import Batches, Mixture
+from glm_jax.data.records import Dataset, open_dataset
+from glm_jax.sharding import activation_spec
+from glm_jax.tokenizer import Tokenizer
+from glm_jax.training.state import Batch
+
+
+def open_mixture(
+    source: ConfigDict, config: ConfigDict, tokenizer: Tokenizer, rows: int
+) -> Mixture:
+    """What a config's `data` or `evaluation` names, files or prepared folders.
+
+    Raises:
+      ConfigError, DataError: nothing is named, or it cannot be used.
+    """
+    data = config.data
+    datasets, weights = _datasets(source, data.sequence_length, tokenizer)
+    return Mixture(
+        datasets=datasets,
+        weights=weights,
+        special=tokenizer.special_tokens,
+        objective=ObjectiveConfig(**data.objective.to_dict()),
+        sequence_length=data.sequence_length,
+        rows=rows,
+        streams=data.streams or rows,
+        seed=config.seed,
+    )
+
+
+def _datasets(
+    source: ConfigDict, length: int, tokenizer: Tokenizer
+) -> tuple[list[Dataset], list[float]]:
+    if source.files:
+        files = documents.find_files(source.files)
+        return [documents.tokenize(files, tokenizer, pipeline.window_length(length))], [1.0]
+    datasets, weights = [], []
+    for part in source.mixture.split(","):
+        folder, _, weight = part.strip().rpartition(":")
+        try:
+            weights.append(float(weight))
+        except ValueError as error:
+            raise ConfigError(
+                f"mixture={source.mixture!r}: {part!r} is not FOLDER:WEIGHT, such as data/en:0.6"
+            ) from error
+        if not folder or weights[-1] <= 0:
+            raise ConfigError(f"mixture={source.mixture!r}: {part!r} needs a folder and a weight")
+        datasets.append(open_dataset(Path(folder), tokenizer))
+    return datasets, weights
+
+
+class MeshBatches:
+    """Batches on the mesh, each process making the rows that its devices hold.
+
+    Attributes:
+      groups: names of the kinds of sample by dataset.
+    """
+
+    def __init__(self, mixture: Mixture, mesh: Mesh):
+        """Raises ConfigError where rows do not divide over the mesh or the streams."""
+        parts = mesh.shape["data"] * mesh.shape["fsdp"]
+        if mixture.rows % parts:
+            raise ConfigError(
+                f"a micro-batch of {mixture.rows} rows does not divide over the {parts} devices "
+                "of the data and fsdp axes"
+            )
+        if mixture.rows % mixture.streams:
+            raise ConfigError(
+                f"data.streams={mixture.streams} does not divide a micro-batch of {mixture.rows}"
+            )
+        self._sharding = NamedSharding(mesh, PartitionSpec(None, *activation_spec(("batch", "seq"))))
+        self._rows = mixture.rows
+        self._batches = Batches(mixture, self._own_streams(mixture))
+        self.groups = pipeline.group_names(mixture.datasets)
+
+    def _own_streams(self, mixture: Mixture) -> Sequence[int]:
+        shape = (1, mixture.rows, mixture.sequence_length)
+        slices = [i[1] for i in self._sharding.addressable_devices_indices_map(shape).values()]
+        bounds = [s.indices(mixture.rows)[:2] for s in slices]
+        first, last = min(b[0] for b in bounds), max(b[1] for b in bounds)
+        each = mixture.rows // mixture.streams
+        if first % each or last % each:
+            raise ConfigError(
+                f"data.streams={mixture.streams}: rows {first} to {last} of this process are no "
+                "whole streams; set as many streams as rows"
+            )
+        return range(first // each, last // each)
+
+    def next(self, accumulation: int) -> Batch:
+        """The next batch, [accumulation, rows, sequence_length]."""
+        parts = [next(self._batches) for _ in range(accumulation)]
+
+        def place(name: str) -> jax.Array:
+            local = np.stack([part[name] for part in parts])
+            shape = (accumulation, self._rows, local.shape[2])
+            return jax.make_array_from_process_local_data(self._sharding, local, shape)
+
+        return Batch(**{name: place(name) for name in parts[0]})
+
+    def get_state(self) -> dict[str, Any]:
+        """Of this process's streams; `processes.gather` joins them."""
+        return self._batches.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Raises ConfigError where the state is of another number of streams."""
+        try:
+            self._batches.set_state(state)
+        except KeyError as error:
+            raise ConfigError(
+                f"the checkpoint has {len(state)} data streams: set data.streams={len(state)}"
+            ) from error
+

@@ -1,0 +1,126 @@
+"""Cross-entropy over the vocabulary, some positions at a time.
+
+Logits of all positions at once would be the largest array of a step: at 2048 positions and
+150528 entries 1.2 GB a sequence in float32. Here a chunk's logits give its losses and at
+once its part of the gradients, so that nothing is computed twice.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from glm_jax.sharding import constrain
+
+Sums = tuple[Float[Array, ""], tuple[Float[Array, "batch seq"], Float[Array, "batch seq"]]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy(
+    hidden: Float[Array, "batch seq embed"],
+    table: Float[Array, "vocab embed"],
+    targets: Int[Array, "batch seq"],
+    weights: Float[Array, "batch seq"],
+    chunk: int,
+    z_loss: float,
+) -> Sums:
+    """Weighted sum of -log softmax(hidden table^T)[target], in nats.
+
+    Args:
+      chunk: positions at a time; where it does not divide seq, all at once.
+      z_loss: times the squared logarithm of the softmax's sum is added to each loss.
+
+    Returns:
+      The sum, and by position the losses without z-loss and 1.0 where the target is the
+      likeliest entry; these have no gradient.
+    """
+    return _run(hidden, table, targets, weights, chunk, z_loss, False)[0]
+
+
+def _forward(
+    hidden: Array, table: Array, targets: Array, weights: Array, chunk: int, z_loss: float
+) -> tuple[Sums, Any]:
+    sums, gradients = _run(hidden, table, targets, weights, chunk, z_loss, True)
+    empty = (jnp.zeros((0,), hidden.dtype), jnp.zeros((0,), table.dtype))
+    return sums, (*gradients, *empty)
+
+
+def _backward(chunk: int, z_loss: float, kept: Any, cotangents: Any) -> tuple[Any, ...]:
+    of_hidden, of_table, hidden, table = kept
+    factor = cotangents[0]
+    return (
+        (of_hidden * factor).astype(hidden.dtype),
+        (of_table * factor).astype(table.dtype),
+        None,
+        None,
+    )
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _run(
+    hidden: Array,
+    table: Array,
+    targets: Array,
+    weights: Array,
+    chunk: int,
+    z_loss: float,
+    with_gradients: bool,
+) -> tuple[Sums, tuple[Array, Array] | None]:
+    batch, length, _ = hidden.shape
+    count = length // chunk if length % chunk == 0 else 1
+    narrow = table.astype(hidden.dtype)
+
+    def split(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(batch, count, -1, *x.shape[2:]), 1, 0)
+
+    def join(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(batch, length, *x.shape[3:])
+
+    def step(carry: Any, part: tuple[Array, ...]) -> tuple[Any, Any]:
+        total, of_table = carry
+        h, target, weight = part
+        losses, hits, penalty, of_logits = _chunk(h, narrow, target, weight, z_loss)
+        total = total + jnp.sum(weight * (losses + penalty))
+        if not with_gradients:
+            return (total, of_table), (losses, hits)
+        of_h = _product("bsv,ve->bse", of_logits, narrow)
+        of_table = of_table + _product("bsv,bse->ve", of_logits, h)
+        return (total, of_table), (losses, hits, of_h)
+
+    start = jnp.zeros(table.shape if with_gradients else (), jnp.float32)
+    if with_gradients:
+        start = constrain(start, ("vocab", None))
+    parts = tuple(map(split, (hidden, targets, weights)))
+    if count == 1:
+        (total, of_table), outputs = step((jnp.zeros(()), start), tuple(p[0] for p in parts))
+        outputs = jax.tree.map(lambda x: x[None], outputs)
+    else:
+        (total, of_table), outputs = jax.lax.scan(step, (jnp.zeros(()), start), parts)
+    losses, hits, *of_hidden = map(join, outputs)
+    return (total, (losses, hits)), (of_hidden[0], of_table) if with_gradients else None
+
+
+def _chunk(
+    hidden: Array, table: Array, targets: Array, weights: Array, z_loss: float
+) -> tuple[Array, Array, Array, Array]:
+    """Losses, hits, z-losses, and the gradient of the weighted losses to the logits."""
+    logits = constrain(_product("bse,ve->bsv", hidden, table), ("batch", "seq", "vocab"))
+    largest = jnp.max(logits, axis=-1)
+    powers = jnp.exp(logits - largest[..., None])
+    total = jnp.sum(powers, axis=-1)
+    log_sum = largest + jnp.log(total)
+    # A comparison, not a gather: each device holds a part of the vocabulary.
+    is_target = jnp.arange(table.shape[0], dtype=jnp.int32) == targets[..., None]
+    chosen = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    factor = weights * (1 + 2 * z_loss * log_sum) / total
+    of_logits = powers * factor[..., None] - jnp.where(is_target, weights[..., None], 0)
+    hits = (chosen == largest).astype(jnp.float32)
+    return log_sum - chosen, hits, z_loss * log_sum**2, of_logits.astype(hidden.dtype)
+
+
+def _product(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)

@@ -1,0 +1,47 @@
+"""Tokenises text once, into shards that training reads; broken off, it goes on.
+
+    python -m launch.prepare_data --input='english/*.jsonl.zst' --output=data/en \
+        --tokenizer=DIR --language=en
+"""
+
+import os
+from pathlib import Path
+
+from absl import flags
+
+from glm_jax import cli
+from glm_jax.data import pipeline
+from glm_jax.data.documents import KINDS_OF_FILES, find_files
+from glm_jax.data.prepare import prepare
+from glm_jax.tokenizer import Tokenizer
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("input", None, "comma-separated files and patterns", required=True)
+flags.DEFINE_string("output", None, "folder to write", required=True)
+flags.DEFINE_string("tokenizer", None, "folder of the tokenizer", required=True)
+flags.DEFINE_enum("kind", "text", KINDS_OF_FILES, "documents, or prompts and targets")
+flags.DEFINE_string("language", "text", "what metrics call this dataset")
+flags.DEFINE_integer("sequence_length", 2048, "of the training to come", lower_bound=8)
+flags.DEFINE_integer("processes", os.cpu_count(), "that work at once", lower_bound=1)
+flags.DEFINE_integer("most_bad_lines", 100, "left out and listed; more are an error", 0)
+
+
+def main() -> None:
+    about = prepare(
+        find_files(FLAGS.input),
+        Path(FLAGS.output),
+        Tokenizer(FLAGS.tokenizer),
+        kind=FLAGS.kind,
+        language=FLAGS.language,
+        window=pipeline.window_length(FLAGS.sequence_length),
+        processes=FLAGS.processes,
+        most_bad_lines=FLAGS.most_bad_lines,
+    )
+    print(
+        f"wrote {FLAGS.output}: {about['records']} records, {about['tokens']} tokens, "
+        f"{len(about['shards'])} shards; {about['bad_lines']} bad lines left out"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
