@@ -6,13 +6,16 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c r
 # Compilers for GPUs and TPUs, which need no such device, in an environment of their own.
 AOT_VENV := .venv-aot
 
-.PHONY: demo test test-aot lint bench clean
+.PHONY: demo test test-slow test-aot lint bench clean
 
 demo: $(VENV)/.base
 	$(BIN)/python -m launch.demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --ignore=tests/aot
+	$(BIN)/python -m pytest -n 2 --ignore=tests/aot --ignore=tests/slow
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -s tests/slow
 
 test-aot:
 	$(MAKE) VENV=$(AOT_VENV) $(AOT_VENV)/.aot
@@ -26,6 +29,7 @@ lint: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python -m launch.benchmark --suite=decode_step
 	$(BIN)/python -m launch.benchmark --suite=kernels
+	$(BIN)/python -m launch.benchmark --suite=train
 
 clean:
 	rm -rf $(VENV) $(AOT_VENV) build *.egg-info demo_output bench_output glm_jax/kernels/*/*.so

@@ -59,6 +59,7 @@ setup(
         "grain>=0.2.16",
         "jax>=0.10",
         "jaxtyping>=0.3",
+        "matplotlib>=3.9",
         "ml_collections>=1.0",
         "ml_dtypes>=0.5",
         "numpy>=2.0",
@@ -73,12 +74,13 @@ setup(
         "test": [
             "beartype",
             "hypothesis",
-            "matplotlib",
             "mypy",
             "pytest",
             "pytest-xdist",
+            "PyYAML",
             "ruff",
             "torch==2.13.0",
+            "types-PyYAML",
             "types-tqdm",
         ],
         # The converters read PyTorch's files by themselves; nothing more is needed for

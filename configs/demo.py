@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     config.data.objective.masked_tokens = 0.3
     config.optimizer.learning_rate = 5e-3
     config.optimizer.warmup_fraction = 0.05
+    config.optimizer.dropout = 0.0
     config.log_every = 50
     config.checkpoint_every = 600
     return config

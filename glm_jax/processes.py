@@ -12,8 +12,8 @@ from glm_jax.errors import UserError
 
 _COORDINATOR = "GLM_JAX_COORDINATOR"
 _COUNT = "GLM_JAX_NUM_PROCESSES"
-# A Kubernetes indexed Job says its pod's number in the last of these.
-_NUMBERS = ("GLM_JAX_PROCESS_ID", "JOB_COMPLETION_INDEX")
+# Slurm and a Kubernetes indexed Job say a process's number in the last two.
+_NUMBERS = ("GLM_JAX_PROCESS_ID", "SLURM_PROCID", "JOB_COMPLETION_INDEX")
 
 
 class ProcessesError(UserError):
@@ -26,9 +26,8 @@ def initialize(
     """Joins the other processes of a run, before anything else of jax is used.
 
     What is not given is taken from the environment: GLM_JAX_COORDINATOR,
-    GLM_JAX_NUM_PROCESSES, and GLM_JAX_PROCESS_ID or a Kubernetes indexed Job's
-    JOB_COMPLETION_INDEX; under Slurm, of several tasks, jax finds them by itself. Without
-    any of these the process is alone.
+    GLM_JAX_NUM_PROCESSES, and GLM_JAX_PROCESS_ID, Slurm's SLURM_PROCID or a Kubernetes
+    indexed Job's JOB_COMPLETION_INDEX. Without a coordinator the process is alone.
 
     Args:
       coordinator: host:port of process 0.
@@ -48,8 +47,6 @@ def initialize(
                 f"{count} processes and no coordinator: give host:port of process 0 by "
                 f"--coordinator or {_COORDINATOR}"
             )
-        if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
-            jax.distributed.initialize()
         return
     if count is None or number is None:
         raise ProcessesError(
@@ -86,6 +83,8 @@ def agree(value: float) -> float:
 
 def wait(name: str) -> None:
     """Returns when all processes have come here."""
+    if jax.process_count() == 1:
+        return
     multihost_utils.sync_global_devices(name)
 
 

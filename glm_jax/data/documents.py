@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import zstandard
@@ -36,13 +36,13 @@ def find_files(patterns: str) -> list[Path]:
     return files
 
 
-def open_text(file: Path) -> BinaryIO:
+def open_text(file: Path) -> io.BufferedIOBase:
     """A file's bytes, unpacked where its name ends in .gz or .zst."""
     if file.suffix == ".gz":
-        return gzip.open(file)  # type: ignore[return-value]
+        return gzip.GzipFile(file)
     if file.suffix == ".zst":
         raw = zstandard.ZstdDecompressor().stream_reader(file.open("rb"), closefd=True)
-        return io.BufferedReader(raw)  # type: ignore[arg-type, return-value]
+        return io.BufferedReader(raw)
     return file.open("rb")
 
 

@@ -179,9 +179,7 @@ def _do(job: Job, output: Path, settings: Settings) -> None:
     _write(_counts_file(output, job), json.dumps(counts, ensure_ascii=False))
 
 
-def _records(
-    line: bytes, job: Job, tokenizer: Tokenizer, settings: Settings
-) -> Iterator[Record]:
+def _records(line: bytes, job: Job, tokenizer: Tokenizer, settings: Settings) -> Iterator[Record]:
     if settings.kind == "instructions":
         record = parse_instruction(line, tokenizer)
         if record is not None:

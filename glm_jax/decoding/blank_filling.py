@@ -94,6 +94,8 @@ def fill_blanks(
             )
         if blank and blank[-1] in ends:
             blank.pop()
+        if blank and blank[-1] == special.eod:  # the document ended there, says the model
+            blank.pop()
         pieces += [(tokens[done:position], False), (blank, True)]
         blanks.append(blank)
         tokens[position : position + 1] = blank

@@ -15,6 +15,7 @@ from flax import serialization
 from jax.sharding import Mesh
 
 from glm_jax import config as glm_config
+from glm_jax import processes
 from glm_jax.config import ConfigError, GLMConfig
 from glm_jax.errors import UserError
 from glm_jax.model import params as glm_params
@@ -35,7 +36,7 @@ def save_model(
     params: GLMParams,
     extra_files: tuple[Path, ...] = (),
 ) -> None:
-    """Writes a model folder.
+    """Writes a model folder; of several processes each its own parts, all calling this.
 
     Args:
       path: a folder that does not exist yet, or is empty.
@@ -48,17 +49,20 @@ def save_model(
     target = Path(path).absolute()
     refuse_non_empty(target)
     partial = target.with_name(target.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    if processes.is_first():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    processes.wait("a place for the model")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(partial / PARAMS_FOLDER, serialization.to_state_dict(params))
-    for file in extra_files:
-        shutil.copy2(file, partial / file.name)
-    (partial / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
-    if target.exists():
-        target.rmdir()
-    partial.rename(target)
+    if processes.is_first():
+        for file in extra_files:
+            shutil.copy2(file, partial / file.name)
+        (partial / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    processes.wait("the model is whole")
 
 
 def refuse_non_empty(path: Path) -> None:

@@ -122,9 +122,7 @@ def check(config: ConfigDict) -> None:
             "data.files is not set, nor data.mixture: --config.data.files=... or "
             "--config.data.mixture=..., one of them"
         )
-    if config.evaluation.every and bool(config.evaluation.files) == bool(
-        config.evaluation.mixture
-    ):
+    if config.evaluation.every and bool(config.evaluation.files) == bool(config.evaluation.mixture):
         raise ConfigError(
             "evaluation.every is set: --config.evaluation.files=... or mixture=..., one of them"
         )

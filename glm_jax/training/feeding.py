@@ -81,15 +81,17 @@ class MeshBatches:
             raise ConfigError(
                 f"data.streams={mixture.streams} does not divide a micro-batch of {mixture.rows}"
             )
-        self._sharding = NamedSharding(mesh, PartitionSpec(None, *activation_spec(("batch", "seq"))))
+        self._sharding = NamedSharding(
+            mesh, PartitionSpec(None, *activation_spec(("batch", "seq")))
+        )
         self._rows = mixture.rows
         self._batches = Batches(mixture, self._own_streams(mixture))
         self.groups = pipeline.group_names(mixture.datasets)
 
     def _own_streams(self, mixture: Mixture) -> Sequence[int]:
         shape = (1, mixture.rows, mixture.sequence_length)
-        slices = [i[1] for i in self._sharding.addressable_devices_indices_map(shape).values()]
-        bounds = [s.indices(mixture.rows)[:2] for s in slices]
+        indices: Any = self._sharding.addressable_devices_indices_map(shape).values()
+        bounds = [index[1].indices(mixture.rows)[:2] for index in indices]
         first, last = min(b[0] for b in bounds), max(b[1] for b in bounds)
         each = mixture.rows // mixture.streams
         if first % each or last % each:
@@ -122,4 +124,3 @@ class MeshBatches:
             raise ConfigError(
                 f"the checkpoint has {len(state)} data streams: set data.streams={len(state)}"
             ) from error
-

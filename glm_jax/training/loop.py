@@ -60,9 +60,7 @@ class Run:
     is_profiling: bool = False
 
 
-def train(
-    config: ConfigDict, workdir: Path, profiled: range = range(0)
-) -> list[dict[str, Any]]:
+def train(config: ConfigDict, workdir: Path, profiled: range = range(0)) -> list[dict[str, Any]]:
     """Trains until all rows were seen, going on from the newest checkpoint in `workdir`.
 
     Writes `workdir/checkpoints`, `metrics.jsonl`, TensorBoard scalars in
@@ -90,6 +88,7 @@ def train(
     batches = MeshBatches(mixture, mesh)
     workdir.mkdir(parents=True, exist_ok=True)
     with _closing(RunCheckpoints(workdir / "checkpoints", *_saving(config))) as checkpoints:
+        data_state: Any
         state, data_state = checkpoints.restore_latest(abstract_state(model, recipe, mesh)) or (
             init_state(model, recipe, jax.random.key(config.seed), mesh),
             {"consumed": 0, "streams": batches.get_state()},
@@ -174,8 +173,8 @@ def _after(
     if values["is_skipped"]:
         run.watcher.log(step, values)
         run.watcher.tell(
-            f"step {step + 1} skipped: gradient norm {values['gradient_norm']:.3g}, loss "
-            f"{values['loss']:.3g}"
+            f"step {step + 1} skipped: gradient norm {values['gradient_norm']}, loss "
+            f"{values['loss']} (None is not finite)"
         )
         return _restored(run, state, int(values["bad_steps"]))
     if step % run.config.log_every == 0 or is_last:

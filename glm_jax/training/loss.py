@@ -43,6 +43,7 @@ def _forward(
     hidden: Array, table: Array, targets: Array, weights: Array, chunk: int, z_loss: float
 ) -> tuple[Sums, Any]:
     sums, gradients = _run(hidden, table, targets, weights, chunk, z_loss, True)
+    assert gradients is not None
     empty = (jnp.zeros((0,), hidden.dtype), jnp.zeros((0,), table.dtype))
     return sums, (*gradients, *empty)
 
@@ -100,7 +101,7 @@ def _run(
         outputs = jax.tree.map(lambda x: x[None], outputs)
     else:
         (total, of_table), outputs = jax.lax.scan(step, (jnp.zeros(()), start), parts)
-    losses, hits, *of_hidden = map(join, outputs)
+    losses, hits, *of_hidden = [join(x) for x in outputs]
     return (total, (losses, hits)), (of_hidden[0], of_table) if with_gradients else None
 
 

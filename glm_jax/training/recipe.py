@@ -84,6 +84,10 @@ class BatchSchedule:
     micro_batch: int
 
     def __post_init__(self) -> None:
+        if self.initial > self.final:
+            raise ConfigError(
+                f"data.initial_batch_size={self.initial} is more than batch_size={self.final}"
+            )
         for name in ("final", "initial", "increment"):
             value = getattr(self, name)
             if value < 1 or value % self.micro_batch:
@@ -91,10 +95,6 @@ class BatchSchedule:
                     f"data: the batch's {name} size {value} is no multiple of "
                     f"micro_batch_size={self.micro_batch}"
                 )
-        if self.initial > self.final:
-            raise ConfigError(
-                f"data.initial_batch_size={self.initial} is more than batch_size={self.final}"
-            )
 
     def accumulation(self, samples: int) -> int:
         """Micro-batches of the batch that begins after so many rows."""

@@ -35,7 +35,7 @@ class Monitor:
 
 
 def init_monitor(recipe: Recipe) -> Monitor:
-    nothing = jnp.full((recipe.median_window,), jnp.nan)
+    nothing = jnp.full((recipe.median_window,), jnp.nan, jnp.float32)
     zero = jnp.zeros((), jnp.int32)
     scale = _FIRST_SCALE if recipe.loss_scaling else 1.0
     return Monitor(nothing, nothing, jnp.float32(scale), zero, zero, zero)

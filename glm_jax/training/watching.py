@@ -1,7 +1,9 @@
 """What a run shows while it runs: a bar, TensorBoard, and a line of JSON a logged step."""
 
 import json
+import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -91,12 +93,16 @@ class Watcher:
             if isinstance(value, int | float) and name != "step":
                 self._board.add_scalar(f"train/{name}", value, step)
         if "activation_scale" in line:
-            self._board.add_scalar("train/largest_activation", max(line["activation_scale"]), step)
+            self._board.add_scalar(
+                "train/largest_activation",
+                max(scale or 0.0 for scale in line["activation_scale"]),
+                step,
+            )
 
     def tell(self, message: str) -> None:
         """A line above the bar."""
         if self._writes:
-            self._bar.write(message)
+            self._bar.write(message, file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()
@@ -106,11 +112,19 @@ class Watcher:
 
 
 def plain(metrics: dict[str, Any], groups: list[str]) -> dict[str, Any]:
-    """Metrics of a step as numbers and lists, with the mean loss of each group seen."""
+    """Metrics of a step as numbers and lists, with the mean loss of each group seen; None
+    for what is not finite."""
     values = {name: np.asarray(value) for name, value in metrics.items()}
     losses, counts = values.pop("group_losses"), values.pop("group_counts")
-    line: dict[str, Any] = {n: v.tolist() for n, v in values.items()}
+    line: dict[str, Any] = {n: _finite(v.tolist()) for n, v in values.items()}
     return line | mean_by_group("loss", losses, counts, groups)
+
+
+def _finite(value: Any) -> Any:
+    """A number or a list of them, None in place of what JSON has no word for."""
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return value if math.isfinite(value) else None
 
 
 def mean_by_group(
@@ -118,7 +132,11 @@ def mean_by_group(
 ) -> dict[str, float]:
     """{prefix_GROUP: mean loss} of the groups that had tokens."""
     zipped = zip(groups, losses, counts, strict=True)
-    return {f"{prefix}_{name}": float(loss / n) for name, loss, n in zipped if n > 0}
+    return {
+        f"{prefix}_{name}": float(loss / n)
+        for name, loss, n in zipped
+        if n > 0 and math.isfinite(loss / n)
+    }
 
 
 def _drop_lines_after(file: Path, step: int) -> None:
@@ -135,4 +153,3 @@ def _drop_lines_after(file: Path, step: int) -> None:
     partial = file.with_name(file.name + ".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     os.replace(partial, file)
-

@@ -13,7 +13,7 @@ def build(config: GLMConfig) -> Any:
     Post-layernorm residuals scaled as DeepNorm does, rotary positions, GeGLU, scaled
     dot-product attention under a boolean mask, tied embedding.
     """
-    torch = find_torch()
+    torch: Any = find_torch()
     nn, functional = torch.nn, torch.nn.functional
     alpha, heads, head_dim = config.residual_scale, config.num_heads, config.head_dim
 
@@ -21,7 +21,7 @@ def build(config: GLMConfig) -> Any:
         first, second = x.chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
-    class Block(nn.Module):
+    class Block(nn.Module):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
             hidden, inner = config.hidden_size, config.inner_hidden_size
@@ -41,7 +41,7 @@ def build(config: GLMConfig) -> Any:
             up, gate = self.widen(h).chunk(2, dim=-1)
             return h * alpha + self.narrow(up * functional.gelu(gate))
 
-    class Model(nn.Module):
+    class Model(nn.Module):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)

@@ -1,6 +1,5 @@
 """A train step beside PyTorch's, and beside what its matrix products alone would take."""
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,10 +9,9 @@ import numpy as np
 
 from glm_jax.config import GLMConfig
 from glm_jax.sharding import make_mesh
-from glm_jax.training.config import default_config
-from glm_jax.training.optimizer import make_optimizer
-from glm_jax.training.state import init_state
-from glm_jax.training.step import Batch, train_step
+from glm_jax.training.recipe import Recipe
+from glm_jax.training.state import Batch, init_state
+from glm_jax.training.step import compiled_train_step
 from launch.suites import torch_glm
 from launch.suites.case import Case, find_torch
 
@@ -58,22 +56,24 @@ def _tokens() -> np.ndarray:
 
 
 def _step_case(model: GLMConfig) -> Case:
-    optimizer = make_optimizer(default_config("tiny").optimizer, 1000)
-    holder: list[Any] = [
-        init_state(model, optimizer, jax.random.key(0), make_mesh((1, 1, 1)))
-    ]
-    shape = (BATCH, LENGTH)
+    recipe = Recipe(total_samples=10**6, dropout=0.0)  # as the peer
+    mesh = make_mesh((1, 1, 1))
+    holder: list[Any] = [init_state(model, recipe, jax.random.key(0), mesh)]
+    train_step = compiled_train_step(model, recipe, 1, mesh)
+    shape = (1, BATCH, LENGTH)
     batch = Batch(
-        tokens=jnp.asarray(_tokens()),
-        targets=jnp.asarray(_tokens()),
+        tokens=jnp.asarray(_tokens())[None],
+        targets=jnp.asarray(_tokens())[None],
         loss_weights=jnp.ones(shape),
         position_ids=jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), shape),
         context_length=jnp.full(shape, LENGTH // 2, jnp.int32),
         segment_ids=jnp.ones(shape, jnp.int32),
+        groups=jnp.zeros(shape, jnp.int32),
     )
 
     def step() -> object:
-        holder[0], metrics = train_step(holder[0], batch, model, optimizer)
+        with jax.set_mesh(mesh):
+            holder[0], metrics = train_step(holder[0], batch, jax.random.key(1))
         return metrics
 
     return Case(step)

@@ -9,9 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm_jax.config import SpecialTokens
-from glm_jax.data import facts, pipeline
-from glm_jax.data.documents import DataError, find_files, read_documents, tokenize
-from glm_jax.data.objective import ObjectiveConfig, span_sample, suffix_sample
+from glm_jax.data import facts
+from glm_jax.data.documents import find_files, read_documents, tokenize
+from glm_jax.data.objective import (
+    KINDS,
+    ObjectiveConfig,
+    instruction_sample,
+    make_sample,
+    span_sample,
+    suffix_sample,
+)
+from glm_jax.data.pipeline import Batches, Mixture
+from glm_jax.data.records import DataError, Record, in_memory
 
 SPECIAL = SpecialTokens(1000, 1001, 1002, 1003, 1004, 1005, 1006, 1007, 2)
 ALWAYS_SPANS = ObjectiveConfig(mask_sequences=1.0)
@@ -94,15 +103,127 @@ def test_shares_and_lengths_are_the_papers():
     assert max(cuts) > 390
 
 
-def _windows(count=40):
-    rng = np.random.default_rng(5)
-    return [rng.integers(3, 900, rng.integers(1, 30)).astype(np.int32) for _ in range(count)]
+def test_eod_ends_a_suffix_and_gives_way_in_a_span_sample():
+    rng = np.random.default_rng(0)
+    text = np.array([11, 12, 13, 14, SPECIAL.eod])
+    suffix = suffix_sample(text, SPECIAL, rng, 40)
+    assert suffix.targets[-2:].tolist() == [SPECIAL.eod, SPECIAL.eop]
+    span = span_sample(text, SPECIAL, ALWAYS_SPANS, rng, 40)
+    assert SPECIAL.eod not in span.tokens
+
+
+def test_of_a_long_text_any_piece_is_taken():
+    record = Record(np.arange(10, 510))
+    rng = np.random.default_rng(0)
+    samples = [make_sample(record, SPECIAL, ObjectiveConfig(), rng, 60) for _ in range(200)]
+    assert max(len(sample.tokens) for sample in samples) <= 60
+    seen = {token for sample in samples for token in sample.tokens.tolist()}
+    assert len(seen & set(range(10, 510))) > 480
+    shares = [sample.kinds[0] == KINDS.index("span") for sample in samples]
+    assert np.mean(shares) == pytest.approx(0.3, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "mask", "context", "first_position", "step"),
+    [
+        ([11, 12], [21, 22], None, [11, 12, SPECIAL.mask], 2, 0),
+        ([11, 12], list(range(21, 31)), None, [11, 12, SPECIAL.gmask], 3, 1),
+        ([11, 12], [21], "gmask", [11, 12, SPECIAL.gmask], 3, 1),
+        ([11], list(range(21, 31)), "mask", [11, SPECIAL.mask], 1, 0),
+        (
+            [11, SPECIAL.mask, 12],
+            [21],
+            None,
+            [11, SPECIAL.mask, 12, SPECIAL.eos],
+            1,
+            0,
+        ),
+    ],
+)
+def test_instructions_are_answered_after_their_mask(
+    prompt, target, mask, context, first_position, step
+):
+    record = Record(np.array(prompt + target), len(prompt), mask)
+    sample = instruction_sample(record, SPECIAL, ObjectiveConfig(), 40)
+    length = len(context)
+    assert sample.tokens.tolist() == [*context, SPECIAL.sop, *target]
+    assert sample.targets[length:].tolist() == [*target, SPECIAL.eop]
+    np.testing.assert_array_equal(sample.loss_weights, np.arange(len(sample.tokens)) >= length)
+    expected = first_position + step * np.arange(len(target) + 1)
+    np.testing.assert_array_equal(sample.position_ids[length:], expected)
+    assert (sample.kinds == KINDS.index("instruction")).all()
+
+
+def test_an_instruction_too_long_loses_its_beginning():
+    record = Record(np.arange(10, 110), 90)
+    sample = instruction_sample(record, SPECIAL, ObjectiveConfig(), 40)
+    assert len(sample.tokens) == 40
+    assert sample.targets[-11:].tolist() == [*range(100, 110), SPECIAL.eop]
+    assert sample.context_length[0] == 29
+
+
+@given(st.lists(st.integers(0, 2**31 - 1)), st.sampled_from([None, "mask", "gmask"]), st.booleans())
+def test_a_record_comes_back_as_it_was(tokens, mask, is_text):
+    record = Record(np.array(tokens, np.int32), None if is_text else len(tokens) // 2, mask)
+    again = Record.decode(record.encode())
+    assert again.tokens.tolist() == tokens
+    assert (again.prompt_length, again.mask) == (record.prompt_length, mask)
+
+
+def _records(count, first=3, length=30):
+    rng = np.random.default_rng(first)
+    return [
+        Record(rng.integers(first, first + 50, rng.integers(1, length)).astype(np.int32))
+        for _ in range(count)
+    ]
+
+
+def _mixture(seed=0, streams=4, datasets=None, weights=(1.0,)):
+    return Mixture(
+        datasets=datasets or [in_memory("text", _records(40))],
+        weights=weights,
+        special=SPECIAL,
+        objective=ObjectiveConfig(),
+        sequence_length=64,
+        rows=4,
+        streams=streams,
+        seed=seed,
+    )
 
 
 def _batches(seed=0):
-    return pipeline.packed_batches(
-        _windows(), SPECIAL, ObjectiveConfig(), sequence_length=64, batch_size=4, seed=seed
-    )
+    return Batches(_mixture(seed))
+
+
+def test_a_mixture_has_the_asked_for_shares_of_tokens():
+    datasets = [
+        in_memory("en", _records(200, 3, 60)),
+        in_memory("zh", _records(300, 100, 12)),
+        in_memory("tasks", [Record(np.array([300, 301, 302], np.int32), 2)] * 50),
+    ]
+    batches = Batches(_mixture(datasets=datasets, weights=(6.0, 3.0, 1.0)))
+    counts = np.zeros(3)
+    for _ in range(300):
+        groups = next(batches)
+        real = groups["segment_ids"] > 0
+        counts += np.bincount(groups["groups"][real] // len(KINDS), minlength=3)
+    # Masks, sop, eop and eos come on top of each sample's tokens.
+    assert counts[0] / counts.sum() == pytest.approx(0.55, abs=0.06)
+    assert counts[1] / counts.sum() == pytest.approx(0.30, abs=0.06)
+    assert 0.05 < counts[2] / counts.sum() < 0.25
+
+
+@pytest.mark.parametrize("streams", [4, 2])
+def test_batches_are_the_same_for_any_number_of_processes(streams):
+    alone = Batches(_mixture(streams=streams))
+    parts = [Batches(_mixture(streams=streams), [number]) for number in range(streams)]
+    for _ in range(4):
+        expected = next(alone)
+        rows = [next(part) for part in parts]
+        for name, array in expected.items():
+            np.testing.assert_array_equal(array, np.concatenate([row[name] for row in rows]))
+    states = [part.get_state() for part in parts]
+    assert {k: v for state in states for k, v in state.items()} == alone.get_state()
 
 
 def test_batches_are_a_function_of_the_seed():
@@ -153,10 +274,10 @@ def test_documents_of_text_and_json_lines(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "x"}\n{"txt": 1}\n', r"a\.jsonl:2: KeyError"),
+        ("a.jsonl", b'{"text": "x"}\n{"txt": 1}\n', r"""a\.jsonl:2: no JSON object with "text\""""),
         ("a.jsonl", b"[1]\n", r"a\.jsonl:1"),
         ("a.jsonl", b'{"text": 5}\n', "is not a string"),
-        ("a.txt", b"\xff\xfe\n", r"a\.txt:1: UnicodeDecodeError"),
+        ("a.txt", b"\xff\xfe\n", r"a\.txt:1: 'utf-8' codec"),
         ("a.txt", b"\n", "no text"),
     ],
 )

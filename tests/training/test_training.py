@@ -1,20 +1,27 @@
 """Training learns, goes on where it stopped, and refuses what cannot be."""
 
+import functools
+import json
+import os
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tensorboardX
 
 from glm_jax import restore
 from glm_jax.config import ConfigError
+from glm_jax.data.prepare import prepare
 from glm_jax.model import params as glm_params
-from glm_jax.training import loop
+from glm_jax.training import config as train_config
+from glm_jax.training import watching
 from glm_jax.training.config import check, default_config
-from glm_jax.training.loop import train
+from glm_jax.training.feeding import MeshBatches
+from glm_jax.training.loop import DivergedError, InterruptedRunError, train
 from glm_jax.training.optimizer import decay_mask, learning_rate, make_optimizer
-from glm_jax.training.step import Batch, loss_fn
+from glm_jax.training.recipe import Recipe
 
 
 @pytest.fixture
@@ -30,7 +37,7 @@ def experiment(tmp_path, tokenizer, corpus):
 
 
 def test_loss_goes_down_and_the_model_restores(experiment, tmp_path):
-    history = train(experiment, tmp_path / "run")
+    history = train(experiment, tmp_path / "run", profiled=range(6, 8))
     losses = [h["loss"] for h in history]
     assert [h["step"] for h in history] == [4, 8, 12, 16, 20, 24]
     assert losses[-1] < losses[0] - 1
@@ -38,67 +45,166 @@ def test_loss_goes_down_and_the_model_restores(experiment, tmp_path):
     assert config.special_tokens is not None
     assert glm_params.parameter_count(config) == sum(x.size for x in jax.tree.leaves(params))
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == history
+    assert {"loss_text_span", "loss_text_suffix", "mfu", "tokens_per_second"} <= set(history[0])
+    assert len(history[0]["activation_scale"]) == 2
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
 class _StopError(Exception):
     pass
 
 
+def _broken_at(step, monkeypatch):
+    real = watching.Watcher.log
+
+    def log(self, at, *metrics):
+        if at == step:
+            raise _StopError
+        real(self, at, *metrics)
+
+    monkeypatch.setattr(watching.Watcher, "log", log)
+
+
+def _assert_same_losses(got, expected):
+    by_step = {line["step"]: line for line in expected}
+    for line in got:
+        for name in ("loss", "gradient_norm", "update_norm", "activation_scale"):
+            assert line[name] == by_step[line["step"]][name], (line["step"], name)
+
+
 def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(experiment, tmp_path, monkeypatch):
     unbroken = train(experiment, tmp_path / "whole")
-
-    class Dying(tensorboardX.SummaryWriter):
-        def add_scalar(self, name, value, step):
-            if step == 12:
-                raise _StopError
-
     with monkeypatch.context() as patched:
-        patched.setattr(tensorboardX, "SummaryWriter", Dying)
+        _broken_at(12, patched)
         with pytest.raises(_StopError):
             train(experiment, tmp_path / "broken")
     resumed = train(experiment, tmp_path / "broken")
     assert resumed[0]["step"] == 12
-    for got, expected in zip(resumed, unbroken[2:], strict=True):
-        assert got["loss"] == expected["loss"]
-        assert got["gradient_norm"] == expected["gradient_norm"]
+    _assert_same_losses(resumed, unbroken)
     whole, broken = (restore(tmp_path / name / "model")[1] for name in ("whole", "broken"))
     jax.tree.map(np.testing.assert_array_equal, whole, broken)
+    lines = (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [4, 8, 12, 16, 20, 24]
     # Started once more, a finished run has nothing to do.
     assert train(experiment, tmp_path / "broken") == []
 
 
 def test_a_run_goes_on_on_another_mesh(experiment, tmp_path, monkeypatch):
+    experiment.optimizer.dropout = 0.0
     expected = train(experiment, tmp_path / "one")
-    experiment.steps = 12
     first = experiment.copy_and_resolve_references()
     first.mesh = "2,2,2"
-    # Warm-up and decay are shares of all steps: keep those of the whole run.
-    monkeypatch.setattr(loop, "make_optimizer", lambda config, _: make_optimizer(config, 24))
-    sharded = train(first, tmp_path / "many")
-    experiment.steps = 24
+    with monkeypatch.context() as patched:
+        _broken_at(12, patched)
+        with pytest.raises(_StopError):
+            train(first, tmp_path / "many")
     experiment.mesh = "1,1,4"
     rest = train(experiment, tmp_path / "many")
-    got = [h["loss"] for h in sharded + rest]
-    np.testing.assert_allclose(got, [h["loss"] for h in expected], rtol=1e-3)
-
-
-def test_loss_counts_targets_alone(tiny_model):
-    config, params = tiny_model
-    rng = np.random.default_rng(0)
-    shape = (2, 16)
-    batch = Batch(
-        tokens=jnp.asarray(rng.integers(0, 200, shape, np.int32)),
-        targets=jnp.asarray(rng.integers(0, 200, shape, np.int32)),
-        loss_weights=jnp.asarray(np.arange(32).reshape(shape) % 3 == 0, jnp.float32),
-        position_ids=jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), shape),
-        context_length=jnp.full(shape, 5, jnp.int32),
-        segment_ids=jnp.ones(shape, jnp.int32),
+    assert rest[0]["step"] == 12
+    losses = {h["step"]: h["loss"] for h in expected}
+    np.testing.assert_allclose(
+        [h["loss"] for h in rest], [losses[h["step"]] for h in rest], rtol=1e-3
     )
-    loss, _ = loss_fn(params, config, batch)
-    elsewhere = batch.replace(targets=jnp.where(batch.loss_weights > 0, batch.targets, 7))
-    assert loss == loss_fn(params, config, elsewhere)[0]
-    nothing = batch.replace(loss_weights=jnp.zeros(shape))
-    assert loss_fn(params, config, nothing)[0] == 0
+
+
+def test_the_batch_grows_and_is_accumulated(experiment, tmp_path):
+    """The same rows give the same losses, however many of them the devices take at once."""
+    experiment.optimizer.dropout = 0.0
+    experiment.data.update(initial_batch_size=2, ramp_fraction=0.25, micro_batch_size=2)
+    experiment.log_every, experiment.steps = 1, 6
+    history = train(experiment, tmp_path / "run")
+    assert len(history) > 6  # small batches make more updates of the same rows
+    schedule = train_config.batch_schedule(experiment)
+    assert [schedule.accumulation(n) for n in (0, 2, 4, 6, 100)] == [1, 1, 1, 2, 2]
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(experiment, tmp_path, monkeypatch):
+    unbroken = train(experiment, tmp_path / "whole")
+    real = watching.Watcher.count
+
+    def count(self, rows, tokens):
+        real(self, rows, tokens)
+        self.steps = getattr(self, "steps", 0) + 1
+        if self.steps == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(watching.Watcher, "count", count)
+        with pytest.raises(InterruptedRunError, match="after step 5, which is saved"):
+            train(experiment, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / "5").is_dir()
+    _assert_same_losses(train(experiment, tmp_path / "run")[1:], unbroken)
+
+
+def _poison(monkeypatch, numbers):
+    """Makes the losses of some batches infinite."""
+    real, drawn = MeshBatches.next, []
+
+    def poisoned(self, accumulation):
+        batch = real(self, accumulation)
+        drawn.append(batch)
+        if len(drawn) in numbers:
+            batch = batch.replace(loss_weights=batch.loss_weights * np.inf)
+        return batch
+
+    monkeypatch.setattr(MeshBatches, "next", poisoned)
+
+
+def test_after_bad_steps_the_last_checkpoint_goes_on_with_later_data(
+    experiment, tmp_path, monkeypatch, capsys
+):
+    experiment.stability.restore_after = 3
+    experiment.log_every = 1
+    with monkeypatch.context() as patched:
+        _poison(patched, {12, 13, 14, 17})
+        history = train(experiment, tmp_path / "run")
+    steps = [h["step"] for h in history if not h["is_skipped"]]
+    # Batches 12 to 14 were bad: from step 11 back to the checkpoint of 8. 17 was alone.
+    assert steps == [*range(1, 12), *range(9, 25)]
+    assert [h["step"] for h in history if h["is_skipped"]] == [11, 11, 11, 10]
+    assert "going back to the checkpoint of step 8" in capsys.readouterr().err
+    assert all(np.isfinite(h["loss"]) for h in history if not h["is_skipped"])
+    with monkeypatch.context() as patched:
+        _poison(patched, range(3, 100))
+        with pytest.raises(DivergedError, match="before the first checkpoint"):
+            train(experiment, tmp_path / "early")
+    with monkeypatch.context() as patched:
+        _poison(patched, range(10, 1000))
+        with pytest.raises(DivergedError, match="after every restore"):
+            train(experiment, tmp_path / "late")
+
+
+def test_evaluation_by_kind_and_language_from_a_mixture(experiment, tmp_path, tokenizer, corpus):
+    texts = {
+        "en": [s for s in corpus.sentences if s.isascii()][:150],
+        "zh": [s for s in corpus.sentences if not s.isascii()][:150],
+    }
+    for language, sentences in texts.items():
+        (tmp_path / f"{language}.txt").write_text("\n".join(sentences), encoding="utf-8")
+    pairs = [{"prompt": f"double {i}", "target": str(2 * i)} for i in range(40)]
+    (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    for name, kind in (("en.txt", "text"), ("zh.txt", "text"), ("tasks.jsonl", "instructions")):
+        prepare(
+            [tmp_path / name], tmp_path / "data" / name.split(".")[0], tokenizer, kind=kind,
+            language=name.split(".")[0], window=40, processes=1, most_bad_lines=0,
+        )  # fmt: skip
+    mixture = ",".join(
+        f"{tmp_path}/data/{name}:{weight}"
+        for name, weight in (("en", 0.5), ("zh", 0.3), ("tasks", 0.2))
+    )
+    experiment.data.update(files="", mixture=mixture)
+    experiment.evaluation.update(mixture=mixture, every=12, batches=4)
+    history = train(experiment, tmp_path / "run")
+    evaluations = [h for h in history if "evaluation_loss" in h]
+    assert [h["step"] for h in evaluations] == [12, 24]
+    names = {"en_span", "en_suffix", "zh_span", "zh_suffix", "tasks_instruction"}
+    for line in evaluations:
+        assert names == {
+            k.removeprefix("evaluation_loss_") for k in line if k.startswith("evaluation_loss_")
+        }
+    assert evaluations[1]["evaluation_loss"] < evaluations[0]["evaluation_loss"]
 
 
 def test_decay_spares_biases_and_layernorms(tiny_model):
@@ -112,27 +218,38 @@ def test_decay_spares_biases_and_layernorms(tiny_model):
 
 
 def test_adamw_step_equals_the_formula():
-    config = default_config("tiny").optimizer
-    config.gradient_clip = 0.5
-    optimizer = make_optimizer(config, 1000)
+    recipe = Recipe(total_samples=1000, gradient_clip=0.5)
+    optimizer = make_optimizer(recipe)
     params = glm_params.LinearParams(jnp.array([2.0]), jnp.array([2.0]))
     state = optimizer.init(params)
     gradient = glm_params.LinearParams(jnp.array([3.0]), jnp.array([4.0]))
     updates, state = optimizer.update(gradient, state, params)
-    rate = float(learning_rate(config, 1000)(0))
     # Clipped by 10; the first Adam update is the gradient's sign.
-    np.testing.assert_allclose(updates.kernel, -rate * (1 + 0.1 * 2.0), rtol=1e-4)
-    np.testing.assert_allclose(updates.bias, -rate, rtol=1e-4)
-    assert float(optax.global_norm(state[1][0].mu)) == pytest.approx(0.1 * 0.5, rel=1e-4)
+    np.testing.assert_allclose(updates.kernel, 1 + 0.1 * 2.0, rtol=1e-4)
+    np.testing.assert_allclose(updates.bias, 1, rtol=1e-4)
+    assert float(optax.global_norm(state[1].mu)) == pytest.approx(0.1 * 0.5, rel=1e-4)
 
 
 def test_learning_rate_is_the_papers():
-    rate = learning_rate(default_config("tiny").optimizer, 10_000)
+    rate = functools.partial(learning_rate, Recipe(total_samples=10_000))
     assert float(rate(0)) == pytest.approx(1e-7)
     assert float(rate(50)) == pytest.approx(8e-5)
     assert float(rate(25)) == pytest.approx((1e-7 + 8e-5) / 2)
     assert float(rate(10_000)) == pytest.approx(8e-6)
     assert float(rate(5025)) == pytest.approx((8e-5 + 8e-6) / 2)
+
+
+def test_the_batch_grows_as_the_papers():
+    config = default_config("tiny")
+    config.steps = 25_000
+    config.data.update(batch_size=4224, initial_batch_size=192, micro_batch_size=96)
+    schedule = train_config.batch_schedule(config)
+    total = config.steps * 4224
+    assert [96 * schedule.accumulation(n) for n in (0, total)] == [192, 4224]
+    assert 96 * schedule.accumulation(round(0.0125 * total)) == 192 + 10 * 192
+    assert 96 * schedule.accumulation(round(0.025 * total)) == 4224
+    sizes = [schedule.accumulation(n) for n in range(0, total, 10_000)]
+    assert sizes == sorted(sizes)
 
 
 def test_initial_values_are_deepnorms(tiny_model):
@@ -154,6 +271,11 @@ def test_initial_values_are_deepnorms(tiny_model):
         ("data.files", "", "data.files is not set"),
         ("data.sequence_length", 4096, "data.sequence_length=4096"),
         ("data.batch_size", 0, "data.batch_size=0"),
+        ("data.micro_batch_size", 3, "no multiple of micro_batch_size=3"),
+        ("data.initial_batch_size", 8, "initial_batch_size=8 is more than batch_size=4"),
+        ("optimizer.remat", "all", "remat='all'"),
+        ("optimizer.dropout", 1.5, "dropout=1.5"),
+        ("evaluation.every", 5, "evaluation.every is set"),
     ],
 )
 def test_impossible_experiments_are_refused(experiment, field, value, message):

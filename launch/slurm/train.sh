@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Trains on several nodes, one process a node with all its devices:
+#
+#     sbatch --nodes=96 launch/slurm/train.sh --config=configs/glm_130b.py --workdir=DIR ...
+#
+# The same command again goes on where an earlier one stopped. Slurm sends SIGTERM two
+# minutes before the time is up: the run saves, and is put into the queue again.
+#SBATCH --job-name=glm-train
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export GLM_JAX_COORDINATOR="$first:${GLM_JAX_PORT:-9876}"
+export GLM_JAX_NUM_PROCESSES="$SLURM_NTASKS"
+# Each task's number is in SLURM_PROCID.
+exec srun --kill-on-bad-exit=1 "${GLM_JAX_PYTHON:-.venv/bin/python}" -m launch.train "$@"

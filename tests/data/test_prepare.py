@@ -1,0 +1,144 @@
+"""Files become shards once, in any number of goes, and bad lines are counted and named."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import zstandard
+
+from glm_jax.data import prepare as prepare_lib
+from glm_jax.data.documents import find_files
+from glm_jax.data.prepare import prepare
+from glm_jax.data.records import DataError, Record, open_dataset
+
+
+def _prepare(folder, output, tokenizer, **changes):
+    options = dict(
+        kind="text",
+        language="en",
+        window=20,
+        processes=1,
+        most_bad_lines=10,
+        part_bytes=2000,
+    )
+    return prepare(find_files(f"{folder}/*"), output, tokenizer, **(options | changes))
+
+
+def _tokens(output, tokenizer):
+    dataset = open_dataset(output, tokenizer)
+    records = [Record.decode(dataset.records[i]) for i in range(len(dataset.records))]
+    assert dataset.tokens == sum(len(record.tokens) for record in records)
+    return [record.tokens.tolist() for record in records]
+
+
+@pytest.fixture
+def source(tmp_path, corpus):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    lines = [sentence.encode() for sentence in corpus.sentences[:300]]
+    (folder / "a.txt").write_bytes(b"\n".join(lines[:150]))
+    as_json = b"\n".join(json.dumps({"text": line.decode()}).encode() for line in lines[150:200])
+    (folder / "b.jsonl").write_bytes(as_json)
+    (folder / "c.txt.gz").write_bytes(gzip.compress(b"\n".join(lines[200:250])))
+    (folder / "d.txt.zst").write_bytes(
+        zstandard.ZstdCompressor().compress(b"\n".join(lines[250:300]))
+    )
+    return folder
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_document_is_there_once_in_order(source, tmp_path, tokenizer, corpus, processes):
+    about = _prepare(source, tmp_path / "out", tokenizer, processes=processes)
+    assert len(about["shards"]) > 5
+    whole = [token for window in _tokens(tmp_path / "out", tokenizer) for token in window]
+    eod = tokenizer.special_tokens.eod
+    expected = [token for s in corpus.sentences[:300] for token in [*tokenizer.encode(s), eod]]
+    assert whole == expected
+    assert about["bad_lines"] == 0
+
+
+def test_broken_off_it_goes_on_with_what_is_left(source, tmp_path, tokenizer, monkeypatch):
+    _prepare(source, tmp_path / "whole", tokenizer)
+    done, real = [], prepare_lib._do
+
+    def dying(job, output, settings):
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        done.append(job)
+        real(job, output, settings)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare_lib, "_do", dying)
+        with pytest.raises(KeyboardInterrupt):
+            _prepare(source, tmp_path / "out", tokenizer)
+    with pytest.raises(DataError, match="holds no whole dataset"):
+        open_dataset(tmp_path / "out", tokenizer)
+    rest = []
+    monkeypatch.setattr(prepare_lib, "_do", lambda job, **how: (rest.append(job), real(job, **how)))
+    _prepare(source, tmp_path / "out", tokenizer)
+    assert not set(rest) & set(done)
+    assert _tokens(tmp_path / "out", tokenizer) == _tokens(tmp_path / "whole", tokenizer)
+
+
+def test_bad_lines_are_left_out_and_listed_with_their_numbers(tmp_path, tokenizer):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    lines = [json.dumps({"text": f"number {i} is here"}).encode() for i in range(100)]
+    lines[3], lines[70], lines[99] = b"{not json", b'{"txt": 1}', b"\xff\xfe"
+    (folder / "a.jsonl").write_bytes(b"\n".join(lines))
+    about = _prepare(folder, tmp_path / "out", tokenizer, part_bytes=500)
+    assert (about["bad_lines"], about["lines"]) == (3, 100)
+    listed = (tmp_path / "out" / "bad_lines.txt").read_text().splitlines()
+    assert [line.split(":")[1] for line in listed] == ["4", "71", "100"]
+    assert all(line.startswith(str(folder / "a.jsonl")) for line in listed)
+    with pytest.raises(DataError, match="3 bad lines, more than 2"):
+        _prepare(folder, tmp_path / "strict", tokenizer, most_bad_lines=2)
+
+
+def test_instructions(tmp_path, tokenizer):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    pairs = [
+        {"prompt": "Capital of France?", "target": "Paris"},
+        {"prompt": "Say it: [MASK].", "target": "now", "mask": "[MASK]"},
+        {"prompt": "x", "target": "", "mask": "[MASK]"},
+        {"prompt": "x", "target": "y", "mask": "[HAT]"},
+    ]
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, pairs)) + "\n\n")
+    about = _prepare(folder, tmp_path / "out", tokenizer, kind="instructions")
+    assert (about["records"], about["bad_lines"]) == (2, 2)
+    records = open_dataset(tmp_path / "out", tokenizer).records
+    first, second = Record.decode(records[0]), Record.decode(records[1])
+    prompt = tokenizer.encode("Capital of France?")
+    assert first.tokens.tolist() == prompt + tokenizer.encode("Paris")
+    assert (first.prompt_length, first.mask) == (len(prompt), None)
+    assert second.mask == "mask"
+    assert tokenizer.special_tokens.mask in second.tokens[: second.prompt_length]
+
+
+def test_what_does_not_fit_is_refused(source, tmp_path, tokenizer):
+    _prepare(source, tmp_path / "out", tokenizer)
+    with pytest.raises(DataError, match="begun with another window"):
+        _prepare(source, tmp_path / "out", tokenizer, window=30)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(DataError, match="not empty"):
+        _prepare(source, tmp_path / "full", tokenizer)
+    about = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    (tmp_path / "out" / about["shards"][2]).rename(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"00002-of-\d+.array_record is missing"):
+        open_dataset(tmp_path / "out", tokenizer)
+    about["tokenizer"] = "0" * 64
+    (tmp_path / "out" / "dataset.json").write_text(json.dumps(about))
+    with pytest.raises(DataError, match="another tokenizer"):
+        open_dataset(tmp_path / "out", tokenizer)
+
+
+def test_a_broken_archive_is_named(tmp_path, tokenizer):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    content = gzip.compress(bytes(np.random.default_rng(0).integers(32, 120, 9000, np.uint8)))
+    (folder / "a.txt.gz").write_bytes(content[:2000])
+    with pytest.raises(DataError, match=r"a\.txt\.gz: cannot be read to its end"):
+        _prepare(folder, tmp_path / "out", tokenizer)

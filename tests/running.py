@@ -1,0 +1,66 @@
+"""Training runs in processes of their own."""
+
+import json
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+_SMALL = (
+    "--config.model.vocab_size=4096",
+    "--config.model.hidden_size=32",
+    "--config.model.inner_hidden_size=64",
+    "--config.data.sequence_length=48",
+    "--config.data.batch_size=8",
+    "--config.steps=12",
+    "--config.log_every=1",
+    "--config.checkpoint_every=5",
+)
+
+
+def free_port():
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return bound.getsockname()[1]
+
+
+def arguments(folder, tokenizer, workdir, mesh, *more):
+    return [
+        f"--config={ROOT}/configs/train_tiny.py",
+        f"--workdir={workdir}",
+        f"--config.data.files={folder}/text.txt",
+        f"--config.data.tokenizer={tokenizer.files[0].parent}",
+        f"--config.mesh={mesh}",
+        *_SMALL,
+        *more,
+    ]
+
+
+def environment(devices, **more):
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("GLM_JAX", "SLURM"))}
+    return inherited | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        **more,
+    }
+
+
+def finish(started):
+    outputs = [process.communicate(timeout=240)[0] for process in started]
+    for process, output in zip(started, outputs, strict=True):
+        assert process.returncode == 0, output[-3000:]
+    return outputs
+
+
+def start(command, variables):
+    return subprocess.Popen(
+        command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines}
