@@ -8,13 +8,13 @@ from setuptools.command.build_ext import build_ext
 _KERNELS = "glm_jax/kernels"
 
 
-def kernel(name: str, library: str, *included: str) -> Extension:
-    """`cpu.cc` of a kernel's folder as a shared library."""
+def kernel(name: str, library: str, *sources: str) -> Extension:
+    """Sources in a kernel's folder as a shared library."""
     folder = f"{_KERNELS}/{name}"
     return Extension(
         f"glm_jax.kernels.{name}.{library}",
-        sources=[f"{folder}/cpu.cc"],
-        depends=[f"{_KERNELS}/threads.h", *(f"{folder}/{file}" for file in included)],
+        sources=[f"{folder}/{source}" for source in sources],
+        depends=[f"{_KERNELS}/threads.h", *map(str, Path(folder).glob("*.inc"))],
         language="c++",
         extra_compile_args=["-O3", "-std=c++17", "-Wno-psabi"],
         optional=True,
@@ -49,8 +49,8 @@ setup(
     },
     cmdclass={"build_ext": BuildKernel},
     ext_modules=[
-        kernel("quantized_matmul", "libglm_jax_cpu", "cpu_floats.inc", "cpu_integers.inc"),
-        kernel("attention", "libglm_jax_attention", "cpu.inc"),
+        kernel("quantized_matmul", "libglm_jax_cpu", "cpu.cc"),
+        kernel("attention", "libglm_jax_attention", "cpu.cc", "cpu_blocks.cc"),
     ],
     install_requires=[
         "absl-py>=2.1",

@@ -1,4 +1,4 @@
-"""The released architecture: 70 layers, hidden 12288, 96 heads, float16 rotary tables."""
+"""The released architecture, trained as the paper did: 96 hosts of 8 A100 of 40 GB."""
 
 from ml_collections import ConfigDict
 
@@ -6,4 +6,17 @@ from glm_jax.training.config import default_config
 
 
 def get_config() -> ConfigDict:
-    return default_config("130b", rotary_dtype="float16")
+    config = default_config("130b", rotary_dtype="float16", compute_dtype="float16")
+    config.mesh = "1,96,8"
+    config.steps = 46_000  # 400 billion tokens
+    config.data.batch_size = 4224
+    config.data.initial_batch_size = 192
+    config.data.ramp_increment = 576
+    config.data.micro_batch_size = 96
+    config.optimizer.remat = "blocks"
+    config.stability.loss_scaling = True
+    config.log_every = 1
+    config.checkpoint_every = 250
+    config.checkpoints_kept_every = 5000
+    config.peak_flops = 3.12e14
+    return config

@@ -123,6 +123,12 @@ def activation_sharding(mesh: Mesh, axes: LogicalAxes) -> NamedSharding:
     return NamedSharding(mesh, activation_spec(axes))
 
 
+def is_for_cpu() -> bool:
+    """Whether what is traced is for CPU: the surrounding mesh's devices, else the default."""
+    described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.default_backend() == "cpu" if described is None else described.device_kind == "cpu"
+
+
 def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
     """Pins an activation to the mesh of the surrounding `jax.set_mesh`, if there is one."""
     mesh = jax.sharding.get_abstract_mesh()

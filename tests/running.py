@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import subprocess
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -47,18 +48,29 @@ def environment(devices, **more):
     }
 
 
-def finish(started):
-    outputs = [process.communicate(timeout=240)[0] for process in started]
-    for process, output in zip(started, outputs, strict=True):
-        assert process.returncode == 0, output[-3000:]
-    return outputs
+class Started:
+    """A process whose output goes to a file, so that it never waits for a reader."""
 
+    def __init__(self, command, variables):
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=variables, stdout=self._output, stderr=subprocess.STDOUT
+        )
 
-def start(command, variables):
-    return subprocess.Popen(
-        command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    def is_running(self):
+        return self.process.poll() is None
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def finish(self, status=0):
+        """Its output, once it has ended with this exit status."""
+        self.process.wait(timeout=240)
+        self._output.seek(0)
+        output = self._output.read()
+        assert self.process.returncode == status, output[-3000:]
+        return output
 
 
 def losses(workdir):

@@ -277,15 +277,19 @@ def unstack_layers(params: GLMParams) -> GLMParams:
     if isinstance(params.layers, tuple):
         return params
     count = params.layers.input_layernorm.scale.shape[0]
-
-    @jax.jit
-    def take(x: Array) -> tuple[Array, ...]:
-        return tuple(x[i] for i in range(count))
-
-    columns = jax.tree.map(take, params.layers)
+    columns = jax.jit(lambda layers: jax.tree.map(_unstack, layers))(params.layers)
     layers = tuple(
         jax.tree.map(lambda c, i=i: c[i], columns, is_leaf=lambda c: type(c) is tuple)
         for i in range(count)
     )
     unstacked: GLMParams = params.replace(layers=layers)  # type: ignore[attr-defined]
     return unstacked
+
+
+@jax.custom_vjp
+def _unstack(x: Array) -> tuple[Array, ...]:
+    return tuple(x[i] for i in range(len(x)))
+
+
+# A stack of the parts; the transposes of slices would be sums of padded arrays.
+_unstack.defvjp(lambda x: (_unstack(x), None), lambda _, parts: (jnp.stack(parts),))

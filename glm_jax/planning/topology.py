@@ -45,10 +45,11 @@ def target_config(hardware: ConfigDict) -> str:
     )
 
 
-def devices(hardware: ConfigDict, count: int = 1) -> list[jax.Device]:
+def devices(hardware: ConfigDict, count: int = 1, hosts: int = 1) -> list[jax.Device]:
     """`count` devices of a kind, to make a mesh of and compile for.
 
     Args:
+      hosts: that GPUs are divided among.
       hardware: what a file of `configs/hardware` returns. TPUs come as its topology says,
         of which the first `count` are given.
 
@@ -62,7 +63,7 @@ def devices(hardware: ConfigDict, count: int = 1) -> list[jax.Device]:
         topology = topologies.get_topology_desc(
             platform="cuda",
             topology_name=f"{hardware.device_kind} x {count}",
-            topology=f"1x1x{count}",  # one host
+            topology=f"1x{hosts}x{count // hosts}",
             target_config=target_config(hardware),
         )
     if len(topology.devices) < count:

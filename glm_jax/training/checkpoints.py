@@ -1,6 +1,7 @@
 """Checkpoints of a run: the train state and where its data stands, saved as one."""
 
 import contextlib
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,8 @@ class RunCheckpoints:
         if step in self._manager.all_steps():
             return
         with self._explained(step):
+            self.wait()
+            self._check_room(state)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -68,6 +71,13 @@ class RunCheckpoints:
                 force=True,
             )
         self._saved_at = time.monotonic()
+
+    def _check_room(self, state: TrainState) -> None:
+        """Says no before anything is written, where that is bound to fail half-way."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            raise OSError(f"{_NO_ROOM[0]}: {free >> 20} MiB free of {needed >> 20} MiB")
 
     def restore_latest(self, target: TrainState) -> tuple[TrainState, Any] | None:
         """The newest whole checkpoint as (state, data state), None if there is none yet.
@@ -119,13 +129,15 @@ class RunCheckpoints:
     def _explained(self, step: int | None) -> Iterator[None]:
         try:
             yield
+        except SavingError:
+            raise
         except Exception as error:
             if not any(words in str(error) for words in _NO_ROOM):
                 raise
-            whole = self._manager.all_steps(read=True)
+            whole = self._manager.all_steps()
             last = f"the last whole checkpoint is step {max(whole)}" if whole else "there is none"
             which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
             raise SavingError(
                 f"no room for {which} in {self._folder}: {last}; make room and start the same "
-                "command again"
+                f"command again ({str(error)[:200]})"
             ) from error

@@ -89,12 +89,13 @@ def _run(
         if not with_gradients:
             return (total, of_table), (losses, hits)
         of_h = _product("bsv,ve->bse", of_logits, narrow)
-        of_table = of_table + _product("bsv,bse->ve", of_logits, h)
+        # [embed, vocab], for which h is turned and not the larger gradient of logits.
+        of_table = of_table + _product("bse,bsv->ev", h, of_logits)
         return (total, of_table), (losses, hits, of_h)
 
-    start = jnp.zeros(table.shape if with_gradients else (), jnp.float32)
+    start = jnp.zeros(table.shape[::-1] if with_gradients else (), jnp.float32)
     if with_gradients:
-        start = constrain(start, ("vocab", None))
+        start = constrain(start, (None, "vocab"))
     parts = tuple(map(split, (hidden, targets, weights)))
     if count == 1:
         (total, of_table), outputs = step((jnp.zeros(()), start), tuple(p[0] for p in parts))
@@ -102,7 +103,7 @@ def _run(
     else:
         (total, of_table), outputs = jax.lax.scan(step, (jnp.zeros(()), start), parts)
     losses, hits, *of_hidden = [join(x) for x in outputs]
-    return (total, (losses, hits)), (of_hidden[0], of_table) if with_gradients else None
+    return (total, (losses, hits)), (of_hidden[0], of_table.T) if with_gradients else None
 
 
 def _chunk(

@@ -16,7 +16,7 @@ from glm_jax.model.layers import Dropout
 from glm_jax.model.params import GLMParams, unstack_layers
 from glm_jax.model.training import training_hidden
 from glm_jax.model.visibility import Visibility
-from glm_jax.sharding import constrain, constrain_parameters
+from glm_jax.sharding import constrain, constrain_parameters, is_for_cpu
 from glm_jax.training.loss import cross_entropy
 from glm_jax.training.optimizer import learning_rate, make_optimizer
 from glm_jax.training.recipe import Recipe
@@ -44,7 +44,7 @@ def loss_sums(
       The sum, z-loss included, and sums: loss, hits, and by group losses and counts
       [groups]; and activation_scale [layers].
     """
-    if jax.default_backend() == "cpu":
+    if is_for_cpu():
         params = unstack_layers(params)  # measured a fifth faster than the scan here
     # Whole rows on each device, for looking up and for logits alike.
     table = constrain(params.word_embeddings.astype(config.compute_dtype), ("vocab", "embed"))
@@ -146,7 +146,8 @@ def train_step(
     # A step that is tried again after one was skipped drops other activations.
     key = jax.random.fold_in(jax.random.fold_in(key, state.step), state.monitor.skipped)
     gradients, sums = _gradients(state, batch, config, recipe, groups, key)
-    gradients = jax.tree.map(lambda g: g / state.monitor.loss_scale, gradients)
+    if recipe.loss_scaling:
+        gradients = jax.tree.map(lambda g: g / state.monitor.loss_scale, gradients)
     counted = jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
     loss, norm = sums.pop("loss") / counted, optax.global_norm(gradients)
     is_good, is_spike, monitor = judge(state.monitor, recipe, loss, norm)

@@ -1,5 +1,7 @@
 """The C++ kernel of attention over a cache equals the formula, on every kind of machine."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from glm_jax.kernels.attention import cpu, reference
 from glm_jax.kernels.attention.api import attention
 from glm_jax.model.cache import LayerCache, write
+from glm_jax.model.visibility import Visibility
 
 pytestmark = pytest.mark.skipif(
     not cpu.is_available(), reason="the CPU kernel is not built: no C++ compiler at installation"
@@ -80,8 +83,52 @@ def test_extreme_scores_stay_finite_and_not_a_number_stays_so():
 
 def test_decoding_shapes_take_it_and_others_do_not():
     query, key, value, ranges = _inputs(2, 1, 2, 200, 16)
-    assert "glm_jax_attention" in jax.jit(attention).lower(query, key, value, ranges).as_text()
+    kernels = lambda *a: set(
+        re.findall(r"@(glm_jax_attention\w*)", jax.jit(attention).lower(*a).as_text())
+    )
+    assert kernels(query, key, value, ranges) == {"glm_jax_attention"}
     two = jnp.concatenate([ranges, ranges], axis=-1)
-    assert "glm_jax_attention" not in jax.jit(attention).lower(query, key, value, two).as_text()
+    assert kernels(query, key, value, two) == {"glm_jax_attention_forward"}
     many = jnp.repeat(query, 9, axis=1), key, value, jnp.repeat(ranges, 9, axis=1)
-    assert "glm_jax_attention" not in jax.jit(attention).lower(*many).as_text()
+    assert kernels(*many) == {"glm_jax_attention_forward"}
+    narrow = tuple(x.astype(jnp.bfloat16) for x in many[:3])
+    assert kernels(*narrow, many[3]) == set()
+
+
+def _visibilities(length):
+    segments = jnp.array([[1] * 40 + [2] * (length - 50) + [0] * 10, [1] * length])
+    contexts = jnp.array([[12] * 40 + [7] * (length - 50) + [0] * 10, [60] * length])
+    choices = jnp.array([[0] * 30 + [1] * 20 + [2] * (length - 50)] * 2)
+    return {
+        "prefix": Visibility.prefix(jnp.array([3, 70]), length),
+        "packed": Visibility.packed(segments, contexts),
+        "choices": Visibility.choices(choices),
+        "some see nothing": Visibility(
+            Visibility.prefix(jnp.array([3, 70]), length).key_ranges.at[:, 5:9].set(0)
+        ),
+    }
+
+
+@pytest.mark.parametrize("widest", WIDTHS)
+@pytest.mark.parametrize("kind", list(_visibilities(100)))
+@pytest.mark.parametrize(("length", "head_dim"), [(100, 16), (200, 80), (128, 64)])
+def test_blocks_and_their_gradients_equal_the_formula(kind, length, head_dim, widest):
+    ranges = _visibilities(length)[kind].key_ranges
+    query, key, value, _ = _inputs(2, length, 3, length, head_dim)
+    weights = jax.random.normal(jax.random.key(9), query.shape)
+    mask = reference.ranges_to_mask(ranges, length)
+
+    def blocks(*inputs):
+        out = cpu.blocks(*inputs, ranges, widest)
+        return jnp.sum(out * weights), out
+
+    def formula(*inputs):
+        out = reference.masked_attention(*inputs, mask, "float32")
+        return jnp.sum(out * weights), out
+
+    grad = lambda f: jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))
+    (_, got), got_gradients = grad(blocks)(query, key, value)
+    (_, expected), expected_gradients = grad(formula)(query, key, value)
+    np.testing.assert_allclose(got, expected, atol=5e-6)
+    for a, b in zip(got_gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-5)

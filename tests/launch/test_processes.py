@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from running import ROOT, arguments, environment, finish, free_port, losses, start
+from running import ROOT, Started, arguments, environment, free_port, losses
 
 from glm_jax import processes
 from glm_jax.processes import ProcessesError
@@ -31,7 +31,7 @@ def _in_kubernetes(folder, tokenizer, workdir):
     variables["GLM_JAX_COORDINATOR"] = f"127.0.0.1:{free_port()}"
     command = [sys.executable, *container["command"][1:]]
     return [
-        start(
+        Started(
             [*command, *arguments(folder, tokenizer, workdir, "2,2,2")],
             environment(4, **variables, JOB_COMPLETION_INDEX=str(i)),
         )
@@ -59,18 +59,20 @@ def _in_slurm(folder, tokenizer, workdir):
         GLM_JAX_PORT=str(free_port()),
         GLM_JAX_PYTHON=sys.executable,
     )
-    return [start([*script, *arguments(folder, tokenizer, workdir, "1,4,2")], variables)]
+    return [Started([*script, *arguments(folder, tokenizer, workdir, "1,4,2")], variables)]
 
 
 def test_two_processes_train_as_one_does_and_one_goes_on_from_two(text, tokenizer):
-    alone = start(
+    alone = Started(
         [sys.executable, "-m", "launch.train", *arguments(text, tokenizer, text / "one", "1,1,1")],
         environment(1),
     )
-    finish([alone])
+    alone.finish()
     expected = losses(text / "one")
-    finish(_in_kubernetes(text, tokenizer, text / "pods"))
-    finish(_in_slurm(text, tokenizer, text / "tasks"))
+    for process in _in_kubernetes(text, tokenizer, text / "pods"):
+        process.finish()
+    for process in _in_slurm(text, tokenizer, text / "tasks"):
+        process.finish()
     for workdir in (text / "pods", text / "tasks"):
         got = losses(workdir)
         assert list(got) == list(expected)

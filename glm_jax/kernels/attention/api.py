@@ -27,7 +27,7 @@ def attention(
     """softmax(query key^T / sqrt(head_dim)) value over the keys that each row may see.
 
     Rows with ranges go block by block: no array of queries x keys, and keys that no row
-    sees are not read; few queries on CPU by a kernel of their own. A mask, which is such an
+    sees are not read; on one CPU device by kernels of our own. A mask, which is such an
     array itself, and a softmax in less than float32 take the formula as it stands.
 
     Args:
@@ -45,6 +45,16 @@ def attention(
             *arrays, cpu=cpu.attention, default=_in_float32
         )
         return with_cache
+    if softmax_dtype == "float32" and key_scales is None and cpu.blocks_take(query, key, visible):
+        attended: Array = jax.lax.platform_dependent(
+            query,
+            key,
+            value,
+            visible,
+            cpu=cpu.blocks,
+            default=functools.partial(_in_float32, key_scales=None, value_scales=None),
+        )
+        return attended
     return _attention(query, key, value, visible, softmax_dtype, key_scales, value_scales)
 
 

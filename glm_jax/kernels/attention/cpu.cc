@@ -51,6 +51,7 @@ void RunItems(const Problem& p, int64_t first, int64_t last, F attend) {
 
 #define GLM_JAX_VECTOR_BYTES 16
 namespace portable {
+#include "cpu_vectors.inc"
 #include "cpu.inc"
 }  // namespace portable
 #undef GLM_JAX_VECTOR_BYTES
@@ -61,6 +62,7 @@ namespace portable {
 #pragma GCC target("avx2,fma")
 #define GLM_JAX_VECTOR_BYTES 32
 namespace avx2 {
+#include "cpu_vectors.inc"
 #include "cpu.inc"
 }  // namespace avx2
 #undef GLM_JAX_VECTOR_BYTES
@@ -70,6 +72,7 @@ namespace avx2 {
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
 #define GLM_JAX_VECTOR_BYTES 64
 namespace avx512 {
+#include "cpu_vectors.inc"
 #include "cpu.inc"
 }  // namespace avx512
 #undef GLM_JAX_VECTOR_BYTES

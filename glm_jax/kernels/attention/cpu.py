@@ -1,11 +1,15 @@
-"""Attention of few queries over a key/value cache on CPU: a C++ kernel (`jax.ffi`).
+"""Attention on CPU: C++ kernels (`jax.ffi`).
 
-XLA on CPU copies the cache for each reader of what was just written to it, and multiplies
-single queries on one thread. The kernel reads the visible part of the cache once, on all
-threads, as it is stored.
+`attention` is for few queries over a key/value cache. XLA on CPU copies the cache for each
+reader of what was just written to it, and multiplies single queries on one thread; the
+kernel reads the visible part of the cache once, on all threads, as it is stored.
+
+`blocks` is for many queries, with a gradient: training and prefill in float32.
 """
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +25,21 @@ _LANES = 16
 _DTYPES = ("float32", "bfloat16", "int8")
 
 
+_FORWARD, _BACKWARD = "glm_jax_attention_forward", "glm_jax_attention_backward"
+
+
 def is_available() -> bool:
-    """Whether the kernel was built; warns once where not."""
+    """Whether the kernels were built; warns once where not."""
     path = Path(__file__).with_name(LIBRARY)
-    return cpu_library.register(path, "GlmJaxAttention", _TARGET)
+    return (
+        cpu_library.register(path, "GlmJaxAttention", _TARGET)
+        and cpu_library.register(path, "GlmJaxAttentionForward", _FORWARD)
+        and cpu_library.register(path, "GlmJaxAttentionBackward", _BACKWARD)
+    )
 
 
 def takes(query: Array, key: Array, visible: Array) -> bool:
-    """Whether the kernel is for these: few queries, one range each, whole vectors of a
+    """Whether `attention` is for these: few queries, one range each, whole vectors of a
     stored dtype, on a device that is not one of a mesh."""
     return (
         query.shape[1] <= _MOST_QUERIES
@@ -74,3 +85,62 @@ def attention(
         widest=np.int64(widest),
     )
     return attended.astype(query.dtype)
+
+
+def blocks_take(query: Array, key: Array, visible: Array) -> bool:
+    """Whether `blocks` is for these: ranges, whole vectors, float32, and no mesh."""
+    return (
+        visible.dtype != bool
+        and query.shape[3] % _LANES == 0
+        and query.dtype == key.dtype == jnp.float32
+        and jax.sharding.get_abstract_mesh().size <= 1
+        and is_available()
+    )
+
+
+def blocks(
+    query: Float[Array, "batch query heads head_dim"],
+    key: Float[Array, "batch heads key head_dim"],
+    value: Float[Array, "batch heads key head_dim"],
+    key_ranges: Int32[Array, "batch query bounds"],
+    widest: int = cpu_library.WIDEST,
+) -> Float[Array, "batch query heads head_dim"]:
+    """softmax(query key^T / sqrt(head_dim)) value, block by block; all float32.
+
+    Args:
+      key_ranges: [start, end) of one or two ranges a row.
+      widest: see `attention`.
+
+    Returns:
+      [batch, query, heads, head_dim]; zeros for rows that see nothing.
+    """
+    # As projections give them: the transpose that made them [heads, key] falls away.
+    key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
+    return _blocks(query, key, value, key_ranges, widest)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blocks(query: Array, key: Array, value: Array, key_ranges: Array, widest: int) -> Array:
+    return _blocks_forward(query, key, value, key_ranges, widest)[0]
+
+
+def _blocks_forward(
+    query: Array, key: Array, value: Array, key_ranges: Array, widest: int
+) -> tuple[Array, Any]:
+    batch, queries, heads, _ = query.shape
+    results = (
+        jax.ShapeDtypeStruct(query.shape, jnp.float32),
+        jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
+    )
+    call = jax.ffi.ffi_call(_FORWARD, results, vmap_method="sequential")
+    out, log_sums = call(query, key, value, key_ranges, widest=np.int64(widest))
+    return out, (query, key, value, key_ranges, out, log_sums)
+
+
+def _blocks_backward(widest: int, kept: Any, gradient: Array) -> tuple[Any, ...]:
+    results = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in kept[:3]]
+    call = jax.ffi.ffi_call(_BACKWARD, results, vmap_method="sequential")
+    return (*call(*kept, gradient, widest=np.int64(widest)), None)
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)

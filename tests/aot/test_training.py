@@ -1,0 +1,62 @@
+"""The 130B train step at the paper's scale fits 96 hosts of 8 A100 of 40 GB."""
+
+from unittest import mock
+
+import pytest
+from aot.compiling import hardware
+
+from configs import glm_130b
+from glm_jax.planning import programs, topology
+from glm_jax.sharding import make_mesh
+from glm_jax.training import config as train_config
+
+HOSTS, GPUS = 96, 8
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    a100 = hardware("a100_40gb")
+    devices = topology.devices(a100, HOSTS * GPUS, HOSTS)
+    config = glm_130b.get_config()
+    config.mesh = ",".join(map(str, (1, HOSTS, GPUS)))
+    schedule = train_config.batch_schedule(config)
+    assert schedule.final == 4224
+    default = mock.patch("jax.extend.backend.get_default_device", return_value=devices[0])
+    with default:
+        return programs.compile_train_step(
+            train_config.model_config(config),
+            train_config.recipe(config),
+            make_mesh((1, HOSTS, GPUS), devices),
+            accumulation=schedule.accumulation(10**9),
+            micro_batch=schedule.micro_batch,
+            sequence_length=config.data.sequence_length,
+        )
+
+
+def test_the_papers_step_fits(compiled, capsys):
+    taken = programs.memory(compiled)
+    room = hardware("a100_40gb").memory_bytes
+    with capsys.disabled():
+        print(f"\n130B train step, 96 x 8 A100 40 GB, GiB a device of {room / 2**30:.0f}:")
+        print(
+            f"  state and batch {taken.arguments / 2**30:.2f}, of it given back "
+            f"{taken.reused / 2**30:.2f}, temporaries {taken.temporaries / 2**30:.2f}, "
+            f"together {taken.total / 2**30:.2f}"
+        )
+        for kind, (count, size) in programs.collectives(compiled).items():
+            print(f"  {kind}: {count} in the text, {size / 2**20:.0f} MiB a device")
+    assert taken.total < 0.9 * room
+    # Parameters and both moments in float32, on 768 devices, and little that is not split.
+    state = 3 * 4 * 128_697_794_560 / (HOSTS * GPUS)
+    assert state < taken.arguments < 1.05 * state
+    assert taken.reused > 0.99 * state
+
+
+def test_the_state_is_gathered_a_layer_at_a_time(compiled):
+    """No gather's result is larger than a layer's weights and the embedding in float16."""
+    layer = 2 * 12 * 12288**2 / GPUS
+    table = 2 * 150528 * 12288 / GPUS
+    gathers = programs.collectives(compiled)
+    assert "all-gather" in gathers
+    count, size = gathers["all-gather"]
+    assert size < 3.2 * (layer + table), (count, size)
