@@ -51,8 +51,9 @@ def compile_train_step(
     shape = (accumulation, micro_batch, sequence_length)
     sharding = NamedSharding(mesh, PartitionSpec(None, *activation_spec(("batch", "seq"))))
     integers = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-    names = [field.name for field in dataclasses.fields(Batch)]  # type: ignore[arg-type]
-    batch = Batch(**dict.fromkeys(names, integers))
+    names = [field.name for field in dataclasses.fields(Batch)]
+    described: Any = dict.fromkeys(names, integers)
+    batch = Batch(**described)
     floats = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
     batch = batch.replace(loss_weights=floats)  # type: ignore[attr-defined]
     key = jax.eval_shape(lambda: jax.random.key(0))

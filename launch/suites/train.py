@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm_jax.config import GLMConfig
+from glm_jax.config import GLMConfig, SpecialTokens
+from glm_jax.data.objective import ObjectiveConfig
+from glm_jax.data.pipeline import Batches, Mixture
+from glm_jax.data.records import Record, in_memory
 from glm_jax.sharding import make_mesh
 from glm_jax.training.recipe import Recipe
 from glm_jax.training.state import Batch, init_state
@@ -34,11 +37,12 @@ def train_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     """One update of a small model, float32, 4 sequences of 512 tokens, half of each context.
 
     `peak` multiplies matrices as large as do the step's number of operations, at the rate
-    of XLA's product of 2048 x 2048: no step can be faster.
+    of XLA's product of 2048 x 2048: no step can be faster. `input pipeline` makes the
+    samples of one step's batch, and packs them.
     """
     model = config()
     cases = {"ours": _step_case(model), "peak": _peak_case(model)}
-    cases |= _torch_cases(model)
+    cases |= {"input pipeline": _pipeline_case()} | _torch_cases(model)
     title = f"train step, {BATCH} x {LENGTH} tokens, {model.num_layers} layers of 512, float32"
     yield title, cases
 
@@ -86,6 +90,26 @@ def _peak_case(model: GLMConfig) -> Case:
     # `count` products take this part of the step's operations.
     part = count * 2 * _PEAK_SIZE**3 / flops(model)
     return Case(lambda: [product(square, square) for _ in range(count)], part)
+
+
+def _pipeline_case() -> Case:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(20, 450, 2000)
+    records = [Record(rng.integers(0, 8000, n).astype(np.int32)) for n in lengths]
+    batches = Batches(
+        Mixture(
+            datasets=[in_memory("text", records)],
+            weights=[1.0],
+            special=SpecialTokens(8001, 8002, 8003, 8004, 8005, 8006, 8007, 8008, 2),
+            objective=ObjectiveConfig(),
+            sequence_length=LENGTH,
+            rows=BATCH,
+            streams=BATCH,
+            seed=0,
+        )
+    )
+    count = 20
+    return Case(lambda: [next(batches) for _ in range(count)], count)
 
 
 def _torch_cases(model: GLMConfig) -> dict[str, Case]:
