@@ -36,9 +36,9 @@ def main() -> None:
     first, last = map(int, FLAGS.profile_steps or (0, -1))
     history = train(FLAGS.config, workdir, range(first, last + 1))
     if processes.is_first():
-        losses = [line["loss"] for line in history if "loss" in line]
-        loss = f"loss {losses[-1]:.3f}; " if losses else ""
-        print(f"{loss}the model is in {workdir / MODEL_FOLDER}")
+        logged = [line for line in history if "loss" in line]
+        last = f"step {logged[-1]['step']}, loss {logged[-1]['loss']:.3f}; " if logged else ""
+        print(f"{last}the model is in {workdir / MODEL_FOLDER}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The same parameters give the same results on every mesh."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,10 +11,6 @@ from glm_jax.model import params as glm_params
 from glm_jax.model.visibility import Visibility
 from glm_jax.quantization import QuantizedArray, Scheme
 from glm_jax.sharding import MeshError, parameter_sharding, parse_mesh
-from glm_jax.training.config import default_config
-from glm_jax.training.optimizer import make_optimizer
-from glm_jax.training.state import init_state
-from glm_jax.training.step import Batch, train_step
 
 MESHES = [(1, 1, 1), (2, 2, 2), (1, 1, 8)]
 
@@ -47,43 +42,6 @@ def test_decoding_is_the_same_on_every_mesh(tiny_model, shape):
     expected = generate(params, config, prompts, max_length=20)
     mesh = make_mesh(shape)
     assert generate(_on(mesh, config, params), config, prompts, max_length=20) == expected
-
-
-def _steps(config, shape, batch, count):
-    mesh = make_mesh(shape)
-    optimizer = make_optimizer(default_config("tiny").optimizer, 100)
-    state = init_state(config, optimizer, jax.random.key(1), mesh)
-    losses = []
-    with jax.set_mesh(mesh):
-        for _ in range(count):
-            state, metrics = train_step(state, batch, config, optimizer)
-            losses.append(float(metrics["loss"]))
-    return state, losses
-
-
-def test_train_step_is_the_same_on_every_mesh(tiny_model):
-    config, _ = tiny_model
-    rng = np.random.default_rng(0)
-    shape = (4, 32)
-    batch = Batch(
-        tokens=jnp.asarray(rng.integers(0, config.vocab_size, shape, np.int32)),
-        targets=jnp.asarray(rng.integers(0, config.vocab_size, shape, np.int32)),
-        loss_weights=jnp.asarray(rng.integers(0, 2, shape), jnp.float32),
-        position_ids=jnp.broadcast_to(jnp.arange(32, dtype=jnp.int32), shape),
-        context_length=jnp.full(shape, 9, jnp.int32),
-        segment_ids=jnp.ones(shape, jnp.int32),
-    )
-    expected, expected_losses = _steps(config, MESHES[0], batch, 3)
-    assert expected_losses[-1] < expected_losses[0]
-    for mesh_shape in MESHES[1:]:
-        state, losses = _steps(config, mesh_shape, batch, 3)
-        np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
-        kernel = state.params.layers.dense_4h_to_h.kernel
-        np.testing.assert_allclose(kernel, expected.params.layers.dense_4h_to_h.kernel, atol=1e-5)
-        moments = state.opt_state[1][0].mu.layers.dense_4h_to_h.kernel
-        assert moments.sharding == kernel.sharding
-        assert len(kernel.addressable_shards) == 8
-        assert kernel.addressable_shards[0].data.size * np.prod(mesh_shape[1:]) == kernel.size
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -115,13 +115,13 @@ def check(config: ConfigDict) -> None:
     for name in positive:
         if config[name] < 1:
             raise ConfigError(f"{name}={config[name]}: at least 1")
-    if not config.data.tokenizer:
-        raise ConfigError("data.tokenizer is not set: --config.data.tokenizer=...")
     if bool(config.data.files) == bool(config.data.mixture):
         raise ConfigError(
             "data.files is not set, nor data.mixture: --config.data.files=... or "
             "--config.data.mixture=..., one of them"
         )
+    if not config.data.tokenizer:
+        raise ConfigError("data.tokenizer is not set: --config.data.tokenizer=...")
     if config.evaluation.every and bool(config.evaluation.files) == bool(config.evaluation.mixture):
         raise ConfigError(
             "evaluation.every is set: --config.evaluation.files=... or mixture=..., one of them"

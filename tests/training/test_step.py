@@ -247,7 +247,7 @@ def test_float16_with_loss_scaling_follows_float32():
     assert losses["float32"][-1] < losses["float32"][0] - 0.5
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 1), (4, 1, 2)])
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2)])
 def test_a_step_is_the_same_on_every_mesh(shape):
     batch = _batch(accumulation=2, rows=4)
     _, expected = _step(_state(PLAIN), batch, PLAIN)
@@ -257,3 +257,7 @@ def test_a_step_is_the_same_on_every_mesh(shape):
     for name in ("loss", "gradient_norm", "update_norm", "activation_scale", "group_losses"):
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-4, err_msg=name)
     assert jax.tree.map(lambda x: x.sharding, after) == jax.tree.map(lambda x: x.sharding, state)
+    kernel = after.params.layers.dense_4h_to_h.kernel
+    assert after.opt_state[1].mu.layers.dense_4h_to_h.kernel.sharding == kernel.sharding
+    shard = kernel.addressable_shards[0].data
+    assert shard.size * shape[1] * shape[2] == kernel.size
