@@ -37,8 +37,8 @@ def main() -> None:
     history = train(FLAGS.config, workdir, range(first, last + 1))
     if processes.is_first():
         logged = [line for line in history if "loss" in line]
-        last = f"step {logged[-1]['step']}, loss {logged[-1]['loss']:.3f}; " if logged else ""
-        print(f"{last}the model is in {workdir / MODEL_FOLDER}")
+        end = f"step {logged[-1]['step']}, loss {logged[-1]['loss']:.3f}; " if logged else ""
+        print(f"{end}the model is in {workdir / MODEL_FOLDER}")
 
 
 if __name__ == "__main__":
