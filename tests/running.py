@@ -44,6 +44,9 @@ def environment(devices, **more):
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
+        # Programs that were compiled before, for speed: they are the same.
+        "JAX_COMPILATION_CACHE_DIR": f"{tempfile.gettempdir()}/glm_jax_programs_{os.getppid()}_{devices}",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **more,
     }
 

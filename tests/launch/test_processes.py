@@ -59,7 +59,7 @@ def _in_slurm(folder, tokenizer, workdir):
         GLM_JAX_PORT=str(free_port()),
         GLM_JAX_PYTHON=sys.executable,
     )
-    return [Started([*script, *arguments(folder, tokenizer, workdir, "1,4,2")], variables)]
+    return [Started([*script, *arguments(folder, tokenizer, workdir, "2,2,2")], variables)]
 
 
 def test_two_processes_train_as_one_does_and_one_goes_on_from_two(text, tokenizer):

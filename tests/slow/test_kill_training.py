@@ -28,12 +28,7 @@ def _start(folder, tokenizer, workdir, count):
         sys.executable, "-m", "launch.train",
         *arguments(folder, tokenizer, workdir, mesh, f"--config.steps={STEPS[count]}"),
     ]  # fmt: skip
-    # A cache of programs, for speed: compiled ones are the same.
-    variables = environment(
-        8 // count if count > 1 else 1,
-        JAX_COMPILATION_CACHE_DIR=str(folder / f"programs{count}"),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-    )
+    variables = environment(8 // count if count > 1 else 1)
     if count == 1:
         return [Started(command, variables)]
     port = free_port()
