@@ -40,12 +40,13 @@ def arguments(folder, tokenizer, workdir, mesh, *more):
 
 def environment(devices, **more):
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("GLM_JAX", "SLURM"))}
+    programs = f"{tempfile.gettempdir()}/glm_jax_programs_{os.getppid()}_{devices}"
     return inherited | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         # Programs that were compiled before, for speed: they are the same.
-        "JAX_COMPILATION_CACHE_DIR": f"{tempfile.gettempdir()}/glm_jax_programs_{os.getppid()}_{devices}",
+        "JAX_COMPILATION_CACHE_DIR": programs,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **more,
     }
