@@ -56,7 +56,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.remat not in REMAT_POLICIES:
-            raise ConfigError(f"stability.remat={self.remat!r}: one of {REMAT_POLICIES}")
+            raise ConfigError(f"optimizer.remat={self.remat!r}: one of {REMAT_POLICIES}")
         shares = ("dropout", "warmup_fraction", "embedding_gradient")
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
