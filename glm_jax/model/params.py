@@ -159,10 +159,14 @@ def specs(config: GLMConfig) -> GLMParams:
     )
 
 
-def logical_axes(config: GLMConfig) -> GLMParams:
-    """The tree of each array's logical axes."""
+def logical_axes(config: GLMConfig, is_stacked: bool = True) -> GLMParams:
+    """The tree of each array's logical axes, layers stacked or as a tuple."""
     axes: GLMParams = jax.tree.map(lambda spec: spec.axes, specs(config), is_leaf=_is_spec)
-    return axes
+    if is_stacked:
+        return axes
+    layer = jax.tree.map(lambda a: a[1:], axes.layers, is_leaf=lambda a: type(a) is tuple)
+    apart: GLMParams = axes.replace(layers=(layer,) * config.num_layers)  # type: ignore[attr-defined]
+    return apart
 
 
 def parameter_count(config: GLMConfig) -> int:
@@ -284,6 +288,15 @@ def unstack_layers(params: GLMParams) -> GLMParams:
     )
     unstacked: GLMParams = params.replace(layers=layers)  # type: ignore[attr-defined]
     return unstacked
+
+
+def stack_layers(params: GLMParams) -> GLMParams:
+    """Layers stacked again, the form that is stored; the reverse of `unstack_layers`."""
+    if not isinstance(params.layers, tuple):
+        return params
+    layers = jax.tree.map(lambda *parts: jnp.stack(parts), *params.layers)
+    stacked: GLMParams = params.replace(layers=layers)  # type: ignore[attr-defined]
+    return stacked
 
 
 @jax.custom_vjp

@@ -10,10 +10,19 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from flax import serialization
+from jax.sharding import Mesh
 
 from glm_jax import processes
+from glm_jax.config import GLMConfig
 from glm_jax.errors import UserError
-from glm_jax.training.state import TrainState
+from glm_jax.training.recipe import Recipe
+from glm_jax.training.state import (
+    TrainState,
+    abstract_saved_state,
+    abstract_state,
+    saved_form,
+    step_form,
+)
 
 _NO_ROOM = ("No space left on device", "Disk quota exceeded", "File too large")
 _MINUTES_CHECKED = 10  # steps between looks at the clock, which processes must agree on
@@ -59,6 +68,7 @@ class RunCheckpoints:
         """
         if step in self._manager.all_steps():
             return
+        state = saved_form(state)
         with self._explained(step):
             self.wait()
             self._check_room(state)
@@ -79,11 +89,10 @@ class RunCheckpoints:
         if free < needed:
             raise OSError(f"{_NO_ROOM[0]}: {free >> 20} MiB free of {needed >> 20} MiB")
 
-    def restore_latest(self, target: TrainState) -> tuple[TrainState, Any] | None:
+    def restore_latest(
+        self, config: GLMConfig, recipe: Recipe, mesh: Mesh
+    ) -> tuple[TrainState, Any] | None:
         """The newest whole checkpoint as (state, data state), None if there is none yet.
-
-        Args:
-          target: abstract state that gives shapes, dtypes and shardings.
 
         Raises:
           SavingError: a save that is under way failed.
@@ -93,6 +102,7 @@ class RunCheckpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
+        target = abstract_saved_state(config, recipe, mesh)
         try:
             restored = self._manager.restore(
                 step,
@@ -107,8 +117,8 @@ class RunCheckpoints:
                 f"with its config, or name another workdir ({str(error)[:300]})"
             ) from error
         state: TrainState = serialization.from_state_dict(target, restored["state"])
-        # Buffers of its own: what is donated to a step must belong to jax alone.
-        return jax.tree.map(lambda x: x.copy(), state), restored["data"]
+        # Its buffers are new: what is donated to a step must belong to jax alone.
+        return step_form(state, abstract_state(config, recipe, mesh)), restored["data"]
 
     def wait(self) -> None:
         """Returns when saves under way are on disk.

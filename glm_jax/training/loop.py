@@ -18,6 +18,7 @@ from glm_jax import processes
 from glm_jax.config import ConfigError, GLMConfig
 from glm_jax.errors import UserError
 from glm_jax.model.checkpoint import save_model
+from glm_jax.model.params import stack_layers
 from glm_jax.sharding import parse_mesh
 from glm_jax.tokenizer import Tokenizer
 from glm_jax.training import config as train_config
@@ -25,7 +26,7 @@ from glm_jax.training import watching
 from glm_jax.training.checkpoints import RunCheckpoints
 from glm_jax.training.feeding import MeshBatches, open_mixture
 from glm_jax.training.recipe import BatchSchedule, Recipe
-from glm_jax.training.state import Batch, TrainState, abstract_state, init_state
+from glm_jax.training.state import Batch, TrainState, init_state
 from glm_jax.training.step import compiled_train_step, evaluation_step
 from glm_jax.training.watching import Watcher
 
@@ -89,7 +90,7 @@ def train(config: ConfigDict, workdir: Path, profiled: range = range(0)) -> list
     workdir.mkdir(parents=True, exist_ok=True)
     with _closing(RunCheckpoints(workdir / "checkpoints", *_saving(config))) as checkpoints:
         data_state: Any
-        state, data_state = checkpoints.restore_latest(abstract_state(model, recipe, mesh)) or (
+        state, data_state = checkpoints.restore_latest(model, recipe, mesh) or (
             init_state(model, recipe, jax.random.key(config.seed), mesh),
             {"consumed": 0, "streams": batches.get_state()},
         )
@@ -105,7 +106,8 @@ def train(config: ConfigDict, workdir: Path, profiled: range = range(0)) -> list
             with jax.set_mesh(mesh):
                 state = _steps(run, state, workdir)
     if not (workdir / MODEL_FOLDER).exists():
-        save_model(workdir / MODEL_FOLDER, model, state.params, tokenizer.files)
+        params = stack_layers(state.params)
+        save_model(workdir / MODEL_FOLDER, model, params, tokenizer.files)
     return watcher.history
 
 
@@ -201,7 +203,7 @@ def _restored(run: Run, state: TrainState, bad_steps: int) -> TrainState:
     stability = run.config.stability
     if not stability.restore_after or bad_steps < stability.restore_after:
         return state
-    restored = run.checkpoints.restore_latest(abstract_state(run.model, run.recipe, run.mesh))
+    restored = run.checkpoints.restore_latest(run.model, run.recipe, run.mesh)
     if restored is None or run.restores >= stability.most_restores:
         why = "before the first checkpoint" if restored is None else "after every restore"
         raise DivergedError(

@@ -35,7 +35,7 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 def decay_mask(params: Any) -> Any:
     """Of a tree of parameters, True for the word embedding and the linears' kernels."""
 
-    def is_decayed(path: tuple[jax.tree_util.GetAttrKey, ...], _: object) -> bool:
+    def is_decayed(path: tuple[Any, ...], _: object) -> bool:
         return path[-1].name in ("kernel", "word_embeddings")
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)

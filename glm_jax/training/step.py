@@ -91,18 +91,20 @@ def _gradients(
         return total * scale, sums
 
     gradient = jax.grad(scaled, has_aux=True)
+    is_stacked = not isinstance(state.params.layers, tuple)
+    axes = glm_params.logical_axes(config, is_stacked)
     if accumulation == 1:
         return gradient(state.params, jax.tree.map(lambda x: x[0], batch), 0)
 
     def add(total: Any, scanned: Any) -> tuple[Any, None]:
         gradients, sums = gradient(state.params, *scanned)
-        gradients = constrain_parameters(gradients, glm_params.logical_axes(config))
+        gradients = constrain_parameters(gradients, axes)
         return jax.tree.map(jnp.add, total, (gradients, sums)), None
 
     first = jax.tree.map(lambda x: x[0], batch)
     shapes = jax.eval_shape(gradient, state.params, first, 0)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    start = (constrain_parameters(zeros[0], glm_params.logical_axes(config)), zeros[1])
+    start = (constrain_parameters(zeros[0], axes), zeros[1])
     (gradients, sums), _ = jax.lax.scan(add, start, (batch, jnp.arange(accumulation)))
     sums["activation_scale"] = sums["activation_scale"] / accumulation
     return gradients, sums

@@ -257,7 +257,7 @@ def test_a_step_is_the_same_on_every_mesh(shape):
     for name in ("loss", "gradient_norm", "update_norm", "activation_scale", "group_losses"):
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-4, err_msg=name)
     assert jax.tree.map(lambda x: x.sharding, after) == jax.tree.map(lambda x: x.sharding, state)
-    kernel = after.params.layers.dense_4h_to_h.kernel
-    assert after.opt_state[1].mu.layers.dense_4h_to_h.kernel.sharding == kernel.sharding
+    kernel = after.params.layers[1].dense_4h_to_h.kernel
+    assert after.opt_state[1].mu.layers[1].dense_4h_to_h.kernel.sharding == kernel.sharding
     shard = kernel.addressable_shards[0].data
     assert shard.size * shape[1] * shape[2] == kernel.size
