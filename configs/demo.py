@@ -16,7 +16,8 @@ def get_config() -> ConfigDict:
     config.data.objective.masked_tokens = 0.3
     config.optimizer.learning_rate = 5e-3
     config.optimizer.warmup_fraction = 0.05
-    config.optimizer.dropout = 0.0  # it never sees enough to learn by heart
+    # It never sees enough to learn by heart.
+    config.optimizer.dropout = config.optimizer.attention_dropout = 0.0
     config.log_every = 50
     config.checkpoint_every = 550
     return config

@@ -11,5 +11,5 @@ def get_config() -> ConfigDict:
     config.data.batch_size = 8
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_fraction = 0.05
-    config.optimizer.dropout = 0.0
+    config.optimizer.dropout = config.optimizer.attention_dropout = 0.0
     return config

@@ -14,6 +14,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Int32
 
 from glm_jax.config import GLMConfig
 from glm_jax.kernels.attention.api import attention
+from glm_jax.kernels.attention.dropout import WeightDropout
 from glm_jax.kernels.quantized_matmul.api import (
     TiledArray,
     is_quantized,
@@ -30,6 +31,7 @@ from glm_jax.model.layers import (
     layer_norm,
     linear,
     rotary_factors,
+    weight_dropout,
 )
 from glm_jax.model.params import GLMParams, LayerParams
 from glm_jax.model.visibility import Visibility
@@ -125,7 +127,8 @@ def block(
     """One transformer block with DeepNorm residuals (arXiv:2210.02414, section 2.1)."""
     alpha = jnp.asarray(config.residual_scale, x.dtype)
     h = layer_norm(x, layer.input_layernorm, config.layernorm_epsilon)
-    attended, cache = _self_attention(h, layer, config, rotary, visible, cache, start)
+    dropped = weight_dropout(dropout, 2)
+    attended, cache = _self_attention(h, layer, config, rotary, visible, cache, start, dropped)
     x = constrain(h * alpha + drop(attended, dropout, 0), HIDDEN_AXES)
     h = layer_norm(x, layer.post_attention_layernorm, config.layernorm_epsilon)
     inner = constrain(linear(h, layer.dense_h_to_4h), ("batch", "seq", None, "mlp"))
@@ -142,6 +145,7 @@ def _self_attention(
     visible: Visible,
     cache: LayerCache | None,
     start: Int32[Array, " batch"] | None,
+    dropout: WeightDropout | None,
 ) -> tuple[Float[Array, "batch seq embed"], LayerCache | None]:
     fused = linear(h, layer.query_key_value)
     fused = constrain(fused, ("batch", "seq", "heads", None, "head_dim"))
@@ -160,6 +164,7 @@ def _self_attention(
         config.softmax_dtype,
         keys.key_scales,
         keys.value_scales,
+        dropout,
     )
     merged = attended.reshape(*attended.shape[:2], math.prod(attended.shape[2:]))
     return linear(merged, layer.dense), cache

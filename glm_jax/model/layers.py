@@ -10,6 +10,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from glm_jax.config import GLMConfig
+from glm_jax.kernels.attention.dropout import WeightDropout
 from glm_jax.kernels.quantized_matmul.api import is_quantized, quantized_matmul
 from glm_jax.model.params import LayerNormParams, LinearParams
 
@@ -28,13 +29,26 @@ def layer_norm(
 
 @struct.dataclass
 class Dropout:
-    """Sets a share `rate` of the numbers to zero, others for each key."""
+    """Sets a share `rate` of the numbers to zero, others for each key.
+
+    Attributes:
+      attention_rate: the share of attention's weights.
+    """
 
     key: Any
     rate: float = struct.field(pytree_node=False)
+    attention_rate: float = struct.field(pytree_node=False, default=0.0)
 
     def of_layer(self, index: Int[Array, ""] | int) -> "Dropout":
-        return Dropout(jax.random.fold_in(self.key, index), self.rate)
+        return self.replace(key=jax.random.fold_in(self.key, index))  # type: ignore[attr-defined]
+
+
+def weight_dropout(dropout: Dropout | None, place: int) -> WeightDropout | None:
+    """The same for attention's weights, which are never all there."""
+    if dropout is None or dropout.attention_rate == 0:
+        return None
+    seed = jax.random.bits(jax.random.fold_in(dropout.key, place), dtype=jnp.uint32)
+    return WeightDropout(seed, dropout.attention_rate)
 
 
 def drop(x: Float[Array, "..."], dropout: Dropout | None, place: int) -> Float[Array, "..."]:

@@ -34,7 +34,7 @@ def training_hidden(
 
     Args:
       remat: one of `REMAT_POLICIES`.
-      dropout: of the embedding, the attention's output and the feed-forward's output.
+      dropout: of the embedding, attention's weights and output, the feed-forward's output.
     """
     rotary = rotary_factors(config, position_ids)
 

@@ -19,6 +19,7 @@ _OPTIMIZER = (
     "weight_decay",
     "gradient_clip",
     "dropout",
+    "attention_dropout",
     "remat",
     "loss_chunk",
 )

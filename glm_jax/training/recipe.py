@@ -17,7 +17,8 @@ class Recipe:
         down to the fraction of the peak.
       beta1, beta2, epsilon, weight_decay: of AdamW; biases and layernorms do not decay.
       gradient_clip: global norm that gradients are scaled down to.
-      dropout: share of activations.
+      dropout: share of activations: the embedding's and both outputs of a block.
+      attention_dropout: share of attention's weights.
       remat: what is saved for the backward pass: "none" recomputes nothing, "blocks" all
         but a block's input, "dots" all but the results of matrix products.
       loss_chunk: positions whose logits exist at a time.
@@ -43,6 +44,7 @@ class Recipe:
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
     dropout: float = 0.1
+    attention_dropout: float = 0.1
     remat: str = "none"
     loss_chunk: int = 256
     z_loss: float = 0.0
@@ -57,10 +59,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.remat not in REMAT_POLICIES:
             raise ConfigError(f"optimizer.remat={self.remat!r}: one of {REMAT_POLICIES}")
-        shares = ("dropout", "warmup_fraction", "embedding_gradient")
-        for name in shares:
+        for name in ("warmup_fraction", "embedding_gradient"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: from 0 to 1")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: from 0 to less than 1")
         for name in ("total_samples", "loss_chunk", "median_window", "loss_scale_window"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: at least 1")

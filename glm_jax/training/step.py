@@ -85,8 +85,9 @@ def _gradients(
         table = shrink_gradient(params.word_embeddings, factor)
         params = params.replace(word_embeddings=table)  # type: ignore[attr-defined]
         dropout = None
-        if recipe.dropout > 0:
-            dropout = Dropout(jax.random.fold_in(key, index), recipe.dropout)
+        if recipe.dropout > 0 or recipe.attention_dropout > 0:
+            own_key = jax.random.fold_in(key, index)
+            dropout = Dropout(own_key, recipe.dropout, recipe.attention_dropout)
         total, sums = loss_sums(params, config, part, recipe, groups, dropout)
         return total * scale, sums
 

@@ -60,7 +60,7 @@ def _tokens() -> np.ndarray:
 
 
 def _step_case(model: GLMConfig) -> Case:
-    recipe = Recipe(total_samples=10**6, dropout=0.0)  # as the peer
+    recipe = Recipe(total_samples=10**6, dropout=0.0, attention_dropout=0.0)  # as the peer
     mesh = make_mesh((1, 1, 1))
     holder: list[Any] = [init_state(model, recipe, jax.random.key(0), mesh)]
     train_step = compiled_train_step(model, recipe, 1, mesh)

@@ -10,6 +10,7 @@ import pytest
 
 from glm_jax.kernels.attention import cpu, reference
 from glm_jax.kernels.attention.api import attention
+from glm_jax.kernels.attention.dropout import WeightDropout
 from glm_jax.model.cache import LayerCache, write
 from glm_jax.model.visibility import Visibility
 
@@ -111,19 +112,23 @@ def _visibilities(length):
 
 
 @pytest.mark.parametrize("kind", list(_visibilities(100)))
-@pytest.mark.parametrize(("length", "head_dim"), [(100, 16), (200, 80), (128, 64)])
-def test_blocks_and_their_gradients_equal_the_formula(kind, length, head_dim):
+@pytest.mark.parametrize(
+    ("length", "head_dim", "rate"),
+    [(100, 16, 0.0), (200, 80, 0.0), (128, 64, 0.0), (200, 16, 0.3)],
+)
+def test_blocks_and_their_gradients_equal_the_formula(kind, length, head_dim, rate):
+    dropout = WeightDropout(jnp.uint32(2**31 + 5), rate) if rate else None
     ranges = _visibilities(length)[kind].key_ranges
     query, key, value, _ = _inputs(2, length, 3, length, head_dim)
     weights = jax.random.normal(jax.random.key(9), query.shape)
     mask = reference.ranges_to_mask(ranges, length)
 
     def blocks(widest, *inputs):
-        out = cpu.blocks(*inputs, ranges, widest)
+        out = cpu.blocks(*inputs, ranges, dropout, widest)
         return jnp.sum(out * weights), out
 
     def formula(*inputs):
-        out = reference.masked_attention(*inputs, mask, "float32")
+        out = reference.masked_attention(*inputs, mask, "float32", dropout)
         return jnp.sum(out * weights), out
 
     grad = lambda f: jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))

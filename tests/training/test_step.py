@@ -21,7 +21,9 @@ from glm_jax.training.state import Batch, init_state
 from glm_jax.training.step import compiled_train_step, loss_sums
 
 CONFIG = GLMConfig(2, 32, 64, 4, 96, 32)
-PLAIN = Recipe(total_samples=1000, dropout=0.0, embedding_gradient=1.0, loss_chunk=8)
+PLAIN = Recipe(
+    total_samples=1000, dropout=0.0, attention_dropout=0.0, embedding_gradient=1.0, loss_chunk=8
+)
 
 
 def _batch(accumulation=1, rows=2, length=32, seed=0):
@@ -183,12 +185,15 @@ def test_the_embeddings_gradient_shrinks_and_its_forward_pass_does_not():
     np.testing.assert_allclose(factors, [0.1, 0.55, 1.0, 1.0])
 
 
-def test_dropout_keeps_the_mean_and_differs_from_step_to_step(params):
+@pytest.mark.parametrize("which", ["dropout", "attention_dropout"])
+def test_dropout_keeps_the_mean_and_differs_from_step_to_step(which):
     x = jnp.ones((200, 500))
     dropped = drop(x, Dropout(jax.random.key(0), 0.25), 0)
     assert float(dropped.mean()) == pytest.approx(1.0, abs=0.01)
     assert float((dropped == 0).mean()) == pytest.approx(0.25, abs=0.01)
-    recipe = Recipe(total_samples=1000, dropout=0.3, learning_rate=0.0, initial_learning_rate=0.0)
+    rates = dict.fromkeys(("dropout", "attention_dropout"), 0.0) | {which: 0.3}
+    still = {"learning_rate": 0.0, "initial_learning_rate": 0.0}
+    recipe = Recipe(total_samples=1000, **rates, **still)
     state = _state(recipe)
     state, first = _step(state, _batch(), recipe)
     _, second = _step(state, _batch(), recipe)
@@ -197,7 +202,9 @@ def test_dropout_keeps_the_mean_and_differs_from_step_to_step(params):
 
 @pytest.mark.parametrize("bad", ["infinite", "large"])
 def test_a_bad_step_changes_nothing_but_its_count(bad):
-    recipe = Recipe(total_samples=1000, dropout=0.0, median_window=8, skip_factor=4.0)
+    recipe = Recipe(
+        total_samples=1000, dropout=0.0, attention_dropout=0.0, median_window=8, skip_factor=4.0
+    )
     state = _state(recipe)
     for i in range(8):
         state, metrics = _step(state, _batch(seed=i), recipe)
@@ -234,7 +241,9 @@ def test_loss_scale_halves_on_overflow_and_doubles_after_good_steps():
 
 
 def test_float16_with_loss_scaling_follows_float32():
-    recipe = Recipe(total_samples=100, dropout=0.0, learning_rate=1e-2, loss_scaling=True)
+    recipe = Recipe(
+        total_samples=100, dropout=0.0, attention_dropout=0.0, learning_rate=1e-2, loss_scaling=True
+    )
     narrow = CONFIG.replace(compute_dtype="float16")
     losses = {}
     for name, config in (("float32", CONFIG), ("float16", narrow)):

@@ -92,7 +92,7 @@ def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(experiment, tmp_path, m
 
 
 def test_a_run_goes_on_on_another_mesh(experiment, tmp_path, monkeypatch):
-    experiment.optimizer.dropout = 0.0
+    experiment.optimizer.dropout = experiment.optimizer.attention_dropout = 0.0
     expected = train(experiment, tmp_path / "one")
     first = experiment.copy_and_resolve_references()
     first.mesh = "2,2,2"
@@ -111,7 +111,7 @@ def test_a_run_goes_on_on_another_mesh(experiment, tmp_path, monkeypatch):
 
 def test_the_batch_grows_and_is_accumulated(experiment, tmp_path):
     """The same rows give the same losses, however many of them the devices take at once."""
-    experiment.optimizer.dropout = 0.0
+    experiment.optimizer.dropout = experiment.optimizer.attention_dropout = 0.0
     experiment.data.update(initial_batch_size=2, ramp_fraction=0.25, micro_batch_size=2)
     experiment.log_every, experiment.steps = 1, 6
     history = train(experiment, tmp_path / "run")

@@ -7,6 +7,7 @@ import jax
 from jaxtyping import Array, Bool, Float, Int32
 
 from glm_jax.kernels.attention import blockwise, cpu, library, reference
+from glm_jax.kernels.attention.dropout import WeightDropout
 
 # Keys up to which all scores at once are no more than a block.
 _FEW_KEYS = 128
@@ -23,6 +24,7 @@ def attention(
     softmax_dtype: str = "float32",
     key_scales: Float[Array, "batch heads key"] | None = None,
     value_scales: Float[Array, "batch heads key"] | None = None,
+    dropout: WeightDropout | None = None,
 ) -> Float[Array, "batch query heads head_dim"]:
     """softmax(query key^T / sqrt(head_dim)) value over the keys that each row may see.
 
@@ -35,38 +37,39 @@ def attention(
       visible: per row, [start, end) of one or two ranges of keys; or a mask, true where
         the row may see the key.
       softmax_dtype: dtype of the scores and their softmax.
+      dropout: of the softmax's weights, in training.
 
     Returns:
       [batch, query, heads, head_dim] in the query's dtype.
     """
-    if softmax_dtype == "float32" and cpu.takes(query, key, visible):
-        arrays = (query, key, value, visible, key_scales, value_scales)
-        with_cache: Array = jax.lax.platform_dependent(
-            *arrays, cpu=cpu.attention, default=_in_float32
-        )
-        return with_cache
-    if softmax_dtype == "float32" and key_scales is None and cpu.blocks_take(query, key, visible):
-        attended: Array = jax.lax.platform_dependent(
+    scales = (key_scales, value_scales)
+    elsewhere = functools.partial(_attention, softmax_dtype=softmax_dtype)
+    if softmax_dtype != "float32":
+        return elsewhere(query, key, value, visible, *scales, dropout)
+    attended: Array
+    if dropout is None and cpu.takes(query, key, visible):
+        attended = jax.lax.platform_dependent(
             query,
             key,
             value,
             visible,
-            cpu=cpu.blocks,
-            default=functools.partial(_in_float32, key_scales=None, value_scales=None),
+            *scales,
+            cpu=cpu.attention,
+            default=functools.partial(elsewhere, dropout=None),
         )
-        return attended
-    return _attention(query, key, value, visible, softmax_dtype, key_scales, value_scales)
-
-
-def _in_float32(
-    query: Array,
-    key: Array,
-    value: Array,
-    visible: Array,
-    key_scales: Array | None,
-    value_scales: Array | None,
-) -> Array:
-    return _attention(query, key, value, visible, "float32", key_scales, value_scales)
+    elif key_scales is None and cpu.blocks_take(query, key, visible):
+        attended = jax.lax.platform_dependent(
+            query,
+            key,
+            value,
+            visible,
+            dropout,
+            cpu=cpu.blocks,
+            default=lambda q, k, v, ranges, drop: elsewhere(q, k, v, ranges, *scales, drop),
+        )
+    else:
+        attended = elsewhere(query, key, value, visible, *scales, dropout)
+    return attended
 
 
 def _attention(
@@ -74,9 +77,10 @@ def _attention(
     key: Array,
     value: Array,
     visible: Array,
-    softmax_dtype: str,
     key_scales: Array | None,
     value_scales: Array | None,
+    dropout: WeightDropout | None,
+    softmax_dtype: str,
 ) -> Array:
     num_keys, is_mask = key.shape[2], visible.dtype == bool
     if is_mask or softmax_dtype != "float32" or num_keys <= _FEW_KEYS:
@@ -85,13 +89,13 @@ def _attention(
             value = (value * value_scales[..., None]).astype(query.dtype)
         mask = visible if is_mask else reference.ranges_to_mask(visible, num_keys)
         return reference.masked_attention(
-            query, key.astype(query.dtype), value.astype(query.dtype), mask, softmax_dtype
+            query, key.astype(query.dtype), value.astype(query.dtype), mask, softmax_dtype, dropout
         )
 
     def in_blocks(query: Array, key: Array, value: Array, ranges: Array, rows: int) -> Array:
         block = min(_QUERY_BLOCK, max(query.shape[1], rows))
         return blockwise.attention(
-            query, key, value, ranges, key_scales, value_scales, block, _KEY_BLOCK
+            query, key, value, ranges, key_scales, value_scales, dropout, block, _KEY_BLOCK
         )
 
     alone = functools.partial(in_blocks, rows=1)
@@ -99,7 +103,8 @@ def _attention(
         "cpu": alone,
         "default": functools.partial(in_blocks, rows=_LEAST_ROWS),
     }
-    if key_scales is None and library.is_available(query, visible):
+    # The library has no dropout.
+    if key_scales is None and dropout is None and library.is_available(query, visible):
         key, value = key.astype(query.dtype), value.astype(query.dtype)
         backends["cuda"] = library.attention
     attended: Array = jax.lax.platform_dependent(query, key, value, visible, **backends)

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from glm_jax.kernels.attention.dropout import WeightDropout, factors
 from glm_jax.kernels.attention.reference import ranges_to_mask
 
 _LOWEST = -1e30  # of a row that has seen nothing; finite, so that differences are numbers
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def attention(
     query: Float[Array, "batch query heads head_dim"],
     key: Array,
@@ -25,6 +26,7 @@ def attention(
     key_ranges: Int32[Array, "batch query bounds"],
     key_scales: Float[Array, "batch heads key"] | None,
     value_scales: Float[Array, "batch heads key"] | None,
+    dropout: WeightDropout | None,
     query_block: int,
     key_block: int,
 ) -> Float[Array, "batch query heads head_dim"]:
@@ -34,12 +36,14 @@ def attention(
       key, value: [batch, heads, key, head_dim], float, or int8 with scales, which a
         gradient does not pass.
       key_ranges: [start, end) of one or two ranges a row.
+      dropout: of the weights.
 
     Returns:
       [batch, query, heads, head_dim] in the query's dtype; zeros for rows that see nothing.
     """
     blocks = (query_block, key_block)
-    return _forward(query, key, value, key_ranges, key_scales, value_scales, *blocks)[0]
+    scales = (key_scales, value_scales)
+    return _forward(query, key, value, key_ranges, *scales, dropout, *blocks)[0]
 
 
 def _forward(
@@ -49,6 +53,7 @@ def _forward(
     key_ranges: Array,
     key_scales: Array | None,
     value_scales: Array | None,
+    dropout: WeightDropout | None,
     query_block: int,
     key_block: int,
 ) -> tuple[Array, Any]:
@@ -57,8 +62,8 @@ def _forward(
     keys = (_pad(key, 2, key_block), _pad(value, 2, key_block))
     scales = tuple(None if s is None else _pad(s, 2, key_block) for s in (key_scales, value_scales))
 
-    def of_queries(block: tuple[Array, Array]) -> tuple[Array, Array]:
-        rows, ranges = block
+    def of_queries(block: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        rows, ranges, numbers = block
         first, last = _bounds(ranges, key_block, keys[0].shape[2])
 
         def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -69,6 +74,7 @@ def _forward(
             weights = jnp.where(scores > _LOWEST, jnp.exp(scores - new[..., None]), 0)
             shrink = jnp.exp(largest - new)
             total = total * shrink + jnp.sum(weights, axis=-1)
+            weights = _drop(weights, dropout, numbers[0], i * key_block)
             if v_scale is not None:
                 weights = weights * v_scale[:, :, None]
             part = _product("bhqk,bhkd->bhqd", weights.astype(rows.dtype), v.astype(rows.dtype))
@@ -84,29 +90,34 @@ def _forward(
         total = jnp.where(total == 0, 1, total)
         return (summed / total[..., None]).astype(query.dtype), largest + jnp.log(total)
 
-    outputs, log_sums = _map(of_queries, (scaled, key_ranges), query_block)
+    by_query = (scaled, key_ranges, jnp.arange(num_queries)[None].repeat(batch, 0))
+    outputs, log_sums = _map(of_queries, by_query, query_block)
     output = jnp.moveaxis(_join(outputs, 2)[:, :, :num_queries], 1, 2)
     log_sums = _join(log_sums, 2)[:, :, :num_queries]
-    return output, (query, key, value, key_ranges, output, log_sums)
+    return output, (query, key, value, key_ranges, dropout, output, log_sums)
 
 
 def _backward(query_block: int, key_block: int, kept: Any, gradient: Array) -> tuple[Any, ...]:
-    query, key, value, key_ranges, output, log_sums = kept
+    query, key, value, key_ranges, dropout, output, log_sums = kept
     factor = query.shape[-1] ** -0.5
     scaled = query * jnp.asarray(factor, query.dtype)
     wide = gradient.astype(jnp.float32)
     shift = jnp.sum(wide * output.astype(jnp.float32), axis=-1)
-    by_query = (scaled, key_ranges, gradient, jnp.moveaxis(log_sums, 1, 2), shift)
+    numbers = jnp.arange(query.shape[1])[None].repeat(len(query), 0)
+    by_query = (scaled, key_ranges, gradient, jnp.moveaxis(log_sums, 1, 2), shift, numbers)
     padded_queries = tuple(_pad(a, 1, query_block) for a in by_query)
     keys, values = _pad(key, 2, key_block), _pad(value, 2, key_block)
 
     def weights_of(rows: tuple[Array, ...], k: Array, v: Array, offset: Array) -> Any:
-        q, ranges, g, log_sum, delta = rows
+        q, ranges, g, log_sum, delta, numbers = rows
         scores = _scores(q, k, ranges, offset, None)
         log_sum, delta = (jnp.moveaxis(a, 1, 2)[..., None] for a in (log_sum, delta))
         weights = jnp.where(scores > _LOWEST, jnp.exp(scores - log_sum), 0)
-        of_weights = _product("bqhd,bhkd->bhqk", g, v)
-        return weights.astype(q.dtype), (weights * (of_weights - delta)).astype(q.dtype)
+        of_weights = _drop(_product("bqhd,bhkd->bhqk", g, v), dropout, numbers[0], offset)
+        of_scores = weights * (of_weights - delta)
+        return _drop(weights, dropout, numbers[0], offset).astype(q.dtype), of_scores.astype(
+            q.dtype
+        )
 
     def of_queries(rows: tuple[Array, ...]) -> Array:
         first, last = _bounds(rows[1], key_block, keys.shape[2])
@@ -145,6 +156,7 @@ def _backward(query_block: int, key_block: int, kept: Any, gradient: Array) -> t
         None,
         None,
         None,
+        None,
     )
 
 
@@ -159,6 +171,14 @@ def _scores(query: Array, key: Array, ranges: Array, offset: Array, scale: Array
         scores = scores * scale[:, :, None]
     visible = ranges_to_mask(ranges - offset, key.shape[2])
     return jnp.where(visible[:, None], scores, _LOWEST)
+
+
+def _drop(weights: Array, dropout: WeightDropout | None, rows: Array, first_key: Array) -> Array:
+    """Weights [batch, heads, query, key] of the rows of such numbers, with dropout."""
+    if dropout is None:
+        return weights
+    batch, heads, _, keys = weights.shape
+    return weights * factors(dropout, batch, heads, rows, first_key + jnp.arange(keys))
 
 
 def _bounds(ranges: Array, key_block: int, num_keys: int) -> tuple[Array, Array]:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from glm_jax.kernels import cpu_library
+from glm_jax.kernels.attention.dropout import WeightDropout
 
 LIBRARY = "libglm_jax_attention.so"
 _TARGET = "glm_jax_attention"
@@ -103,12 +104,14 @@ def blocks(
     key: Float[Array, "batch heads key head_dim"],
     value: Float[Array, "batch heads key head_dim"],
     key_ranges: Int32[Array, "batch query bounds"],
+    dropout: WeightDropout | None = None,
     widest: int = cpu_library.WIDEST,
 ) -> Float[Array, "batch query heads head_dim"]:
     """softmax(query key^T / sqrt(head_dim)) value, block by block; all float32.
 
     Args:
       key_ranges: [start, end) of one or two ranges a row.
+      dropout: of the weights.
       widest: see `attention`.
 
     Returns:
@@ -116,16 +119,28 @@ def blocks(
     """
     # As projections give them: the transpose that made them [heads, key] falls away.
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
-    return _blocks(query, key, value, key_ranges, widest)
+    return _blocks(query, key, value, key_ranges, dropout, widest)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blocks(query: Array, key: Array, value: Array, key_ranges: Array, widest: int) -> Array:
-    return _blocks_forward(query, key, value, key_ranges, widest)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _blocks(
+    query: Array,
+    key: Array,
+    value: Array,
+    key_ranges: Array,
+    dropout: WeightDropout | None,
+    widest: int,
+) -> Array:
+    return _blocks_forward(query, key, value, key_ranges, dropout, widest)[0]
 
 
 def _blocks_forward(
-    query: Array, key: Array, value: Array, key_ranges: Array, widest: int
+    query: Array,
+    key: Array,
+    value: Array,
+    key_ranges: Array,
+    dropout: WeightDropout | None,
+    widest: int,
 ) -> tuple[Array, Any]:
     batch, queries, heads, _ = query.shape
     results = (
@@ -133,14 +148,26 @@ def _blocks_forward(
         jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
     )
     call = jax.ffi.ffi_call(_FORWARD, results, vmap_method="sequential")
-    out, log_sums = call(query, key, value, key_ranges, widest=np.int64(widest))
-    return out, (query, key, value, key_ranges, out, log_sums)
+    dropping = dropout or WeightDropout(jnp.uint32(0), 0.0)
+    inputs = (query, key, value, key_ranges, dropping.seed)
+    out, log_sums = call(*inputs, **_attributes(dropping, widest))
+    return out, (*inputs[:4], dropping, out, log_sums)
+
+
+def _attributes(dropout: WeightDropout, widest: int) -> dict[str, Any]:
+    return {
+        "most_kept": np.int64(dropout.most),
+        "kept_factor": np.float32(1 / (1 - dropout.rate)),
+        "widest": np.int64(widest),
+    }
 
 
 def _blocks_backward(widest: int, kept: Any, gradient: Array) -> tuple[Any, ...]:
-    results = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in kept[:3]]
+    *inputs, dropout, out, log_sums = kept
+    results = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in inputs[:3]]
     call = jax.ffi.ffi_call(_BACKWARD, results, vmap_method="sequential")
-    return (*call(*kept, gradient, widest=np.int64(widest)), None)
+    of_inputs = call(*inputs, dropout.seed, out, log_sums, gradient, **_attributes(dropout, widest))
+    return (*of_inputs, None, None)
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)

@@ -44,6 +44,24 @@ struct Ranges {
   }
 };
 
+// A permutation of 32-bit numbers; see dropout.py.
+template <class T>
+inline T Mix(T x) {
+  x = (x ^ (x >> 16)) * 0x7FEB352Du;
+  x = (x ^ (x >> 15)) * 0x846CA68Bu;
+  return x ^ (x >> 16);
+}
+
+// Which weights are kept: those whose hash is at most `most`.
+struct Dropout {
+  uint32_t seed, most;
+  float factor;  // of what is kept
+
+  bool is_on() const { return most < UINT32_MAX; }
+  void OfHead(int64_t item) { seed = Mix(seed ^ static_cast<uint32_t>(item)); }
+  uint32_t Line(int64_t row) const { return Mix(seed ^ static_cast<uint32_t>(row)); }
+};
+
 // One head of one row of the batch. Its rows are `row_stride` apart, other heads between them.
 struct Item {
   int64_t queries, keys, padded, head_dim, row_stride;
@@ -51,6 +69,7 @@ struct Item {
   float *out, *log_sums, *of_query, *of_key, *of_value;
   Ranges ranges;
   float factor;  // of scores
+  Dropout dropout;
 };
 
 // A block of queries, and the blocks of keys that any of them sees, one after another.
@@ -187,6 +206,7 @@ struct Job : glm_jax::Work {
       t.query += queries, t.out += queries, t.gradient += queries, t.of_query += queries;
       t.key += keys, t.value += keys, t.of_key += keys, t.of_value += keys;
       t.log_sums += item * first.queries;
+      t.dropout.OfHead(item);
       t.ranges.bounds += row * first.queries * first.ranges.per_row;
       run(t);
     }
@@ -215,25 +235,28 @@ using Floats = ffi::Buffer<ffi::F32>;
 using FloatsOut = ffi::ResultBuffer<ffi::F32>;
 
 ffi::Error Forward(ffi::ThreadPool pool, Floats query, Floats key, Floats value,
-                   ffi::Buffer<ffi::S32> ranges, FloatsOut out, FloatsOut log_sums,
-                   int64_t widest) {
+                   ffi::Buffer<ffi::S32> ranges, ffi::Buffer<ffi::U32> seed, FloatsOut out,
+                   FloatsOut log_sums, int64_t most_kept, float kept_factor, int64_t widest) {
   Item item = {};
   item.query = query.typed_data(), item.key = key.typed_data(), item.value = value.typed_data();
   item.out = out->typed_data(), item.log_sums = log_sums->typed_data();
   item.ranges.bounds = ranges.typed_data();
+  item.dropout = {seed.typed_data()[0], static_cast<uint32_t>(most_kept), kept_factor};
   return Start(pool, query.dimensions(), key.dimensions(), ranges.dimensions(), item,
                Choose(widest, false));
 }
 
 ffi::Error Backward(ffi::ThreadPool pool, Floats query, Floats key, Floats value,
-                    ffi::Buffer<ffi::S32> ranges, Floats out, Floats log_sums, Floats gradient,
-                    FloatsOut of_query, FloatsOut of_key, FloatsOut of_value, int64_t widest) {
+                    ffi::Buffer<ffi::S32> ranges, ffi::Buffer<ffi::U32> seed, Floats out,
+                    Floats log_sums, Floats gradient, FloatsOut of_query, FloatsOut of_key,
+                    FloatsOut of_value, int64_t most_kept, float kept_factor, int64_t widest) {
   Item item = {};
   item.query = query.typed_data(), item.key = key.typed_data(), item.value = value.typed_data();
   item.out = out.typed_data(), item.log_sums = log_sums.typed_data();
   item.gradient = gradient.typed_data(), item.of_query = of_query->typed_data();
   item.of_key = of_key->typed_data(), item.of_value = of_value->typed_data();
   item.ranges.bounds = ranges.typed_data();
+  item.dropout = {seed.typed_data()[0], static_cast<uint32_t>(most_kept), kept_factor};
   return Start(pool, query.dimensions(), key.dimensions(), ranges.dimensions(), item,
                Choose(widest, true));
 }
@@ -247,8 +270,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GlmJaxAttentionForward, Forward,
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::U32>>()
                                   .Ret<Floats>()
                                   .Ret<Floats>()
+                                  .Attr<int64_t>("most_kept")
+                                  .Attr<float>("kept_factor")
                                   .Attr<int64_t>("widest"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GlmJaxAttentionBackward, Backward,
@@ -258,10 +284,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GlmJaxAttentionBackward, Backward,
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::U32>>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Ret<Floats>()
                                   .Ret<Floats>()
                                   .Ret<Floats>()
+                                  .Attr<int64_t>("most_kept")
+                                  .Attr<float>("kept_factor")
                                   .Attr<int64_t>("widest"));

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+from glm_jax.kernels.attention.dropout import WeightDropout, factors
+
 
 def ranges_to_mask(
     key_ranges: Int32[Array, "batch query bounds"], num_keys: int
@@ -25,6 +27,7 @@ def masked_attention(
     value: Float[Array, "batch heads key head_dim"],
     mask: Bool[Array, "batch query key"],
     softmax_dtype: str,
+    dropout: WeightDropout | None = None,
 ) -> Float[Array, "batch query heads head_dim"]:
     """softmax(query key^T / sqrt(head_dim)) value over the visible keys.
 
@@ -42,6 +45,10 @@ def masked_attention(
     weights = jnp.where(visible, jnp.exp(scores), 0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights / jnp.where(total == 0, 1, total)
+    if dropout is not None:
+        batch, heads, queries, keys = weights.shape
+        kept = factors(dropout, batch, heads, jnp.arange(queries), jnp.arange(keys))
+        weights = weights * kept.astype(weights.dtype)
     attended = jnp.einsum(
         "bhqk,bhkd->bqhd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
     )

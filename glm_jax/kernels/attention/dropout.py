@@ -1,0 +1,55 @@
+"""Dropout of attention's weights, without an array of them.
+
+Whether a weight is kept is a hash of where it stands, so that each block of a forward or a
+backward pass finds its own part anew, and every backend drops the same weights.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int, UInt32
+
+
+@struct.dataclass
+class WeightDropout:
+    """Sets a share `rate` of the weights to zero, others for each seed.
+
+    Attributes:
+      seed: uint32 [].
+      rate: below 1.
+    """
+
+    seed: Any
+    rate: float = struct.field(pytree_node=False)
+
+    @property
+    def most(self) -> int:
+        """Weights with a hash up to this are kept."""
+        return round((1 - self.rate) * 2**32) - 1
+
+
+def factors(
+    dropout: WeightDropout,
+    batch: int,
+    heads: int,
+    rows: Int[Array, " query"],
+    columns: Int[Array, " key"],
+) -> Float[Array, "batch heads query key"]:
+    """What weights are multiplied by: 0, or 1 / (1 - rate).
+
+    Args:
+      rows, columns: numbers of queries and keys in the whole sequence.
+    """
+    heads_of_batch = jnp.arange(batch * heads, dtype=jnp.uint32).reshape(batch, heads, 1)
+    lines = _mix(_mix(dropout.seed ^ heads_of_batch) ^ rows.astype(jnp.uint32))
+    # Neighbours are set far apart, or two rows could share a run of hashes.
+    hashes = _mix(lines[..., None] ^ (columns.astype(jnp.uint32) * jnp.uint32(0x9E3779B1)))
+    return jnp.where(hashes <= jnp.uint32(dropout.most), 1 / (1 - dropout.rate), 0.0)
+
+
+def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """A permutation of 32-bit numbers in which each bit depends on all (Wellons' lowbias32)."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)
