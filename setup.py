@@ -56,6 +56,7 @@ setup(
         "absl-py>=2.1",
         "flax>=0.12",
         "array_record>=0.8",
+        "etils>=1.9",
         "grain>=0.2.16",
         "jax>=0.10",
         "jaxtyping>=0.3",
@@ -65,6 +66,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12",
+        "safetensors>=0.5",
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",
         "tqdm>=4.66",
@@ -83,9 +85,8 @@ setup(
             "types-PyYAML",
             "types-tqdm",
         ],
-        # The converters read PyTorch's files by themselves; nothing more is needed for
-        # paths on a local disk.
-        "convert": [],
+        # For shards behind gs:// and s3:// addresses; local disks need nothing more.
+        "convert": ["fsspec", "gcsfs", "s3fs"],
         # What `make test-aot` compiles with.
         "aot": ["jax[cuda12]", "jax[tpu]", "pytest", "pytest-xdist", "tokamax"],
         "cuda12": ["jax[cuda12]", "tokamax"],

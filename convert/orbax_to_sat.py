@@ -1,4 +1,4 @@
-"""Writes a model folder as released-layout shards.
+"""Writes a model as released-layout shards.
 
 python -m convert.orbax_to_sat --input=DIR --output=DIR --shards=8
 """
@@ -15,10 +15,13 @@ flags.DEFINE_string("input", None, "a model folder", required=True)
 flags.DEFINE_string("output", None, "folder to write; must not hold anything", required=True)
 flags.DEFINE_integer("shards", 8, "tensor-parallel shards to write")
 flags.DEFINE_string("iteration", "49300", "the name that `latest` gives")
+flags.DEFINE_enum("quantization", None, ["int8", "int4"], "of each shard's rows by themselves")
 
 
 def main() -> None:
-    write_shards(Path(FLAGS.input), Path(FLAGS.output), FLAGS.shards, FLAGS.iteration)
+    write_shards(
+        Path(FLAGS.input), Path(FLAGS.output), FLAGS.shards, FLAGS.iteration, FLAGS.quantization
+    )
 
 
 if __name__ == "__main__":

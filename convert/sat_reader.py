@@ -1,95 +1,137 @@
-"""Finds a released checkpoint's shards and joins their tensors one by one."""
+"""A released checkpoint's shards as one model, read tensor after tensor."""
 
 import re
-from pathlib import Path
+import threading
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from flax import serialization
-from tqdm import tqdm
+from etils import epath
 
 from convert import sat_layout
+from convert.byte_source import ByteSource
 from convert.errors import ConvertError
+from convert.sat_source import find_shards
 from convert.torch_file import LazyTensor, TorchFile
 from glm_jax.config import RELEASED_VOCAB_SIZE, GLMConfig, SpecialTokens
 from glm_jax.model import params as glm_params
-from glm_jax.model.checkpoint import refuse_non_empty, save_model
-from glm_jax.model.params import GLMParams, LayerNormParams, LayerParams, LinearParams
+from glm_jax.model.params import LayerNormParams, LayerParams, LinearParams
 from glm_jax.quantization import QuantizedArray
-from glm_jax.tokenizer import Tokenizer
 
-_SHARD = re.compile(r"mp_rank_(\d\d+)_model_states\.pt")
-
-
-def find_shards(folder: Path) -> list[Path]:
-    """The shard files in order of rank.
-
-    Args:
-      folder: holds `latest` and the iteration's folder that it names, or is the latter.
-
-    Raises:
-      ConvertError: no shards, or ranks missing between the first and the last.
-    """
-    if not folder.is_dir():
-        raise ConvertError(f"{folder} is not a folder: give the one that holds `latest`")
-    latest = folder / "latest"
-    if latest.is_file():
-        iteration = latest.read_text(encoding="utf-8").strip()
-        folder = folder / iteration
-        if not iteration or not folder.is_dir():
-            raise ConvertError(f"{latest} names {iteration!r}, but {folder} is not a folder")
-    ranks = {
-        int(match[1]): path for path in folder.iterdir() if (match := _SHARD.fullmatch(path.name))
-    }
-    if not ranks:
-        raise ConvertError(f"{folder} holds no mp_rank_RR_model_states.pt")
-    missing = sorted(set(range(max(ranks) + 1)) - set(ranks))
-    if missing:
-        raise ConvertError(
-            f"{folder}: the shard mp_rank_{missing[0]:02d}_model_states.pt is missing"
-        )
-    return [ranks[rank] for rank in sorted(ranks)]
+_FREQUENCIES = "rotary_emb.inv_freq"
+# What a training run counts; shards of one iteration agree in it.
+_COUNTERS = ("iteration", "global_steps", "global_samples")
+_LEARNED_POSITIONS = "block_position_embeddings.weight"
 
 
 class SatCheckpoint:
     """All shards of a released checkpoint, opened but not read.
 
+    Attributes:
+      shards: the files, by rank.
+      non_finite: of tensors that were read, names and how many numbers are NaN or infinite.
+
     Raises:
       ConvertError: a shard cannot be read, or shards do not belong together.
     """
 
-    def __init__(self, folder: Path):
-        self.paths = find_shards(folder)
-        self._shards = [_module(path) for path in self.paths]
-        first = self._shards[0]
-        for path, shard in zip(self.paths, self._shards, strict=True):
-            for name in sorted(set(first) ^ set(shard)):
-                raise ConvertError(f"{path} and {self.paths[0]} differ: only one has {name}")
-            for name, tensor in shard.items():
+    def __init__(self, source: epath.PathLike | Sequence[ByteSource], is_checked: bool = True):
+        """Args:
+        source: a path as `find_shards` takes it, or the shards by rank.
+        is_checked: hold what is read against the files' checksums.
+        """
+        if isinstance(source, str | epath.Path) or hasattr(source, "__fspath__"):
+            source = find_shards(source)
+        self.shards = [TorchFile(file, is_checked) for file in source]
+        self.non_finite: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._modules = [_module(shard) for shard in self.shards]
+        self._check_alike()
+        self._frequencies = _take_frequencies(self._modules)
+        if not self.has_learned_positions:
+            self._check_count()
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._modules[0])
+
+    @property
+    def has_learned_positions(self) -> bool:
+        """Whether it is a GLM-10B, GLM-2B or GLM-large, which came before GLM-130B."""
+        return any(name.endswith(_LEARNED_POSITIONS) for name in self._modules[0])
+
+    def _check_alike(self) -> None:
+        first = self._modules[0]
+        for shard, module in zip(self.shards, self._modules, strict=True):
+            for name in sorted(set(first) ^ set(module)):
+                raise ConvertError(
+                    f"{shard.name} and {self.shards[0].name} differ: only one has {name}"
+                )
+            for name, tensor in module.items():
                 if tensor.shape != first[name].shape or tensor.dtype != first[name].dtype:
                     raise ConvertError(
-                        f"{path}: {name} is {tensor.dtype} {tensor.shape}, in {self.paths[0]} "
-                        f"it is {first[name].dtype} {first[name].shape}"
+                        f"{shard.name}: {name} is {tensor.dtype} {tensor.shape}, in "
+                        f"{self.shards[0].name} it is {first[name].dtype} {first[name].shape}"
+                    )
+            for counter in _COUNTERS:
+                values = (self.shards[0].content.get(counter), shard.content.get(counter))
+                if all(isinstance(value, int) for value in values) and values[0] != values[1]:
+                    raise ConvertError(
+                        f"{shard.name} is of {counter} {values[1]}, {self.shards[0].name} of "
+                        f"{values[0]}: give shards of one iteration"
                     )
 
-    def config(self, num_heads: int, max_sequence_length: int) -> GLMConfig:
-        """The architecture that the shapes tell; heads and positions they do not.
+    def _check_count(self) -> None:
+        """Whether there are as many shards as a shard's shapes tell."""
+        hidden, rows = self._hidden_and_rows()
+        count = len(self.shards)
+        if rows and 3 * hidden % rows == 0 and 3 * hidden // rows != count:
+            expected = 3 * hidden // rows
+            missing = (
+                f": mp_rank_{count:02d}_model_states.pt is missing" if count < expected else ""
+            )
+            raise ConvertError(
+                f"{self.shards[0].name} is one of {expected} shards by its shapes, there are "
+                f"{count}{missing}"
+            )
+
+    def _hidden_and_rows(self) -> tuple[int, int]:
+        hidden = _size(self.tensor(f"{sat_layout.FINAL_LAYERNORM}.weight"))
+        return hidden, _size(self.tensor(f"{sat_layout.linear_name(0, 'query_key_value')}.bias"))
+
+    def config(self, num_heads: int | None, max_sequence_length: int) -> GLMConfig:
+        """The architecture that the shapes tell.
+
+        Args:
+          num_heads: None to take it from the shape of the rotary frequencies.
 
         Raises:
-          ConvertError: shapes that do not fit the heads, or missing tensors.
+          ConvertError: a model that is not of this architecture, shapes that do not fit the
+            heads, or missing tensors.
         """
-        hidden = self.tensor(f"{sat_layout.FINAL_LAYERNORM}.weight").shape[0]
+        if self.has_learned_positions:
+            raise ConvertError(
+                f"{self.shards[0].name} has learned block positions, as GLM-10B, GLM-2B and "
+                "GLM-large do; this is GLM-130B's architecture, with rotary positions, and cannot "
+                "run it (convert.inspect shows what it holds)"
+            )
+        hidden, rows = self._hidden_and_rows()
         embedding = self.tensor(sat_layout.EMBEDDING)
-        inner = self.tensor(f"{sat_layout.linear_name(0, 'dense_h_to_4h')}.bias").shape[0]
-        rows = self.tensor(f"{sat_layout.linear_name(0, 'query_key_value')}.bias").shape[0]
-        count = len(self.paths)
+        inner = _size(self.tensor(f"{sat_layout.linear_name(0, 'dense_h_to_4h')}.bias"))
+        count = len(self.shards)
+        if num_heads is None:
+            if not self._frequencies:
+                raise ConvertError(
+                    f"{self.shards[0].name} does not tell how many attention heads there are: "
+                    "give --num_heads"
+                )
+            num_heads = hidden // (2 * self._frequencies)
         if hidden % num_heads or rows * count != 3 * hidden or num_heads % count:
             raise ConvertError(
-                f"{self.paths[0].parent}: hidden size {hidden} and {rows} query-key-value rows in "
+                f"{self.shards[0].name}: hidden size {hidden} and {rows} query-key-value rows in "
                 f"each of {count} shards do not divide by {num_heads} heads: check --num_heads"
             )
-        numbers = [re.match(r"transformer\.layers\.(\d+)\.", name) for name in self._shards[0]]
+        numbers = [re.match(r"transformer\.layers\.(\d+)\.", name) for name in self.names]
         vocab_size = embedding.shape[0] * count
         return GLMConfig(
             num_layers=1 + max(int(match[1]) for match in numbers if match),
@@ -104,69 +146,68 @@ class SatCheckpoint:
             special_tokens=SpecialTokens() if vocab_size == RELEASED_VOCAB_SIZE else None,
         )
 
-    def tensor(self, name: str, shard: int = 0) -> LazyTensor:
+    def tensor(self, name: str, rank: int = 0) -> LazyTensor:
         try:
-            return self._shards[shard][name]
+            return self._modules[rank][name]
         except KeyError as error:
-            raise ConvertError(f"{self.paths[shard]}: the tensor {name} is missing") from error
+            raise ConvertError(f"{self.shards[rank].name}: the tensor {name} is missing") from error
 
-    def read(self, name: str, shape: tuple[int, ...], shard: int = 0) -> np.ndarray:
-        """One shard's tensor, checked against the shape that the config asks for."""
-        tensor = self.tensor(name, shard)
+    def check(self, config: GLMConfig) -> None:
+        """Raises ConvertError where a tensor is missing or of another shape than the config
+        asks for, before anything is read."""
+        for rank in range(len(self.shards)):
+            self._describe(sat_layout.EMBEDDING, self._embedding_shape(config), rank)
+            for i in range(config.num_layers):
+                for name in glm_params.LINEAR_NAMES:
+                    for kind, shape in self._linear_shapes(config, name).items():
+                        self._describe(f"{sat_layout.linear_name(i, name)}.{kind}", shape, rank)
+            norms = [
+                sat_layout.layernorm_name(i, name)
+                for i in range(config.num_layers)
+                for name in sat_layout.LAYERNORMS
+            ]
+            for norm in (*norms, sat_layout.FINAL_LAYERNORM):
+                for kind in ("weight", "bias"):
+                    self._describe(f"{norm}.{kind}", (config.hidden_size,), rank)
+
+    def _describe(self, name: str, shape: tuple[int, ...], rank: int) -> LazyTensor:
+        tensor = self.tensor(name, rank)
         if tensor.shape != shape:
-            raise ConvertError(f"{self.paths[shard]}: {name} is {tensor.shape}, expected {shape}")
-        return tensor.read()
+            raise ConvertError(
+                f"{self.shards[rank].name}: {name} is {tensor.shape}, expected {shape}"
+            )
+        return tensor
 
-    def params(self, config: GLMConfig) -> GLMParams:
-        """The whole tree in numpy arrays, layers stacked."""
-        count = range(len(self.paths))
-        rows = (config.vocab_size // len(self.paths), config.hidden_size)
-        layers: Any = None
-        for i in tqdm(range(config.num_layers), desc="converting layers", unit="layer"):
-            layer = serialization.to_state_dict(self._layer(config, i))
-            if layers is None:
-                layers = jax.tree.map(
-                    lambda x: np.empty((config.num_layers, *x.shape), x.dtype), layer
-                )
-            jax.tree.map(lambda stack, x, i=i: stack.__setitem__(i, x), layers, layer)
-        template = self._template(config)
-        return GLMParams(
-            word_embeddings=np.concatenate(
-                [self.read(sat_layout.EMBEDDING, rows, r) for r in count]
-            ),
-            layers=serialization.from_state_dict(template, layers),
-            final_layernorm=self._layernorm(config, sat_layout.FINAL_LAYERNORM),
-        )
+    def _read(self, name: str, shape: tuple[int, ...], rank: int = 0) -> np.ndarray:
+        values = self._describe(name, shape, rank).read()
+        count = count_non_finite(values)
+        if count:
+            with self._lock:
+                label = name if len(self.shards) == 1 else f"{name} of rank {rank}"
+                self.non_finite[label] = count
+        return values
 
     def bits(self, config: GLMConfig) -> int | None:
         """8 or 4 for a quantised checkpoint, None for a float one."""
         name = sat_layout.linear_name(0, "query_key_value")
-        if f"{name}.weight_scale" not in self._shards[0]:
+        if f"{name}.weight_scale" not in self._modules[0]:
             return None
         return 8 * self.tensor(f"{name}.weight").shape[1] // config.hidden_size
 
-    def _template(self, config: GLMConfig) -> LayerParams:
-        """Stacked layers whose kernels are of the kind that this checkpoint has."""
-        template = glm_params.abstract(config)
-        bits = self.bits(config)
-        if bits is not None:
-            template = glm_params.map_linears(
-                lambda name, linear: LinearParams(
-                    QuantizedArray(
-                        None,
-                        None,
-                        bits,
-                        glm_params.contraction_axis(linear.kernel),
-                        axes=glm_params.KERNEL_AXES[name],
-                    ),
-                    linear.bias,
-                ),
-                template,
-            )
-        layers: Any = template.layers
-        return layers
+    def embedding(self, config: GLMConfig) -> np.ndarray:
+        """[vocab, embed]."""
+        rows, hidden = self._embedding_shape(config)
+        whole = np.empty((config.vocab_size, hidden), self.tensor(sat_layout.EMBEDDING).dtype)
+        for rank in range(len(self.shards)):
+            place = slice(rank * rows, (rank + 1) * rows)
+            whole[place] = self._read(sat_layout.EMBEDDING, (rows, hidden), rank)
+        return whole
 
-    def _layer(self, config: GLMConfig, i: int) -> LayerParams:
+    def final_layernorm(self, config: GLMConfig) -> LayerNormParams:
+        return self._layernorm(config, sat_layout.FINAL_LAYERNORM)
+
+    def layer(self, config: GLMConfig, i: int) -> LayerParams:
+        """One block, kernels float or quantised as they are stored."""
         parts: dict[str, Any] = {
             name: self._layernorm(config, sat_layout.layernorm_name(i, name))
             for name in sat_layout.LAYERNORMS
@@ -174,31 +215,36 @@ class SatCheckpoint:
         parts |= {name: self._linear(config, i, name) for name in glm_params.LINEAR_NAMES}
         return LayerParams(**parts)
 
+    def _embedding_shape(self, config: GLMConfig) -> tuple[int, int]:
+        return config.vocab_size // len(self.shards), config.hidden_size
+
     def _layernorm(self, config: GLMConfig, name: str) -> LayerNormParams:
         shape = (config.hidden_size,)
         return LayerNormParams(
-            scale=self.read(f"{name}.weight", shape), bias=self.read(f"{name}.bias", shape)
+            scale=self._read(f"{name}.weight", shape), bias=self._read(f"{name}.bias", shape)
         )
 
-    def _linear(self, config: GLMConfig, i: int, name: str) -> LinearParams:
-        prefix, count, bits = sat_layout.linear_name(i, name), len(self.paths), self.bits(config)
+    def _linear_shapes(self, config: GLMConfig, name: str) -> dict[str, tuple[int, ...]]:
+        """A shard's tensors of one linear."""
+        count, bits = len(self.shards), self.bits(config)
         outputs = int(np.prod(sat_layout.output_shape(config, name)))
         inputs = config.inner_hidden_size if name == "dense_4h_to_h" else config.hidden_size
         if name in sat_layout.COLUMN_PARALLEL:
             outputs //= count
         else:
             inputs //= count
-        stored_inputs = inputs if bits is None else inputs * bits // 8
-        ranks = range(count)
-        merged = sat_layout.merge_linear(
-            config,
-            name,
-            [self.read(f"{prefix}.weight", (outputs, stored_inputs), r) for r in ranks],
-            [self.read(f"{prefix}.bias", (outputs,), r) for r in ranks],
-            None
-            if bits is None
-            else [self.read(f"{prefix}.weight_scale", (outputs,), r) for r in ranks],
-        )
+        stored = inputs if bits is None else inputs * bits // 8
+        shapes: dict[str, tuple[int, ...]] = {"weight": (outputs, stored), "bias": (outputs,)}
+        return shapes if bits is None else shapes | {"weight_scale": (outputs,)}
+
+    def _linear(self, config: GLMConfig, i: int, name: str) -> LinearParams:
+        prefix, bits = sat_layout.linear_name(i, name), self.bits(config)
+        shapes = self._linear_shapes(config, name)
+
+        def read(kind: str, rank: int) -> np.ndarray:
+            return self._read(f"{prefix}.{kind}", shapes[kind], rank)
+
+        merged = sat_layout.merge_linear(config, name, len(self.shards), read, bits)
         if bits is None:
             return LinearParams(merged.kernel, merged.bias)
         kernel = QuantizedArray(
@@ -211,38 +257,39 @@ class SatCheckpoint:
         return LinearParams(kernel, merged.bias)
 
 
-def _module(path: Path) -> dict[str, LazyTensor]:
-    content = TorchFile(path).content
+def _module(shard: TorchFile) -> dict[str, LazyTensor]:
+    content = shard.content
     module = content.get("module") if isinstance(content, dict) else None
     if not isinstance(module, dict):
-        raise ConvertError(f'{path} is not a released shard: it holds no "module"')
-    tensors = {n: t for n, t in module.items() if isinstance(t, LazyTensor)}
-    return {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
+        raise ConvertError(f'{shard.name} is not a released shard: it holds no "module"')
+    return {n: t for n, t in module.items() if isinstance(t, LazyTensor) and isinstance(n, str)}
 
 
-def convert_shards(
-    source: Path,
-    output: Path,
-    num_heads: int,
-    max_sequence_length: int = 2048,
-    tokenizer: Tokenizer | None = None,
-) -> None:
-    """Reads every shard by memory map and writes a model folder.
+def _take_frequencies(modules: list[dict[str, LazyTensor]]) -> int:
+    """Removes the rotary frequencies, which are computed anew; how many a head has, or 0."""
+    size = 0
+    for module in modules:
+        for name in [n for n in module if n.endswith(_FREQUENCIES)]:
+            size = _size(module.pop(name))
+    return size
 
-    Raises:
-      ConvertError: the input is not a whole released checkpoint.
-      CheckpointError: the output folder is not empty.
-    """
-    refuse_non_empty(output)
-    checkpoint = SatCheckpoint(source)
-    config = checkpoint.config(num_heads, max_sequence_length)
-    if tokenizer is not None:
-        config = config.replace(special_tokens=tokenizer.special_tokens)
-    params = checkpoint.params(config)
-    save_model(output, config, params, () if tokenizer is None else tokenizer.files)
-    bits = checkpoint.bits(config)
-    kind = config.param_dtype if bits is None else f"int{bits}"
-    print(
-        f"wrote {output}: {glm_params.parameter_count(config):,} parameters, {kind}, "
-        f"from {len(checkpoint.paths)} shards"
-    )
+
+def _size(tensor: LazyTensor) -> int:
+    return tensor.shape[0] if tensor.shape else 0
+
+
+def count_non_finite(values: np.ndarray) -> int:
+    """How many numbers are NaN or infinite."""
+    if values.dtype.kind in "iub":
+        return 0
+    flat = values.reshape(-1)
+    count = 0
+    for i in range(0, flat.size, 1 << 19):  # what fits in a cache
+        part = flat[i : i + (1 << 19)]
+        if part.dtype == np.float16:
+            # Exponents of all ones; an order of magnitude faster than isfinite.
+            if (part.view(np.uint16) & 0x7FFF).max() >= 0x7C00:
+                count += int(part.size - np.isfinite(part).sum())
+        else:
+            count += int(part.size - np.isfinite(part).sum())
+    return count

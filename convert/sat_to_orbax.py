@@ -1,32 +1,49 @@
-"""Converts the released shards, at any shard count, to one Orbax checkpoint.
+"""Converts the released shards, at any shard count, to a model folder.
 
-python -m convert.sat_to_orbax --input=DIR --output=DIR --num_heads=96
+python -m convert.sat_to_orbax --input=DOWNLOADS --output=DIR --tokenizer=ice_text.model
 """
 
 from pathlib import Path
 
+import jax
 from absl import flags
 
-from convert.sat_reader import convert_shards
+from convert.conversion import PIECES, Options, convert_shards
 from glm_jax import cli
 from glm_jax.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("input", None, "folder with `latest`, or an iteration's folder", required=True)
+flags.DEFINE_string(
+    "input", None, "folder with `latest`, an iteration's, a .tar, or its parts", required=True
+)
 flags.DEFINE_string("output", None, "folder to write; must not hold anything", required=True)
-flags.DEFINE_integer("num_heads", None, "attention heads (released: 96)", required=True)
+flags.DEFINE_integer("num_heads", None, "attention heads, where the shards do not tell")
 flags.DEFINE_integer("max_sequence_length", 2048, "positions that the model was trained with")
 flags.DEFINE_string("tokenizer", None, "folder or .model file, copied into the output")
+flags.DEFINE_enum("dtype", None, ["float16", "bfloat16", "float32"], "of floats; as stored")
+flags.DEFINE_string("quantization", None, "int8, int4, or such as int4,group=128")
+flags.DEFINE_bool("allow_non_finite", False, "take weights that are NaN or infinite")
+flags.DEFINE_bool("checksums", True, "hold what is read against the files' checksums")
+flags.DEFINE_integer("process_id", 0, "which of several processes this is", lower_bound=0)
+flags.DEFINE_integer("num_processes", 1, "how many share the work", lower_bound=1)
 
 
 def main() -> None:
-    convert_shards(
-        Path(FLAGS.input),
-        Path(FLAGS.output),
-        FLAGS.num_heads,
-        FLAGS.max_sequence_length,
-        None if FLAGS.tokenizer is None else Tokenizer(FLAGS.tokenizer),
+    # Nothing is computed on an accelerator; arrays over many devices are stored in pieces.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", PIECES)
+    options = Options(
+        num_heads=FLAGS.num_heads,
+        max_sequence_length=FLAGS.max_sequence_length,
+        dtype=FLAGS.dtype,
+        quantization=FLAGS.quantization,
+        allow_non_finite=FLAGS.allow_non_finite,
+        is_checked=FLAGS.checksums,
+        process_id=FLAGS.process_id,
+        num_processes=FLAGS.num_processes,
     )
+    tokenizer = None if FLAGS.tokenizer is None else Tokenizer(FLAGS.tokenizer)
+    convert_shards(FLAGS.input, Path(FLAGS.output), options, tokenizer)
 
 
 if __name__ == "__main__":

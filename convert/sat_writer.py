@@ -1,73 +1,165 @@
-"""Splits a model into the released layout's shards and writes them."""
+"""Writes a model as released-layout shards, layer by layer."""
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
 from convert import sat_layout
 from convert.errors import ConvertError
-from convert.torch_file import write_torch_file
-from glm_jax.config import GLMConfig
-from glm_jax.model.checkpoint import refuse_non_empty, restore
+from convert.opening import OpenModel, open_model
+from convert.torch_writer import TorchWriter
+from glm_jax.model.checkpoint import refuse_non_empty
 from glm_jax.model.layers import rotary_tables
-from glm_jax.model.params import LINEAR_NAMES, GLMParams
-from glm_jax.quantization import QuantizedArray
+from glm_jax.model.params import LINEAR_NAMES, LinearParams
+from glm_jax.quantization import QuantizedArray, Scheme, quantize
+
+Parts = list[np.ndarray]  # of one tensor, by rank
 
 
-def write_shards(source: Path, output: Path, shards: int, iteration: str = "49300") -> None:
-    """Writes `latest` and ITERATION/mp_rank_RR_model_states.pt, in float16.
+def write_shards(
+    source: Path,
+    output: Path,
+    shards: int,
+    iteration: str = "49300",
+    quantization: str | None = None,
+) -> None:
+    """Writes `latest` and ITERATION/mp_rank_RR_model_states.pt, floats in float16.
 
-    `latest` comes last: without it the folder is no checkpoint.
+    All stands as OUTPUT.partial until it is whole.
+
+    Args:
+      source: a model in any form that `open_model` takes.
+      quantization: "int8" or "int4": each shard's rows get scales of their own, as the
+        original's converter does it. A quantised model keeps its integers.
 
     Raises:
-      ConvertError: a quantised model, or sizes that do not divide into the shards.
+      ConvertError: sizes or groups that do not divide into the shards.
       CheckpointError: no model at `source`, or the output folder is not empty.
     """
     refuse_non_empty(output)
     if shards < 1:
         raise ConvertError(f"--shards={shards}: at least 1")
-    config, params = restore(source)
-    if isinstance(params.layers.dense.kernel, QuantizedArray):  # type: ignore[union-attr]
-        raise ConvertError(f"{source} is quantised: export the float model that it came from")
-    params = jax.tree.map(lambda x: np.asarray(x, np.float16), params)
-    modules = split(config, params, shards)
-    folder = output / iteration
-    folder.mkdir(parents=True)
-    for rank, module in enumerate(modules):
-        write_torch_file(folder / f"mp_rank_{rank:02d}_model_states.pt", module)
-    (output / "latest").write_text(iteration, encoding="utf-8")
-    print(f"wrote {output}: {shards} shards of {len(modules[0])} tensors")
-
-
-def split(config: GLMConfig, params: GLMParams, shards: int) -> list[dict[str, np.ndarray]]:
-    """The released name -> tensor dictionary of each shard, from numpy parameters."""
-    modules: list[dict[str, np.ndarray]] = [{} for _ in range(shards)]
+    model = open_model(source)
+    config = model.config
     if config.vocab_size % shards or config.num_heads % shards:
         raise ConvertError(
             f"vocabulary {config.vocab_size} and {config.num_heads} heads do not divide "
             f"into {shards} shards"
         )
+    scheme = None if quantization is None else Scheme(int(quantization[3:]), search=False)
+    described = _described(model, shards, scheme)
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    folder = partial / iteration
+    folder.mkdir(parents=True)
+    try:
+        with contextlib.ExitStack() as stack:
+            writers = [
+                stack.enter_context(
+                    TorchWriter(folder / f"mp_rank_{rank:02d}_model_states.pt", described)
+                )
+                for rank in range(shards)
+            ]
+            for name, tensors in _tensors(model, shards, scheme):
+                for writer, tensor in zip(writers, tensors, strict=True):
+                    writer.write(name, tensor)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    (partial / "latest").write_text(iteration, encoding="utf-8")
+    if output.exists():
+        output.rmdir()
+    partial.rename(output)
+    print(f"wrote {output}: {shards} shards of {len(described)} tensors")
 
-    def put_all(name: str, parts: list[np.ndarray]) -> None:
-        for module, part in zip(modules, parts, strict=True):
-            module[name] = part
 
-    layers, last = params.layers, params.final_layernorm
-    put_all(sat_layout.EMBEDDING, np.split(params.word_embeddings, shards))
-    for i in range(config.num_layers):
-        for name in sat_layout.LAYERNORMS:
-            norm, prefix = getattr(layers, name), sat_layout.layernorm_name(i, name)
-            put_all(f"{prefix}.weight", [norm.scale[i]] * shards)
-            put_all(f"{prefix}.bias", [norm.bias[i]] * shards)
-        for name in LINEAR_NAMES:
-            linear, prefix = getattr(layers, name), sat_layout.linear_name(i, name)
-            parts = sat_layout.split_linear(name, linear.kernel[i], linear.bias[i], shards)
-            put_all(f"{prefix}.weight", [weight for weight, _ in parts])
-            put_all(f"{prefix}.bias", [bias for _, bias in parts])
-    put_all(f"{sat_layout.FINAL_LAYERNORM}.weight", [last.scale] * shards)
-    put_all(f"{sat_layout.FINAL_LAYERNORM}.bias", [last.bias] * shards)
-    inv_freq = rotary_tables(config)[0].astype(np.float16)
-    for i in range(config.num_layers):
-        put_all(f"transformer.layers.{i}.attention.rotary_emb.inv_freq", [inv_freq] * shards)
-    return modules
+def _described(
+    model: OpenModel, shards: int, scheme: Scheme | None
+) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shape and dtype of each tensor of a shard, in order: what a file begins with.
+
+    Those of the first layer are all layers'.
+    """
+    first = next(model.layers())
+    empty = np.empty((model.config.vocab_size // shards, model.config.hidden_size), np.float16)
+    described: dict[str, tuple[tuple[int, ...], Any]] = {
+        sat_layout.EMBEDDING: (empty.shape, empty.dtype)
+    }
+    in_layer = list(_layer_tensors(first, 0, shards, scheme))
+    for i in range(model.config.num_layers):
+        for name, tensors in in_layer:
+            moved = name.replace("layers.0.", f"layers.{i}.", 1)
+            described[moved] = (tensors[0].shape, tensors[0].dtype)
+    for name, tensors in _last_tensors(model, shards):
+        described[name] = (tensors[0].shape, tensors[0].dtype)
+    return described
+
+
+def _tensors(model: OpenModel, shards: int, scheme: Scheme | None) -> Iterator[tuple[str, Parts]]:
+    """The released name of each tensor, and its parts by rank."""
+    yield sat_layout.EMBEDDING, np.split(_narrow(model.embedding()), shards)
+    for i, layer in enumerate(model.layers()):
+        yield from _layer_tensors(layer, i, shards, scheme)
+    yield from _last_tensors(model, shards)
+
+
+def _layer_tensors(
+    layer: Any, i: int, shards: int, scheme: Scheme | None
+) -> Iterator[tuple[str, Parts]]:
+    for name in sat_layout.LAYERNORMS:
+        norm, prefix = getattr(layer, name), sat_layout.layernorm_name(i, name)
+        yield f"{prefix}.weight", [_narrow(norm.scale)] * shards
+        yield f"{prefix}.bias", [_narrow(norm.bias)] * shards
+    for name in LINEAR_NAMES:
+        linear, prefix = getattr(layer, name), sat_layout.linear_name(i, name)
+        if isinstance(linear.kernel, QuantizedArray):
+            weights, scales = _split_quantized(name, linear, shards)
+        else:
+            weights, scales = sat_layout.split_kernel(name, _narrow(linear.kernel), shards), None
+            if scheme is not None:
+                weights, scales = _quantized(weights, scheme)
+        yield f"{prefix}.weight", weights
+        yield f"{prefix}.bias", sat_layout.split_bias(name, _narrow(linear.bias), shards)
+        if scales is not None:
+            yield f"{prefix}.weight_scale", scales
+
+
+def _last_tensors(model: OpenModel, shards: int) -> Iterator[tuple[str, Parts]]:
+    last = model.final_layernorm()
+    yield f"{sat_layout.FINAL_LAYERNORM}.weight", [_narrow(last.scale)] * shards
+    yield f"{sat_layout.FINAL_LAYERNORM}.bias", [_narrow(last.bias)] * shards
+    frequencies = _narrow(rotary_tables(model.config)[0])
+    for i in range(model.config.num_layers):
+        yield f"transformer.layers.{i}.attention.rotary_emb.inv_freq", [frequencies] * shards
+
+
+def _narrow(x: Any) -> np.ndarray:
+    return np.asarray(x).astype(np.float16)
+
+
+def _quantized(weights: Parts, scheme: Scheme) -> tuple[Parts, Parts]:
+    """Each shard's [outputs, inputs] as integers, with a scale a row."""
+    arrays = [quantize(jnp.asarray(weight), scheme, -1) for weight in weights]
+    values = [np.asarray(array.values) for array in arrays]
+    return values, [np.asarray(array.scales).reshape(-1) for array in arrays]
+
+
+def _split_quantized(name: str, linear: LinearParams, shards: int) -> tuple[Parts, Parts]:
+    kernel = linear.kernel
+    groups = 1 if name in sat_layout.COLUMN_PARALLEL else shards
+    if kernel.zero_points is not None or kernel.groups != groups:
+        raise ConvertError(
+            f"{name} is quantised in {kernel.groups} groups of inputs"
+            f"{'' if kernel.zero_points is None else ' with zero points'}; {shards} shards of the "
+            f"released layout have {groups}: write them from the float model"
+        )
+    scales = sat_layout.split_kernel(name, _narrow(kernel.scales), shards)
+    return (
+        sat_layout.split_kernel(name, np.asarray(kernel.values), shards),
+        [part.reshape(-1) for part in scales],
+    )

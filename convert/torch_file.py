@@ -1,25 +1,27 @@
-"""Reads and writes PyTorch's zip files of tensors without PyTorch.
+"""Reads PyTorch's zip files of tensors without PyTorch.
 
 Such a file is a zip of uncompressed byte ranges, one per storage, and a pickle that
-says which tensor is which range. Only the pickle is read; tensors are views of a
-memory map. The unpickler admits what tensors need and nothing else.
+says which tensor is which range. Only the pickle is read; a tensor's bytes are read when
+they are asked for, and held against the zip's checksum.
 """
 
 import dataclasses
-import mmap
-import pickle
+import io
+import math
 import struct
 import zipfile
-from collections import OrderedDict
+import zlib
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from convert import torch_pickle
+from convert.byte_source import ByteSource, FileBytes, Stream, read
 from convert.errors import ConvertError
 
-_STORAGES: dict[str, np.dtype[Any]] = {
+STORAGES: dict[str, np.dtype[Any]] = {
     "HalfStorage": np.dtype(np.float16),
     "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
     "FloatStorage": np.dtype(np.float32),
@@ -31,7 +33,8 @@ _STORAGES: dict[str, np.dtype[Any]] = {
     "LongStorage": np.dtype(np.int64),
     "BoolStorage": np.dtype(np.bool_),
 }
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., name length, extra length
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., name length, extra length
+_LARGEST_PICKLE = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,191 +58,174 @@ class LazyTensor:
     def dtype(self) -> np.dtype[Any]:
         return self.storage.dtype
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def read(self) -> np.ndarray:
-        """A read-only view of the file's bytes; pages load as they are touched."""
-        flat = self.file.storage(self.storage)
-        item = flat.itemsize
-        return np.lib.stride_tricks.as_strided(
-            flat[self.offset :], self.shape, [s * item for s in self.strides], writeable=False
-        )
+        """The tensor in memory; nothing of it is kept by the file.
+
+        Raises:
+          ConvertError: its bytes are not all there, or not those that were written.
+        """
+        if 0 in self.shape:
+            return np.empty(self.shape, self.dtype)
+        steps = [(n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)]
+        flat = self.file.read_elements(self.storage, self.offset, sum(steps) + 1)
+        strides = [s * flat.itemsize for s in self.strides]
+        return np.lib.stride_tricks.as_strided(flat, self.shape, strides)
 
 
 class TorchFile:
-    """One `torch.save` file, mapped.
+    """One `torch.save` file.
 
     Attributes:
-      content: the pickled object, with `LazyTensor` in place of tensors.
+      content: the pickled object, with `LazyTensor` in place of tensors, and `Foreign` for
+        objects of training code.
+      checksum: of the names, sizes and checksums of all its entries: two files with the
+        same have the same content.
 
     Raises:
-      ConvertError: the file is missing, truncated, of another format, or its pickle asks
-        for anything but tensors and plain containers.
+      ConvertError: the file is missing, truncated, of another format, its parts are not
+        where it says, or its pickle asks for what no checkpoint needs.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, source: ByteSource | Path, is_checked: bool = True):
+        """Args:
+        is_checked: hold tensors against the zip's checksums.
+        """
+        self._source = FileBytes(source) if isinstance(source, Path) else source
+        self.name, self._is_checked = self._source.name, is_checked
         try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._zip = zipfile.ZipFile(path)
-        except FileNotFoundError as error:
-            raise ConvertError(f"{path} is missing") from error
-        except (zipfile.BadZipFile, ValueError) as error:
+            stream = io.BufferedReader(Stream(self._source))
+            with zipfile.ZipFile(stream) as archive:
+                entries = archive.infolist()
+        except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError) as error:
             raise ConvertError(
-                f"{path} is truncated or not a PyTorch zip file ({error}): fetch it again"
+                f"{self.name} is truncated or not a PyTorch zip file ({error}): fetch it again"
             ) from error
-        pickles = [n for n in self._zip.namelist() if n.count("/") == 1 and n.endswith("/data.pkl")]
+        self._entries = {entry.filename: entry for entry in entries}
+        self._check_sizes(entries)
+        pickles = [n for n in self._entries if n.count("/") == 1 and n.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise ConvertError(f"{path} is not a PyTorch file: it holds no data.pkl")
+            raise ConvertError(f"{self.name} is not a PyTorch file: it holds no data.pkl")
         self._root = pickles[0].removesuffix("data.pkl")
-        with self._zip.open(pickles[0]) as stream:
-            try:
-                self.content = _TensorUnpickler(stream, self).load()
-            except ConvertError:
-                raise
-            except Exception as error:  # a broken pickle can raise anything
-                raise ConvertError(f"{path}: its pickle cannot be read ({error})") from error
-
-    def storage(self, storage: _Storage) -> np.ndarray:
-        """The elements of a storage as a one-dimensional view of the file."""
-        name = f"{self._root}data/{storage.key}"
-        try:
-            entry = self._zip.getinfo(name)
-        except KeyError as error:
-            raise ConvertError(f"{self.path}: the storage {name} is missing") from error
-        needed = storage.size * storage.dtype.itemsize
-        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size < needed:
-            raise ConvertError(
-                f"{self.path}: the storage {name} holds {entry.file_size} bytes, "
-                f"its tensors need {needed} uncompressed"
-            )
-        begin = self._data_offset(entry)
-        if begin + needed > len(self._map):
-            raise ConvertError(f"{self.path} is truncated inside {name}: fetch it again")
-        return np.frombuffer(self._map, storage.dtype, storage.size, begin)
-
-    def _data_offset(self, entry: zipfile.ZipInfo) -> int:
-        header = self._map[entry.header_offset : entry.header_offset + _LOCAL_HEADER.size]
-        if len(header) < _LOCAL_HEADER.size:
-            raise ConvertError(f"{self.path} is truncated: fetch it again")
-        signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-        if signature != b"PK\x03\x04":
-            raise ConvertError(f"{self.path}: the zip entry {entry.filename} is damaged")
-        return int(entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length)
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    def __init__(self, stream: Any, file: TorchFile):
-        super().__init__(stream, encoding="utf-8")
-        self._file = file
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return self._rebuild_tensor
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        raise ConvertError(
-            f"{self._file.path}: its pickle asks for {module}.{name}, which no tensor needs; "
-            "the file is refused and nothing of it was run"
+        self._places = {name: self._data_offset(entry) for name, entry in self._entries.items()}
+        self._tensor_bytes = 0
+        self.content = torch_pickle.load(
+            self._read_pickle(pickles[0]),
+            self.name,
+            self._rebuild_tensor,
+            self._open_storage,
+            20_000 + self._source.size // 64,
         )
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _, size = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(size, int):
-            raise ConvertError(f"{self._file.path}: unknown persistent object {kind!r}")
-        return _Storage(str(key), dtype, size)
+    @property
+    def size(self) -> int:
+        return self._source.size
+
+    @property
+    def checksum(self) -> str:
+        text = "".join(f"{e.filename} {e.file_size} {e.CRC}\n" for e in self._entries.values())
+        return f"{zlib.crc32(text.encode()):08x}"
+
+    def _check_sizes(self, entries: list[zipfile.ZipInfo]) -> None:
+        for entry in entries:
+            is_plain = entry.compress_type == zipfile.ZIP_STORED
+            if not is_plain or entry.file_size != entry.compress_size:
+                raise ConvertError(
+                    f"{self.name}: {entry.filename!r} is compressed, which PyTorch never does: "
+                    "the file is refused"
+                )
+            if ".." in entry.filename.split("/") or entry.filename.startswith("/"):
+                raise ConvertError(
+                    f"{self.name}: the name {entry.filename!r} leads out of the archive: the "
+                    "file is refused"
+                )
+        total = sum(entry.file_size for entry in entries)
+        if total > self._source.size:
+            raise ConvertError(
+                f"{self.name}: its entries claim {total} bytes, it has {self._source.size}: it "
+                "is truncated or was tampered with"
+            )
+
+    def _read_pickle(self, name: str) -> bytes:
+        entry = self._entries[name]
+        if entry.file_size > _LARGEST_PICKLE:
+            raise ConvertError(f"{self.name}: its pickle has {entry.file_size} bytes, too many")
+        data = bytes(read(self._source, self._places[name], entry.file_size))
+        self._check(name, zlib.crc32(data))
+        return data
+
+    def _check(self, name: str, found: int) -> None:
+        if self._is_checked and found != self._entries[name].CRC:
+            raise ConvertError(
+                f"{self.name}: {name} is damaged (its checksum is {found:08x}, "
+                f"{self._entries[name].CRC:08x} was written): fetch it again"
+            )
+
+    def read_elements(self, storage: _Storage, first: int, count: int) -> np.ndarray:
+        """A flat array of some elements; those of a whole storage are held against its
+        checksum."""
+        name = f"{self._root}data/{storage.key}"
+        entry = self._entries.get(name)
+        if entry is None:
+            raise ConvertError(f"{self.name}: the storage {name} is missing")
+        item = storage.dtype.itemsize
+        if entry.file_size < storage.size * item:
+            raise ConvertError(
+                f"{self.name}: the storage {name} holds {entry.file_size} bytes, "
+                f"its tensors need {storage.size * item}"
+            )
+        elements = np.empty(count, storage.dtype)
+        view = memoryview(elements.view(np.uint8).data)
+        self._source.read_into(self._places[name] + first * item, view)
+        if len(view) == entry.file_size:
+            self._check(name, zlib.crc32(view))
+        return elements
+
+    def _data_offset(self, entry: zipfile.ZipInfo) -> int:
+        """Where an entry's bytes begin. Looked at for all when a file is opened, so that
+        parts in a wrong order are found before anything is converted."""
+        if entry.header_offset + LOCAL_HEADER.size > self._source.size:
+            raise ConvertError(f"{self.name} is truncated: fetch it again")
+        header = read(self._source, entry.header_offset, LOCAL_HEADER.size)
+        signature, name_length, extra_length = LOCAL_HEADER.unpack(header)
+        if signature != b"PK\x03\x04":
+            raise ConvertError(
+                f"{self.name}: {entry.filename!r} is not where the file says: it is damaged, or "
+                "its parts are in a wrong order"
+            )
+        place = entry.header_offset + LOCAL_HEADER.size + name_length + extra_length
+        if place + entry.file_size > self._source.size:
+            raise ConvertError(f"{self.name} is truncated inside {entry.filename!r}")
+        return int(place)
+
+    def _open_storage(self, pid: Any) -> _Storage:
+        kind, named, key, _, size = pid
+        dtype = STORAGES.get(named.name) if isinstance(named, torch_pickle.Global) else None
+        if kind != "storage" or not isinstance(size, int) or not isinstance(key, str):
+            raise ConvertError(f"{self.name}: its pickle has an unknown kind of storage")
+        if dtype is None:
+            raise ConvertError(f"{self.name}: its pickle has storages of an unknown dtype")
+        return _Storage(key, dtype, size)
 
     def _rebuild_tensor(
         self, storage: _Storage, offset: int, shape: Any, strides: Any, *_: Any
     ) -> LazyTensor:
         shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
         if len(shape) != len(strides) or min((offset, *shape, *strides)) < 0:
-            raise ConvertError(f"{self._file.path}: a tensor has shape {shape}, strides {strides}")
-        last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-        if 0 not in shape and last >= storage.size:
+            raise ConvertError(f"{self.name}: a tensor has shape {shape}, strides {strides}")
+        steps = [(n - 1) * s for n, s in zip(shape, strides, strict=True)]
+        if 0 not in shape and offset + sum(steps) >= storage.size:
             raise ConvertError(
-                f"{self._file.path}: a tensor {shape} reaches element {last} of a storage "
+                f"{self.name}: a tensor {shape} reaches element {offset + sum(steps)} of a storage "
                 f"of {storage.size}"
             )
-        return LazyTensor(self._file, storage, offset, shape, strides)
-
-
-_ALIGNMENT = 64
-_TORCH_STORAGE = {dtype: name for name, dtype in _STORAGES.items()}
-
-
-def write_torch_file(path: Path, module: dict[str, np.ndarray]) -> None:
-    """Writes `{"module": {name: tensor}}` as `torch.save` would, for `torch.load`.
-
-    Raises:
-      ConvertError: a dtype that PyTorch has no storage for.
-    """
-    root = path.name.removesuffix(".pt")
-    partial = path.with_name(path.name + ".partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-
-        def add(name: str, data: bytes | memoryview) -> None:
-            entry = zipfile.ZipInfo(f"{root}/{name}", date_time=(1980, 1, 1, 0, 0, 0))
-            entry.extra = _padding(archive.start_dir, entry.filename)
-            archive.writestr(entry, data)
-
-        add("data.pkl", _pickle_module(module))
-        add(".format_version", b"1")
-        add(".storage_alignment", str(_ALIGNMENT).encode())
-        add("byteorder", b"little")
-        for key, tensor in enumerate(module.values()):
-            contiguous = np.ascontiguousarray(tensor).reshape(-1)
-            add(f"data/{key}", contiguous.view(np.uint8).data)
-        add("version", b"3\n")
-    partial.rename(path)
-
-
-def _padding(header_offset: int, name: str) -> bytes:
-    """A zip extra field that puts the entry's data on a multiple of the alignment."""
-    start = header_offset + _LOCAL_HEADER.size + len(name.encode()) + 4
-    size = -start % _ALIGNMENT
-    return struct.pack("<2sH", b"FB", size) + b"Z" * size
-
-
-def _pickle_module(module: dict[str, np.ndarray]) -> bytes:
-    """Pickle protocol 2, by its opcodes: the classes that it names need not be here."""
-
-    def text(value: str) -> bytes:
-        data = value.encode()
-        return pickle.BINUNICODE + struct.pack("<I", len(data)) + data
-
-    def integer(value: int) -> bytes:
-        if value < 2**31:
-            return pickle.BININT + struct.pack("<i", value)
-        data = value.to_bytes(value.bit_length() // 8 + 1, "little")
-        return pickle.LONG1 + bytes([len(data)]) + data
-
-    def integers(values: tuple[int, ...]) -> bytes:
-        return pickle.MARK + b"".join(map(integer, values)) + pickle.TUPLE
-
-    def tensor(key: int, array: np.ndarray) -> bytes:
-        if array.dtype not in _TORCH_STORAGE:
-            raise ConvertError(f"PyTorch has no storage for {array.dtype}")
-        strides = tuple(int(np.prod(array.shape[i + 1 :])) for i in range(array.ndim))
-        storage = _global("torch", _TORCH_STORAGE[array.dtype])
-        pid = text("storage") + storage + text(str(key)) + text("cpu") + integer(array.size)
-        arguments = (
-            (pickle.MARK + pid + pickle.TUPLE + pickle.BINPERSID)
-            + integer(0)
-            + integers(array.shape)
-            + integers(strides)
-            + pickle.NEWFALSE
-            + (_global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE)
-        )
-        rebuild = _global("torch._utils", "_rebuild_tensor_v2")
-        return rebuild + pickle.MARK + arguments + pickle.TUPLE + pickle.REDUCE
-
-    items = b"".join(text(n) + tensor(k, a) for k, (n, a) in enumerate(module.items()))
-    tensors = pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS
-    whole = pickle.EMPTY_DICT + text("module") + tensors + pickle.SETITEM
-    return pickle.PROTO + b"\x02" + whole + pickle.STOP
-
-
-def _global(module: str, name: str) -> bytes:
-    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+        tensor = LazyTensor(self, storage, offset, shape, strides)
+        self._tensor_bytes += 0 if 0 in shape else tensor.nbytes
+        if self._tensor_bytes > self._source.size:
+            raise ConvertError(
+                f"{self.name}: its tensors claim more than its {self._source.size} bytes"
+            )
+        return tensor

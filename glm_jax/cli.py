@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from absl import app, flags, logging
 
@@ -18,6 +19,18 @@ def run(main: Callable[[], None]) -> None:
     app.run(lambda _: _guarded(main), flags_parser=_parse_flags)
 
 
+def run_with_paths(main: Callable[[list[str]], None], *names: str) -> None:
+    """`run` for a tool that takes as many paths as `names` says, besides flags."""
+
+    def parse(argv: list[str]) -> list[str]:
+        rest = _parse_known(argv)
+        if len(rest) - 1 != len(names):
+            _fail(f"{len(rest) - 1} paths given: {' '.join(names)} are due", 2)
+        return rest
+
+    app.run(lambda argv: _guarded(lambda: main(list(argv[1:]))), flags_parser=parse)
+
+
 def _guarded(main: Callable[[], None]) -> None:
     if not flags.FLAGS["verbosity"].present:
         # Libraries report every file that they touch; --verbosity=0 shows it.
@@ -29,16 +42,20 @@ def _guarded(main: Callable[[], None]) -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    try:
-        rest = flags.FLAGS(argv)
-    except (flags.Error, ValueError, AttributeError, KeyError, OSError) as error:
-        _fail(error, status=2)
+    rest = _parse_known(argv)
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}: all input is by flags (--help lists them)", 2)
-    return list(rest)
+    return rest
 
 
-def _fail(message: object, status: int) -> None:
+def _parse_known(argv: list[str]) -> list[str]:
+    try:
+        return list(flags.FLAGS(argv))
+    except (flags.Error, ValueError, AttributeError, KeyError, OSError) as error:
+        _fail(error, status=2)
+
+
+def _fail(message: object, status: int) -> NoReturn:
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
     sys.exit(status)
 

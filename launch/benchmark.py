@@ -18,11 +18,12 @@ from absl import flags
 from matplotlib import pyplot
 
 from glm_jax import cli
-from launch.suites import products, train
+from launch.suites import convert, products, train
 from launch.suites.case import Case
 
 FLAGS = flags.FLAGS
 _SUITES = {
+    "convert": convert.convert_suite,
     "decode_step": products.decode_step_suite,
     "kernels": products.kernels_suite,
     "train": train.train_suite,
@@ -38,8 +39,11 @@ def interleaved(cases: dict[str, Case], rounds: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for counted in [False] + [True] * rounds:
         for name, case in cases.items():
+            if case.is_long and not counted:
+                continue
             time.sleep(_PAUSE)
-            jax.block_until_ready(case.run())
+            if not case.is_long:
+                jax.block_until_ready(case.run())
             began = time.perf_counter()
             jax.block_until_ready(case.run())
             if counted:

@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from configs import demo as demo_config
-from convert.sat_reader import convert_shards
+from convert.conversion import Options, convert_shards
 from convert.sat_writer import write_shards
 from glm_jax import cli
 from glm_jax.data import facts
@@ -66,8 +66,7 @@ def main() -> None:
     convert_shards(
         output / "released",
         output / "converted",
-        config.model.num_heads,
-        config.model.max_sequence_length,
+        Options(max_sequence_length=config.model.max_sequence_length),
         tokenizer,
     )
     scores = {}

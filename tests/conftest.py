@@ -41,7 +41,12 @@ def load_golden(folder: str, dtype: str) -> tuple[GLMConfig, GLMParams]:
     """A checkpoint of the oracle, computing in `dtype`."""
     checkpoint = SatCheckpoint(GOLDEN / "checkpoints" / folder)
     config = checkpoint.config(NUM_HEADS, POSITIONS)
-    params = jax.tree.map(jax.numpy.asarray, checkpoint.params(config))
+    blocks = [checkpoint.layer(config, i) for i in range(config.num_layers)]
+    params = GLMParams(
+        word_embeddings=jax.numpy.asarray(checkpoint.embedding(config)),
+        layers=jax.tree.map(lambda *x: jax.numpy.stack(x), *blocks),
+        final_layernorm=jax.tree.map(jax.numpy.asarray, checkpoint.final_layernorm(config)),
+    )
     return config.replace(compute_dtype=dtype), params
 
 

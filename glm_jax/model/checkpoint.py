@@ -1,33 +1,31 @@
-"""A model on disk: `config.json`, the parameters in Orbax, the tokenizer beside them.
+"""A model on disk: `config.json`, the parameters in Orbax (`parts`), the tokenizer beside.
 
 A folder is written under another name and renamed when whole, so that a path either
 holds a complete model or nothing.
 """
 
+import functools
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
-from flax import serialization
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from glm_jax import config as glm_config
 from glm_jax import processes
 from glm_jax.config import ConfigError, GLMConfig
-from glm_jax.errors import UserError
 from glm_jax.model import params as glm_params
-from glm_jax.model.params import KERNEL_AXES, GLMParams, LinearParams
+from glm_jax.model import parts
+from glm_jax.model.params import KERNEL_AXES, GLMParams, LayerParams, LinearParams
+from glm_jax.model.parts import CheckpointError
 from glm_jax.quantization import QuantizedArray, Scheme
 
 CONFIG_FILE = "config.json"
 PARAMS_FOLDER = "params"
-
-
-class CheckpointError(UserError):
-    """A folder that holds no complete model; the message says what is missing where."""
+_PART_BYTES = 4 << 30
 
 
 def save_model(
@@ -53,16 +51,36 @@ def save_model(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     processes.wait("a place for the model")
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial / PARAMS_FOLDER, serialization.to_state_dict(params))
+    folder = partial / PARAMS_FOLDER
+    step = _layers_a_part(config, params.layers)
+    for first in range(0, config.num_layers, step):
+        end = min(first + step, config.num_layers)
+        some = params.layers
+        if step < config.num_layers:
+            some = jax.tree.map(lambda x, first=first, end=end: x[first:end], some)
+        parts.write_part(folder, parts.layers_part(first, end), some)
+    parts.write_part(folder, parts.EMBEDDING, parts.embedding_tree(params))
     if processes.is_first():
-        for file in extra_files:
-            shutil.copy2(file, partial / file.name)
-        (partial / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
+        finish_model(partial, target, config, extra_files)
     processes.wait("the model is whole")
+
+
+def _layers_a_part(config: GLMConfig, layers: Any) -> int:
+    """As many as what reads a part, and no mesh, has room for."""
+    size = sum(x.nbytes for x in jax.tree.leaves(layers)) // config.num_layers
+    return max(1, min(config.num_layers, _PART_BYTES // max(size, 1)))
+
+
+def finish_model(
+    partial: Path, target: Path, config: GLMConfig, extra_files: tuple[Path, ...] = ()
+) -> None:
+    """Makes a folder with all parameters a model folder, under its own name."""
+    for file in extra_files:
+        shutil.copy2(file, partial / file.name)
+    (partial / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
+    if target.exists():
+        target.rmdir()
+    partial.rename(target)
 
 
 def refuse_non_empty(path: Path) -> None:
@@ -97,6 +115,9 @@ def restore(
 ) -> tuple[GLMConfig, GLMParams]:
     """Reads a model onto a mesh; each device reads its own slices.
 
+    Parts are quantised and cast as they come, so that of a model converted layer by layer
+    no more than one layer is there as it is stored.
+
     Args:
       path: a model folder.
       mesh: where the parameters go, one device by default.
@@ -115,27 +136,60 @@ def restore(
     """
     scheme = None if quantization is None else Scheme.parse(quantization)
     config = load_config(path)
-    stored = Path(path).absolute() / PARAMS_FOLDER
-    with ocp.StandardCheckpointer() as checkpointer:
-        item_metadata = checkpointer.metadata(stored).item_metadata if stored.is_dir() else None
-        if item_metadata is None:
-            raise CheckpointError(f"{stored} holds no complete parameters: convert or export again")
-        metadata = item_metadata.tree
-        target = _abstract_like(config, metadata, mesh, path)
-        state = checkpointer.restore(stored, serialization.to_state_dict(target))
-    params: GLMParams = serialization.from_state_dict(target, state)
-    if scheme is not None:
-        params = _quantize_restored(params, scheme, path)
+    folder = Path(path).absolute() / PARAMS_FOLDER
+    ranges = parts.layer_ranges(folder, config.num_layers)
+    described = _abstract(config, mesh)
+    rest = parts.read_part(folder, parts.EMBEDDING, parts.embedding_tree(described))
+    layers: Any = None
+    for first, end in ranges:
+        part = restore_layers(folder, config, first, end, mesh)
+        if scheme is not None:
+            part = _quantize_restored(part, scheme, path)
+        part = part if dtype is None else glm_params.cast_params(part, dtype)
+        layers = part if len(ranges) == 1 else _put(layers, part, first, config.num_layers)
     if dtype is not None:
         config = config.replace(param_dtype=dtype, compute_dtype=dtype)
-        params = glm_params.cast_params(params, dtype)
-    return config, params
+        rest = glm_params.cast_params(rest, dtype)
+    return config, GLMParams(layers=layers, **rest)
 
 
-def _quantize_restored(params: GLMParams, scheme: Scheme, path: Any) -> GLMParams:
-    kernel = params.layers.query_key_value.kernel  # type: ignore[union-attr]
+def restore_layers(
+    folder: Path, config: GLMConfig, first: int, end: int, mesh: Mesh | None = None
+) -> LayerParams:
+    """A part's layers, stacked, as they are stored.
+
+    Args:
+      folder: the model folder's `PARAMS_FOLDER`.
+    """
+    target = _abstract_layers(folder, config, first, end, mesh)
+    layers: LayerParams = parts.read_part(folder, parts.layers_part(first, end), target)
+    return layers
+
+
+def _put(layers: Any, part: Any, first: int, count: int) -> Any:
+    """Writes some layers into the stack of all, which is made for the first of them."""
+
+    def empty(x: jax.Array) -> jax.Array:
+        shape = (count, *x.shape[1:])
+        return jnp.zeros(shape, x.dtype, device=x.sharding)
+
+    if layers is None:
+        layers = jax.tree.map(empty, part)
+    return jax.tree.map(lambda stack, x: _put_one(stack.sharding)(stack, x, first), layers, part)
+
+
+@functools.cache
+def _put_one(sharding: jax.sharding.Sharding) -> Any:
+    def put(stack: jax.Array, x: jax.Array, first: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(stack, x, first, 0)
+
+    return jax.jit(put, donate_argnums=0, out_shardings=sharding)
+
+
+def _quantize_restored(layers: LayerParams, scheme: Scheme, path: Any) -> LayerParams:
+    kernel = layers.query_key_value.kernel
     if not isinstance(kernel, QuantizedArray):
-        return glm_params.quantize_params(params, scheme)
+        return glm_params.quantize_layers(layers, scheme)
     is_other = (
         kernel.bits != scheme.bits
         or scheme.group_size not in (None, kernel.group_size)
@@ -146,27 +200,37 @@ def _quantize_restored(params: GLMParams, scheme: Scheme, path: Any) -> GLMParam
             f"{path} is quantised to int{kernel.bits} already, {kernel.group_size} inputs a "
             "group, and cannot become something else: quantise the float model"
         )
-    return params
+    return layers
 
 
-def _abstract_like(config: GLMConfig, metadata: Any, mesh: Mesh | None, path: Any) -> GLMParams:
-    """The tree to restore: shapes of the config, kernels quantised where the file's are."""
+def _abstract(config: GLMConfig, mesh: Mesh | None) -> GLMParams:
+    tree = glm_params.abstract(config, mesh)
+    if mesh is not None:
+        return tree
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    specs = glm_params.specs(config)
-    float_tree = glm_params.abstract(config, mesh)
-    if mesh is None:
-        float_tree = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), float_tree
-        )
+    placed: GLMParams = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), tree
+    )
+    return placed
 
-    def quantized(name: str, linear: LinearParams) -> LinearParams:
-        stored = metadata["layers"][name]["kernel"]
+
+def _abstract_layers(
+    folder: Path, config: GLMConfig, first: int, end: int, mesh: Mesh | None
+) -> LayerParams:
+    """Some layers as they are stored: kernels quantised where the file's are."""
+    metadata = parts.part_metadata(folder, parts.layers_part(first, end))
+    specs: Any = glm_params.specs(config).layers
+    some: Any = _abstract(config.replace(num_layers=end - first), mesh).layers
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def stored_linear(name: str, linear: LinearParams) -> LinearParams:
+        stored = metadata.get(name, {}).get("kernel")
         if not isinstance(stored, dict):
             return linear
         values, scales = stored["values"], stored["scales"]
         shardings = (device, device)
         if mesh is not None:
-            spec = getattr(specs.layers, name).kernel
+            spec = getattr(specs, name).kernel
             shardings = glm_params.quantized_sharding(mesh, spec, values.shape, scales.shape)
         describe = lambda x, i: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[i])
         zero_points = stored.get("zero_points")
@@ -180,15 +244,4 @@ def _abstract_like(config: GLMConfig, metadata: Any, mesh: Mesh | None, path: An
         )
         return LinearParams(kernel=kernel, bias=linear.bias)
 
-    target = glm_params.map_linears(quantized, float_tree)
-    expected = jax.tree_util.tree_leaves_with_path(serialization.to_state_dict(target))
-    found = dict(jax.tree_util.tree_leaves_with_path(metadata))
-    for key, leaf in expected:
-        name = jax.tree_util.keystr(key, simple=True, separator=".")
-        if key not in found:
-            raise CheckpointError(f"{path}: the parameter {name} is missing")
-        if tuple(found[key].shape) != tuple(leaf.shape):
-            raise CheckpointError(
-                f"{path}: {name} is {tuple(found[key].shape)}, its config says {leaf.shape}"
-            )
-    return target
+    return glm_params.map_layer_linears(stored_linear, some)

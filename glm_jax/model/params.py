@@ -5,6 +5,7 @@ over. `unstack_layers` gives the tuple form that unrolled programs take.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -228,16 +229,20 @@ def map_linears(
     function: Callable[[str, LinearParams], LinearParams], params: GLMParams
 ) -> GLMParams:
     """Applies `function(name, linear)` to the four linears of the layers, stacked or not."""
-
-    def change(layer: Any) -> Any:
-        return layer.replace(
-            **{name: function(name, getattr(layer, name)) for name in LINEAR_NAMES}
-        )
-
+    change = functools.partial(map_layer_linears, function)
     layers = params.layers
     changed: GLMParams = params.replace(  # type: ignore[attr-defined]
         layers=tuple(map(change, layers)) if isinstance(layers, tuple) else change(layers)
     )
+    return changed
+
+
+def map_layer_linears(
+    function: Callable[[str, LinearParams], LinearParams], layers: LayerParams
+) -> LayerParams:
+    """`map_linears` for a block, or for stacked ones."""
+    linears = {name: function(name, getattr(layers, name)) for name in LINEAR_NAMES}
+    changed: LayerParams = layers.replace(**linears)  # type: ignore[attr-defined]
     return changed
 
 
@@ -254,26 +259,35 @@ def quantize_params(params: GLMParams, scheme: Scheme) -> GLMParams:
     Raises:
       QuantizationError: a kernel's inputs do not divide into the scheme's groups.
     """
+    layers: Any = params.layers
+    quantized: GLMParams = params.replace(  # type: ignore[attr-defined]
+        layers=quantize_layers(layers, scheme)
+    )
+    return quantized
+
+
+def quantize_layers(layers: LayerParams, scheme: Scheme) -> LayerParams:
+    """`quantize_params` for stacked layers alone."""
 
     def convert(name: str, linear: LinearParams) -> LinearParams:
         axis = contraction_axis(linear.kernel)
         # Layer after layer: floats beside integers are then one layer's, not the model's.
-        quantize_layers = jax.jit(
-            lambda kernel: jax.lax.map(
-                lambda layer: quantize(layer, scheme, axis, KERNEL_AXES[name]), kernel
-            )
-        )
-        return LinearParams(kernel=quantize_layers(linear.kernel), bias=linear.bias)
+        kernel = _quantize_each(linear.kernel, scheme, axis, KERNEL_AXES[name])
+        return LinearParams(kernel=kernel, bias=linear.bias)
 
-    return map_linears(convert, params)
+    return map_layer_linears(convert, layers)
 
 
-def cast_params(params: GLMParams, dtype: str) -> GLMParams:
-    """All float arrays in `dtype`; the scales of quantised kernels too."""
-    cast: GLMParams = jax.tree.map(
+@functools.partial(jax.jit, static_argnames=("scheme", "axis", "axes"))
+def _quantize_each(kernel: Array, scheme: Scheme, axis: int, axes: LogicalAxes) -> Any:
+    return jax.lax.map(lambda layer: quantize(layer, scheme, axis, axes), kernel)
+
+
+def cast_params(params: Any, dtype: str) -> Any:
+    """A tree's float arrays in `dtype`; the scales of quantised kernels too."""
+    return jax.tree.map(
         lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params
     )
-    return cast
 
 
 def unstack_layers(params: GLMParams) -> GLMParams:

@@ -13,10 +13,12 @@ class Case:
     Attributes:
       run: does the work `count` times.
       count: its time is divided by this.
+      is_long: takes so long that it needs no run before that does not count.
     """
 
     run: Callable[[], object]
     count: float = 1
+    is_long: bool = False
 
 
 def find_torch() -> Any:

@@ -9,12 +9,15 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, NUM_HEADS, POSITIONS, load_golden
+from conftest import GOLDEN, POSITIONS, load_golden
 
+from convert.conversion import Options, convert_shards
 from convert.errors import ConvertError
-from convert.sat_reader import SatCheckpoint, convert_shards, find_shards
+from convert.sat_reader import SatCheckpoint
+from convert.sat_source import find_shards
 from convert.sat_writer import write_shards
-from convert.torch_file import TorchFile, write_torch_file
+from convert.torch_file import TorchFile
+from convert.torch_writer import write_torch_file
 from glm_jax import restore
 from glm_jax.model.checkpoint import CheckpointError
 from glm_jax.model.params import quantize_params
@@ -32,7 +35,7 @@ def copy(tmp_path):
 
 
 def _convert(source, tmp_path):
-    convert_shards(source, tmp_path / "out", NUM_HEADS, POSITIONS)
+    convert_shards(source, tmp_path / "out", Options(max_sequence_length=POSITIONS))
 
 
 def _assert_nothing_written(tmp_path):
@@ -185,7 +188,7 @@ def test_shards_with_different_tensors(copy, tmp_path):
 @pytest.mark.parametrize("heads", [5, 7, 128])
 def test_shapes_that_do_not_divide_by_the_heads(tmp_path, heads):
     with pytest.raises(ConvertError, match=f"do not divide by {heads} heads"):
-        convert_shards(CHECKPOINTS / "tp2", tmp_path / "out", heads)
+        convert_shards(CHECKPOINTS / "tp2", tmp_path / "out", Options(num_heads=heads))
     _assert_nothing_written(tmp_path)
 
 

@@ -1,0 +1,147 @@
+"""Bytes that can be read at any place: of a file, of parts as if joined, of a range."""
+
+import bisect
+import io
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from etils import epath
+
+from convert.errors import ConvertError
+
+
+class ByteSource(Protocol):
+    """Attributes:
+    name: what messages call it.
+    size: in bytes.
+    """
+
+    name: str
+    size: int
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fills the buffer from `offset` on; from any thread.
+
+        Raises:
+          ConvertError: it ends before.
+        """
+
+
+def read(source: ByteSource, offset: int, size: int) -> bytearray:
+    buffer = bytearray(size)
+    source.read_into(offset, memoryview(buffer))
+    return buffer
+
+
+class FileBytes:
+    """A file: a local one, or one behind a URL that etils opens (gs://, s3://)."""
+
+    def __init__(self, path: epath.PathLike):
+        self.name = os.fspath(path)
+        self._lock = threading.Lock()
+        try:
+            self._file = epath.Path(path).open("rb")
+            self.size = self._file.seek(0, io.SEEK_END)
+        except FileNotFoundError as error:
+            raise ConvertError(f"{self.name} is missing") from error
+        except OSError as error:
+            raise ConvertError(f"{self.name} cannot be read: {error.strerror or error}") from error
+        except ImportError as error:
+            raise ConvertError(
+                f"{self.name}: its kind of address needs a library that is not installed ({error})"
+            ) from error
+        self._is_local = "://" not in self.name
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        if offset + len(buffer) > self.size:
+            raise ConvertError(
+                f"{self.name} ends at byte {self.size}, {offset + len(buffer)} are needed: it is "
+                "truncated, fetch it again"
+            )
+        done = 0
+        while done < len(buffer):
+            if self._is_local:
+                count = os.preadv(self._file.fileno(), [buffer[done:]], offset + done)
+            else:
+                with self._lock:
+                    self._file.seek(offset + done)
+                    data = self._file.read(len(buffer) - done)
+                count = len(data)
+                buffer[done : done + count] = data
+            if not count:
+                raise ConvertError(f"{self.name} became shorter while it was read")
+            done += count
+
+
+class JoinedBytes:
+    """Parts one after another."""
+
+    def __init__(self, name: str, parts: Sequence[ByteSource]):
+        self.name, self._parts = name, parts
+        self._ends = [0]
+        for part in parts:
+            self._ends.append(self._ends[-1] + part.size)
+        self.size = self._ends[-1]
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        if offset + len(buffer) > self.size:
+            raise ConvertError(
+                f"{self.name} ends at byte {self.size} of its {len(self._parts)} parts, "
+                f"{offset + len(buffer)} are needed: the parts after {self._parts[-1].name} "
+                "are missing"
+            )
+        done = 0
+        while done < len(buffer):
+            index = bisect.bisect_right(self._ends, offset + done) - 1
+            count = min(len(buffer) - done, self._ends[index + 1] - offset - done)
+            place = offset + done - self._ends[index]
+            self._parts[index].read_into(place, buffer[done : done + count])
+            done += count
+
+
+class RangeBytes:
+    """A range of another source, such as a file in an archive."""
+
+    def __init__(self, source: ByteSource, name: str, offset: int, size: int):
+        self._source, self._offset = source, offset
+        self.name, self.size = name, size
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        if offset + len(buffer) > self.size:
+            raise ConvertError(
+                f"{self.name} ends at byte {self.size}, {offset + len(buffer)} are needed: it is "
+                "truncated, fetch it again"
+            )
+        self._source.read_into(self._offset + offset, buffer)
+
+
+class Stream(io.RawIOBase):
+    """A source as a file object, for the standard library's readers of archives."""
+
+    def __init__(self, source: ByteSource):
+        self._source, self._place = source, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._source.size}[whence]
+        if base + offset < 0:
+            raise ValueError("negative seek")
+        self._place = base + offset
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        left = max(self._source.size - self._place, 0)
+        some = memoryview(buffer).cast("B")[:left]
+        self._source.read_into(self._place, some)
+        self._place += len(some)
+        return len(some)

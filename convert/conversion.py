@@ -1,0 +1,228 @@
+"""Shards to a model folder, layer by layer: memory stays at a layer, and a conversion that
+was broken off goes on with the layers that are not there yet."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import shutil
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from convert.errors import ConvertError
+from convert.sat_reader import SatCheckpoint
+from glm_jax.config import GLMConfig
+from glm_jax.model import params as glm_params
+from glm_jax.model import parts
+from glm_jax.model.checkpoint import PARAMS_FOLDER, finish_model, refuse_non_empty
+from glm_jax.model.params import KERNEL_AXES, LayerParams, LinearParams
+from glm_jax.quantization import QuantizedArray, Scheme
+from glm_jax.sharding import make_mesh, parameter_sharding
+from glm_jax.tokenizer import Tokenizer
+
+# Pieces that arrays are stored in along the tensor axis: any mesh of as many devices along
+# it, or of a divisor, reads its own bytes alone.
+PIECES = 16
+PROVENANCE_FILE = "provenance.json"
+_PLAN_FILE = "conversion.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to convert.
+
+    Attributes:
+      num_heads: None to take it from the shards.
+      dtype: of float arrays, None as they are stored.
+      quantization: of float kernels, as `Scheme.parse` takes it.
+      allow_non_finite: take NaN and infinite weights, which are counted in any case.
+      is_checked: hold tensors against the files' checksums.
+      process_id, num_processes: this process converts every num_processes-th part.
+    """
+
+    num_heads: int | None = None
+    max_sequence_length: int = 2048
+    dtype: str | None = None
+    quantization: str | None = None
+    allow_non_finite: bool = False
+    is_checked: bool = True
+    process_id: int = 0
+    num_processes: int = 1
+
+
+def convert_shards(
+    source: epath.PathLike,
+    output: Path,
+    options: Options = Options(),
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """Writes a model folder; until it is whole it stands as OUTPUT.partial.
+
+    Raises:
+      ConvertError: the input is not a whole released checkpoint; nothing is left behind.
+      CheckpointError: the output folder is not empty.
+    """
+    refuse_non_empty(output)
+    checkpoint = SatCheckpoint(source, options.is_checked)
+    config = checkpoint.config(options.num_heads, options.max_sequence_length)
+    if tokenizer is not None:
+        config = config.replace(special_tokens=tokenizer.special_tokens)
+    if options.dtype is not None:
+        config = config.replace(param_dtype=options.dtype, compute_dtype=options.dtype)
+    checkpoint.check(config)
+    if options.quantization is not None and checkpoint.bits(config) is not None:
+        raise ConvertError(
+            f"{source} is quantised to int{checkpoint.bits(config)} already: leave out "
+            "--quantization"
+        )
+    conversion = _Conversion(checkpoint, config, options, output)
+    conversion.open(_plan(checkpoint, config, options))
+    try:
+        conversion.write_parts()
+    except ConvertError:
+        shutil.rmtree(conversion.partial, ignore_errors=True)
+        raise
+    conversion.finish(() if tokenizer is None else tokenizer.files)
+
+
+def _plan(checkpoint: SatCheckpoint, config: GLMConfig, options: Options) -> dict[str, Any]:
+    """Where a model comes from; what is converted by another plan is another model."""
+    return {
+        "tool": f"glm_jax {importlib.metadata.version('glm_jax')}",
+        "sources": [
+            {"name": shard.name, "bytes": shard.size, "entries_crc32": shard.checksum}
+            for shard in checkpoint.shards
+        ],
+        "dtype": options.dtype or config.param_dtype,
+        "quantization": options.quantization,
+        "config": json.loads(config.to_json()),
+    }
+
+
+class _Conversion:
+    def __init__(
+        self, checkpoint: SatCheckpoint, config: GLMConfig, options: Options, output: Path
+    ):
+        self._checkpoint, self._config = checkpoint, config
+        self._options, self._output = options, output.absolute()
+        self.partial = self._output.with_name(self._output.name + ".partial")
+        self._folder = self.partial / PARAMS_FOLDER
+        self._mesh = _storage_mesh(config)
+
+    def open(self, plan: dict[str, Any]) -> None:
+        """Makes the folder, or finds what an earlier run of the same plan left."""
+        file = self.partial / _PLAN_FILE
+        if file.exists():
+            if json.loads(file.read_text(encoding="utf-8")) != plan:
+                raise ConvertError(
+                    f"{self.partial} holds a conversion of another source or with other options: "
+                    "remove it, or give those again"
+                )
+            return
+        if self.partial.exists() and not self._folder.is_dir():
+            shutil.rmtree(self.partial)  # left by something that never was a conversion
+        self._folder.mkdir(parents=True, exist_ok=True)
+        beside = file.with_name(f"{_PLAN_FILE}.{os.getpid()}")
+        beside.write_text(json.dumps(plan, indent=1), encoding="utf-8")
+        beside.rename(file)
+
+    def _names(self) -> list[str]:
+        layers = [parts.layers_part(i, i + 1) for i in range(self._config.num_layers)]
+        return [parts.EMBEDDING, *layers]
+
+    def write_parts(self) -> None:
+        """Reads a part while the one before is written."""
+        own = self._names()[self._options.process_id :: self._options.num_processes]
+        with futures.ThreadPoolExecutor(1) as writer:
+            writing: futures.Future[None] | None = None
+            for name in tqdm(own, desc="converting", unit="part", mininterval=1):
+                if parts.is_whole(self._folder, name):
+                    continue
+                parts.remove_unfinished(self._folder, name)
+                tree = self._embedding() if name == parts.EMBEDDING else self._layer(name)
+                self._refuse_non_finite()
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(parts.write_part, self._folder, name, tree)
+                del tree
+            if writing is not None:
+                writing.result()
+
+    def _refuse_non_finite(self) -> None:
+        found = self._checkpoint.non_finite
+        if found and not self._options.allow_non_finite:
+            counted = ", ".join(f"{count} in {name}" for name, count in list(found.items())[:5])
+            raise ConvertError(
+                f"the weights hold numbers that are NaN or infinite: {counted}: fetch the files "
+                "again, or take them with --allow_non_finite"
+            )
+
+    def _embedding(self) -> dict[str, Any]:
+        specs = glm_params.specs(self._config)
+        table = self._checkpoint.embedding(self._config)
+        norm = self._checkpoint.final_layernorm(self._config)
+        return {
+            "word_embeddings": self._place(self._cast(table), specs.word_embeddings.axes),
+            "final_layernorm": jax.tree.map(self._cast, norm),
+        }
+
+    def _layer(self, name: str) -> LayerParams:
+        index = self._names().index(name) - 1
+        layer = self._checkpoint.layer(self._config, index)
+        # As one stacked layer, the form of every part.
+        layer = jax.tree.map(lambda x: self._cast(x[None]), layer)
+        if self._options.quantization is not None:
+            layer = glm_params.quantize_layers(layer, Scheme.parse(self._options.quantization))
+
+        def place(name: str, linear: LinearParams) -> LinearParams:
+            axes = ("layers", *KERNEL_AXES[name])
+            kernel = linear.kernel
+            if isinstance(kernel, QuantizedArray):
+                values = self._place(kernel.values, axes)
+                kernel = kernel.replace(values=values)  # type: ignore[attr-defined]
+            else:
+                kernel = self._place(kernel, axes)
+            return LinearParams(kernel, linear.bias)
+
+        return glm_params.map_layer_linears(place, layer)
+
+    def _cast(self, x: Any) -> Any:
+        dtype = self._options.dtype
+        return x if dtype is None or x.dtype.kind in "iu" else x.astype(dtype)
+
+    def _place(self, x: Any, axes: Any) -> jax.Array:
+        """Over devices, so that it is stored in as many chunks."""
+        return jax.device_put(x, parameter_sharding(self._mesh, axes, x.shape))
+
+    def finish(self, files: tuple[Path, ...]) -> None:
+        """Gives the folder its name when the parts of all processes are there."""
+        if not all(parts.is_whole(self._folder, name) for name in self._names()):
+            print(f"this process's parts of {self._output} are done, others are not yet")
+            return
+        for left in self._folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(left, ignore_errors=True)
+        (self.partial / _PLAN_FILE).rename(self.partial / PROVENANCE_FILE)
+        finish_model(self.partial, self._output, self._config, files)
+        for name, count in self._checkpoint.non_finite.items():
+            print(f"{name} holds {count} numbers that are NaN or infinite")
+        bits = self._checkpoint.bits(self._config)
+        kind = f"int{bits}" if bits else self._options.quantization or self._config.param_dtype
+        print(
+            f"wrote {self._output}: {glm_params.parameter_count(self._config):,} parameters, "
+            f"{kind}, from {len(self._checkpoint.shards)} shards"
+        )
+
+
+def _storage_mesh(config: GLMConfig) -> Mesh:
+    devices = jax.devices("cpu")
+    sizes = (config.num_heads, config.inner_hidden_size, config.vocab_size, config.hidden_size)
+    count = next(
+        n for n in (16, 8, 4, 2, 1) if n <= len(devices) and not any(size % n for size in sizes)
+    )
+    return make_mesh((1, 1, count), devices[:count])

@@ -1,0 +1,158 @@
+"""Any form of a model, layer by layer: what the tools that compare, show and export read."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import ml_dtypes
+import numpy as np
+from etils import epath
+from safetensors import safe_open
+
+from convert import sat_layout
+from convert.errors import ConvertError
+from convert.sat_reader import SatCheckpoint
+from glm_jax.config import GLMConfig
+from glm_jax.model import parts
+from glm_jax.model.checkpoint import CONFIG_FILE, PARAMS_FOLDER, load_config, restore_layers
+from glm_jax.model.params import LINEAR_NAMES, LayerNormParams, LayerParams, LinearParams
+
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+
+
+class OpenModel(Protocol):
+    """Attributes:
+    kind: what it is, in words.
+    config: its architecture.
+    """
+
+    kind: str
+    config: GLMConfig
+
+    def embedding(self) -> np.ndarray:
+        """[vocab, embed]."""
+
+    def final_layernorm(self) -> LayerNormParams: ...
+
+    def layers(self) -> Iterator[LayerParams]:
+        """One block after another, in numpy arrays."""
+
+
+def open_model(path: epath.PathLike, num_heads: int | None = None) -> OpenModel:
+    """A model folder, a folder of safetensors, or released shards in any form.
+
+    Args:
+      num_heads: of released shards that do not tell it.
+
+    Raises:
+      ConvertError, CheckpointError: it is none of them, or not whole.
+    """
+    folder = Path(path)
+    if (folder / CONFIG_FILE).exists() and (folder / PARAMS_FOLDER).is_dir():
+        return _Folder(folder)
+    if (folder / SAFETENSORS_INDEX).exists():
+        return _Safetensors(folder)
+    return _Shards(path, num_heads)
+
+
+class _Folder:
+    def __init__(self, folder: Path):
+        self.config = load_config(folder)
+        self._params = folder.absolute() / PARAMS_FOLDER
+        self._ranges = parts.layer_ranges(self._params, self.config.num_layers)
+        kernel = parts.part_metadata(self._params, parts.layers_part(*self._ranges[0]))
+        stored = kernel["query_key_value"]["kernel"]
+        is_quantized = isinstance(stored, dict)
+        bits = 8 * stored["values"].shape[1] // self.config.hidden_size if is_quantized else 0
+        self.kind = f"model folder, {f'int{bits}' if bits else self.config.param_dtype}"
+        self._rest: Any = None
+
+    def _embedding_part(self) -> Any:
+        if self._rest is None:
+            metadata = parts.part_metadata(self._params, parts.EMBEDDING)
+            device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+            target = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), metadata
+            )
+            self._rest = parts.read_part(self._params, parts.EMBEDDING, target)
+        return self._rest
+
+    def embedding(self) -> np.ndarray:
+        return np.asarray(self._embedding_part()["word_embeddings"])
+
+    def final_layernorm(self) -> LayerNormParams:
+        norm = self._embedding_part()["final_layernorm"]
+        return LayerNormParams(np.asarray(norm["scale"]), np.asarray(norm["bias"]))
+
+    def layers(self) -> Iterator[LayerParams]:
+        self._rest = None
+        for first, end in self._ranges:
+            some = restore_layers(self._params, self.config, first, end)
+            for i in range(end - first):
+                yield jax.tree.map(lambda x, i=i: np.asarray(x[i]), some)
+
+
+class _Shards:
+    def __init__(self, path: epath.PathLike, num_heads: int | None):
+        self.checkpoint = SatCheckpoint(path)
+        self.config = self.checkpoint.config(num_heads, 2048)
+        self.checkpoint.check(self.config)
+        bits = self.checkpoint.bits(self.config)
+        count = len(self.checkpoint.shards)
+        self.kind = f"released shards, {count} of them, "
+        self.kind += f"int{bits}" if bits else self.config.param_dtype
+
+    def embedding(self) -> np.ndarray:
+        return self.checkpoint.embedding(self.config)
+
+    def final_layernorm(self) -> LayerNormParams:
+        return self.checkpoint.final_layernorm(self.config)
+
+    def layers(self) -> Iterator[LayerParams]:
+        for i in range(self.config.num_layers):
+            yield self.checkpoint.layer(self.config, i)
+
+
+class _Safetensors:
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self.config = load_config(folder)
+        index = json.loads((folder / SAFETENSORS_INDEX).read_text(encoding="utf-8"))
+        self._files: dict[str, str] = index["weight_map"]
+        self.kind = f"safetensors, {self.config.param_dtype}"
+
+    def _read(self, name: str) -> np.ndarray:
+        file = self._files.get(name)
+        if file is None or not (self._folder / file).exists():
+            raise ConvertError(f"{self._folder}: {name} is missing")
+        with safe_open(self._folder / file, "np") as tensors:
+            values: np.ndarray = tensors.get_tensor(name)
+        return values.view(ml_dtypes.bfloat16) if values.dtype == np.dtype("V2") else values
+
+    def embedding(self) -> np.ndarray:
+        return self._read(sat_layout.EMBEDDING)
+
+    def final_layernorm(self) -> LayerNormParams:
+        return self._norm(sat_layout.FINAL_LAYERNORM)
+
+    def _norm(self, name: str) -> LayerNormParams:
+        return LayerNormParams(self._read(f"{name}.weight"), self._read(f"{name}.bias"))
+
+    def layers(self) -> Iterator[LayerParams]:
+        for i in range(self.config.num_layers):
+            linears: dict[str, Any] = {}
+            for name in LINEAR_NAMES:
+                prefix = sat_layout.linear_name(i, name)
+
+                def read(kind: str, rank: int, prefix: str = prefix) -> np.ndarray:
+                    return self._read(f"{prefix}.{kind}")
+
+                merged = sat_layout.merge_linear(self.config, name, 1, read, None)
+                linears[name] = LinearParams(merged.kernel, merged.bias)
+            norms: dict[str, Any] = {
+                name: self._norm(sat_layout.layernorm_name(i, name))
+                for name in sat_layout.LAYERNORMS
+            }
+            yield LayerParams(**norms, **linears)

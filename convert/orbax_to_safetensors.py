@@ -1,0 +1,114 @@
+"""Writes a model as safetensors, in files of some gigabytes with an index.
+
+python -m convert.orbax_to_safetensors --input=DIR --output=DIR
+
+Names and [outputs, inputs] are the released layout's, whole and not split.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from safetensors.numpy import save_file
+
+from convert import sat_layout
+from convert.errors import ConvertError
+from convert.opening import SAFETENSORS_INDEX, open_model
+from glm_jax import cli
+from glm_jax.model.checkpoint import CONFIG_FILE, refuse_non_empty
+from glm_jax.model.params import LINEAR_NAMES
+from glm_jax.quantization import QuantizedArray
+
+FLAGS = flags.FLAGS
+
+
+class _Files:
+    """Collects tensors into files of at most so many bytes, or of one larger tensor."""
+
+    def __init__(self, folder: Path, most: int):
+        self._folder, self._most = folder, most
+        self._waiting: dict[str, np.ndarray] = {}
+        self._names: list[list[str]] = []
+        self.bytes = 0
+
+    def add(self, name: str, tensor: Any) -> None:
+        array = np.ascontiguousarray(tensor)
+        if self._waiting and self._size() + array.nbytes > self._most:
+            self._write()
+        self._waiting[name] = array
+        self.bytes += array.nbytes
+
+    def _size(self) -> int:
+        return sum(array.nbytes for array in self._waiting.values())
+
+    def _write(self) -> None:
+        save_file(self._waiting, self._folder / f"{len(self._names)}.partial")
+        self._names.append(list(self._waiting))
+        self._waiting = {}
+
+    def close(self) -> None:
+        """Writes the rest and the index, whose file names say how many files there are."""
+        self._write()
+        count = len(self._names)
+        files: dict[str, str] = {}
+        for i, names in enumerate(self._names):
+            file = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+            (self._folder / f"{i}.partial").rename(self._folder / file)
+            files |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self.bytes}, "weight_map": files}
+        text = json.dumps(index, indent=1)
+        (self._folder / SAFETENSORS_INDEX).write_text(text, encoding="utf-8")
+
+
+def export(source: Path, output: Path, most_bytes: int) -> None:
+    """Writes OUTPUT, which stands as OUTPUT.partial until it is whole.
+
+    Raises:
+      ConvertError: a quantised model, for whose integers this format has no convention.
+      CheckpointError: no model at `source`, or the output folder is not empty.
+    """
+    refuse_non_empty(output)
+    model = open_model(source)
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    files = _Files(partial, most_bytes)
+    try:
+        files.add(sat_layout.EMBEDDING, model.embedding())
+        for i, layer in enumerate(model.layers()):
+            for name in sat_layout.LAYERNORMS:
+                norm, prefix = getattr(layer, name), sat_layout.layernorm_name(i, name)
+                files.add(f"{prefix}.weight", norm.scale)
+                files.add(f"{prefix}.bias", norm.bias)
+            for name in LINEAR_NAMES:
+                linear, prefix = getattr(layer, name), sat_layout.linear_name(i, name)
+                if isinstance(linear.kernel, QuantizedArray):
+                    raise ConvertError(f"{source} is quantised: export the float model")
+                files.add(f"{prefix}.weight", sat_layout.split_kernel(name, linear.kernel, 1)[0])
+                files.add(f"{prefix}.bias", sat_layout.split_bias(name, linear.bias, 1)[0])
+        last = model.final_layernorm()
+        files.add(f"{sat_layout.FINAL_LAYERNORM}.weight", last.scale)
+        files.add(f"{sat_layout.FINAL_LAYERNORM}.bias", last.bias)
+        files.close()
+        (partial / CONFIG_FILE).write_text(model.config.to_json(), encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if output.exists():
+        output.rmdir()
+    partial.rename(output)
+    print(f"wrote {output}: {files.bytes:,} bytes")
+
+
+def main() -> None:
+    export(Path(FLAGS.input), Path(FLAGS.output), int(FLAGS.file_gigabytes * 1e9))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("input", None, "a model folder", required=True)
+    flags.DEFINE_string("output", None, "folder to write; must not hold anything", required=True)
+    flags.DEFINE_float("file_gigabytes", 5.0, "of a file", lower_bound=1e-6)
+    cli.run(main)

@@ -1,0 +1,193 @@
+"""Finds the shards of a released checkpoint wherever they lie: in folders, in a tar archive,
+or in the parts of one as they were downloaded."""
+
+import collections
+import io
+import re
+import tarfile
+from pathlib import PurePosixPath
+
+from etils import epath
+
+from convert.byte_source import ByteSource, FileBytes, JoinedBytes, RangeBytes, Stream
+from convert.errors import ConvertError
+
+_SHARD = re.compile(r"mp_rank_(\d\d+)_model_states\.pt")
+_PART = re.compile(r"(?P<stem>.+\.tar)\.part[_.-]?(?P<number>\d+|[a-z]+)")
+
+
+def find_shards(path: epath.PathLike) -> list[ByteSource]:
+    """The shard files in order of rank.
+
+    Args:
+      path: the folder that holds `latest` or the one that it names, a tar archive, a
+        folder with the parts of one, or one of the parts.
+
+    Raises:
+      ConvertError: no shards, several checkpoints, ranks or parts missing, or an archive
+        that cannot be read.
+    """
+    path = epath.Path(path)
+    if path.is_dir():
+        names = sorted(p.name for p in path.iterdir())
+        if any(map(_PART.fullmatch, names)):
+            return _in_archive(_joined(path, names))
+        archives = [name for name in names if name.endswith(".tar")]
+        if len(archives) == 1 and "latest" not in names:
+            return _in_archive(FileBytes(path / archives[0]))
+        return _in_folder(path)
+    if not path.exists():
+        raise ConvertError(f"{path} does not exist: give a folder, a .tar archive or its parts")
+    if match := _PART.fullmatch(path.name):
+        stem = match["stem"]
+        names = [p.name for p in path.parent.iterdir() if p.name.startswith(stem + ".part")]
+        return _in_archive(_joined(path.parent, sorted(names)))
+    return _in_archive(FileBytes(path))
+
+
+def _in_folder(folder: epath.Path) -> list[ByteSource]:
+    files: dict[str, epath.Path] = {}
+    for place in (folder, *(p for p in folder.iterdir() if p.is_dir())):
+        files |= {
+            str(p.relative_to(folder)): p for p in place.iterdir() if _SHARD.fullmatch(p.name)
+        }
+    latest = folder / "latest"
+    named = latest.read_text() if latest.exists() else None
+    if not files and named is None:
+        inner = [p for p in folder.iterdir() if p.is_dir() and (p / "latest").exists()]
+        if len(inner) == 1:
+            return _in_folder(inner[0])
+    chosen = _choose(list(files), named, str(folder))
+    return [FileBytes(files[name]) for name in chosen]
+
+
+def _in_archive(archive: ByteSource) -> list[ByteSource]:
+    files: dict[str, ByteSource] = {}
+    named = None
+    try:
+        with tarfile.open(fileobj=io.BufferedReader(Stream(archive)), mode="r:") as tar:
+            for member in tar:
+                name = PurePosixPath(member.name)
+                if ".." in name.parts or name.is_absolute():
+                    raise ConvertError(
+                        f"{archive.name}: the name {member.name!r} leads out of the archive: it "
+                        "is refused"
+                    )
+                if not member.isreg() or member.sparse is not None:
+                    continue
+                file = RangeBytes(
+                    archive, f"{archive.name}:{name}", member.offset_data, member.size
+                )
+                if member.offset_data + member.size > archive.size:
+                    file.read_into(
+                        member.size - 1, memoryview(bytearray(1))
+                    )  # says what is missing
+                if name.name == "latest" and member.size < 1000:
+                    text = bytearray(member.size)
+                    file.read_into(0, memoryview(text))
+                    named = text.decode(errors="replace")
+                if _SHARD.fullmatch(name.name):
+                    files[str(name)] = file
+    except tarfile.TarError as error:
+        raise ConvertError(
+            f"{archive.name} is not a whole tar archive ({error}): fetch it again"
+        ) from error
+    chosen = _choose(list(files), named, archive.name)
+    return [files[name] for name in chosen]
+
+
+def _choose(names: list[str], named: str | None, where: str) -> list[str]:
+    """The shards of one iteration, by rank.
+
+    Args:
+      named: what `latest` says, with whatever white space or quotes.
+    """
+    by_iteration: dict[str, dict[int, str]] = collections.defaultdict(dict)
+    for name in sorted(names):
+        pure = PurePosixPath(name)
+        match = _SHARD.fullmatch(pure.name)
+        assert match is not None
+        ranks = by_iteration[pure.parent.name]
+        if int(match[1]) in ranks:
+            raise ConvertError(f"{where} holds rank {int(match[1])} twice: {name}")
+        ranks[int(match[1])] = name
+    if named is not None:
+        iteration = named.strip().strip("\"'").strip()
+        if iteration not in by_iteration or not iteration:
+            raise ConvertError(
+                f"{where}: `latest` names {iteration!r}, but there is no folder of that name with "
+                f"shards{_and_what_is(by_iteration)}"
+            )
+    elif not by_iteration:
+        raise ConvertError(f"{where} holds no mp_rank_RR_model_states.pt")
+    elif len(by_iteration) > 1:
+        raise ConvertError(
+            f"{where} holds shards of several iterations, and no `latest`"
+            f"{_and_what_is(by_iteration)}: give the folder of one"
+        )
+    else:
+        iteration = next(iter(by_iteration))
+    ranks = by_iteration[iteration]
+    missing = sorted(set(range(max(ranks) + 1)) - set(ranks))
+    if missing:
+        raise ConvertError(
+            f"{where}: the shard mp_rank_{missing[0]:02d}_model_states.pt is missing"
+        )
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def _and_what_is(by_iteration: dict[str, dict[int, str]]) -> str:
+    found = ", ".join(sorted(by_iteration)[:5])
+    return f" (there is {found})" if found else ""
+
+
+def _joined(folder: epath.Path, names: list[str]) -> ByteSource:
+    """The archive that parts make, in the order of their numbers."""
+    parts: dict[int, str] = {}
+    stem, is_lettered, width = "", False, 0
+    for name in names:
+        match = _PART.fullmatch(name)
+        if match is None:
+            if ".part" in name:
+                raise ConvertError(f"{folder / name} is no part's name: remove or rename it")
+            continue
+        number = match["number"]
+        if stem not in ("", match["stem"]):
+            raise ConvertError(f"{folder} holds parts of {stem} and of {match['stem']}: give one")
+        stem, width = match["stem"], len(number)
+        is_lettered = not number.isdigit()
+        place = int(number) if number.isdigit() else _from_letters(number)
+        if place in parts:
+            raise ConvertError(f"{folder}: {parts[place]} and {name} are the same part: remove one")
+        parts[place] = name
+    first = 1 if min(parts) == 1 else 0
+    for place in range(first, max(parts)):
+        if place not in parts:
+            label = _to_letters(place, width) if is_lettered else f"{place:0{width}d}"
+            raise ConvertError(f"{folder}: part {label} of {stem} is missing: fetch it")
+    files = [FileBytes(folder / parts[place]) for place in sorted(parts)]
+    usual = collections.Counter(file.size for file in files[:-1]).most_common(1)
+    for i, file in enumerate(files):
+        is_last = i == len(files) - 1
+        if usual and (file.size > usual[0][0] if is_last else file.size != usual[0][0]):
+            raise ConvertError(
+                f"{file.name} has {file.size} bytes, the parts before the last have "
+                f"{usual[0][0]}: fetch it again"
+            )
+    return JoinedBytes(str(folder / stem), files)
+
+
+def _from_letters(text: str) -> int:
+    """0 for aa, 1 for ab, as the `split` command counts."""
+    number = 0
+    for letter in text:
+        number = 26 * number + ord(letter) - ord("a")
+    return number
+
+
+def _to_letters(number: int, width: int) -> str:
+    letters = ""
+    for _ in range(width):
+        letters = chr(ord("a") + number % 26) + letters
+        number //= 26
+    return letters

@@ -1,0 +1,107 @@
+"""Compares two models tensor by tensor, in whatever forms they are.
+
+python -m convert.verify A B        exit status 1 if any tensor differs
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from convert.errors import ConvertError
+from convert.opening import OpenModel, open_model
+from glm_jax import cli
+from glm_jax.model.params import LINEAR_NAMES
+from glm_jax.quantization import QuantizedArray, dequantize
+
+FLAGS = flags.FLAGS
+_SIZES = ("num_layers", "hidden_size", "inner_hidden_size", "num_heads", "vocab_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Of one tensor: the greatest absolute difference, and of how many numbers."""
+
+    name: str
+    greatest: float
+    numbers: int
+
+
+def compare(a: OpenModel, b: OpenModel) -> Iterator[Difference | None]:
+    """For each tensor its difference, None where both are equal. NaN equals NaN.
+
+    Quantised kernels are compared by the numbers that they stand for.
+
+    Raises:
+      ConvertError: models of different architectures.
+    """
+    for name in _SIZES:
+        first, second = getattr(a.config, name), getattr(b.config, name)
+        if first != second:
+            raise ConvertError(f"{name} is {first} in one model and {second} in the other")
+    yield _difference("word_embeddings", a.embedding(), b.embedding())
+    norms = (a.final_layernorm(), b.final_layernorm())
+    yield from _tree_differences("final_layernorm", *norms)
+    for i, layers in enumerate(zip(a.layers(), b.layers(), strict=True)):
+        yield from _tree_differences(f"layers.{i}", *map(_dequantized, layers))
+
+
+def _dequantized(layer: Any) -> Any:
+    for name in LINEAR_NAMES:
+        linear = getattr(layer, name)
+        if isinstance(linear.kernel, QuantizedArray):
+            # In float64 integers times scales are exact.
+            values = np.asarray(dequantize(jax.tree.map(jnp.asarray, linear.kernel), jnp.float32))
+            layer = layer.replace(**{name: linear.replace(kernel=values)})
+    return layer
+
+
+def _tree_differences(prefix: str, a: Any, b: Any) -> Iterator[Difference | None]:
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        yield _difference(f"{prefix}.{name}", x, y)
+
+
+def _difference(name: str, x: np.ndarray, y: np.ndarray) -> Difference | None:
+    greatest, numbers = 0.0, 0
+    flat_x, flat_y = x.reshape(-1), y.reshape(-1)
+    for i in range(0, flat_x.size, 1 << 22):  # float64 copies of a part at a time
+        p, q = (flat[i : i + (1 << 22)].astype(np.float64) for flat in (flat_x, flat_y))
+        is_other = ~((p == q) | (np.isnan(p) & np.isnan(q)))
+        if is_other.any():
+            gap = np.abs(p - q)[is_other]
+            numbers += gap.size
+            greatest = max(greatest, float(np.where(np.isnan(gap), np.inf, gap).max()))
+    return Difference(name, greatest, numbers) if numbers else None
+
+
+def main(paths: list[str]) -> None:
+    models = [open_model(path, FLAGS.num_heads) for path in paths]
+    for path, model in zip(paths, models, strict=True):
+        print(f"{path}: {model.kind}")
+    count, found = 0, []
+    for difference in compare(*models):
+        count += 1
+        if difference is not None:
+            found.append(difference)
+            print(
+                f"{difference.name}: {difference.numbers} numbers differ, "
+                f"by {difference.greatest:.3g} at most"
+            )
+    if found:
+        greatest = max(found, key=lambda d: d.greatest)
+        raise ConvertError(
+            f"{len(found)} of {count} tensors differ, {greatest.name} by {greatest.greatest:.3g}"
+        )
+    print(f"all {count} tensors are equal")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("num_heads", None, "attention heads, where shards do not tell")
+    cli.run_with_paths(main, "A", "B")

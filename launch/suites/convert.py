@@ -1,0 +1,149 @@
+"""The conversion of a made checkpoint of 12 GB beside a plain copy of its bytes."""
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from convert import sat_layout
+from convert.torch_writer import TorchWriter
+from glm_jax.config import GLMConfig
+from glm_jax.model.params import LINEAR_NAMES
+from launch.suites.case import Case
+
+SHARDS, PART_BYTES = 8, 1 << 30
+
+
+def config(num_layers: int) -> GLMConfig:
+    """A layer of 0.4 GB and an embedding of 1.2 GB: 28 layers are 12.4 GB."""
+    return GLMConfig(
+        num_layers=num_layers,
+        hidden_size=4096,
+        inner_hidden_size=10880,
+        num_heads=32,
+        vocab_size=150528,
+    )
+
+
+def shard_shapes(model: GLMConfig, shards: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of one shard, by released name."""
+    shapes = {sat_layout.EMBEDDING: (model.vocab_size // shards, model.hidden_size)}
+    for i in range(model.num_layers):
+        for name in sat_layout.LAYERNORMS:
+            for kind in ("weight", "bias"):
+                shapes[f"{sat_layout.layernorm_name(i, name)}.{kind}"] = (model.hidden_size,)
+        for name in LINEAR_NAMES:
+            outputs = int(np.prod(sat_layout.output_shape(model, name)))
+            inputs = model.inner_hidden_size if name == "dense_4h_to_h" else model.hidden_size
+            is_column = name in sat_layout.COLUMN_PARALLEL
+            outputs, inputs = (
+                (outputs // shards, inputs) if is_column else (outputs, inputs // shards)
+            )
+            prefix = sat_layout.linear_name(i, name)
+            shapes[f"{prefix}.weight"] = (outputs, inputs)
+            shapes[f"{prefix}.bias"] = (outputs,)
+    for kind in ("weight", "bias"):
+        shapes[f"{sat_layout.FINAL_LAYERNORM}.{kind}"] = (model.hidden_size,)
+    frequencies = (model.head_dim // 2,)
+    for i in range(model.num_layers):
+        shapes[f"transformer.layers.{i}.attention.rotary_emb.inv_freq"] = frequencies
+    return shapes
+
+
+class PartWriter(io.RawIOBase):
+    """A file that is cut into parts as it is written: NAME.part_00 and so on."""
+
+    def __init__(self, path: Path, part_bytes: int):
+        self._path, self._part_bytes, self._written = path, part_bytes, 0
+        self._part = self._open(0)
+
+    def _open(self, number: int) -> io.BufferedWriter:
+        return self._path.with_name(f"{self._path.name}.part_{number:02d}").open("wb")
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        view, size = memoryview(data), len(data)
+        while view:
+            room = self._part_bytes - self._written % self._part_bytes
+            count = self._part.write(view[:room])
+            self._written += count
+            view = view[count:]
+            if self._written % self._part_bytes == 0:
+                self._part.close()
+                self._part = self._open(self._written // self._part_bytes)
+        return size
+
+    def close(self) -> None:
+        self._part.close()
+        super().close()
+
+
+def make_parts(folder: Path, model: GLMConfig, shards: int, part_bytes: int) -> None:
+    """Writes a checkpoint of random blocks as the parts of a tar archive."""
+    rng = np.random.default_rng(0)
+    block = rng.standard_normal(1 << 20, np.float32).astype(np.float16) / 50
+    shapes = shard_shapes(model, shards)
+    described = {name: (shape, np.float16) for name, shape in shapes.items()}
+    folder.mkdir(parents=True)
+    archive = io.BufferedWriter(PartWriter(folder / "made-sat.tar", part_bytes), 1 << 22)
+    with tarfile.open(fileobj=archive, mode="w|", bufsize=1 << 22) as tar:
+        latest = tarfile.TarInfo("made-sat/latest")
+        latest.size = 5
+        tar.addfile(latest, io.BytesIO(b"49300"))
+        for rank in range(shards):
+            name = f"mp_rank_{rank:02d}_model_states.pt"
+            with TorchWriter(folder / name, described) as writer:
+                for index, (tensor, shape) in enumerate(shapes.items()):
+                    size = int(np.prod(shape))
+                    shifted = np.roll(block, 1000 * rank + index)
+                    writer.write(tensor, np.resize(shifted, size).reshape(shape))
+            tar.add(folder / name, f"made-sat/49300/{name}")
+            (folder / name).unlink()
+    archive.close()
+
+
+def convert_suite(num_layers: int = 28) -> Iterator[tuple[str, dict[str, Case]]]:
+    """From downloaded parts to a model folder; and `cp` of the parts, each followed by
+    `sync`, for the conversion waits for the disk too."""
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as place:
+        folder = Path(place)
+        source = folder / "downloads"
+        make_parts(source, config(num_layers), SHARDS, PART_BYTES)
+        size = sum(file.stat().st_size for file in source.iterdir())
+        peaks: list[int] = []
+
+        def convert() -> None:
+            shutil.rmtree(folder / "converted", ignore_errors=True)
+            command = [sys.executable, "-m", "convert.sat_to_orbax"]
+            flags = [f"--input={source}", f"--output={folder / 'converted'}"]
+            with subprocess.Popen(
+                [*command, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            ) as process:
+                _, status, usage = os.wait4(process.pid, 0)
+                process.returncode = status
+            if status:
+                raise RuntimeError("the conversion failed")
+            peaks.append(usage.ru_maxrss * 1024)
+            os.sync()
+
+        def copy() -> None:
+            shutil.rmtree(folder / "copied", ignore_errors=True)
+            subprocess.run(["cp", "-r", source, folder / "copied"], check=True)
+            os.sync()
+
+        cases = {"convert": Case(convert, is_long=True), "cp": Case(copy, is_long=True)}
+        yield f"conversion of {size / 1e9:.1f} GB, {SHARDS} shards in tar parts", cases
+        largest = 2 * config(num_layers).vocab_size * config(num_layers).hidden_size
+        print(
+            f"peak memory {max(peaks) / 2**30:.2f} GiB; three times the largest tensor and a GiB "
+            f"are {3 * largest / 2**30 + 1:.2f}"
+        )
