@@ -33,9 +33,9 @@ bench: $(VENV)/.test
 	$(BIN)/python -m launch.benchmark --suite=convert --rounds=3
 
 clean:
-	rm -rf $(VENV) $(AOT_VENV) build *.egg-info demo_output bench_output glm_jax/kernels/*/*.so
+	rm -rf $(VENV) $(AOT_VENV) build *.egg-info demo_output bench_output glm_jax/kernels/*/*.so convert/*.so
 
-$(VENV)/.base: setup.py requirements.txt $(wildcard glm_jax/kernels/*.h glm_jax/kernels/*/cpu*)
+$(VENV)/.base: setup.py requirements.txt $(wildcard glm_jax/kernels/*.h glm_jax/kernels/*/cpu* convert/*.cc)
 	$(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	$(INSTALL) jaxlib setuptools
 	$(INSTALL) --no-build-isolation -e .

@@ -51,6 +51,13 @@ setup(
     ext_modules=[
         kernel("quantized_matmul", "libglm_jax_cpu", "cpu.cc"),
         kernel("attention", "libglm_jax_attention", "cpu.cc", "cpu_blocks.cc"),
+        Extension(
+            "convert.libglm_jax_transpose",
+            sources=["convert/transpose.cc"],
+            language="c++",
+            extra_compile_args=["-O3", "-std=c++17"],
+            optional=True,
+        ),
     ],
     install_requires=[
         "absl-py>=2.1",

@@ -1,9 +1,12 @@
 """Shards to a model folder, layer by layer: memory stays at a layer, and a conversion that
 was broken off goes on with the layers that are not there yet."""
 
+import contextlib
+import ctypes
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 from concurrent import futures
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -18,10 +22,11 @@ from tqdm import tqdm
 from convert.errors import ConvertError
 from convert.sat_reader import SatCheckpoint
 from glm_jax.config import GLMConfig
+from glm_jax.errors import UserError
 from glm_jax.model import params as glm_params
 from glm_jax.model import parts
 from glm_jax.model.checkpoint import PARAMS_FOLDER, finish_model, refuse_non_empty
-from glm_jax.model.params import KERNEL_AXES, LayerParams, LinearParams
+from glm_jax.model.params import KERNEL_AXES, LINEAR_NAMES, LayerParams, LinearParams
 from glm_jax.quantization import QuantizedArray, Scheme
 from glm_jax.sharding import make_mesh, parameter_sharding
 from glm_jax.tokenizer import Tokenizer
@@ -31,6 +36,8 @@ from glm_jax.tokenizer import Tokenizer
 PIECES = 16
 PROVENANCE_FILE = "provenance.json"
 _PLAN_FILE = "conversion.json"
+_LINE_BYTES = 64
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names in malloc.h
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +63,15 @@ class Options:
     num_processes: int = 1
 
 
+def keep_freed_memory() -> None:
+    """Tells the C library to use memory again instead of giving it back to the system, which
+    would have to clear it: the copies that are written are as large as the model."""
+    with contextlib.suppress(OSError, AttributeError):  # of other C libraries
+        library = ctypes.CDLL(None)
+        library.mallopt(_MMAP_THRESHOLD, 1 << 30)
+        library.mallopt(_TRIM_THRESHOLD, -1)
+
+
 def convert_shards(
     source: epath.PathLike,
     output: Path,
@@ -69,6 +85,8 @@ def convert_shards(
       CheckpointError: the output folder is not empty.
     """
     refuse_non_empty(output)
+    if options.quantization is not None:
+        Scheme.parse(options.quantization)
     checkpoint = SatCheckpoint(source, options.is_checked)
     config = checkpoint.config(options.num_heads, options.max_sequence_length)
     if tokenizer is not None:
@@ -85,7 +103,7 @@ def convert_shards(
     conversion.open(_plan(checkpoint, config, options))
     try:
         conversion.write_parts()
-    except ConvertError:
+    except UserError:
         shutil.rmtree(conversion.partial, ignore_errors=True)
         raise
     conversion.finish(() if tokenizer is None else tokenizer.files)
@@ -114,6 +132,7 @@ class _Conversion:
         self.partial = self._output.with_name(self._output.name + ".partial")
         self._folder = self.partial / PARAMS_FOLDER
         self._mesh = _storage_mesh(config)
+        self._buffers = [_Buffers(), _Buffers()]
 
     def open(self, plan: dict[str, Any]) -> None:
         """Makes the folder, or finds what an earlier run of the same plan left."""
@@ -164,18 +183,26 @@ class _Conversion:
             )
 
     def _embedding(self) -> dict[str, Any]:
-        specs = glm_params.specs(self._config)
-        table = self._checkpoint.embedding(self._config)
+        table = self._cast(self._checkpoint.embedding(self._config, _aligned))
+        axes, count = glm_params.specs(self._config).word_embeddings.axes, self._mesh.size
+        sharding = parameter_sharding(self._mesh, axes, table.shape)
         norm = self._checkpoint.final_layernorm(self._config)
         return {
-            "word_embeddings": self._place(self._cast(table), specs.word_embeddings.axes),
+            "word_embeddings": self._join(np.split(table, count), table.shape, sharding),
             "final_layernorm": jax.tree.map(self._cast, norm),
         }
 
     def _layer(self, name: str) -> LayerParams:
         index = self._names().index(name) - 1
-        layer = self._checkpoint.layer(self._config, index)
+        if self._options.quantization is None and self._options.dtype is None:
+            # The layer before is being written from the other buffers.
+            self._buffers.reverse()
+            layer = self._checkpoint.layer_in_pieces(
+                self._config, index, self._mesh.size, self._put_pieces, self._buffers[0].allocate
+            )
+            return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else x[None], layer)
         # As one stacked layer, the form of every part.
+        layer = self._checkpoint.layer(self._config, index)
         layer = jax.tree.map(lambda x: self._cast(x[None]), layer)
         if self._options.quantization is not None:
             layer = glm_params.quantize_layers(layer, Scheme.parse(self._options.quantization))
@@ -191,6 +218,22 @@ class _Conversion:
             return LinearParams(kernel, linear.bias)
 
         return glm_params.map_layer_linears(place, layer)
+
+    def _put_pieces(self, name: str, pieces: np.ndarray) -> jax.Array:
+        """A stacked kernel of one layer."""
+        axis = next(i for i, a in enumerate(KERNEL_AXES[name]) if a in ("heads", "mlp"))
+        shape = list(pieces.shape)
+        shape[0], shape[1 + axis] = 1, shape[1 + axis] * len(pieces)
+        sharding = parameter_sharding(self._mesh, ("layers", *KERNEL_AXES[name]), shape)
+        return self._join([piece[None] for piece in pieces], tuple(shape), sharding)
+
+    def _join(
+        self, pieces: list[np.ndarray], shape: tuple[int, ...], sharding: jax.sharding.Sharding
+    ) -> jax.Array:
+        """An array of pieces along the tensor axis, each on its device, not copied."""
+        devices = self._mesh.devices.flat
+        arrays = [jax.device_put(x, device) for x, device in zip(pieces, devices, strict=True)]
+        return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
     def _cast(self, x: Any) -> Any:
         dtype = self._options.dtype
@@ -217,6 +260,33 @@ class _Conversion:
             f"wrote {self._output}: {glm_params.parameter_count(self._config):,} parameters, "
             f"{kind}, from {len(self._checkpoint.shards)} shards"
         )
+
+
+class _Buffers:
+    """Arrays that are used again for the next layer: new memory costs as much as reading."""
+
+    def __init__(self) -> None:
+        self._taken: list[np.ndarray] = []
+        self._next = 0
+
+    def allocate(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """The arrays of a layer, asked for in the same order for each."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if self._next == len(LINEAR_NAMES):
+            self._next = 0
+        if self._next == len(self._taken):
+            self._taken.append(_aligned((size,), np.uint8))
+        array: np.ndarray = self._taken[self._next].view(dtype).reshape(shape)
+        self._next += 1
+        return array
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array that begins on a cache line, which jax takes as it is."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + _LINE_BYTES, np.uint8)
+    array: np.ndarray = raw[-raw.ctypes.data % _LINE_BYTES :][:size].view(dtype).reshape(shape)
+    return array
 
 
 def _storage_mesh(config: GLMConfig) -> Mesh:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from absl import flags
 
+from convert import sat_layout
 from convert.opening import SAFETENSORS_INDEX
 from convert.sat_reader import SatCheckpoint
 from glm_jax import cli
@@ -50,10 +51,10 @@ def describe(path: str, num_heads: int | None) -> tuple[list[str], list[Row], GL
     checkpoint = SatCheckpoint(path)
     count = len(checkpoint.shards)
     rows = [
-        (name, checkpoint.tensor(name).shape, str(checkpoint.tensor(name).dtype))
-        for name in checkpoint.names
+        (name, sat_layout.merged_shape(name, tensor.shape, count), str(tensor.dtype))
+        for name, tensor in ((name, checkpoint.tensor(name)) for name in checkpoint.names)
     ]
-    lines = [f"{path}: released shards, {count} of them; shapes are those of one"]
+    lines = [f"{path}: released shards, {count} of them; shapes are of the whole"]
     lines += [f"  {shard.name}: {shard.size:,} bytes" for shard in checkpoint.shards]
     if checkpoint.has_learned_positions:
         lines.append("learned block positions (GLM-10B, GLM-2B, GLM-large): cannot be run")

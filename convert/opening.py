@@ -149,8 +149,9 @@ class _Safetensors:
                 def read(kind: str, rank: int, prefix: str = prefix) -> np.ndarray:
                     return self._read(f"{prefix}.{kind}")
 
-                merged = sat_layout.merge_linear(self.config, name, 1, read, None)
-                linears[name] = LinearParams(merged.kernel, merged.bias)
+                dtype = np.dtype(self.config.param_dtype)
+                merged = sat_layout.merge_linear(self.config, name, 1, read, dtype)
+                linears[name] = LinearParams(merged.pieces[0], merged.bias)
             norms: dict[str, Any] = {
                 name: self._norm(sat_layout.layernorm_name(i, name))
                 for name in sat_layout.LAYERNORMS

@@ -5,12 +5,15 @@ import math
 import os
 from collections.abc import Callable
 from concurrent import futures
+from typing import Any
 
 import numpy as np
 
 from convert.errors import ConvertError
+from convert.transpose import transpose
 from glm_jax.config import GLMConfig
 
+Allocate = Callable[[tuple[int, ...], Any], np.ndarray]
 EMBEDDING = "transformer.word_embeddings.weight"
 FINAL_LAYERNORM = "transformer.final_layernorm"
 _LINEARS = {
@@ -19,7 +22,6 @@ _LINEARS = {
     "dense_h_to_4h": "mlp.dense_h_to_4h",
     "dense_4h_to_h": "mlp.dense_4h_to_h",
 }
-_ROWS = 32  # of a step of a transpose
 COLUMN_PARALLEL = ("query_key_value", "dense_h_to_4h")
 LAYERNORMS = ("input_layernorm", "post_attention_layernorm")
 
@@ -35,9 +37,14 @@ def layernorm_name(layer: int, name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class MergedLinear:
-    """A linear in our layout. `scales` only of a quantised one, whose kernel is packed."""
+    """A linear in our layout.
 
-    kernel: np.ndarray
+    Attributes:
+      pieces: [pieces, inputs, *outputs], split along the tensor axis; packed if quantised.
+      scales: [groups, *outputs] of a quantised one.
+    """
+
+    pieces: np.ndarray
     bias: np.ndarray
     scales: np.ndarray | None
 
@@ -57,7 +64,10 @@ def merge_linear(
     name: str,
     count: int,
     read: Callable[[str, int], np.ndarray],
-    bits: int | None,
+    dtype: Any,
+    bits: int | None = None,
+    pieces: int = 1,
+    allocate: Allocate = np.empty,
 ) -> MergedLinear:
     """Joins one linear's shards and turns [outputs, inputs] into [inputs, *outputs].
 
@@ -67,34 +77,37 @@ def merge_linear(
 
     Args:
       count: shards; they are read as many at a time as there are processors.
-      read: gives the "weight", "bias" or "weight_scale" of a shard.
+      read: gives the "weight", "bias" or "weight_scale" of a shard. A weight need not
+        last longer than until the same thread reads again.
+      dtype: of the weights.
+      pieces: along the tensor axis, which the kernel is given in.
     """
     outputs = output_shape(config, name)
     width, is_column = math.prod(outputs), name in COLUMN_PARALLEL
     inputs = config.inner_hidden_size if name == "dense_4h_to_h" else config.hidden_size
     stored = inputs if bits is None else inputs * bits // 8
-    first = read("weight", 0)
-    kernel = np.empty((stored, width), first.dtype)
+    sizes = (stored, width // pieces) if is_column else (stored // pieces, width)
+    kernel = allocate((pieces, *sizes), dtype)
 
     def place(rank: int) -> None:
-        weight = first if rank == 0 else read("weight", rank)
-        if not is_column:
+        weight = read("weight", rank)
+        if is_column:
+            for to, rows in _columns(name, kernel, rank, count):
+                transpose(weight[rows], to)
+        else:
             size = stored // count
-            _transpose(weight, kernel[rank * size : (rank + 1) * size])
-            return
-        for to, part in _columns(name, kernel, weight, rank, count):
-            _transpose(part, to)
+            transpose(weight, kernel.reshape(stored, width)[rank * size : (rank + 1) * size])
 
     with futures.ThreadPoolExecutor(min(count, os.cpu_count() or 1)) as pool:
         list(pool.map(place, range(count)))
 
     def joined(kind: str) -> np.ndarray:
         parts = [read(kind, rank) for rank in range(count)]
-        whole = np.empty((1, width), parts[0].dtype)
+        whole = np.empty((1, 1, width), parts[0].dtype)
         for rank, part in enumerate(parts):
-            for to, values in _columns(name, whole, part[:, None], rank, count):
-                to[:] = values.T
-        return whole
+            for to, rows in _columns(name, whole, rank, count):
+                to[:] = part[rows]
+        return whole[0]
 
     scales = None
     if bits is not None and is_column:
@@ -102,30 +115,46 @@ def merge_linear(
     elif bits is not None:
         scales = np.stack([read("weight_scale", rank) for rank in range(count)])
     bias = joined("bias") if is_column else read("bias", 0)
+    piece = [size // pieces if i == 0 and is_column else size for i, size in enumerate(outputs)]
+    if name == "dense_h_to_4h":
+        piece = [2, config.inner_hidden_size // pieces]
     return MergedLinear(
-        kernel=kernel.reshape(stored, *outputs),
+        pieces=kernel.reshape(pieces, sizes[0], *piece),
         bias=bias.reshape(outputs),
         scales=None if scales is None else scales.reshape(len(scales), *outputs),
     )
 
 
 def _columns(
-    name: str, whole: np.ndarray, part: np.ndarray, rank: int, count: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Where a column-parallel shard's rows [outputs, ..] go as columns of [.., outputs]."""
+    name: str, kernel: np.ndarray, rank: int, count: int
+) -> list[tuple[np.ndarray, slice]]:
+    """Where a column-parallel shard's rows go: parts [.., columns] of the pieces of a kernel
+    [pieces, .., columns], and which rows they are."""
     halves = 2 if name == "dense_h_to_4h" else 1
-    size = whole.shape[1] // halves // count
+    in_piece = kernel.shape[2] // halves
+    in_shard = in_piece * len(kernel) // count
+    begin = rank * in_shard
     places = []
     for half in range(halves):
-        begin = half * (whole.shape[1] // halves) + rank * size
-        places.append((whole[:, begin : begin + size], part[half * size : (half + 1) * size]))
+        at = begin
+        while at < begin + in_shard:
+            piece, offset = divmod(at, in_piece)
+            size = min(begin + in_shard - at, in_piece - offset)
+            column, row = half * in_piece + offset, half * in_shard + at - begin
+            places.append((kernel[piece][:, column : column + size], slice(row, row + size)))
+            at += size
     return places
 
 
-def _transpose(source: np.ndarray, to: np.ndarray) -> None:
-    """to[:] = source.T, some rows at a time: at once it takes three times as long."""
-    for i in range(0, len(source), _ROWS):
-        to[:, i : i + _ROWS] = source[i : i + _ROWS].T
+def merged_shape(name: str, shape: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """What the parts of a released tensor, or of GLM-10B's, make together."""
+    linear, _, kind = name.rpartition(".")
+    is_row = kind == "weight" and linear.endswith((_LINEARS["dense"], _LINEARS["dense_4h_to_h"]))
+    is_column = linear.endswith(
+        ("word_embeddings", *(_LINEARS[column] for column in COLUMN_PARALLEL))
+    )
+    axis = 1 if is_row else 0 if is_column else None
+    return tuple(size * count if i == axis else size for i, size in enumerate(shape))
 
 
 def split_kernel(name: str, kernel: np.ndarray, shards: int) -> list[np.ndarray]:

@@ -1,8 +1,11 @@
 """A released checkpoint's shards as one model, read tensor after tensor."""
 
+import math
+import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,7 @@ from etils import epath
 from convert import sat_layout
 from convert.byte_source import ByteSource
 from convert.errors import ConvertError
+from convert.sat_layout import Allocate
 from convert.sat_source import find_shards
 from convert.torch_file import LazyTensor, TorchFile
 from glm_jax.config import RELEASED_VOCAB_SIZE, GLMConfig, SpecialTokens
@@ -44,8 +48,8 @@ class SatCheckpoint:
             source = find_shards(source)
         self.shards = [TorchFile(file, is_checked) for file in source]
         self.non_finite: dict[str, int] = {}
-        self._lock = threading.Lock()
-        self._modules = [_module(shard) for shard in self.shards]
+        self._lock, self._own = threading.Lock(), threading.local()
+        self._modules = [module(shard) for shard in self.shards]
         self._check_alike()
         self._frequencies = _take_frequencies(self._modules)
         if not self.has_learned_positions:
@@ -178,8 +182,10 @@ class SatCheckpoint:
             )
         return tensor
 
-    def _read(self, name: str, shape: tuple[int, ...], rank: int = 0) -> np.ndarray:
-        values = self._describe(name, shape, rank).read()
+    def _read(
+        self, name: str, shape: tuple[int, ...], rank: int = 0, allocate: Allocate = np.empty
+    ) -> np.ndarray:
+        values = self._describe(name, shape, rank).read(allocate)
         count = count_non_finite(values)
         if count:
             with self._lock:
@@ -194,13 +200,20 @@ class SatCheckpoint:
             return None
         return 8 * self.tensor(f"{name}.weight").shape[1] // config.hidden_size
 
-    def embedding(self, config: GLMConfig) -> np.ndarray:
+    def embedding(self, config: GLMConfig, allocate: Allocate = np.empty) -> np.ndarray:
         """[vocab, embed]."""
         rows, hidden = self._embedding_shape(config)
-        whole = np.empty((config.vocab_size, hidden), self.tensor(sat_layout.EMBEDDING).dtype)
-        for rank in range(len(self.shards)):
-            place = slice(rank * rows, (rank + 1) * rows)
-            whole[place] = self._read(sat_layout.EMBEDDING, (rows, hidden), rank)
+        whole = allocate((config.vocab_size, hidden), self.tensor(sat_layout.EMBEDDING).dtype)
+
+        def read(rank: int) -> None:
+            part = whole[rank * rows : (rank + 1) * rows]
+            into: Allocate = lambda shape, dtype: part.reshape(shape)
+            found = self._read(sat_layout.EMBEDDING, (rows, hidden), rank, into)
+            if found.base is None or not np.shares_memory(found, part):
+                part[:] = found  # rows that were not one after another
+
+        with futures.ThreadPoolExecutor(min(len(self.shards), os.cpu_count() or 1)) as pool:
+            list(pool.map(read, range(len(self.shards))))
         return whole
 
     def final_layernorm(self, config: GLMConfig) -> LayerNormParams:
@@ -208,11 +221,34 @@ class SatCheckpoint:
 
     def layer(self, config: GLMConfig, i: int) -> LayerParams:
         """One block, kernels float or quantised as they are stored."""
+        return self.layer_in_pieces(config, i, 1, lambda _, pieces: pieces[0])
+
+    def layer_in_pieces(
+        self,
+        config: GLMConfig,
+        i: int,
+        pieces: int,
+        put: Callable[[str, np.ndarray], Any],
+        allocate: Allocate = np.empty,
+    ) -> LayerParams:
+        """One block, whose kernels are what `put` makes of a linear's name and its kernel
+        [pieces, inputs, *outputs], split along the tensor axis."""
         parts: dict[str, Any] = {
             name: self._layernorm(config, sat_layout.layernorm_name(i, name))
             for name in sat_layout.LAYERNORMS
         }
-        parts |= {name: self._linear(config, i, name) for name in glm_params.LINEAR_NAMES}
+        for name in glm_params.LINEAR_NAMES:
+            merged = self._linear(config, i, name, pieces, allocate)
+            kernel = put(name, merged.pieces)
+            if merged.scales is not None:
+                kernel = QuantizedArray(
+                    values=kernel,
+                    scales=merged.scales,
+                    bits=self.bits(config) or 0,
+                    contraction_axis=1 - merged.pieces.ndim,
+                    axes=glm_params.KERNEL_AXES[name],
+                )
+            parts[name] = LinearParams(kernel, merged.bias)
         return LayerParams(**parts)
 
     def _embedding_shape(self, config: GLMConfig) -> tuple[int, int]:
@@ -237,27 +273,35 @@ class SatCheckpoint:
         shapes: dict[str, tuple[int, ...]] = {"weight": (outputs, stored), "bias": (outputs,)}
         return shapes if bits is None else shapes | {"weight_scale": (outputs,)}
 
-    def _linear(self, config: GLMConfig, i: int, name: str) -> LinearParams:
+    def _linear(
+        self, config: GLMConfig, i: int, name: str, pieces: int, allocate: Allocate
+    ) -> sat_layout.MergedLinear:
         prefix, bits = sat_layout.linear_name(i, name), self.bits(config)
         shapes = self._linear_shapes(config, name)
 
         def read(kind: str, rank: int) -> np.ndarray:
-            return self._read(f"{prefix}.{kind}", shapes[kind], rank)
+            own = self._buffer if kind == "weight" else np.empty
+            return self._read(f"{prefix}.{kind}", shapes[kind], rank, own)
 
-        merged = sat_layout.merge_linear(config, name, len(self.shards), read, bits)
-        if bits is None:
-            return LinearParams(merged.kernel, merged.bias)
-        kernel = QuantizedArray(
-            values=merged.kernel,
-            scales=merged.scales,
-            bits=bits,
-            contraction_axis=-merged.kernel.ndim,
-            axes=glm_params.KERNEL_AXES[name],
-        )
-        return LinearParams(kernel, merged.bias)
+        dtype, count = self.tensor(f"{prefix}.weight").dtype, len(self.shards)
+        return sat_layout.merge_linear(config, name, count, read, dtype, bits, pieces, allocate)
+
+    def _buffer(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """The calling thread's, used again: memory that is new costs as much as reading."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        buffer = getattr(self._own, "buffer", None)
+        if buffer is None or buffer.size < size:
+            buffer = self._own.buffer = np.empty(size, np.uint8)
+        array: np.ndarray = buffer[:size].view(dtype).reshape(shape)
+        return array
 
 
-def _module(shard: TorchFile) -> dict[str, LazyTensor]:
+def module(shard: TorchFile) -> dict[str, LazyTensor]:
+    """The tensors of a shard by name.
+
+    Raises:
+      ConvertError: the file holds something else.
+    """
     content = shard.content
     module = content.get("module") if isinstance(content, dict) else None
     if not isinstance(module, dict):

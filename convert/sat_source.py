@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 from etils import epath
 
-from convert.byte_source import ByteSource, FileBytes, JoinedBytes, RangeBytes, Stream
+from convert.byte_source import ByteSource, FileBytes, JoinedBytes, RangeBytes, Stream, read
 from convert.errors import ConvertError
 
 _SHARD = re.compile(r"mp_rank_(\d\d+)_model_states\.pt")
@@ -160,7 +160,8 @@ def _joined(folder: epath.Path, names: list[str]) -> ByteSource:
         if place in parts:
             raise ConvertError(f"{folder}: {parts[place]} and {name} are the same part: remove one")
         parts[place] = name
-    first = 1 if min(parts) == 1 else 0
+    # Some count from one. An archive says itself where it begins.
+    first = 1 if min(parts) == 1 and _is_tar(FileBytes(folder / parts[1])) else 0
     for place in range(first, max(parts)):
         if place not in parts:
             label = _to_letters(place, width) if is_lettered else f"{place:0{width}d}"
@@ -175,6 +176,10 @@ def _joined(folder: epath.Path, names: list[str]) -> ByteSource:
                 f"{usual[0][0]}: fetch it again"
             )
     return JoinedBytes(str(folder / stem), files)
+
+
+def _is_tar(source: ByteSource) -> bool:
+    return source.size > 512 and read(source, 257, 5) == b"ustar"
 
 
 def _from_letters(text: str) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from convert.conversion import PIECES, Options, convert_shards
+from convert.conversion import PIECES, Options, convert_shards, keep_freed_memory
 from glm_jax import cli
 from glm_jax.tokenizer import Tokenizer
 
@@ -32,6 +32,7 @@ def main() -> None:
     # Nothing is computed on an accelerator; arrays over many devices are stored in pieces.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", PIECES)
+    keep_freed_memory()
     options = Options(
         num_heads=FLAGS.num_heads,
         max_sequence_length=FLAGS.max_sequence_length,

@@ -11,6 +11,7 @@ import math
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,11 @@ class LazyTensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self) -> np.ndarray:
+    def read(self, allocate: Callable[[tuple[int, ...], Any], np.ndarray] = np.empty) -> np.ndarray:
         """The tensor in memory; nothing of it is kept by the file.
+
+        Args:
+          allocate: gives an array of a shape and dtype to read into.
 
         Raises:
           ConvertError: its bytes are not all there, or not those that were written.
@@ -71,7 +75,8 @@ class LazyTensor:
         if 0 in self.shape:
             return np.empty(self.shape, self.dtype)
         steps = [(n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)]
-        flat = self.file.read_elements(self.storage, self.offset, sum(steps) + 1)
+        flat = allocate((sum(steps) + 1,), self.dtype)
+        self.file.read_elements(self.storage, self.offset, flat)
         strides = [s * flat.itemsize for s in self.strides]
         return np.lib.stride_tricks.as_strided(flat, self.shape, strides)
 
@@ -164,9 +169,8 @@ class TorchFile:
                 f"{self._entries[name].CRC:08x} was written): fetch it again"
             )
 
-    def read_elements(self, storage: _Storage, first: int, count: int) -> np.ndarray:
-        """A flat array of some elements; those of a whole storage are held against its
-        checksum."""
+    def read_elements(self, storage: _Storage, first: int, elements: np.ndarray) -> None:
+        """Fills a flat array; elements of a whole storage are held against its checksum."""
         name = f"{self._root}data/{storage.key}"
         entry = self._entries.get(name)
         if entry is None:
@@ -177,12 +181,10 @@ class TorchFile:
                 f"{self.name}: the storage {name} holds {entry.file_size} bytes, "
                 f"its tensors need {storage.size * item}"
             )
-        elements = np.empty(count, storage.dtype)
         view = memoryview(elements.view(np.uint8).data)
         self._source.read_into(self._places[name] + first * item, view)
         if len(view) == entry.file_size:
             self._check(name, zlib.crc32(view))
-        return elements
 
     def _data_offset(self, entry: zipfile.ZipInfo) -> int:
         """Where an entry's bytes begin. Looked at for all when a file is opened, so that

@@ -44,6 +44,7 @@ def interleaved(cases: dict[str, Case], rounds: int) -> dict[str, list[float]]:
             time.sleep(_PAUSE)
             if not case.is_long:
                 jax.block_until_ready(case.run())
+            case.prepare()
             began = time.perf_counter()
             jax.block_until_ready(case.run())
             if counted:

@@ -178,14 +178,14 @@ def generate(
         raise PromptError("this model's special tokens are not known: pass special_tokens")
     limit = config.max_sequence_length if max_length is None else max_length
     rows = [p if isinstance(p, Prompt) else Prompt.from_tokens(p, special) for p in prompts]
-    _check_prompts(rows, config, limit)
+    check_prompts(rows, config, limit)
     ends = special.end_tokens if end_tokens is None else tuple(end_tokens)
     sampling = sampling or Sampling()
     mesh = mesh_of(params)
     params = prepare(params)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         cache = init_cache(config, len(rows), bucket(limit), isinstance(params.layers, tuple), mesh)
-        logits, state = _prefill(params, config, rows, special.sop, cache)
+        logits, state = prefill_prompts(params, config, rows, special.sop, cache)
         return _run_steps(params, config, logits, state, sampling, ends, limit, seed, on_tokens)
 
 
@@ -194,7 +194,8 @@ def bucket(length: int) -> int:
     return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
-def _check_prompts(rows: Sequence[Prompt], config: GLMConfig, limit: int) -> None:
+def check_prompts(rows: Sequence[Prompt], config: GLMConfig, limit: int) -> None:
+    """Raises PromptError where a prompt cannot be answered within `limit` tokens."""
     if not rows:
         raise PromptError("no prompts")
     if limit > config.max_sequence_length:
@@ -212,7 +213,7 @@ def _check_prompts(rows: Sequence[Prompt], config: GLMConfig, limit: int) -> Non
             raise PromptError(f"prompt {i}: token {outside[0]} is not in the vocabulary")
 
 
-def _prefill(
+def prefill_prompts(
     params: GLMParams, config: GLMConfig, rows: Sequence[Prompt], sop: int, cache: KVCache
 ) -> tuple[Float[Array, "batch vocab"], DecodeState]:
     """Runs all contexts, padded to one bucket on the right, and their sop."""

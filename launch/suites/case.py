@@ -13,11 +13,13 @@ class Case:
     Attributes:
       run: does the work `count` times.
       count: its time is divided by this.
+      prepare: is done before each run, and not timed.
       is_long: takes so long that it needs no run before that does not count.
     """
 
     run: Callable[[], object]
     count: float = 1
+    prepare: Callable[[], object] = lambda: None
     is_long: bool = False
 
 

@@ -7,8 +7,10 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +21,7 @@ from glm_jax.model.params import LINEAR_NAMES
 from launch.suites.case import Case
 
 SHARDS, PART_BYTES = 8, 1 << 30
+_SETTLING = 10.0  # seconds
 
 
 def config(num_layers: int) -> GLMConfig:
@@ -34,7 +37,9 @@ def config(num_layers: int) -> GLMConfig:
 
 def shard_shapes(model: GLMConfig, shards: int) -> dict[str, tuple[int, ...]]:
     """The tensors of one shard, by released name."""
-    shapes = {sat_layout.EMBEDDING: (model.vocab_size // shards, model.hidden_size)}
+    shapes: dict[str, tuple[int, ...]] = {
+        sat_layout.EMBEDDING: (model.vocab_size // shards, model.hidden_size)
+    }
     for i in range(model.num_layers):
         for name in sat_layout.LAYERNORMS:
             for kind in ("weight", "bias"):
@@ -92,9 +97,14 @@ def make_parts(folder: Path, model: GLMConfig, shards: int, part_bytes: int) -> 
     rng = np.random.default_rng(0)
     block = rng.standard_normal(1 << 20, np.float32).astype(np.float16) / 50
     shapes = shard_shapes(model, shards)
-    described = {name: (shape, np.float16) for name, shape in shapes.items()}
+    described: dict[str, tuple[tuple[int, ...], Any]] = {
+        name: (shape, np.float16) for name, shape in shapes.items()
+    }
     folder.mkdir(parents=True)
-    archive = io.BufferedWriter(PartWriter(folder / "made-sat.tar", part_bytes), 1 << 22)
+    archive: Any = io.BufferedWriter(
+        PartWriter(folder / "made-sat.tar", part_bytes),
+        1 << 22,
+    )
     with tarfile.open(fileobj=archive, mode="w|", bufsize=1 << 22) as tar:
         latest = tarfile.TarInfo("made-sat/latest")
         latest.size = 5
@@ -121,8 +131,15 @@ def convert_suite(num_layers: int = 28) -> Iterator[tuple[str, dict[str, Case]]]
         size = sum(file.stat().st_size for file in source.iterdir())
         peaks: list[int] = []
 
+        def prepare() -> None:
+            for name in ("converted", "copied"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            os.sync()
+            # A virtual machine gives freed memory back to its host within some seconds. Who
+            # writes before that finds it ready; a conversion, which starts up first, would not.
+            time.sleep(_SETTLING)
+
         def convert() -> None:
-            shutil.rmtree(folder / "converted", ignore_errors=True)
             command = [sys.executable, "-m", "convert.sat_to_orbax"]
             flags = [f"--input={source}", f"--output={folder / 'converted'}"]
             with subprocess.Popen(
@@ -136,11 +153,13 @@ def convert_suite(num_layers: int = 28) -> Iterator[tuple[str, dict[str, Case]]]
             os.sync()
 
         def copy() -> None:
-            shutil.rmtree(folder / "copied", ignore_errors=True)
             subprocess.run(["cp", "-r", source, folder / "copied"], check=True)
             os.sync()
 
-        cases = {"convert": Case(convert, is_long=True), "cp": Case(copy, is_long=True)}
+        cases = {
+            "convert": Case(convert, prepare=prepare, is_long=True),
+            "cp": Case(copy, prepare=prepare, is_long=True),
+        }
         yield f"conversion of {size / 1e9:.1f} GB, {SHARDS} shards in tar parts", cases
         largest = 2 * config(num_layers).vocab_size * config(num_layers).hidden_size
         print(

@@ -65,8 +65,12 @@ def test_the_iterations_folder_itself_is_taken(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restore(tmp_path / "out")[1], expected)
 
 
-def test_latest_with_stray_blanks_is_taken(copy):
-    (copy / "latest").write_text(" 49300\n\n")
+@pytest.mark.parametrize("latest", [" 49300\n\n", '"49300"', "'49300' \r\n", None])
+def test_latest_with_stray_blanks_or_quotes_is_taken(copy, latest):
+    if latest is None:
+        (copy / "latest").unlink()  # one iteration needs none
+    else:
+        (copy / "latest").write_text(latest)
     assert len(find_shards(copy)) == 2
 
 
@@ -83,16 +87,25 @@ def test_quantized_shards_keep_their_integers(tmp_path, name):
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
-@pytest.mark.parametrize("shards", [1, 2, 4, 8])
-def test_written_shards_equal_the_originals_to_the_byte(tmp_path, shards):
-    """The reader is torch itself; each tensor's bytes, dtype and shape are the oracle's."""
-    _convert(CHECKPOINTS / "tp1", tmp_path)
-    write_shards(tmp_path / "out", tmp_path / "back", shards)
+@pytest.mark.parametrize("source", ["tp1", "the same"])
+@pytest.mark.parametrize(
+    "name", ["tp1", "tp2", "tp4", "tp8", "int8_tp1", "int8_tp8", "int4_tp2", "int4_tp8"]
+)
+def test_written_shards_equal_the_originals_to_the_byte(tmp_path, name, source):
+    """The reader is torch itself; each tensor's bytes, dtype and shape are the oracle's.
+
+    Quantised shards come from float weights, or from integers that were converted.
+    """
+    shards, quantization = int(name[-1]), name[:4] if name.startswith("int") else None
+    is_same = source == "the same"
+    _convert(CHECKPOINTS / (name if is_same else source), tmp_path)
+    quantization = None if is_same else quantization
+    write_shards(tmp_path / "out", tmp_path / "back", shards, quantization=quantization)
     assert (tmp_path / "back" / "latest").read_text() == "49300"
     for rank in range(shards):
-        name = f"49300/mp_rank_{rank:02d}_model_states.pt"
-        got = torch.load(tmp_path / "back" / name, weights_only=True)["module"]
-        expected = torch.load(CHECKPOINTS / f"tp{shards}" / name, weights_only=True)["module"]
+        file = f"49300/mp_rank_{rank:02d}_model_states.pt"
+        got = torch.load(tmp_path / "back" / file, weights_only=True)["module"]
+        expected = torch.load(CHECKPOINTS / name / file, weights_only=True)["module"]
         assert got.keys() == expected.keys()
         for key, tensor in expected.items():
             assert got[key].dtype == tensor.dtype
@@ -148,8 +161,9 @@ def test_a_quantised_model_is_not_quantised_otherwise(tmp_path):
         restore(tmp_path / "out", quantization="int4")
     with pytest.raises(QuantizationError, match="begin with int8 or int4"):
         restore(tmp_path / "out", quantization="int2")
-    with pytest.raises(ConvertError, match="is quantised"):
-        write_shards(tmp_path / "out", tmp_path / "back", 2)
+    with pytest.raises(ConvertError, match="quantised in 2 groups of inputs; 4 shards"):
+        write_shards(tmp_path / "out", tmp_path / "back", 4)
+    assert not (tmp_path / "back").exists()
 
 
 def test_missing_shard(copy, tmp_path):
@@ -246,12 +260,10 @@ def test_a_non_empty_output_is_refused_and_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("latest", "message"), [("77", "names '77'"), ("", "names ''"), (None, "holds no mp_rank")]
+    ("latest", "message"), [("77", r"names '77'.*there is 49300"), (" ''\n", "names ''")]
 )
 def test_a_latest_that_leads_nowhere(copy, tmp_path, latest, message):
-    (copy / "latest").unlink()
-    if latest is not None:
-        (copy / "latest").write_text(latest)
+    (copy / "latest").write_text(latest)
     with pytest.raises(ConvertError, match=message):
         _convert(copy, tmp_path)
 
@@ -286,16 +298,18 @@ def test_a_config_that_does_not_fit_the_parameters_is_refused(tmp_path):
         restore(tmp_path / "out")
 
 
-def test_reading_is_lazy(copy):
-    """Opening a checkpoint touches no storage: one that is gone is missed only when read."""
+def test_reading_is_lazy_and_damage_is_found(copy):
+    """Opening a checkpoint touches no storage: damage is found when a tensor is read."""
     data = bytearray((copy / SHARD).read_bytes())
     start = data.index(b"data/3FB")
     data[start + 200 : start + 210] = b"\xff" * 10
     (copy / SHARD).write_bytes(bytes(data))
     checkpoint = SatCheckpoint(copy)
     name = "transformer.layers.0.attention.query_key_value.weight"
-    assert np.isnan(checkpoint.tensor(name, shard=1).read()).any()
-    assert not np.isnan(checkpoint.tensor(name, shard=0).read()).any()
+    with pytest.raises(ConvertError, match=r"mp_rank_01.*data/3 is damaged"):
+        checkpoint.tensor(name, rank=1).read()
+    assert np.isnan(SatCheckpoint(copy, is_checked=False).tensor(name, rank=1).read()).any()
+    assert not np.isnan(checkpoint.tensor(name, rank=0).read()).any()
 
 
 def test_quantizing_what_was_converted_gives_the_originals(tmp_path):

@@ -1,0 +1,244 @@
+"""Beam search: the likeliest answers as wholes, not token after token.
+
+As the original's deterministic `BeamSearchStrategy`: scores are sums of log-probabilities;
+an answer that has ended is held against others by its score over ((5 + length) / 6) ** p,
+the length that of context, sop and answer together.
+"""
+
+import bisect
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from glm_jax.config import GLMConfig, SpecialTokens
+from glm_jax.decoding.generate import (
+    DecodeState,
+    Prompt,
+    PromptError,
+    bucket,
+    check_prompts,
+    decode_step,
+    prefill_prompts,
+    prepare,
+)
+from glm_jax.decoding.sampling import SamplingError
+from glm_jax.model.cache import init_cache
+from glm_jax.model.params import GLMParams
+from glm_jax.sharding import mesh_of
+
+_BANNED = -65504.0  # a logit that is never chosen; the original's
+
+
+@dataclasses.dataclass(frozen=True)
+class BeamSearch:
+    """Settings of a search.
+
+    Attributes:
+      num_beams: answers that are followed at once, and returned.
+      length_penalty: the exponent p; above 0 it favours longer answers.
+      no_repeat_ngram: no n tokens in a row, the last of them generated, appear twice; 0
+        for no such ban.
+      min_tokens: that are generated before an end token may be.
+    """
+
+    num_beams: int = 4
+    length_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    min_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_beams", 1), ("no_repeat_ngram", 0), ("min_tokens", 0)):
+            if getattr(self, name) < least:
+                raise SamplingError(f"{name}={getattr(self, name)}: at least {least}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hypothesis:
+    """An answer: generated tokens, the end token included where there was one.
+
+    Attributes:
+      score: sum of log-probabilities (nats) over the penalty of its length.
+    """
+
+    tokens: tuple[int, ...]
+    score: float
+
+
+def beam_search(
+    params: GLMParams,
+    config: GLMConfig,
+    prompt: Sequence[int] | Prompt,
+    settings: BeamSearch,
+    *,
+    max_length: int | None = None,
+    end_tokens: Sequence[int] | None = None,
+    special_tokens: SpecialTokens | None = None,
+) -> list[Hypothesis]:
+    """The best `num_beams` answers, best first.
+
+    Args:
+      prompt, max_length, end_tokens, special_tokens: as of `generate.generate`.
+
+    Raises:
+      PromptError: special tokens unknown, or a prompt that leaves no room.
+    """
+    special = special_tokens or config.special_tokens
+    if special is None:
+        raise PromptError("this model's special tokens are not known: pass special_tokens")
+    limit = config.max_sequence_length if max_length is None else max_length
+    row = prompt if isinstance(prompt, Prompt) else Prompt.from_tokens(prompt, special)
+    check_prompts([row], config, limit)
+    ends = special.end_tokens if end_tokens is None else tuple(end_tokens)
+    mesh = mesh_of(params)
+    params = prepare(params)
+    beams, is_unstacked = settings.num_beams, isinstance(params.layers, tuple)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        # Every beam begins with the same context, so that shapes never change.
+        cache = init_cache(config, beams, bucket(limit), is_unstacked, mesh)
+        logits, state = prefill_prompts(params, config, [row] * beams, special.sop, cache)
+        search = _Search((*row.context, special.sop), settings, ends, limit)
+        while True:
+            chosen = expand(
+                logits,
+                jnp.asarray(search.scores),
+                jnp.asarray(search.tokens),
+                search.length,
+                search.first,
+                frozenset(ends),
+                settings,
+            )
+            search.take(*(np.asarray(x) for x in chosen))
+            if search.is_done or search.length >= limit:
+                return search.best()
+            state = _follow(state, search.parents, search.tokens[:, search.length - 1])
+            logits, state = decode_step(params, config, state)
+
+
+class _Search:
+    """Where a search stands; what is kept of its candidates is decided on the host."""
+
+    def __init__(
+        self, context: tuple[int, ...], settings: BeamSearch, ends: Sequence[int], limit: int
+    ):
+        self._settings, self._ends = settings, frozenset(ends)
+        self.first = self.length = len(context)
+        self.tokens = np.zeros((settings.num_beams, limit), np.int32)
+        self.tokens[:, : self.length] = context
+        # All beams are the same before the first token: one of them counts.
+        self.scores = np.full(settings.num_beams, -np.inf, np.float32)
+        self.scores[0] = 0
+        self.parents = np.zeros(settings.num_beams, np.int32)
+        self.is_done = False
+        self._ended: list[Hypothesis] = []
+
+    def _penalised(self, score: float, length: int) -> float:
+        return float(score) / ((5 + length) / 6) ** self._settings.length_penalty
+
+    def _add(self, row: np.ndarray, score: float) -> None:
+        penalised = self._penalised(score, len(row))
+        found = Hypothesis(tuple(row[self.first :].tolist()), penalised)
+        place = bisect.bisect_left(self._ended, -penalised, key=lambda h: -h.score)
+        self._ended.insert(place, found)
+        del self._ended[self._settings.num_beams :]
+
+    def take(self, scores: np.ndarray, parents: np.ndarray, tokens: np.ndarray) -> None:
+        """Goes on with the best candidates that have not ended.
+
+        Args:
+          scores, parents, tokens: of candidates, best first.
+        """
+        beams, kept = self._settings.num_beams, []
+        for score, parent, token in zip(scores, parents, tokens, strict=True):
+            if int(token) in self._ends:
+                row = np.append(self.tokens[parent, : self.length], token)
+                self._add(row, score)
+            elif len(kept) < beams:
+                kept.append((score, parent, token))
+            else:
+                break
+        self.scores = np.array([score for score, _, _ in kept], np.float32)
+        self.parents = np.array([parent for _, parent, _ in kept], np.int32)
+        self.tokens = self.tokens[self.parents]
+        self.tokens[:, self.length] = [token for _, _, token in kept]
+        self.length += 1
+        best_left = self._penalised(self.scores.max(), self.length)
+        self.is_done = len(self._ended) == beams and self._ended[-1].score >= best_left
+
+    def best(self) -> list[Hypothesis]:
+        if not self.is_done:
+            for row, score in zip(self.tokens, self.scores, strict=True):
+                self._add(row[: self.length], score)
+        return self._ended
+
+
+@functools.partial(jax.jit, static_argnames=("ends", "settings"))
+def expand(
+    logits: Float[Array, "beams vocab"],
+    scores: Float[Array, " beams"],
+    tokens: Int[Array, "beams length"],
+    length: int | Int[Array, ""],
+    first: int | Int[Array, ""],
+    ends: frozenset[int],
+    settings: BeamSearch,
+) -> tuple[Float[Array, " some"], Int[Array, " some"], Int[Array, " some"]]:
+    """The best continuations of all beams: scores, beams and tokens, best first.
+
+    As many as hold one more continuation that goes on than there are beams, whatever ends.
+
+    Args:
+      tokens: of which `length` count, those from `first` on generated.
+    """
+    beams, vocab = logits.shape
+    may_end = length - first >= settings.min_tokens
+    if ends:
+        at_ends = logits[:, jnp.array(sorted(ends))]
+        at_ends = jnp.where(may_end, at_ends, _BANNED)
+        logits = logits.at[:, jnp.array(sorted(ends))].set(at_ends)
+    if settings.no_repeat_ngram:
+        is_banned = _repeats(tokens, length, first, settings.no_repeat_ngram, vocab)
+        logits = jnp.where(is_banned, _BANNED, logits)
+    total = jax.nn.log_softmax(logits, axis=-1) + scores[:, None]
+    count = min((max(1, len(ends)) + 1) * beams, beams * vocab)
+    best, places = jax.lax.top_k(total.reshape(-1), count)
+    return best, (places // vocab).astype(jnp.int32), (places % vocab).astype(jnp.int32)
+
+
+def _repeats(
+    tokens: Int[Array, "beams length"],
+    length: int | Int[Array, ""],
+    first: int | Int[Array, ""],
+    size: int,
+    vocab: int,
+) -> Array:
+    """bool [beams, vocab]: tokens that would end n tokens in a row that were there before."""
+    beams, width = tokens.shape
+    places = jnp.arange(width)
+    same = (places >= first) & (places >= size - 1) & (places < length)
+    same = jnp.broadcast_to(same, (beams, width))
+    for back in range(1, size):
+        latest = jax.lax.dynamic_index_in_dim(tokens, length - back, 1)
+        same &= jnp.roll(tokens, back, axis=1) == latest
+    banned = jnp.zeros((beams, vocab), bool)
+    return banned.at[jnp.arange(beams)[:, None], tokens].max(same)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _follow(
+    state: DecodeState, parents: Int[Array, " beams"], tokens: Int[Array, " beams"]
+) -> DecodeState:
+    """The state of the beams that `parents` names, to run their next tokens."""
+    axis = 0 if isinstance(state.cache, tuple) else 1
+    cache = jax.tree.map(lambda x: jnp.take(x, parents, axis=axis), state.cache)
+    moved: DecodeState = state.replace(  # type: ignore[attr-defined]
+        cache=cache,
+        tokens=jnp.asarray(tokens),
+        position_ids=state.position_ids + state.position_steps,
+        index=state.index + 1,
+    )
+    return moved

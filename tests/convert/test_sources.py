@@ -1,0 +1,240 @@
+"""Released shards in every form that people have them in, and parts that are not whole."""
+
+import io
+import json
+import shutil
+import tarfile
+
+import jax
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, POSITIONS, load_golden
+
+from convert.conversion import Options, convert_shards
+from convert.errors import ConvertError
+from convert.sat_reader import SatCheckpoint
+from convert.sat_source import find_shards
+from glm_jax import restore
+from glm_jax.model.params import quantize_params
+from glm_jax.quantization import Scheme
+
+CHECKPOINTS = GOLDEN / "checkpoints"
+OPTIONS = Options(max_sequence_length=POSITIONS)
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """The two-shard checkpoint as a tar archive in a folder of its own."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    with tarfile.open(folder / "made-sat.tar", "w") as tar:
+        tar.add(CHECKPOINTS / "tp2", "made-sat")
+    return folder / "made-sat.tar"
+
+
+def _cut(archive, names, size=None):
+    """Replaces an archive by parts with such names."""
+    data = archive.read_bytes()
+    size = size or -(-len(data) // len(names))
+    for i, name in enumerate(names):
+        part = archive.with_name(f"{archive.name}.part_{name}")
+        part.write_bytes(data[i * size : (i + 1) * size])
+    archive.unlink()
+    return archive.parent
+
+
+def _numbers(count):
+    return [f"{i:02d}" for i in range(count)]
+
+
+def _assert_is_the_model(source, tmp_path):
+    convert_shards(source, tmp_path / "out", OPTIONS)
+    _, params = restore(tmp_path / "out")
+    _, expected = load_golden("tp1", "float16")
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_a_tar_archive_and_its_folder(archive, tmp_path):
+    _assert_is_the_model(archive, tmp_path)
+    assert len(find_shards(archive.parent)) == 2
+
+
+@pytest.mark.parametrize("count", [2, 7, 60])
+def test_downloaded_parts_as_they_are(archive, tmp_path, count):
+    folder = _cut(archive, _numbers(count))
+    before = sorted((p.name, p.stat().st_size) for p in folder.iterdir())
+    _assert_is_the_model(folder, tmp_path)
+    assert sorted((p.name, p.stat().st_size) for p in folder.iterdir()) == before
+
+
+def test_one_of_the_parts_stands_for_all_and_letters_count_too(archive, tmp_path):
+    folder = _cut(archive, ["aa", "ab", "ac", "ad"])
+    _assert_is_the_model(folder / "made-sat.tar.part_ab", tmp_path)
+
+
+def test_parts_that_begin_with_one(archive):
+    assert len(find_shards(_cut(archive, ["1", "2", "3"]))) == 2
+
+
+@pytest.mark.parametrize("missing", [0, 3, 6])
+def test_a_missing_part_is_named(archive, tmp_path, missing):
+    folder = _cut(archive, _numbers(7))
+    (folder / f"made-sat.tar.part_{missing:02d}").unlink()
+    label = r"part_05 are\s+missing" if missing == 6 else f"part {missing:02d} of .* is missing"
+    with pytest.raises(ConvertError, match=label):
+        convert_shards(folder, tmp_path / "out", OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_part_of_the_wrong_size_is_named(archive):
+    folder = _cut(archive, _numbers(5))
+    part = folder / "made-sat.tar.part_02"
+    part.write_bytes(part.read_bytes()[:-1])
+    with pytest.raises(ConvertError, match=r"part_02 has \d+ bytes.*fetch it again"):
+        find_shards(folder)
+
+
+def test_duplicate_parts_are_named(archive):
+    folder = _cut(archive, _numbers(5))
+    shutil.copy(folder / "made-sat.tar.part_02", folder / "made-sat.tar.part_2")
+    with pytest.raises(ConvertError, match="are the same part"):
+        find_shards(folder)
+    (folder / "made-sat.tar.part_2").rename(folder / "made-sat.tar.part_02 (1)")
+    with pytest.raises(ConvertError, match="is no part's name"):
+        find_shards(folder)
+
+
+def test_parts_in_a_wrong_order_are_refused_before_anything_is_written(archive, tmp_path):
+    folder = _cut(archive, _numbers(9))
+    first, second = (folder / f"made-sat.tar.part_0{i}" for i in (2, 3))
+    first.rename(folder / "aside")
+    second.rename(first)
+    (folder / "aside").rename(second)
+    with pytest.raises(ConvertError, match=r"wrong order|damaged|not a whole tar|PyTorch zip"):
+        convert_shards(folder, tmp_path / "out", OPTIONS)
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("cut", [100, 30_000, 300_000])
+def test_a_truncated_archive(archive, tmp_path, cut):
+    archive.write_bytes(archive.read_bytes()[:-cut])
+    if cut == 100:
+        return _assert_is_the_model(archive, tmp_path)  # zeros that end every archive
+    with pytest.raises(ConvertError, match=r"ends at byte|not a whole tar|missing"):
+        convert_shards(archive, tmp_path / "out", OPTIONS)
+    assert not (tmp_path / "out").exists()
+    return None
+
+
+def test_names_that_lead_out_of_an_archive_are_refused(archive):
+    with tarfile.open(archive, "a") as tar:
+        tar.addfile(tarfile.TarInfo("made-sat/../../evil"), io.BytesIO())
+    with pytest.raises(ConvertError, match=r"evil.*leads out of the archive"):
+        find_shards(archive)
+
+
+def test_seven_of_eight_shards(tmp_path):
+    shutil.copytree(CHECKPOINTS / "tp8", tmp_path / "in")
+    (tmp_path / "in" / "49300" / "mp_rank_07_model_states.pt").unlink()
+    with pytest.raises(ConvertError, match=r"one of 8 shards.*there are 7: mp_rank_07"):
+        convert_shards(tmp_path / "in", tmp_path / "out", OPTIONS)
+
+
+def test_mixed_iterations(tmp_path):
+    folder = tmp_path / "in"
+    shutil.copytree(CHECKPOINTS / "tp2", folder)
+    shutil.copytree(folder / "49300", folder / "49000")
+    (folder / "latest").unlink()
+    with pytest.raises(ConvertError, match=r"several iterations.*49000, 49300"):
+        find_shards(folder)
+    shutil.rmtree(folder / "49000")
+    for rank in range(2):
+        path = folder / "49300" / f"mp_rank_{rank:02d}_model_states.pt"
+        module = torch.load(path, weights_only=True)["module"]
+        torch.save({"module": module, "iteration": 49300 - rank}, path)
+    with pytest.raises(ConvertError, match=r"iteration 49299.*49300"):
+        SatCheckpoint(folder)
+
+
+def test_what_stands_beside_the_weights_is_left_alone(tmp_path):
+    """Optimiser and arguments, of classes that are not here; inv_freq in either place."""
+    import argparse
+
+    folder = tmp_path / "in"
+    shutil.copytree(CHECKPOINTS / "tp1", folder)
+    path = folder / "49300" / "mp_rank_00_model_states.pt"
+    module = torch.load(path, weights_only=True)["module"]
+    frequencies = [name for name in module if name.endswith("inv_freq")]
+    value = [module.pop(name) for name in frequencies][-1]
+    module["transformer.rotary_emb.inv_freq"] = value
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(3))])
+    beside = {"optimizer": optimizer.state_dict(), "args": argparse.Namespace(lr=1e-4, names=["a"])}
+    torch.save({"module": module, "iteration": 49300, **beside}, path)
+    _assert_is_the_model(folder, tmp_path)
+
+
+def test_without_frequencies_the_heads_must_be_given(tmp_path):
+    folder = tmp_path / "in"
+    shutil.copytree(CHECKPOINTS / "tp1", folder)
+    path = folder / "49300" / "mp_rank_00_model_states.pt"
+    module = torch.load(path, weights_only=True)["module"]
+    kept = {name: t for name, t in module.items() if not name.endswith("inv_freq")}
+    torch.save({"module": kept}, path)
+    with pytest.raises(ConvertError, match="--num_heads"):
+        convert_shards(folder, tmp_path / "out", OPTIONS)
+    assert SatCheckpoint(folder).config(8, POSITIONS).num_heads == 8
+
+
+def test_cast_and_quantised_on_the_way(tmp_path):
+    convert_shards(
+        CHECKPOINTS / "tp2", tmp_path / "cast", Options(max_sequence_length=64, dtype="bfloat16")
+    )
+    config, params = restore(tmp_path / "cast")
+    assert config.param_dtype == config.compute_dtype == "bfloat16"
+    assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"bfloat16"}
+    options = Options(max_sequence_length=64, quantization="int4")
+    convert_shards(CHECKPOINTS / "tp2", tmp_path / "int4", options)
+    _, params = restore(tmp_path / "int4")
+    _, float_params = load_golden("tp1", "float16")
+    expected = quantize_params(float_params, Scheme.parse("int4"))
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_two_processes_convert_halves_and_the_last_gives_the_name(tmp_path, capsys):
+    for process in range(2):
+        assert not (tmp_path / "out").exists()
+        options = Options(max_sequence_length=POSITIONS, process_id=process, num_processes=2)
+        convert_shards(CHECKPOINTS / "tp4", tmp_path / "out", options)
+    assert "others are not yet" in capsys.readouterr().out
+    _, params = restore(tmp_path / "out")
+    _, expected = load_golden("tp1", "float16")
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_arrays_lie_in_pieces_and_provenance_beside_them(tmp_path):
+    import orbax.checkpoint as ocp
+
+    convert_shards(CHECKPOINTS / "tp2", tmp_path / "out", OPTIONS)
+    with ocp.StandardCheckpointer() as checkpointer:
+        folder = tmp_path / "out" / "params" / "layers_00001_00002"
+        tree = checkpointer.metadata(folder).item_metadata.tree
+    kernel = tree["query_key_value"]["kernel"]
+    assert kernel.shape == (1, 64, 8, 3, 8)
+    assert kernel.storage.chunk_shape == (1, 64, 1, 3, 8)  # of eight devices, one head each
+    assert tree["dense"]["kernel"].storage.chunk_shape == (1, 8, 64)
+    provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    shard = CHECKPOINTS / "tp2" / "49300" / "mp_rank_01_model_states.pt"
+    source = provenance["sources"][1]
+    assert (source["name"], source["bytes"]) == (str(shard), shard.stat().st_size)
+    assert provenance["tool"].startswith("glm_jax ")
+    assert len({s["entries_crc32"] for s in provenance["sources"]}) == 2
+
+
+def test_a_conversion_under_way_is_of_one_source(tmp_path):
+    options = Options(max_sequence_length=POSITIONS, num_processes=2)
+    convert_shards(CHECKPOINTS / "tp2", tmp_path / "out", options)
+    with pytest.raises(ConvertError, match="of another source or with other options"):
+        convert_shards(CHECKPOINTS / "tp4", tmp_path / "out", OPTIONS)
+    convert_shards(CHECKPOINTS / "tp2", tmp_path / "out", OPTIONS)
+    assert (tmp_path / "out" / "config.json").exists()
