@@ -48,10 +48,6 @@ class FileBytes:
             raise ConvertError(f"{self.name} is missing") from error
         except OSError as error:
             raise ConvertError(f"{self.name} cannot be read: {error.strerror or error}") from error
-        except ImportError as error:
-            raise ConvertError(
-                f"{self.name}: its kind of address needs a library that is not installed ({error})"
-            ) from error
         self._is_local = "://" not in self.name
 
     def read_into(self, offset: int, buffer: memoryview) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from absl import flags
+from safetensors import safe_open
 
 from convert import sat_layout
 from convert.opening import SAFETENSORS_INDEX
@@ -40,13 +41,21 @@ def _folder_rows(folder: Path, config: GLMConfig) -> Iterator[Row]:
             yield f"{name}.{label}", tuple(leaf.shape), str(leaf.dtype)
 
 
+def _safetensors_rows(folder: Path) -> Iterator[Row]:
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "np") as tensors:
+            for name in list(tensors.keys()):
+                part = tensors.get_slice(name)
+                yield name, tuple(part.get_shape()), part.get_dtype()
+
+
 def describe(path: str, num_heads: int | None) -> tuple[list[str], list[Row], GLMConfig | None]:
     """What it is in lines, its arrays, and its config if this architecture can run it."""
     folder = Path(path)
     if (folder / CONFIG_FILE).exists():
         config = load_config(folder)
         if (folder / SAFETENSORS_INDEX).exists():
-            return [f"{path}: safetensors"], [], config
+            return [f"{path}: safetensors"], list(_safetensors_rows(folder)), config
         return [f"{path}: model folder"], list(_folder_rows(folder, config)), config
     checkpoint = SatCheckpoint(path)
     count = len(checkpoint.shards)

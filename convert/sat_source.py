@@ -28,6 +28,18 @@ def find_shards(path: epath.PathLike) -> list[ByteSource]:
         that cannot be read.
     """
     path = epath.Path(path)
+    try:
+        return _find(path)
+    except ImportError as error:
+        raise ConvertError(
+            f"{path}: its kind of address needs a library that is not here ({error}): pip install "
+            "glm_jax[convert]"
+        ) from error
+    except OSError as error:
+        raise ConvertError(f"{path} cannot be read: {error}") from error
+
+
+def _find(path: epath.Path) -> list[ByteSource]:
     if path.is_dir():
         names = sorted(p.name for p in path.iterdir())
         if any(map(_PART.fullmatch, names)):

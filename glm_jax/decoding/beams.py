@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.decoding.generate import (
@@ -102,16 +102,22 @@ def beam_search(
         # Every beam begins with the same context, so that shapes never change.
         cache = init_cache(config, beams, bucket(limit), is_unstacked, mesh)
         logits, state = prefill_prompts(params, config, [row] * beams, special.sop, cache)
-        search = _Search((*row.context, special.sop), settings, ends, limit)
+        search = _Search((*row.context, special.sop), settings, ends, bucket(limit))
+        is_end = np.zeros(config.vocab_size, bool)
+        is_end[list(ends)] = True
+        # One continuation more than there are beams goes on, whatever ends.
+        count = min((int(is_end.sum()) + 1) * beams + 1, beams * config.vocab_size)
         while True:
+            may_end = search.length - search.first >= settings.min_tokens
             chosen = expand(
                 logits,
-                jnp.asarray(search.scores),
-                jnp.asarray(search.tokens),
+                search.scores,
+                search.tokens,
                 search.length,
                 search.first,
-                frozenset(ends),
-                settings,
+                is_end & (not may_end),
+                settings.no_repeat_ngram,
+                count,
             )
             search.take(*(np.asarray(x) for x in chosen))
             if search.is_done or search.length >= limit:
@@ -124,11 +130,11 @@ class _Search:
     """Where a search stands; what is kept of its candidates is decided on the host."""
 
     def __init__(
-        self, context: tuple[int, ...], settings: BeamSearch, ends: Sequence[int], limit: int
+        self, context: tuple[int, ...], settings: BeamSearch, ends: Sequence[int], width: int
     ):
         self._settings, self._ends = settings, frozenset(ends)
         self.first = self.length = len(context)
-        self.tokens = np.zeros((settings.num_beams, limit), np.int32)
+        self.tokens = np.zeros((settings.num_beams, width), np.int32)
         self.tokens[:, : self.length] = context
         # All beams are the same before the first token: one of them counts.
         self.scores = np.full(settings.num_beams, -np.inf, np.float32)
@@ -153,11 +159,12 @@ class _Search:
         Args:
           scores, parents, tokens: of candidates, best first.
         """
-        beams, kept = self._settings.num_beams, []
+        beams = self._settings.num_beams
+        kept: list[tuple[float, int, int]] = []
         for score, parent, token in zip(scores, parents, tokens, strict=True):
             if int(token) in self._ends:
                 row = np.append(self.tokens[parent, : self.length], token)
-                self._add(row, score)
+                self._add(row, float(score))
             elif len(kept) < beams:
                 kept.append((score, parent, token))
             else:
@@ -167,44 +174,40 @@ class _Search:
         self.tokens = self.tokens[self.parents]
         self.tokens[:, self.length] = [token for _, _, token in kept]
         self.length += 1
-        best_left = self._penalised(self.scores.max(), self.length)
+        best_left = self._penalised(float(self.scores.max()), self.length)
         self.is_done = len(self._ended) == beams and self._ended[-1].score >= best_left
 
     def best(self) -> list[Hypothesis]:
         if not self.is_done:
-            for row, score in zip(self.tokens, self.scores, strict=True):
+            for row, score in zip(self.tokens, self.scores.tolist(), strict=True):
                 self._add(row[: self.length], score)
         return self._ended
 
 
-@functools.partial(jax.jit, static_argnames=("ends", "settings"))
+@functools.partial(jax.jit, static_argnames=("no_repeat_ngram", "count"))
 def expand(
-    logits: Float[Array, "beams vocab"],
-    scores: Float[Array, " beams"],
-    tokens: Int[Array, "beams length"],
+    logits: Float[ArrayLike, "beams vocab"],
+    scores: Float[ArrayLike, " beams"],
+    tokens: Int[ArrayLike, "beams length"],
     length: int | Int[Array, ""],
     first: int | Int[Array, ""],
-    ends: frozenset[int],
-    settings: BeamSearch,
-) -> tuple[Float[Array, " some"], Int[Array, " some"], Int[Array, " some"]]:
+    is_banned: Bool[ArrayLike, " vocab"],
+    no_repeat_ngram: int,
+    count: int,
+) -> tuple[Float[Array, " count"], Int[Array, " count"], Int[Array, " count"]]:
     """The best continuations of all beams: scores, beams and tokens, best first.
-
-    As many as hold one more continuation that goes on than there are beams, whatever ends.
 
     Args:
       tokens: of which `length` count, those from `first` on generated.
+      is_banned: tokens that may not come now.
+      no_repeat_ngram: as of `BeamSearch`.
     """
-    beams, vocab = logits.shape
-    may_end = length - first >= settings.min_tokens
-    if ends:
-        at_ends = logits[:, jnp.array(sorted(ends))]
-        at_ends = jnp.where(may_end, at_ends, _BANNED)
-        logits = logits.at[:, jnp.array(sorted(ends))].set(at_ends)
-    if settings.no_repeat_ngram:
-        is_banned = _repeats(tokens, length, first, settings.no_repeat_ngram, vocab)
-        logits = jnp.where(is_banned, _BANNED, logits)
-    total = jax.nn.log_softmax(logits, axis=-1) + scores[:, None]
-    count = min((max(1, len(ends)) + 1) * beams, beams * vocab)
+    logits, scores = jnp.asarray(logits), jnp.asarray(scores)
+    vocab = logits.shape[1]
+    banned = jnp.asarray(is_banned)
+    if no_repeat_ngram:
+        banned = banned | _repeats(jnp.asarray(tokens), length, first, no_repeat_ngram, vocab)
+    total = jax.nn.log_softmax(jnp.where(banned, _BANNED, logits), axis=-1) + scores[:, None]
     best, places = jax.lax.top_k(total.reshape(-1), count)
     return best, (places // vocab).astype(jnp.int32), (places % vocab).astype(jnp.int32)
 

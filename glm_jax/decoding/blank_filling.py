@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from glm_jax.config import GLMConfig, SpecialTokens
+from glm_jax.decoding.beams import BeamSearch, beam_search
 from glm_jax.decoding.generate import Prompt, PromptError, generate, prepare
 from glm_jax.decoding.sampling import Sampling
 from glm_jax.model.params import GLMParams
@@ -39,6 +40,25 @@ class FilledText:
     pieces: tuple[tuple[str, bool], ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Partly:
+    """A text some of whose blanks are filled: tokens, of which `done` are in pieces."""
+
+    tokens: tuple[int, ...]
+    pieces: tuple[tuple[tuple[int, ...], bool], ...] = ()
+    blanks: tuple[tuple[int, ...], ...] = ()
+    done: int = 0
+
+    def filled(self, position: int, blank: tuple[int, ...]) -> "_Partly":
+        """With the mask at a position replaced."""
+        return _Partly(
+            tokens=(*self.tokens[:position], *blank, *self.tokens[position + 1 :]),
+            pieces=(*self.pieces, (self.tokens[self.done : position], False), (blank, True)),
+            blanks=(*self.blanks, blank),
+            done=position + len(blank),
+        )
+
+
 def fill_blanks(
     params: GLMParams,
     config: GLMConfig,
@@ -68,44 +88,104 @@ def fill_blanks(
     params = prepare(params)
     limit = max_length or config.max_sequence_length
     ends = special.end_tokens if end_tokens is None else tuple(end_tokens)
+
+    def complete(prompt: Prompt, number: int) -> list[list[int]]:
+        return generate(
+            params,
+            config,
+            [prompt],
+            max_length=limit,
+            sampling=sampling,
+            end_tokens=ends,
+            special_tokens=special,
+            seed=seed + number,
+            on_tokens=on_tokens,
+        )
+
+    return _fill(tokenizer, text, limit, ends, complete)[0]
+
+
+def fill_blanks_by_beams(
+    params: GLMParams,
+    config: GLMConfig,
+    tokenizer: TextCodec,
+    text: str,
+    settings: BeamSearch,
+    *,
+    max_length: int | None = None,
+    end_tokens: Sequence[int] | None = None,
+) -> list[FilledText]:
+    """`fill_blanks` by beam search. Each blank takes its best answer but the last, which has
+    as many as there are beams: one text each, best first.
+
+    Raises:
+      PromptError: the text is longer than max_length leaves room for.
+    """
+    special = tokenizer.special_tokens
+    params = prepare(params)
+    limit = max_length or config.max_sequence_length
+    ends = special.end_tokens if end_tokens is None else tuple(end_tokens)
+
+    def complete(prompt: Prompt, _: int) -> list[list[int]]:
+        found = beam_search(
+            params,
+            config,
+            prompt,
+            settings,
+            max_length=limit,
+            end_tokens=ends,
+            special_tokens=special,
+        )
+        return [list(hypothesis.tokens) for hypothesis in found]
+
+    return _fill(tokenizer, text, limit, ends, complete)
+
+
+def _fill(
+    tokenizer: TextCodec,
+    text: str,
+    limit: int,
+    ends: Sequence[int],
+    complete: Callable[[Prompt, int], list[list[int]]],
+) -> list[FilledText]:
+    """The text with all blanks filled, once for each answer to the last of them.
+
+    Args:
+      complete: answers to a prompt, best first, given how many blanks came before.
+    """
+    special = tokenizer.special_tokens
     tokens = encode_prompt(tokenizer, text)
     if len(tokens) + 2 > limit:
         raise PromptError(f"the text has {len(tokens)} tokens: no room for an answer in {limit}")
     mask = next(m for m in (special.mask, special.smask, special.gmask) if m in tokens)
-    blanks: list[list[int]] = []
-    pieces: list[tuple[list[int], bool]] = []
-    done = 0
+    found = [_Partly(tuple(tokens))]
     # A model may write masks of its own; those are filled too, but not without end.
-    while mask in tokens and len(blanks) < limit:
-        position = tokens.index(mask)
-        prompt = Prompt(tuple(tokens), None if mask == special.gmask else position)
-        blank: list[int] = []
-        if len(tokens) + 2 <= limit:
-            [blank] = generate(
-                params,
-                config,
-                [prompt],
-                max_length=limit,
-                sampling=sampling,
-                end_tokens=ends,
-                special_tokens=special,
-                seed=seed + len(blanks),
-                on_tokens=on_tokens,
-            )
-        if blank and blank[-1] in ends:
-            blank.pop()
-        if blank and blank[-1] == special.eod:  # the document ended there, says the model
-            blank.pop()
-        pieces += [(tokens[done:position], False), (blank, True)]
-        blanks.append(blank)
-        tokens[position : position + 1] = blank
-        done = position + len(blank)
-    if tokens and tokens[-1] == special.eos:
+    while mask in found[0].tokens and len(found[0].blanks) < limit:
+        best = found[0]
+        position = best.tokens.index(mask)
+        prompt = Prompt(best.tokens, None if mask == special.gmask else position)
+        answers: list[list[int]] = [[]]
+        if len(best.tokens) + 2 <= limit:
+            answers = complete(prompt, len(best.blanks))
+        found = [best.filled(position, _without_end(a, ends, special.eod)) for a in answers]
+    return [_finished(tokenizer, partly) for partly in found]
+
+
+def _without_end(answer: list[int], ends: Sequence[int], eod: int) -> tuple[int, ...]:
+    kept = answer[:-1] if answer and answer[-1] in ends else answer
+    # The document ended there, says the model.
+    return tuple(kept[:-1] if kept and kept[-1] == eod else kept)
+
+
+def _finished(tokenizer: TextCodec, partly: _Partly) -> FilledText:
+    tokens = list(partly.tokens)
+    if tokens and tokens[-1] == tokenizer.special_tokens.eos:
         tokens.pop()
-    pieces.append((tokens[done:], False))
+    pieces = [(list(run), is_blank) for run, is_blank in partly.pieces]
+    pieces.append((tokens[partly.done :], False))
     return FilledText(
         text=tokenizer.decode(tokens),
-        blanks=tuple(tokenizer.decode(blank) for blank in blanks),
+        blanks=tuple(tokenizer.decode(blank) for blank in partly.blanks),
         pieces=_decode_pieces(tokenizer, pieces),
     )
 

@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import TextIO
 
 from glm_jax.config import GLMConfig
-from glm_jax.decoding.blank_filling import FilledText, TextCodec, fill_blanks
+from glm_jax.decoding.beams import BeamSearch
+from glm_jax.decoding.blank_filling import (
+    FilledText,
+    TextCodec,
+    fill_blanks,
+    fill_blanks_by_beams,
+)
 from glm_jax.decoding.generate import PromptError, prepare
 from glm_jax.decoding.sampling import Sampling
 from glm_jax.model.params import GLMParams
@@ -50,7 +56,7 @@ def fill_all(
     config: GLMConfig,
     tokenizer: TextCodec,
     texts: Iterable[str],
-    sampling: Sampling,
+    strategy: Sampling | BeamSearch,
     max_length: int | None,
     seed: int,
     output: TextIO | None = None,
@@ -63,17 +69,20 @@ def fill_all(
     output = output or sys.stdout
     failures = 0
     params = prepare(params)
+
+    def fill(text: str) -> FilledText:
+        if isinstance(strategy, BeamSearch):
+            found = fill_blanks_by_beams(
+                params, config, tokenizer, text, strategy, max_length=max_length
+            )
+            return found[0]
+        return fill_blanks(
+            params, config, tokenizer, text, max_length=max_length, sampling=strategy, seed=seed
+        )
+
     for number, text in enumerate(texts, 1):
         try:
-            filled = fill_blanks(
-                params,
-                config,
-                tokenizer,
-                text,
-                max_length=max_length,
-                sampling=sampling,
-                seed=seed,
-            )
+            filled = fill(text)
         except PromptError as error:
             print(f"error: line {number}: {error}", file=sys.stderr)
             failures += 1

@@ -4,12 +4,15 @@ import io
 import json
 import shutil
 import tarfile
+from typing import ClassVar
 
+import fsspec
 import jax
 import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, POSITIONS, load_golden
+from fsspec.implementations.memory import MemoryFileSystem
 
 from convert.conversion import Options, convert_shards
 from convert.errors import ConvertError
@@ -199,6 +202,30 @@ def test_cast_and_quantised_on_the_way(tmp_path):
     _, float_params = load_golden("tp1", "float16")
     expected = quantize_params(float_params, Scheme.parse("int4"))
     jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+class _Bucket(MemoryFileSystem):
+    """What stands in for a bucket: the same calls, and bytes in memory."""
+
+    protocol = ("gcs", "gs")
+    store: ClassVar = {}
+    pseudo_dirs: ClassVar = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.removeprefix("gs://").strip("/")
+
+
+def test_an_address_is_read_through_its_library(archive, tmp_path):
+    with pytest.raises(ConvertError, match="s3fs"):
+        find_shards("s3://bucket/glm")  # that library is not installed here
+    fsspec.register_implementation("gcs", _Bucket, clobber=True)
+    bucket = fsspec.filesystem("gcs")
+    for part in _cut(archive, _numbers(5)).iterdir():
+        bucket.pipe(f"gs://bucket/glm/{part.name}", part.read_bytes())
+    _assert_is_the_model("gs://bucket/glm", tmp_path)
+    with pytest.raises(ConvertError, match="does not exist"):
+        find_shards("gs://bucket/other")
 
 
 def test_two_processes_convert_halves_and_the_last_gives_the_name(tmp_path, capsys):

@@ -56,6 +56,10 @@ def test_safetensors_hold_the_released_tensors(converted, tmp_path, most_bytes):
         with safe_open(tmp_path / "st" / file, "pt") as tensors:
             assert torch.equal(tensors.get_tensor(name), expected[name]), name
     assert _differences(tmp_path / "st", CHECKPOINTS / "tp4") == (39, [])
+    _, rows, _ = inspect_tool.describe(str(tmp_path / "st"), None)
+    assert {name: shape for name, shape, _ in rows} == {
+        n: tuple(t.shape) for n, t in expected.items()
+    }
 
 
 @pytest.mark.parametrize("other", ["tp1", "tp8"])

@@ -1,0 +1,97 @@
+"""Beam search equals the original's, token for token, in every setting that it recorded."""
+
+import json
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from test_decoding import WordTokenizer
+
+from glm_jax.decoding import beams
+from glm_jax.decoding.beams import BeamSearch, beam_search
+from glm_jax.decoding.blank_filling import fill_blanks_by_beams
+from glm_jax.decoding.generate import Prompt
+from glm_jax.decoding.sampling import SamplingError
+
+DECODE = json.loads((GOLDEN / "decode.json").read_text())["cases"]
+FILL = [c for c in json.loads((GOLDEN / "fill_blanks.json").read_text()) if c["kind"] == "beam"]
+
+
+@pytest.mark.parametrize("case", DECODE, ids=range(len(DECODE)))
+def test_every_setting_equals_the_original(golden_float32, case):
+    config, params = golden_float32
+    prompt = case["prompt"]
+    position = None if prompt["gmask"] else prompt["mask_position"]
+    assert len(case["beams"]) == 16
+    for recorded in case["beams"]:
+        settings = BeamSearch(
+            recorded["num_beams"],
+            recorded["length_penalty"],
+            recorded["no_repeat_ngram_size"],
+            recorded["min_gen_length"],
+        )
+        found = beam_search(
+            params,
+            config,
+            Prompt(tuple(prompt["context"]), position),
+            settings,
+            max_length=prompt["max_length"],
+            end_tokens=prompt["end_tokens"],
+        )
+        got = [[*prompt["context"], 504, *h.tokens] for h in found]
+        expected = [[t for t in row if t >= 0] for row in recorded["output"]]
+        assert got == expected, settings
+        assert [h.score for h in found] == sorted((h.score for h in found), reverse=True)
+
+
+@pytest.mark.parametrize("case", FILL, ids=[c["text"] for c in FILL])
+def test_filling_equals_the_original(golden_float32, golden_special, case):
+    config, params = golden_float32
+    found = fill_blanks_by_beams(
+        params,
+        config,
+        WordTokenizer(golden_special),
+        case["text"],
+        BeamSearch(3, 1.0, no_repeat_ngram=3),
+        max_length=case["out_seq_length"],
+        end_tokens=case["end_tokens"],
+    )
+    assert [filled.text for filled in found] == case["answers"]
+    assert [filled.blanks[-1] for filled in found] == [blanks[-1] for blanks in case["blanks"]]
+    assert list(found[0].blanks) == case["blanks"][0]
+    for filled in found:
+        assert "".join(text for text, _ in filled.pieces) == filled.text
+
+
+def test_one_beam_without_ends_is_greedy(golden_float32):
+    config, params = golden_float32
+    prompt = DECODE[3]["prompt"]
+    [found] = beam_search(
+        params,
+        config,
+        Prompt(tuple(prompt["context"]), prompt["mask_position"]),
+        BeamSearch(1),
+        max_length=prompt["max_length"],
+        end_tokens=[],
+    )
+    assert [*prompt["context"], 504, *found.tokens] == DECODE[3]["greedy"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_what_would_repeat_is_banned(size):
+    rng = np.random.default_rng(0)
+    first, length, vocab = 4, 20, 5
+    tokens = rng.integers(0, vocab, (3, 32)).astype(np.int32)
+    got = beams._repeats(jnp.asarray(tokens), length, first, size, vocab)
+    for row, is_banned in zip(tokens[:, :length].tolist(), got, strict=True):
+        seen = {tuple(row[i - size + 1 : i + 1]) for i in range(first, length) if i >= size - 1}
+        latest = tuple(row[length - size + 1 :])
+        assert [(*latest, token) in seen for token in range(vocab)] == is_banned.tolist()
+
+
+def test_settings_that_cannot_be_are_refused():
+    for wrong in ({"num_beams": 0}, {"no_repeat_ngram": -1}, {"min_tokens": -2}):
+        with pytest.raises(SamplingError, match=re.escape(next(iter(wrong)))):
+            BeamSearch(**wrong)
