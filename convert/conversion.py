@@ -22,10 +22,10 @@ from tqdm import tqdm
 from convert.errors import ConvertError
 from convert.sat_reader import SatCheckpoint
 from glm_jax.config import GLMConfig
-from glm_jax.errors import UserError
+from glm_jax.errors import UserError, is_no_room
 from glm_jax.model import params as glm_params
 from glm_jax.model import parts
-from glm_jax.model.checkpoint import PARAMS_FOLDER, finish_model, refuse_non_empty
+from glm_jax.model.checkpoint import CONFIG_FILE, PARAMS_FOLDER, finish_model, refuse_non_empty
 from glm_jax.model.params import KERNEL_AXES, LINEAR_NAMES, LayerParams, LinearParams
 from glm_jax.quantization import QuantizedArray, Scheme
 from glm_jax.sharding import make_mesh, parameter_sharding
@@ -106,7 +106,18 @@ def convert_shards(
     except UserError:
         shutil.rmtree(conversion.partial, ignore_errors=True)
         raise
+    except Exception as error:
+        if is_no_room(error):
+            raise _no_room(conversion.partial, str(error)[:200]) from error
+        raise
     conversion.finish(() if tokenizer is None else tokenizer.files)
+
+
+def _no_room(partial: Path, why: str) -> ConvertError:
+    return ConvertError(
+        f"no room for {partial} ({why}): what is converted stays; make room and give the same "
+        "command again"
+    )
 
 
 def _plan(checkpoint: SatCheckpoint, config: GLMConfig, options: Options) -> dict[str, Any]:
@@ -136,20 +147,43 @@ class _Conversion:
 
     def open(self, plan: dict[str, Any]) -> None:
         """Makes the folder, or finds what an earlier run of the same plan left."""
-        file = self.partial / _PLAN_FILE
-        if file.exists():
-            if json.loads(file.read_text(encoding="utf-8")) != plan:
-                raise ConvertError(
-                    f"{self.partial} holds a conversion of another source or with other options: "
-                    "remove it, or give those again"
-                )
-            return
-        if self.partial.exists() and not self._folder.is_dir():
-            shutil.rmtree(self.partial)  # left by something that never was a conversion
-        self._folder.mkdir(parents=True, exist_ok=True)
-        beside = file.with_name(f"{_PLAN_FILE}.{os.getpid()}")
-        beside.write_text(json.dumps(plan, indent=1), encoding="utf-8")
-        beside.rename(file)
+        if self.partial.exists() and self._found_plan() is None:
+            shutil.rmtree(self.partial)  # left by something that was no conversion
+        if not self.partial.exists():
+            # Made beside and renamed: of several processes one makes it, with its plan.
+            beside = self.partial.with_name(f"{self.partial.name}.{os.getpid()}")
+            (beside / PARAMS_FOLDER).mkdir(parents=True)
+            text = json.dumps(plan, indent=1)
+            (beside / _PLAN_FILE).write_text(text, encoding="utf-8")
+            try:
+                beside.rename(self.partial)
+            except OSError:
+                shutil.rmtree(beside)
+        if self._found_plan() != plan:
+            raise ConvertError(
+                f"{self.partial} holds a conversion of another source or with other options: "
+                "remove it, or give those again"
+            )
+        self._check_room()
+
+    def _found_plan(self) -> Any:
+        """Of the conversion that the folder holds, also of one that was about to end."""
+        for name in (_PLAN_FILE, PROVENANCE_FILE):
+            with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+                return json.loads((self.partial / name).read_text(encoding="utf-8"))
+        return None
+
+    def _check_room(self) -> None:
+        """Says no before anything is written, where that is bound to fail half-way."""
+        count = glm_params.parameter_count(self._config)
+        bits = self._checkpoint.bits(self._config)
+        if self._options.quantization is not None:
+            bits = Scheme.parse(self._options.quantization).bits
+        needed = count * (bits / 8 if bits else np.dtype(self._config.param_dtype).itemsize)
+        there = sum(file.stat().st_size for file in self._folder.rglob("*") if file.is_file())
+        free = shutil.disk_usage(self.partial).free
+        if free < needed - there:
+            raise _no_room(self.partial, f"{free >> 20} MiB free of {int(needed - there) >> 20}")
 
     def _names(self) -> list[str]:
         layers = [parts.layers_part(i, i + 1) for i in range(self._config.num_layers)]
@@ -250,8 +284,15 @@ class _Conversion:
             return
         for left in self._folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(left, ignore_errors=True)
-        (self.partial / _PLAN_FILE).rename(self.partial / PROVENANCE_FILE)
-        finish_model(self.partial, self._output, self._config, files)
+        try:
+            if (self.partial / _PLAN_FILE).exists():
+                (self.partial / _PLAN_FILE).replace(self.partial / PROVENANCE_FILE)
+            finish_model(self.partial, self._output, self._config, files)
+        except FileNotFoundError:
+            if not (self._output / CONFIG_FILE).exists():
+                raise
+            print(f"another process gave {self._output} its name")
+            return
         for name, count in self._checkpoint.non_finite.items():
             print(f"{name} holds {count} numbers that are NaN or infinite")
         bits = self._checkpoint.bits(self._config)

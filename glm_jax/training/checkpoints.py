@@ -1,6 +1,8 @@
 """Checkpoints of a run: the train state and where its data stands, saved as one."""
 
 import contextlib
+import errno
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from jax.sharding import Mesh
 
 from glm_jax import processes
 from glm_jax.config import GLMConfig
-from glm_jax.errors import UserError
+from glm_jax.errors import UserError, is_no_room
 from glm_jax.training.recipe import Recipe
 from glm_jax.training.state import (
     TrainState,
@@ -24,7 +26,6 @@ from glm_jax.training.state import (
     step_form,
 )
 
-_NO_ROOM = ("No space left on device", "Disk quota exceeded", "File too large")
 _MINUTES_CHECKED = 10  # steps between looks at the clock, which processes must agree on
 
 
@@ -87,7 +88,10 @@ class RunCheckpoints:
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self._folder).free
         if free < needed:
-            raise OSError(f"{_NO_ROOM[0]}: {free >> 20} MiB free of {needed >> 20} MiB")
+            raise OSError(
+                errno.ENOSPC,
+                f"{os.strerror(errno.ENOSPC)}: {free >> 20} MiB free of {needed >> 20} MiB",
+            )
 
     def restore_latest(
         self, config: GLMConfig, recipe: Recipe, mesh: Mesh
@@ -142,7 +146,7 @@ class RunCheckpoints:
         except SavingError:
             raise
         except Exception as error:
-            if not any(words in str(error) for words in _NO_ROOM):
+            if not is_no_room(error):
                 raise
             whole = self._manager.all_steps()
             last = f"the last whole checkpoint is step {max(whole)}" if whole else "there is none"

@@ -19,6 +19,7 @@ from convert.errors import ConvertError
 from convert.sat_reader import SatCheckpoint
 from convert.sat_source import find_shards
 from glm_jax import restore
+from glm_jax.model import parts
 from glm_jax.model.params import quantize_params
 from glm_jax.quantization import Scheme
 
@@ -256,6 +257,51 @@ def test_arrays_lie_in_pieces_and_provenance_beside_them(tmp_path):
     assert (source["name"], source["bytes"]) == (str(shard), shard.stat().st_size)
     assert provenance["tool"].startswith("glm_jax ")
     assert len({s["entries_crc32"] for s in provenance["sources"]}) == 2
+
+
+def test_without_room_nothing_is_begun_and_with_room_it_goes_on(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=300_000))
+    with pytest.raises(ConvertError, match=r"no room for .*out\.partial \(0 MiB free"):
+        convert_shards(CHECKPOINTS / "tp2", tmp_path / "out", OPTIONS)
+    assert not any((tmp_path / "out.partial" / "params").iterdir())
+    monkeypatch.undo()
+    _assert_is_the_model(CHECKPOINTS / "tp2", tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_disk_that_fills_up_keeps_what_was_converted(tmp_path, monkeypatch):
+    write, written = parts.write_part, []
+
+    def failing(folder, name, tree):
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        written.append(name)
+        write(folder, name, tree)
+
+    monkeypatch.setattr(parts, "write_part", failing)
+    with pytest.raises(ConvertError, match="what is converted stays; make room"):
+        convert_shards(CHECKPOINTS / "tp2", tmp_path / "out", OPTIONS)
+    assert {p.name for p in (tmp_path / "out.partial" / "params").iterdir()} == set(written)
+    monkeypatch.undo()
+    _assert_is_the_model(CHECKPOINTS / "tp2", tmp_path)
+
+
+def test_what_was_left_by_no_conversion_is_no_part_of_one(tmp_path):
+    """A model that was being saved under the same name."""
+    convert_shards(CHECKPOINTS / "int8_tp2", tmp_path / "out", OPTIONS)
+    (tmp_path / "out" / "provenance.json").unlink()
+    (tmp_path / "out").rename(tmp_path / "out.partial")
+    _assert_is_the_model(CHECKPOINTS / "tp2", tmp_path)
+
+
+def test_one_that_was_killed_at_the_very_end_goes_on(tmp_path):
+    convert_shards(CHECKPOINTS / "tp2", tmp_path / "out", OPTIONS)
+    (tmp_path / "out" / "config.json").unlink()
+    (tmp_path / "out").rename(tmp_path / "out.partial")
+    with pytest.raises(ConvertError, match="of another source or with other options"):
+        convert_shards(CHECKPOINTS / "tp4", tmp_path / "out", OPTIONS)
+    _assert_is_the_model(CHECKPOINTS / "tp2", tmp_path)
 
 
 def test_a_conversion_under_way_is_of_one_source(tmp_path):

@@ -17,7 +17,14 @@ from glm_jax.sharding import make_mesh
 from glm_jax.training.loss import cross_entropy
 from glm_jax.training.recipe import Recipe
 from glm_jax.training.stability import embedding_factor, init_monitor, judge
-from glm_jax.training.state import Batch, init_state
+from glm_jax.training.state import (
+    Batch,
+    abstract_saved_state,
+    abstract_state,
+    init_state,
+    saved_form,
+    step_form,
+)
 from glm_jax.training.step import compiled_train_step, loss_sums
 
 CONFIG = GLMConfig(2, 32, 64, 4, 96, 32)
@@ -270,3 +277,17 @@ def test_a_step_is_the_same_on_every_mesh(shape):
     assert after.opt_state[1].mu.layers[1].dense_4h_to_h.kernel.sharding == kernel.sharding
     shard = kernel.addressable_shards[0].data
     assert shard.size * shape[1] * shape[2] == kernel.size
+
+
+def test_checkpoints_hold_layers_stacked_and_steps_hold_them_apart():
+    mesh = make_mesh((1, 2, 2))
+    state = _state(PLAIN, mesh)
+    assert isinstance(state.opt_state[1].nu.layers, tuple)
+    saved, described = saved_form(state), abstract_saved_state(CONFIG, PLAIN, mesh)
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
+    assert shapes(saved) == shapes(described)
+    kernels = [layer.dense.kernel for layer in state.params.layers]
+    np.testing.assert_array_equal(saved.params.layers.dense.kernel, np.stack(kernels))
+    back = step_form(saved, abstract_state(CONFIG, PLAIN, mesh))
+    jax.tree.map(np.testing.assert_array_equal, back, state)
+    assert jax.tree.map(lambda x: x.sharding, back) == jax.tree.map(lambda x: x.sharding, state)
