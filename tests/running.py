@@ -4,8 +4,12 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
+
+import numpy as np
+import yaml
 
 ROOT = Path(__file__).parent.parent
 _SMALL = (
@@ -80,3 +84,60 @@ class Started:
 def losses(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["loss"] for line in lines}
+
+
+def in_kubernetes(folder, tokenizer, workdir):
+    """The command and environment of the Job's pods, with this machine's values."""
+    service, job = yaml.safe_load_all((ROOT / "launch/kubernetes/train.yaml").read_text())
+    spec = job["spec"]
+    container = spec["template"]["spec"]["containers"][0]
+    variables = {entry["name"]: entry["value"] for entry in container["env"]}
+    name, port = service["metadata"]["name"], service["spec"]["ports"][0]["port"]
+    assert variables["GLM_JAX_COORDINATOR"] == f"{job['metadata']['name']}-0.{name}:{port}"
+    assert spec["template"]["spec"]["subdomain"] == name
+    assert int(variables["GLM_JAX_NUM_PROCESSES"]) == spec["completions"] == spec["parallelism"]
+    variables["GLM_JAX_COORDINATOR"] = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, *container["command"][1:]]
+    return [
+        Started(
+            [*command, *arguments(folder, tokenizer, workdir, "2,2,2")],
+            environment(4, **variables, JOB_COMPLETION_INDEX=str(i)),
+        )
+        for i in range(spec["completions"])
+    ]
+
+
+def in_slurm(folder, tokenizer, workdir):
+    """The batch script, with an srun that starts two tasks here."""
+    programs = folder / "bin"
+    programs.mkdir()
+    (programs / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\necho 127.0.0.2\n")
+    (programs / "srun").write_text(
+        '#!/bin/sh\nshift\nSLURM_PROCID=0 "$@" & first=$!\n'
+        'SLURM_PROCID=1 "$@" || exit 1\nwait $first\n'
+    )
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    script = ["bash", str(ROOT / "launch/slurm/train.sh")]
+    variables = environment(
+        4,
+        PATH=f"{programs}:{os.environ['PATH']}",
+        SLURM_NTASKS="2",
+        SLURM_JOB_NODELIST="node[1-2]",
+        GLM_JAX_PORT=str(free_port()),
+        GLM_JAX_PYTHON=sys.executable,
+    )
+    return [Started([*script, *arguments(folder, tokenizer, workdir, "2,2,2")], variables)]
+
+
+def assert_trains_as_one_process(start, folder, tokenizer):
+    """Two processes that `start` starts give the losses of a run of one."""
+    command = [sys.executable, "-m", "launch.train"]
+    mesh = arguments(folder, tokenizer, folder / "one", "1,1,1")
+    Started([*command, *mesh], environment(1)).finish()
+    for process in start(folder, tokenizer, folder / "two"):
+        process.finish()
+    expected, got = losses(folder / "one"), losses(folder / "two")
+    assert list(got) == list(expected)
+    np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-3)
+    assert (folder / "two" / "model" / "config.json").is_file()

@@ -197,12 +197,13 @@ def test_cast_and_quantised_on_the_way(tmp_path):
     config, params = restore(tmp_path / "cast")
     assert config.param_dtype == config.compute_dtype == "bfloat16"
     assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"bfloat16"}
-    options = Options(max_sequence_length=64, quantization="int4")
-    convert_shards(CHECKPOINTS / "tp2", tmp_path / "int4", options)
-    _, params = restore(tmp_path / "int4")
     _, float_params = load_golden("tp1", "float16")
-    expected = quantize_params(float_params, Scheme.parse("int4"))
-    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    for scheme in ("int4", "int8,zero_point"):
+        options = Options(max_sequence_length=64, quantization=scheme)
+        convert_shards(CHECKPOINTS / "tp2", tmp_path / scheme, options)
+        _, params = restore(tmp_path / scheme)
+        expected = quantize_params(float_params, Scheme.parse(scheme))
+        jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
 class _Bucket(MemoryFileSystem):
