@@ -94,9 +94,12 @@ def abstract_state(config: GLMConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
 
 def saved_form(state: TrainState) -> TrainState:
     """A state as `abstract_saved_state` describes it."""
-    if not isinstance(state.params.layers, tuple):
-        return state
-    return jax.jit(lambda state: _map_params(stack_layers, state))(state)
+    return _stacked(state) if isinstance(state.params.layers, tuple) else state
+
+
+@jax.jit
+def _stacked(state: TrainState) -> TrainState:
+    return _map_params(stack_layers, state)
 
 
 def step_form(saved: TrainState, target: TrainState) -> TrainState:
