@@ -16,7 +16,7 @@ from launch.suites.convert import make_parts
 
 KILLS = 20
 MODEL = GLMConfig(
-    num_layers=40, hidden_size=256, inner_hidden_size=512, num_heads=8, vocab_size=16384
+    num_layers=200, hidden_size=128, inner_hidden_size=256, num_heads=8, vocab_size=16384
 )
 
 
@@ -43,6 +43,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path, capsys):
             assert started.is_running(), started.finish(1)
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.05 if number % 4 else 2.0))
+        assert started.is_running(), started.finish()  # or there was nothing to kill
         started.kill()
         after = _parts(output)
         log.append(f"kill {number}: {len(before)} parts before, {len(after)} after")
