@@ -144,7 +144,10 @@ class _Conversion:
         self._options, self._output = options, output.absolute()
         self.partial = self._output.with_name(self._output.name + ".partial")
         self._folder = self.partial / PARAMS_FOLDER
-        self._mesh = _storage_mesh(config)
+        self._bits = checkpoint.bits(config)
+        if options.quantization is not None:
+            self._bits = Scheme.parse(options.quantization).bits
+        self._mesh = _storage_mesh(config, self._bits)
         self._buffers = [_Buffers(), _Buffers()]
 
     def open(self, plan: dict[str, Any]) -> None:
@@ -178,10 +181,8 @@ class _Conversion:
     def _check_room(self) -> None:
         """Says no before anything is written, where that is bound to fail half-way."""
         count = glm_params.parameter_count(self._config)
-        bits = self._checkpoint.bits(self._config)
-        if self._options.quantization is not None:
-            bits = Scheme.parse(self._options.quantization).bits
-        needed = count * (bits / 8 if bits else np.dtype(self._config.param_dtype).itemsize)
+        item = np.dtype(self._config.param_dtype).itemsize
+        needed = count * (self._bits / 8 if self._bits else item)
         there = sum(file.stat().st_size for file in self._folder.rglob("*") if file.is_file())
         free = shutil.disk_usage(self.partial).free
         if free < needed - there:
@@ -361,9 +362,12 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return array
 
 
-def _storage_mesh(config: GLMConfig) -> Mesh:
+def _storage_mesh(config: GLMConfig, bits: int | None) -> Mesh:
+    """Devices along the tensor axis, as many as all that is split over it divides by."""
     devices = jax.devices("cpu")
-    sizes = (config.num_heads, config.inner_hidden_size, config.vocab_size, config.hidden_size)
+    inputs = (config.inner_hidden_size, config.hidden_size)
+    packed = [size // 2 for size in inputs] if bits == 4 else []
+    sizes = (config.num_heads, config.vocab_size, *inputs, *packed)
     count = next(
         n for n in (16, 8, 4, 2, 1) if n <= len(devices) and not any(size % n for size in sizes)
     )

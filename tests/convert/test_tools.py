@@ -97,6 +97,15 @@ def test_command_lines(converted, tmp_path):
         command = [sys.executable, "-m", *map(str, arguments)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
+    # A command line has sixteen devices, more than these tests.
+    for name in ("tp2", "int4_tp2"):
+        made = run(
+            "convert.sat_to_orbax", f"--input={CHECKPOINTS / name}", f"--output={tmp_path / name}"
+        )
+        assert made.returncode == 0, made.stderr
+        assert all(
+            d is None for d in compare(open_model(tmp_path / name), open_model(CHECKPOINTS / name))
+        )
     equal = run("convert.verify", converted, CHECKPOINTS / "tp8")
     assert equal.returncode == 0, equal.stderr
     assert "all 39 tensors are equal" in equal.stdout
