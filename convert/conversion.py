@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from convert.errors import ConvertError
-from convert.sat_reader import SatCheckpoint
+from convert.sat_reader import SatCheckpoint, count_non_finite
 from glm_jax.config import GLMConfig
 from glm_jax.errors import UserError, is_no_room
 from glm_jax.model import params as glm_params
@@ -275,7 +275,17 @@ class _Conversion:
 
     def _cast(self, x: Any) -> Any:
         dtype = self._options.dtype
-        return x if dtype is None or x.dtype.kind in "iu" else x.astype(dtype)
+        if dtype is None or x.dtype.kind in "iu" or x.dtype == dtype:
+            return x
+        with np.errstate(over="ignore"):
+            cast = x.astype(dtype)
+        overflown = count_non_finite(cast) - count_non_finite(x) if dtype == "float16" else 0
+        if overflown:
+            raise ConvertError(
+                f"{overflown} numbers of a tensor of {list(x.shape)} are beyond {dtype}: leave out "
+                "--dtype, or cast to bfloat16"
+            )
+        return cast
 
     def _place(self, x: Any, axes: Any) -> jax.Array:
         """Over devices, so that it is stored in as many chunks."""

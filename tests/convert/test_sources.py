@@ -230,6 +230,23 @@ def test_an_address_is_read_through_its_library(archive, tmp_path):
         find_shards("gs://bucket/other")
 
 
+def test_numbers_beyond_float16_are_refused(tmp_path):
+    folder = tmp_path / "in"
+    shutil.copytree(CHECKPOINTS / "tp1", folder)
+    path = folder / "49300" / "mp_rank_00_model_states.pt"
+    module = torch.load(path, weights_only=True)["module"]
+    wide = {name: tensor.float() for name, tensor in module.items()}
+    torch.save({"module": wide}, path)
+    options = Options(max_sequence_length=POSITIONS, dtype="float16")
+    convert_shards(folder, tmp_path / "narrow", options)
+    _, params = restore(tmp_path / "narrow")
+    jax.tree.map(np.testing.assert_array_equal, params, load_golden("tp1", "float16")[1])
+    wide["transformer.layers.1.attention.dense.weight"][3, 4] = 1e5
+    torch.save({"module": wide}, path)
+    with pytest.raises(ConvertError, match=r"1 numbers of a tensor of \[1, 64, 64\]"):
+        convert_shards(folder, tmp_path / "out", options)
+
+
 def test_two_processes_convert_halves_and_the_last_gives_the_name(tmp_path, capsys):
     for process in range(2):
         assert not (tmp_path / "out").exists()
