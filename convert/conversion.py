@@ -21,7 +21,8 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from convert.errors import ConvertError
-from convert.sat_reader import SatCheckpoint, count_non_finite
+from convert.numbers import cast
+from convert.sat_reader import SatCheckpoint
 from glm_jax.config import GLMConfig
 from glm_jax.errors import UserError, is_no_room
 from glm_jax.model import params as glm_params
@@ -223,7 +224,7 @@ class _Conversion:
         table = self._cast(self._checkpoint.embedding(self._config, _aligned))
         axes, count = glm_params.specs(self._config).word_embeddings.axes, self._mesh.size
         sharding = parameter_sharding(self._mesh, axes, table.shape)
-        norm = self._checkpoint.final_layernorm(self._config)
+        norm = self._checkpoint.final_layernorm()
         return {
             "word_embeddings": self._join(np.split(table, count), table.shape, sharding),
             "final_layernorm": jax.tree.map(self._cast, norm),
@@ -275,17 +276,7 @@ class _Conversion:
 
     def _cast(self, x: Any) -> Any:
         dtype = self._options.dtype
-        if dtype is None or x.dtype.kind in "iu" or x.dtype == dtype:
-            return x
-        with np.errstate(over="ignore"):
-            cast = x.astype(dtype)
-        overflown = count_non_finite(cast) - count_non_finite(x) if dtype == "float16" else 0
-        if overflown:
-            raise ConvertError(
-                f"{overflown} numbers of a tensor of {list(x.shape)} are beyond {dtype}: leave out "
-                "--dtype, or cast to bfloat16"
-            )
-        return cast
+        return x if dtype is None or x.dtype.kind in "iu" else cast(x, dtype)
 
     def _place(self, x: Any, axes: Any) -> jax.Array:
         """Over devices, so that it is stored in as many chunks."""

@@ -26,10 +26,12 @@ class OpenModel(Protocol):
     """Attributes:
     kind: what it is, in words.
     config: its architecture.
+    bits: 8 or 4 of a quantised one.
     """
 
     kind: str
     config: GLMConfig
+    bits: int | None
 
     def embedding(self) -> np.ndarray:
         """[vocab, embed]."""
@@ -65,29 +67,30 @@ class _Folder:
         kernel = parts.part_metadata(self._params, parts.layers_part(*self._ranges[0]))
         stored = kernel["query_key_value"]["kernel"]
         is_quantized = isinstance(stored, dict)
-        bits = 8 * stored["values"].shape[1] // self.config.hidden_size if is_quantized else 0
-        self.kind = f"model folder, {f'int{bits}' if bits else self.config.param_dtype}"
-        self._rest: Any = None
-
-    def _embedding_part(self) -> Any:
-        if self._rest is None:
-            metadata = parts.part_metadata(self._params, parts.EMBEDDING)
-            device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-            target = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), metadata
-            )
-            self._rest = parts.read_part(self._params, parts.EMBEDDING, target)
-        return self._rest
+        inputs = stored["values"].shape[1] if is_quantized else 0
+        self.bits = 8 * inputs // self.config.hidden_size or None
+        self.kind = f"model folder, {_precision(self)}"
+        self._norm: LayerNormParams | None = None
 
     def embedding(self) -> np.ndarray:
-        return np.asarray(self._embedding_part()["word_embeddings"])
+        metadata = parts.part_metadata(self._params, parts.EMBEDDING)
+        device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), metadata
+        )
+        rest = parts.read_part(self._params, parts.EMBEDDING, target)
+        # It lies beside the embedding, which is not read for it again.
+        norm = rest["final_layernorm"]
+        self._norm = LayerNormParams(np.asarray(norm["scale"]), np.asarray(norm["bias"]))
+        return np.asarray(rest["word_embeddings"])
 
     def final_layernorm(self) -> LayerNormParams:
-        norm = self._embedding_part()["final_layernorm"]
-        return LayerNormParams(np.asarray(norm["scale"]), np.asarray(norm["bias"]))
+        if self._norm is None:
+            self.embedding()
+        assert self._norm is not None
+        return self._norm
 
     def layers(self) -> Iterator[LayerParams]:
-        self._rest = None
         for first, end in self._ranges:
             some = restore_layers(self._params, self.config, first, end)
             for i in range(end - first):
@@ -99,16 +102,15 @@ class _Shards:
         self.checkpoint = SatCheckpoint(path)
         self.config = self.checkpoint.config(num_heads, 2048)
         self.checkpoint.check(self.config)
-        bits = self.checkpoint.bits(self.config)
+        self.bits = self.checkpoint.bits(self.config)
         count = len(self.checkpoint.shards)
-        self.kind = f"released shards, {count} of them, "
-        self.kind += f"int{bits}" if bits else self.config.param_dtype
+        self.kind = f"released shards, {count} of them, {_precision(self)}"
 
     def embedding(self) -> np.ndarray:
         return self.checkpoint.embedding(self.config)
 
     def final_layernorm(self) -> LayerNormParams:
-        return self.checkpoint.final_layernorm(self.config)
+        return self.checkpoint.final_layernorm()
 
     def layers(self) -> Iterator[LayerParams]:
         for i in range(self.config.num_layers):
@@ -121,7 +123,8 @@ class _Safetensors:
         self.config = load_config(folder)
         index = json.loads((folder / SAFETENSORS_INDEX).read_text(encoding="utf-8"))
         self._files: dict[str, str] = index["weight_map"]
-        self.kind = f"safetensors, {self.config.param_dtype}"
+        self.bits: int | None = None
+        self.kind = f"safetensors, {_precision(self)}"
 
     def _read(self, name: str) -> np.ndarray:
         file = self._files.get(name)
@@ -157,3 +160,7 @@ class _Safetensors:
                 for name in sat_layout.LAYERNORMS
             }
             yield LayerParams(**norms, **linears)
+
+
+def _precision(model: OpenModel) -> str:
+    return f"int{model.bits}" if model.bits else model.config.param_dtype

@@ -15,6 +15,7 @@ from glm_jax.config import GLMConfig
 
 Allocate = Callable[[tuple[int, ...], Any], np.ndarray]
 EMBEDDING = "transformer.word_embeddings.weight"
+SCALE = "weight_scale"
 FINAL_LAYERNORM = "transformer.final_layernorm"
 _LINEARS = {
     "query_key_value": "attention.query_key_value",
@@ -57,6 +58,47 @@ def output_shape(config: GLMConfig, name: str) -> tuple[int, ...]:
         "dense_h_to_4h": (2, config.inner_hidden_size),
         "dense_4h_to_h": (config.hidden_size,),
     }[name]
+
+
+def shard_shapes(
+    config: GLMConfig, shards: int, bits: int | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Released name and shape of each tensor of one shard, in the original's order, but for
+    the rotary frequencies, which stand in different places.
+
+    Args:
+      bits: 8 or 4 of quantised shards.
+    """
+    hidden = (config.hidden_size,)
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size // shards, *hidden)}
+
+    def add_norm(name: str) -> None:
+        shapes.update({f"{name}.weight": hidden, f"{name}.bias": hidden})
+
+    for i in range(config.num_layers):
+        for name in LAYERNORMS:
+            add_norm(layernorm_name(i, name))
+        for name in _LINEARS:
+            outputs = math.prod(output_shape(config, name))
+            inputs = config.inner_hidden_size if name == "dense_4h_to_h" else config.hidden_size
+            if name in COLUMN_PARALLEL:
+                outputs //= shards
+            else:
+                inputs //= shards
+            prefix = linear_name(i, name)
+            shapes[f"{prefix}.weight"] = (outputs, inputs if bits is None else inputs * bits // 8)
+            shapes[f"{prefix}.bias"] = (outputs,)
+            if bits is not None:
+                shapes[f"{prefix}.{SCALE}"] = (outputs,)
+    add_norm(FINAL_LAYERNORM)
+    return shapes
+
+
+def frequency_names(config: GLMConfig) -> list[str]:
+    """Where released shards keep the rotary frequencies."""
+    return [
+        f"transformer.layers.{i}.attention.rotary_emb.inv_freq" for i in range(config.num_layers)
+    ]
 
 
 def merge_linear(
@@ -111,9 +153,9 @@ def merge_linear(
 
     scales = None
     if bits is not None and is_column:
-        scales = joined("weight_scale")
+        scales = joined(SCALE)
     elif bits is not None:
-        scales = np.stack([read("weight_scale", rank) for rank in range(count)])
+        scales = np.stack([read(SCALE, rank) for rank in range(count)])
     bias = joined("bias") if is_column else read("bias", 0)
     piece = [size // pieces if i == 0 and is_column else size for i, size in enumerate(outputs)]
     if name == "dense_h_to_4h":

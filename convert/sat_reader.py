@@ -4,7 +4,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent import futures
 from typing import Any
 
@@ -12,8 +12,8 @@ import numpy as np
 from etils import epath
 
 from convert import sat_layout
-from convert.byte_source import ByteSource
 from convert.errors import ConvertError
+from convert.numbers import count_non_finite
 from convert.sat_layout import Allocate
 from convert.sat_source import find_shards
 from convert.torch_file import LazyTensor, TorchFile
@@ -39,14 +39,12 @@ class SatCheckpoint:
       ConvertError: a shard cannot be read, or shards do not belong together.
     """
 
-    def __init__(self, source: epath.PathLike | Sequence[ByteSource], is_checked: bool = True):
+    def __init__(self, source: epath.PathLike, is_checked: bool = True):
         """Args:
-        source: a path as `find_shards` takes it, or the shards by rank.
+        source: as `find_shards` takes it.
         is_checked: hold what is read against the files' checksums.
         """
-        if isinstance(source, str | epath.Path) or hasattr(source, "__fspath__"):
-            source = find_shards(source)
-        self.shards = [TorchFile(file, is_checked) for file in source]
+        self.shards = [TorchFile(file, is_checked) for file in find_shards(source)]
         self.non_finite: dict[str, int] = {}
         self._lock, self._own = threading.Lock(), threading.local()
         self._modules = [module(shard) for shard in self.shards]
@@ -159,33 +157,15 @@ class SatCheckpoint:
     def check(self, config: GLMConfig) -> None:
         """Raises ConvertError where a tensor is missing or of another shape than the config
         asks for, before anything is read."""
-        for rank in range(len(self.shards)):
-            self._describe(sat_layout.EMBEDDING, self._embedding_shape(config), rank)
-            for i in range(config.num_layers):
-                for name in glm_params.LINEAR_NAMES:
-                    for kind, shape in self._linear_shapes(config, name).items():
-                        self._describe(f"{sat_layout.linear_name(i, name)}.{kind}", shape, rank)
-            norms = [
-                sat_layout.layernorm_name(i, name)
-                for i in range(config.num_layers)
-                for name in sat_layout.LAYERNORMS
-            ]
-            for norm in (*norms, sat_layout.FINAL_LAYERNORM):
-                for kind in ("weight", "bias"):
-                    self._describe(f"{norm}.{kind}", (config.hidden_size,), rank)
+        shapes = sat_layout.shard_shapes(config, len(self.shards), self.bits(config))
+        for rank, shard in enumerate(self.shards):
+            for name, shape in shapes.items():
+                found = self.tensor(name, rank).shape
+                if found != shape:
+                    raise ConvertError(f"{shard.name}: {name} is {found}, expected {shape}")
 
-    def _describe(self, name: str, shape: tuple[int, ...], rank: int) -> LazyTensor:
-        tensor = self.tensor(name, rank)
-        if tensor.shape != shape:
-            raise ConvertError(
-                f"{self.shards[rank].name}: {name} is {tensor.shape}, expected {shape}"
-            )
-        return tensor
-
-    def _read(
-        self, name: str, shape: tuple[int, ...], rank: int = 0, allocate: Allocate = np.empty
-    ) -> np.ndarray:
-        values = self._describe(name, shape, rank).read(allocate)
+    def _read(self, name: str, rank: int = 0, allocate: Allocate = np.empty) -> np.ndarray:
+        values = self.tensor(name, rank).read(allocate)
         count = count_non_finite(values)
         if count:
             with self._lock:
@@ -196,19 +176,20 @@ class SatCheckpoint:
     def bits(self, config: GLMConfig) -> int | None:
         """8 or 4 for a quantised checkpoint, None for a float one."""
         name = sat_layout.linear_name(0, "query_key_value")
-        if f"{name}.weight_scale" not in self._modules[0]:
+        if f"{name}.{sat_layout.SCALE}" not in self._modules[0]:
             return None
         return 8 * self.tensor(f"{name}.weight").shape[1] // config.hidden_size
 
     def embedding(self, config: GLMConfig, allocate: Allocate = np.empty) -> np.ndarray:
         """[vocab, embed]."""
-        rows, hidden = self._embedding_shape(config)
-        whole = allocate((config.vocab_size, hidden), self.tensor(sat_layout.EMBEDDING).dtype)
+        first = self.tensor(sat_layout.EMBEDDING)
+        rows = first.shape[0]
+        whole = allocate((config.vocab_size, config.hidden_size), first.dtype)
 
         def read(rank: int) -> None:
             part = whole[rank * rows : (rank + 1) * rows]
             into: Allocate = lambda shape, dtype: part.reshape(shape)
-            found = self._read(sat_layout.EMBEDDING, (rows, hidden), rank, into)
+            found = self._read(sat_layout.EMBEDDING, rank, into)
             if found.base is None or not np.shares_memory(found, part):
                 part[:] = found  # rows that were not one after another
 
@@ -216,8 +197,8 @@ class SatCheckpoint:
             list(pool.map(read, range(len(self.shards))))
         return whole
 
-    def final_layernorm(self, config: GLMConfig) -> LayerNormParams:
-        return self._layernorm(config, sat_layout.FINAL_LAYERNORM)
+    def final_layernorm(self) -> LayerNormParams:
+        return self._layernorm(sat_layout.FINAL_LAYERNORM)
 
     def layer(self, config: GLMConfig, i: int) -> LayerParams:
         """One block, kernels float or quantised as they are stored."""
@@ -234,7 +215,7 @@ class SatCheckpoint:
         """One block, whose kernels are what `put` makes of a linear's name and its kernel
         [pieces, inputs, *outputs], split along the tensor axis."""
         parts: dict[str, Any] = {
-            name: self._layernorm(config, sat_layout.layernorm_name(i, name))
+            name: self._layernorm(sat_layout.layernorm_name(i, name))
             for name in sat_layout.LAYERNORMS
         }
         for name in glm_params.LINEAR_NAMES:
@@ -251,37 +232,17 @@ class SatCheckpoint:
             parts[name] = LinearParams(kernel, merged.bias)
         return LayerParams(**parts)
 
-    def _embedding_shape(self, config: GLMConfig) -> tuple[int, int]:
-        return config.vocab_size // len(self.shards), config.hidden_size
-
-    def _layernorm(self, config: GLMConfig, name: str) -> LayerNormParams:
-        shape = (config.hidden_size,)
-        return LayerNormParams(
-            scale=self._read(f"{name}.weight", shape), bias=self._read(f"{name}.bias", shape)
-        )
-
-    def _linear_shapes(self, config: GLMConfig, name: str) -> dict[str, tuple[int, ...]]:
-        """A shard's tensors of one linear."""
-        count, bits = len(self.shards), self.bits(config)
-        outputs = int(np.prod(sat_layout.output_shape(config, name)))
-        inputs = config.inner_hidden_size if name == "dense_4h_to_h" else config.hidden_size
-        if name in sat_layout.COLUMN_PARALLEL:
-            outputs //= count
-        else:
-            inputs //= count
-        stored = inputs if bits is None else inputs * bits // 8
-        shapes: dict[str, tuple[int, ...]] = {"weight": (outputs, stored), "bias": (outputs,)}
-        return shapes if bits is None else shapes | {"weight_scale": (outputs,)}
+    def _layernorm(self, name: str) -> LayerNormParams:
+        return LayerNormParams(self._read(f"{name}.weight"), self._read(f"{name}.bias"))
 
     def _linear(
         self, config: GLMConfig, i: int, name: str, pieces: int, allocate: Allocate
     ) -> sat_layout.MergedLinear:
         prefix, bits = sat_layout.linear_name(i, name), self.bits(config)
-        shapes = self._linear_shapes(config, name)
 
         def read(kind: str, rank: int) -> np.ndarray:
             own = self._buffer if kind == "weight" else np.empty
-            return self._read(f"{prefix}.{kind}", shapes[kind], rank, own)
+            return self._read(f"{prefix}.{kind}", rank, own)
 
         dtype, count = self.tensor(f"{prefix}.weight").dtype, len(self.shards)
         return sat_layout.merge_linear(config, name, count, read, dtype, bits, pieces, allocate)
@@ -320,20 +281,3 @@ def _take_frequencies(modules: list[dict[str, LazyTensor]]) -> int:
 
 def _size(tensor: LazyTensor) -> int:
     return tensor.shape[0] if tensor.shape else 0
-
-
-def count_non_finite(values: np.ndarray) -> int:
-    """How many numbers are NaN or infinite."""
-    if values.dtype.kind in "iub":
-        return 0
-    flat = values.reshape(-1)
-    count = 0
-    for i in range(0, flat.size, 1 << 19):  # what fits in a cache
-        part = flat[i : i + (1 << 19)]
-        if part.dtype == np.float16:
-            # Exponents of all ones; an order of magnitude faster than isfinite.
-            if (part.view(np.uint16) & 0x7FFF).max() >= 0x7C00:
-                count += int(part.size - np.isfinite(part).sum())
-        else:
-            count += int(part.size - np.isfinite(part).sum())
-    return count

@@ -11,8 +11,10 @@ import numpy as np
 
 from convert import sat_layout
 from convert.errors import ConvertError
+from convert.numbers import cast
 from convert.opening import OpenModel, open_model
 from convert.torch_writer import TorchWriter
+from glm_jax.config import GLMConfig
 from glm_jax.model.checkpoint import refuse_non_empty
 from glm_jax.model.layers import rotary_tables
 from glm_jax.model.params import LINEAR_NAMES, LinearParams
@@ -52,7 +54,7 @@ def write_shards(
             f"into {shards} shards"
         )
     scheme = None if quantization is None else Scheme(int(quantization[3:]), search=False)
-    described = _described(model, shards, scheme)
+    described = _described(config, shards, model.bits if scheme is None else scheme.bits)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     folder = partial / iteration
@@ -79,25 +81,15 @@ def write_shards(
 
 
 def _described(
-    model: OpenModel, shards: int, scheme: Scheme | None
+    config: GLMConfig, shards: int, bits: int | None
 ) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Shape and dtype of each tensor of a shard, in order: what a file begins with.
-
-    Those of the first layer are all layers'.
-    """
-    first = next(model.layers())
-    empty = np.empty((model.config.vocab_size // shards, model.config.hidden_size), np.float16)
-    described: dict[str, tuple[tuple[int, ...], Any]] = {
-        sat_layout.EMBEDDING: (empty.shape, empty.dtype)
+    """Shape and dtype of each tensor of a shard, in order: what a file begins with."""
+    shapes = sat_layout.shard_shapes(config, shards, bits)
+    shapes |= dict.fromkeys(sat_layout.frequency_names(config), (config.head_dim // 2,))
+    is_packed = lambda name: bits is not None and f"{name}_scale" in shapes
+    return {
+        name: (shape, np.int8 if is_packed(name) else np.float16) for name, shape in shapes.items()
     }
-    in_layer = list(_layer_tensors(first, 0, shards, scheme))
-    for i in range(model.config.num_layers):
-        for name, tensors in in_layer:
-            moved = name.replace("layers.0.", f"layers.{i}.", 1)
-            described[moved] = (tensors[0].shape, tensors[0].dtype)
-    for name, tensors in _last_tensors(model, shards):
-        described[name] = (tensors[0].shape, tensors[0].dtype)
-    return described
 
 
 def _tensors(model: OpenModel, shards: int, scheme: Scheme | None) -> Iterator[tuple[str, Parts]]:
@@ -126,7 +118,7 @@ def _layer_tensors(
         yield f"{prefix}.weight", weights
         yield f"{prefix}.bias", sat_layout.split_bias(name, _narrow(linear.bias), shards)
         if scales is not None:
-            yield f"{prefix}.weight_scale", scales
+            yield f"{prefix}.{sat_layout.SCALE}", scales
 
 
 def _last_tensors(model: OpenModel, shards: int) -> Iterator[tuple[str, Parts]]:
@@ -134,12 +126,12 @@ def _last_tensors(model: OpenModel, shards: int) -> Iterator[tuple[str, Parts]]:
     yield f"{sat_layout.FINAL_LAYERNORM}.weight", [_narrow(last.scale)] * shards
     yield f"{sat_layout.FINAL_LAYERNORM}.bias", [_narrow(last.bias)] * shards
     frequencies = _narrow(rotary_tables(model.config)[0])
-    for i in range(model.config.num_layers):
-        yield f"transformer.layers.{i}.attention.rotary_emb.inv_freq", [frequencies] * shards
+    for name in sat_layout.frequency_names(model.config):
+        yield name, [frequencies] * shards
 
 
 def _narrow(x: Any) -> np.ndarray:
-    return np.asarray(x).astype(np.float16)
+    return cast(x, np.float16)
 
 
 def _quantized(weights: Parts, scheme: Scheme) -> tuple[Parts, Parts]:

@@ -45,7 +45,7 @@ def load_golden(folder: str, dtype: str) -> tuple[GLMConfig, GLMParams]:
     params = GLMParams(
         word_embeddings=jax.numpy.asarray(checkpoint.embedding(config)),
         layers=jax.tree.map(lambda *x: jax.numpy.stack(x), *blocks),
-        final_layernorm=jax.tree.map(jax.numpy.asarray, checkpoint.final_layernorm(config)),
+        final_layernorm=jax.tree.map(jax.numpy.asarray, checkpoint.final_layernorm()),
     )
     return config.replace(compute_dtype=dtype), params
 

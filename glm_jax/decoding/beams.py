@@ -20,12 +20,11 @@ from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.decoding.generate import (
     DecodeState,
     Prompt,
-    PromptError,
     bucket,
-    check_prompts,
     decode_step,
     prefill_prompts,
     prepare,
+    resolve,
 )
 from glm_jax.decoding.sampling import SamplingError
 from glm_jax.model.cache import init_cache
@@ -88,25 +87,17 @@ def beam_search(
     Raises:
       PromptError: special tokens unknown, or a prompt that leaves no room.
     """
-    special = special_tokens or config.special_tokens
-    if special is None:
-        raise PromptError("this model's special tokens are not known: pass special_tokens")
-    limit = config.max_sequence_length if max_length is None else max_length
-    row = prompt if isinstance(prompt, Prompt) else Prompt.from_tokens(prompt, special)
-    check_prompts([row], config, limit)
-    ends = special.end_tokens if end_tokens is None else tuple(end_tokens)
+    [row], special, limit, ends = resolve([prompt], config, max_length, end_tokens, special_tokens)
     mesh = mesh_of(params)
     params = prepare(params)
-    beams, is_unstacked = settings.num_beams, isinstance(params.layers, tuple)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        # Every beam begins with the same context, so that shapes never change.
-        cache = init_cache(config, beams, bucket(limit), is_unstacked, mesh)
-        logits, state = prefill_prompts(params, config, [row] * beams, special.sop, cache)
+        cache = init_cache(config, 1, bucket(limit), isinstance(params.layers, tuple), mesh)
+        logits, state = prefill_prompts(params, config, [row], special.sop, cache)
         search = _Search((*row.context, special.sop), settings, ends, bucket(limit))
         is_end = np.zeros(config.vocab_size, bool)
         is_end[list(ends)] = True
-        # One continuation more than there are beams goes on, whatever ends.
-        count = min((int(is_end.sum()) + 1) * beams + 1, beams * config.vocab_size)
+        # Whatever ends, one continuation more than there are beams goes on.
+        count = (int(is_end.sum()) + 1) * settings.num_beams + 1
         while True:
             may_end = search.length - search.first >= settings.min_tokens
             chosen = expand(
@@ -134,12 +125,11 @@ class _Search:
     ):
         self._settings, self._ends = settings, frozenset(ends)
         self.first = self.length = len(context)
-        self.tokens = np.zeros((settings.num_beams, width), np.int32)
+        # One beam before the first token; `take` makes them as many as are wanted.
+        self.tokens = np.zeros((1, width), np.int32)
         self.tokens[:, : self.length] = context
-        # All beams are the same before the first token: one of them counts.
-        self.scores = np.full(settings.num_beams, -np.inf, np.float32)
-        self.scores[0] = 0
-        self.parents = np.zeros(settings.num_beams, np.int32)
+        self.scores = np.zeros(1, np.float32)
+        self.parents = np.zeros(1, np.int32)
         self.is_done = False
         self._ended: list[Hypothesis] = []
 
@@ -194,8 +184,8 @@ def expand(
     is_banned: Bool[ArrayLike, " vocab"],
     no_repeat_ngram: int,
     count: int,
-) -> tuple[Float[Array, " count"], Int[Array, " count"], Int[Array, " count"]]:
-    """The best continuations of all beams: scores, beams and tokens, best first.
+) -> tuple[Float[Array, " some"], Int[Array, " some"], Int[Array, " some"]]:
+    """The best `count` continuations of all beams: scores, beams and tokens, best first.
 
     Args:
       tokens: of which `length` count, those from `first` on generated.
@@ -208,7 +198,7 @@ def expand(
     if no_repeat_ngram:
         banned = banned | _repeats(jnp.asarray(tokens), length, first, no_repeat_ngram, vocab)
     total = jax.nn.log_softmax(jnp.where(banned, _BANNED, logits), axis=-1) + scores[:, None]
-    best, places = jax.lax.top_k(total.reshape(-1), count)
+    best, places = jax.lax.top_k(total.reshape(-1), min(count, total.size))
     return best, (places // vocab).astype(jnp.int32), (places % vocab).astype(jnp.int32)
 
 
@@ -231,17 +221,19 @@ def _repeats(
     return banned.at[jnp.arange(beams)[:, None], tokens].max(same)
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@jax.jit
 def _follow(
-    state: DecodeState, parents: Int[Array, " beams"], tokens: Int[Array, " beams"]
+    state: DecodeState, parents: Int[ArrayLike, " beams"], tokens: Int[ArrayLike, " beams"]
 ) -> DecodeState:
     """The state of the beams that `parents` names, to run their next tokens."""
+    parents = jnp.asarray(parents)
     axis = 0 if isinstance(state.cache, tuple) else 1
     cache = jax.tree.map(lambda x: jnp.take(x, parents, axis=axis), state.cache)
-    moved: DecodeState = state.replace(  # type: ignore[attr-defined]
+    return DecodeState(
         cache=cache,
         tokens=jnp.asarray(tokens),
-        position_ids=state.position_ids + state.position_steps,
-        index=state.index + 1,
+        position_ids=(state.position_ids + state.position_steps)[parents],
+        position_steps=state.position_steps[parents],
+        index=state.index[parents] + 1,
+        is_done=state.is_done[parents],
     )
-    return moved

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -84,25 +84,20 @@ def fill_blanks(
     Raises:
       PromptError: the text is longer than max_length leaves room for.
     """
-    special = tokenizer.special_tokens
     params = prepare(params)
-    limit = max_length or config.max_sequence_length
-    ends = special.end_tokens if end_tokens is None else tuple(end_tokens)
 
-    def complete(prompt: Prompt, number: int) -> list[list[int]]:
+    def complete(prompt: Prompt, number: int, common: dict[str, Any]) -> list[list[int]]:
         return generate(
             params,
             config,
             [prompt],
-            max_length=limit,
             sampling=sampling,
-            end_tokens=ends,
-            special_tokens=special,
             seed=seed + number,
             on_tokens=on_tokens,
+            **common,
         )
 
-    return _fill(tokenizer, text, limit, ends, complete)[0]
+    return _fill(config, tokenizer, text, max_length, end_tokens, complete)[0]
 
 
 def fill_blanks_by_beams(
@@ -121,39 +116,33 @@ def fill_blanks_by_beams(
     Raises:
       PromptError: the text is longer than max_length leaves room for.
     """
-    special = tokenizer.special_tokens
     params = prepare(params)
-    limit = max_length or config.max_sequence_length
-    ends = special.end_tokens if end_tokens is None else tuple(end_tokens)
 
-    def complete(prompt: Prompt, _: int) -> list[list[int]]:
-        found = beam_search(
-            params,
-            config,
-            prompt,
-            settings,
-            max_length=limit,
-            end_tokens=ends,
-            special_tokens=special,
-        )
+    def complete(prompt: Prompt, _: int, common: dict[str, Any]) -> list[list[int]]:
+        found = beam_search(params, config, prompt, settings, **common)
         return [list(hypothesis.tokens) for hypothesis in found]
 
-    return _fill(tokenizer, text, limit, ends, complete)
+    return _fill(config, tokenizer, text, max_length, end_tokens, complete)
 
 
 def _fill(
+    config: GLMConfig,
     tokenizer: TextCodec,
     text: str,
-    limit: int,
-    ends: Sequence[int],
-    complete: Callable[[Prompt, int], list[list[int]]],
+    max_length: int | None,
+    end_tokens: Sequence[int] | None,
+    complete: Callable[[Prompt, int, dict[str, Any]], list[list[int]]],
 ) -> list[FilledText]:
     """The text with all blanks filled, once for each answer to the last of them.
 
     Args:
-      complete: answers to a prompt, best first, given how many blanks came before.
+      complete: answers to a prompt, best first, given how many blanks came before and the
+        arguments that all ways to complete have in common.
     """
     special = tokenizer.special_tokens
+    limit = max_length or config.max_sequence_length
+    ends = special.end_tokens if end_tokens is None else tuple(end_tokens)
+    common = {"max_length": limit, "end_tokens": ends, "special_tokens": special}
     tokens = encode_prompt(tokenizer, text)
     if len(tokens) + 2 > limit:
         raise PromptError(f"the text has {len(tokens)} tokens: no room for an answer in {limit}")
@@ -166,7 +155,7 @@ def _fill(
         prompt = Prompt(best.tokens, None if mask == special.gmask else position)
         answers: list[list[int]] = [[]]
         if len(best.tokens) + 2 <= limit:
-            answers = complete(prompt, len(best.blanks))
+            answers = complete(prompt, len(best.blanks), common)
         found = [best.filled(position, _without_end(a, ends, special.eod)) for a in answers]
     return [_finished(tokenizer, partly) for partly in found]
 

@@ -173,13 +173,7 @@ def generate(
     Raises:
       PromptError: no prompts, special tokens unknown, or a prompt that leaves no room.
     """
-    special = special_tokens or config.special_tokens
-    if special is None:
-        raise PromptError("this model's special tokens are not known: pass special_tokens")
-    limit = config.max_sequence_length if max_length is None else max_length
-    rows = [p if isinstance(p, Prompt) else Prompt.from_tokens(p, special) for p in prompts]
-    check_prompts(rows, config, limit)
-    ends = special.end_tokens if end_tokens is None else tuple(end_tokens)
+    rows, special, limit, ends = resolve(prompts, config, max_length, end_tokens, special_tokens)
     sampling = sampling or Sampling()
     mesh = mesh_of(params)
     params = prepare(params)
@@ -189,13 +183,34 @@ def generate(
         return _run_steps(params, config, logits, state, sampling, ends, limit, seed, on_tokens)
 
 
+def resolve(
+    prompts: Sequence[Sequence[int] | Prompt],
+    config: GLMConfig,
+    max_length: int | None,
+    end_tokens: Sequence[int] | None,
+    special_tokens: SpecialTokens | None,
+) -> tuple[list[Prompt], SpecialTokens, int, tuple[int, ...]]:
+    """`generate`'s arguments with defaults put in: prompts, special tokens, the most tokens
+    of a row, and end tokens.
+
+    Raises:
+      PromptError: as `generate`.
+    """
+    special = special_tokens or config.special_tokens
+    if special is None:
+        raise PromptError("this model's special tokens are not known: pass special_tokens")
+    limit = config.max_sequence_length if max_length is None else max_length
+    rows = [p if isinstance(p, Prompt) else Prompt.from_tokens(p, special) for p in prompts]
+    _check_prompts(rows, config, limit)
+    return rows, special, limit, special.end_tokens if end_tokens is None else tuple(end_tokens)
+
+
 def bucket(length: int) -> int:
     """The static length that serves `length`: the next power of two, at least 32."""
     return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
-def check_prompts(rows: Sequence[Prompt], config: GLMConfig, limit: int) -> None:
-    """Raises PromptError where a prompt cannot be answered within `limit` tokens."""
+def _check_prompts(rows: Sequence[Prompt], config: GLMConfig, limit: int) -> None:
     if not rows:
         raise PromptError("no prompts")
     if limit > config.max_sequence_length:

@@ -17,7 +17,6 @@ import numpy as np
 from convert import sat_layout
 from convert.torch_writer import TorchWriter
 from glm_jax.config import GLMConfig
-from glm_jax.model.params import LINEAR_NAMES
 from launch.suites.case import Case
 
 SHARDS, PART_BYTES = 8, 1 << 30
@@ -33,33 +32,6 @@ def config(num_layers: int) -> GLMConfig:
         num_heads=32,
         vocab_size=150528,
     )
-
-
-def shard_shapes(model: GLMConfig, shards: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of one shard, by released name."""
-    shapes: dict[str, tuple[int, ...]] = {
-        sat_layout.EMBEDDING: (model.vocab_size // shards, model.hidden_size)
-    }
-    for i in range(model.num_layers):
-        for name in sat_layout.LAYERNORMS:
-            for kind in ("weight", "bias"):
-                shapes[f"{sat_layout.layernorm_name(i, name)}.{kind}"] = (model.hidden_size,)
-        for name in LINEAR_NAMES:
-            outputs = int(np.prod(sat_layout.output_shape(model, name)))
-            inputs = model.inner_hidden_size if name == "dense_4h_to_h" else model.hidden_size
-            is_column = name in sat_layout.COLUMN_PARALLEL
-            outputs, inputs = (
-                (outputs // shards, inputs) if is_column else (outputs, inputs // shards)
-            )
-            prefix = sat_layout.linear_name(i, name)
-            shapes[f"{prefix}.weight"] = (outputs, inputs)
-            shapes[f"{prefix}.bias"] = (outputs,)
-    for kind in ("weight", "bias"):
-        shapes[f"{sat_layout.FINAL_LAYERNORM}.{kind}"] = (model.hidden_size,)
-    frequencies = (model.head_dim // 2,)
-    for i in range(model.num_layers):
-        shapes[f"transformer.layers.{i}.attention.rotary_emb.inv_freq"] = frequencies
-    return shapes
 
 
 class PartWriter(io.RawIOBase):
@@ -96,7 +68,8 @@ def make_parts(folder: Path, model: GLMConfig, shards: int, part_bytes: int) -> 
     """Writes a checkpoint of random blocks as the parts of a tar archive."""
     rng = np.random.default_rng(0)
     block = rng.standard_normal(1 << 20, np.float32).astype(np.float16) / 50
-    shapes = shard_shapes(model, shards)
+    shapes = sat_layout.shard_shapes(model, shards)
+    shapes |= dict.fromkeys(sat_layout.frequency_names(model), (model.head_dim // 2,))
     described: dict[str, tuple[tuple[int, ...], Any]] = {
         name: (shape, np.float16) for name, shape in shapes.items()
     }

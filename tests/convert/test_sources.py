@@ -18,6 +18,7 @@ from convert.conversion import Options, convert_shards
 from convert.errors import ConvertError
 from convert.sat_reader import SatCheckpoint
 from convert.sat_source import find_shards
+from convert.sat_writer import write_shards
 from glm_jax import restore
 from glm_jax.model import parts
 from glm_jax.model.params import quantize_params
@@ -245,6 +246,10 @@ def test_numbers_beyond_float16_are_refused(tmp_path):
     torch.save({"module": wide}, path)
     with pytest.raises(ConvertError, match=r"1 numbers of a tensor of \[1, 64, 64\]"):
         convert_shards(folder, tmp_path / "out", options)
+    convert_shards(folder, tmp_path / "wide", Options(max_sequence_length=POSITIONS))
+    with pytest.raises(ConvertError, match="beyond float16"):
+        write_shards(tmp_path / "wide", tmp_path / "back", 2)
+    assert not (tmp_path / "back").exists()
 
 
 def test_two_processes_convert_halves_and_the_last_gives_the_name(tmp_path, capsys):

@@ -74,7 +74,7 @@ def _forward(
             weights = jnp.where(scores > _LOWEST, jnp.exp(scores - new[..., None]), 0)
             shrink = jnp.exp(largest - new)
             total = total * shrink + jnp.sum(weights, axis=-1)
-            weights = _drop(weights, dropout, numbers[0], i * key_block)
+            weights = weights * _kept(dropout, weights.shape, numbers[0], i * key_block)
             if v_scale is not None:
                 weights = weights * v_scale[:, :, None]
             part = _product("bhqk,bhkd->bhqd", weights.astype(rows.dtype), v.astype(rows.dtype))
@@ -90,7 +90,7 @@ def _forward(
         total = jnp.where(total == 0, 1, total)
         return (summed / total[..., None]).astype(query.dtype), largest + jnp.log(total)
 
-    by_query = (scaled, key_ranges, jnp.arange(num_queries)[None].repeat(batch, 0))
+    by_query = (scaled, key_ranges, jnp.arange(num_queries)[None])
     outputs, log_sums = _map(of_queries, by_query, query_block)
     output = jnp.moveaxis(_join(outputs, 2)[:, :, :num_queries], 1, 2)
     log_sums = _join(log_sums, 2)[:, :, :num_queries]
@@ -103,7 +103,7 @@ def _backward(query_block: int, key_block: int, kept: Any, gradient: Array) -> t
     scaled = query * jnp.asarray(factor, query.dtype)
     wide = gradient.astype(jnp.float32)
     shift = jnp.sum(wide * output.astype(jnp.float32), axis=-1)
-    numbers = jnp.arange(query.shape[1])[None].repeat(len(query), 0)
+    numbers = jnp.arange(query.shape[1])[None]
     by_query = (scaled, key_ranges, gradient, jnp.moveaxis(log_sums, 1, 2), shift, numbers)
     padded_queries = tuple(_pad(a, 1, query_block) for a in by_query)
     keys, values = _pad(key, 2, key_block), _pad(value, 2, key_block)
@@ -113,11 +113,9 @@ def _backward(query_block: int, key_block: int, kept: Any, gradient: Array) -> t
         scores = _scores(q, k, ranges, offset, None)
         log_sum, delta = (jnp.moveaxis(a, 1, 2)[..., None] for a in (log_sum, delta))
         weights = jnp.where(scores > _LOWEST, jnp.exp(scores - log_sum), 0)
-        of_weights = _drop(_product("bqhd,bhkd->bhqk", g, v), dropout, numbers[0], offset)
-        of_scores = weights * (of_weights - delta)
-        return _drop(weights, dropout, numbers[0], offset).astype(q.dtype), of_scores.astype(
-            q.dtype
-        )
+        kept = _kept(dropout, weights.shape, numbers[0], offset)
+        of_scores = weights * (_product("bqhd,bhkd->bhqk", g, v) * kept - delta)
+        return (weights * kept).astype(q.dtype), of_scores.astype(q.dtype)
 
     def of_queries(rows: tuple[Array, ...]) -> Array:
         first, last = _bounds(rows[1], key_block, keys.shape[2])
@@ -173,12 +171,14 @@ def _scores(query: Array, key: Array, ranges: Array, offset: Array, scale: Array
     return jnp.where(visible[:, None], scores, _LOWEST)
 
 
-def _drop(weights: Array, dropout: WeightDropout | None, rows: Array, first_key: Array) -> Array:
-    """Weights [batch, heads, query, key] of the rows of such numbers, with dropout."""
+def _kept(
+    dropout: WeightDropout | None, shape: tuple[int, ...], rows: Array, first_key: Array
+) -> Array | float:
+    """What dropout multiplies a block's weights [batch, heads, query, key] by."""
+    batch, heads, _, keys = shape
     if dropout is None:
-        return weights
-    batch, heads, _, keys = weights.shape
-    return weights * factors(dropout, batch, heads, rows, first_key + jnp.arange(keys))
+        return 1.0
+    return factors(dropout, batch, heads, rows, first_key + jnp.arange(keys))
 
 
 def _bounds(ranges: Array, key_block: int, num_keys: int) -> tuple[Array, Array]:
