@@ -9,7 +9,8 @@ tokenizer = glm_jax.Tokenizer(path)
 
 from glm_jax.config import GLMConfig, SpecialTokens, glm_130b, glm_config
 from glm_jax.decoding.blank_filling import fill_blanks
-from glm_jax.decoding.generate import Prompt, generate
+from glm_jax.decoding.generate import generate
+from glm_jax.decoding.prompt import Prompt
 from glm_jax.decoding.sampling import Sampling
 from glm_jax.model.checkpoint import restore, save_model
 from glm_jax.model.glm import forward

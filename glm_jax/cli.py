@@ -67,7 +67,13 @@ def define_process_flags() -> None:
     flags.DEFINE_integer("process_id", None, "which of them this is, from 0", lower_bound=0)
 
 
-def join_processes() -> None:
-    """Joins the processes that the flags, or the scheduler's environment, speak of."""
+def join_processes(may_be_apart: bool = False) -> tuple[int, int]:
+    """Joins the processes that the flags, or the scheduler's environment, speak of.
+
+    Returns:
+      This process's number, and how many there are; see `processes.initialize`.
+    """
     chosen = flags.FLAGS
-    processes.initialize(chosen.coordinator, chosen.num_processes, chosen.process_id)
+    return processes.initialize(
+        chosen.coordinator, chosen.num_processes, chosen.process_id, may_be_apart
+    )

@@ -21,8 +21,11 @@ class ProcessesError(UserError):
 
 
 def initialize(
-    coordinator: str | None = None, count: int | None = None, number: int | None = None
-) -> None:
+    coordinator: str | None = None,
+    count: int | None = None,
+    number: int | None = None,
+    may_be_apart: bool = False,
+) -> tuple[int, int]:
     """Joins the other processes of a run, before anything else of jax is used.
 
     What is not given is taken from the environment: GLM_JAX_COORDINATOR,
@@ -33,6 +36,10 @@ def initialize(
       coordinator: host:port of process 0.
       count: processes.
       number: this process's, from 0.
+      may_be_apart: processes without a coordinator are fine: they only share work.
+
+    Returns:
+      This process's number, and how many there are.
 
     Raises:
       ProcessesError: some of the three are known and some are not.
@@ -42,12 +49,15 @@ def initialize(
     for name in _NUMBERS:
         number = number if number is not None else _number(name)
     if coordinator is None:
-        if count is not None and count > 1:
-            raise ProcessesError(
-                f"{count} processes and no coordinator: give host:port of process 0 by "
-                f"--coordinator or {_COORDINATOR}"
-            )
-        return
+        if count is None or count == 1:
+            return 0, 1
+        if may_be_apart and number is not None and number < count:
+            return number, count
+        missing = "its number below that by --process_id, or " if may_be_apart else ""
+        raise ProcessesError(
+            f"{count} processes and no coordinator: give {missing}host:port of process 0 by "
+            f"--coordinator or {_COORDINATOR}"
+        )
     if count is None or number is None:
         raise ProcessesError(
             f"coordinator {coordinator}, but not the number of processes and this one's: "
@@ -57,6 +67,7 @@ def initialize(
         jax.distributed.initialize(coordinator, count, number)
     except (ValueError, RuntimeError) as error:
         raise ProcessesError(f"process {number} of {count} at {coordinator}: {error}") from error
+    return number, count
 
 
 def _number(name: str) -> int | None:

@@ -79,11 +79,35 @@ def parse_mesh(text: str) -> Mesh:
     Raises:
       MeshError: the text is not three integers, or `make_mesh` refuses them.
     """
+    return make_mesh(_parse_sizes(text))
+
+
+def _parse_sizes(text: str) -> list[int]:
     try:
-        sizes = [int(part) for part in text.replace("x", ",").split(",")]
+        return [int(part) for part in text.replace("x", ",").split(",")]
     except ValueError as error:
         raise MeshError(f"mesh {text!r}: give three integers, such as 1,1,8") from error
-    return make_mesh(sizes)
+
+
+def parse_replica_mesh(text: str, processes: int) -> Mesh | None:
+    """The part of a mesh that a process has as a model of its own, on its own devices.
+
+    Args:
+      text: as of `parse_mesh`, of all processes together.
+
+    Returns:
+      A mesh of local devices, or None where data does not divide by the processes: they run
+      one model together.
+    """
+    data, *rest = sizes = _parse_sizes(text)
+    if len(sizes) != 3:
+        return None  # `make_mesh` says what is wrong
+    if data == -1:
+        alone = len(jax.local_devices()) % math.prod(rest) == 0
+    else:
+        alone = data % processes == 0
+        data //= processes
+    return make_mesh((data, *rest), jax.local_devices()) if alone else None
 
 
 def parameter_spec(

@@ -17,16 +17,11 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from glm_jax.config import GLMConfig, SpecialTokens
-from glm_jax.decoding.generate import (
-    DecodeState,
-    Prompt,
-    bucket,
-    decode_step,
-    prefill_prompts,
-    prepare,
-    resolve,
-)
+from glm_jax.decoding.prepare import prepare
+from glm_jax.decoding.prompt import Prompt, bucket, resolve
+from glm_jax.decoding.restrictions import repeated
 from glm_jax.decoding.sampling import SamplingError
+from glm_jax.decoding.steps import DecodeState, decode_step, prefill_prompts
 from glm_jax.model.cache import init_cache
 from glm_jax.model.params import GLMParams
 from glm_jax.sharding import mesh_of
@@ -196,29 +191,13 @@ def expand(
     vocab = logits.shape[1]
     banned = jnp.asarray(is_banned)
     if no_repeat_ngram:
-        banned = banned | _repeats(jnp.asarray(tokens), length, first, no_repeat_ngram, vocab)
+        each = functools.partial(jnp.full, len(logits), dtype=jnp.int32)
+        banned = banned | repeated(
+            jnp.asarray(tokens), each(length), each(first), each(no_repeat_ngram), vocab
+        )
     total = jax.nn.log_softmax(jnp.where(banned, _BANNED, logits), axis=-1) + scores[:, None]
     best, places = jax.lax.top_k(total.reshape(-1), min(count, total.size))
     return best, (places // vocab).astype(jnp.int32), (places % vocab).astype(jnp.int32)
-
-
-def _repeats(
-    tokens: Int[Array, "beams length"],
-    length: int | Int[Array, ""],
-    first: int | Int[Array, ""],
-    size: int,
-    vocab: int,
-) -> Array:
-    """bool [beams, vocab]: tokens that would end n tokens in a row that were there before."""
-    beams, width = tokens.shape
-    places = jnp.arange(width)
-    same = (places >= first) & (places >= size - 1) & (places < length)
-    same = jnp.broadcast_to(same, (beams, width))
-    for back in range(1, size):
-        latest = jax.lax.dynamic_index_in_dim(tokens, length - back, 1)
-        same &= jnp.roll(tokens, back, axis=1) == latest
-    banned = jnp.zeros((beams, vocab), bool)
-    return banned.at[jnp.arange(beams)[:, None], tokens].max(same)
 
 
 @jax.jit
@@ -235,5 +214,4 @@ def _follow(
         position_ids=(state.position_ids + state.position_steps)[parents],
         position_steps=state.position_steps[parents],
         index=state.index[parents] + 1,
-        is_done=state.is_done[parents],
     )

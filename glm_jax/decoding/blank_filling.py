@@ -1,16 +1,20 @@
 """Fills the blanks of a text from left to right, each seeing those before it filled."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, runtime_checkable
-
-import numpy as np
+from typing import Protocol, runtime_checkable
 
 from glm_jax.config import GLMConfig, SpecialTokens
-from glm_jax.decoding.beams import BeamSearch, beam_search
-from glm_jax.decoding.generate import Prompt, PromptError, generate, prepare
+from glm_jax.decoding.beams import BeamSearch, Hypothesis, beam_search
+from glm_jax.decoding.engine import Engine, EngineSettings, Request
+from glm_jax.decoding.prepare import prepare
+from glm_jax.decoding.prompt import Prompt, PromptError, bucket
 from glm_jax.decoding.sampling import Sampling
 from glm_jax.model.params import GLMParams
+
+# Tokens in order, and whether they fill a blank, as soon as nothing will change them.
+OnTokens = Callable[[Sequence[int], bool], None]
 
 
 @runtime_checkable
@@ -41,21 +45,118 @@ class FilledText:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Partly:
-    """A text some of whose blanks are filled: tokens, of which `done` are in pieces."""
+class PartlyFilled:
+    """A text some of whose blanks are filled.
+
+    Attributes:
+      tokens: of the whole text, `mask` where blanks are left.
+      limit: tokens of text, sop and answer at most.
+      is_unidirectional: the one blank is at the end, and the text is seen from left to right.
+      pieces: tokens in runs, each with whether it fills a blank; `done` tokens are in these.
+      blanks: what was put into each.
+    """
 
     tokens: tuple[int, ...]
+    special: SpecialTokens
+    mask: int
+    limit: int
+    is_unidirectional: bool = False
     pieces: tuple[tuple[tuple[int, ...], bool], ...] = ()
     blanks: tuple[tuple[int, ...], ...] = ()
     done: int = 0
 
-    def filled(self, position: int, blank: tuple[int, ...]) -> "_Partly":
-        """With the mask at a position replaced."""
-        return _Partly(
+    @classmethod
+    def begin(
+        cls,
+        tokenizer: TextCodec,
+        text: str,
+        limit: int,
+        is_unidirectional: bool = False,
+        left_truncate: int = 0,
+    ) -> "PartlyFilled":
+        """A text with every [MASK] to fill; one with none of them has its [sMASK]s filled;
+        else a [gMASK], put at the end where there is no mask, is written on from.
+
+        Args:
+          is_unidirectional: the text has no mask and is written on from, each of its tokens
+            having seen only those before.
+          left_truncate: where the text leaves no room for so many tokens of an answer, its
+            first tokens are left out; 0 never does that.
+
+        Raises:
+          PromptError: the text is longer than `limit` leaves room for, or has a mask where it
+            must not.
+        """
+        special = tokenizer.special_tokens
+        tokens = encode_prompt(tokenizer, text)
+        if is_unidirectional:
+            tokens = [*tokenizer.encode(text), special.gmask]
+            Prompt.unidirectional(tokens[:-1], special)
+        if left_truncate:
+            tokens = tokens[max(0, len(tokens) + 1 + left_truncate - limit) :]
+        masks = [m for m in (special.mask, special.smask, special.gmask) if m in tokens]
+        if len(tokens) + 2 > limit:
+            raise PromptError(
+                f"the text has {len(tokens)} tokens: no room for an answer in {limit}"
+            )
+        if not masks:
+            raise PromptError("its blank is in what was cut off: shorten the text behind it")
+        return cls(tuple(tokens), special, masks[0], limit, is_unidirectional)._with_room()
+
+    @property
+    def position(self) -> int:
+        """Where the next blank is, or the end of the text."""
+        return self.tokens.index(self.mask) if self.has_blank else len(self.tokens)
+
+    @property
+    def has_blank(self) -> bool:
+        # A model may write masks of its own; those are filled too, but not without end.
+        return self.mask in self.tokens and len(self.blanks) < self.limit
+
+    def prompt(self) -> Prompt:
+        """Of the next blank."""
+        if self.is_unidirectional:
+            return Prompt.unidirectional(self.tokens[: self.position], self.special)
+        return Prompt(self.tokens, None if self.mask == self.special.gmask else self.position)
+
+    def filled(self, answer: Sequence[int], end_tokens: Sequence[int]) -> "PartlyFilled":
+        """With the next blank filled, the token that ended the answer left out."""
+        return self._filled(tuple(self.kept(answer, end_tokens)))._with_room()
+
+    def kept(self, answer: Sequence[int], end_tokens: Sequence[int]) -> Sequence[int]:
+        """An answer without what ends it."""
+        kept = answer[:-1] if answer and answer[-1] in end_tokens else answer
+        # The document ended there, says the model.
+        return kept[:-1] if kept and kept[-1] == self.special.eod else kept
+
+    def _filled(self, blank: tuple[int, ...]) -> "PartlyFilled":
+        position = self.position
+        return dataclasses.replace(
+            self,
             tokens=(*self.tokens[:position], *blank, *self.tokens[position + 1 :]),
             pieces=(*self.pieces, (self.tokens[self.done : position], False), (blank, True)),
             blanks=(*self.blanks, blank),
             done=position + len(blank),
+        )
+
+    def _with_room(self) -> "PartlyFilled":
+        """Blanks that there is no room to fill any more are left empty."""
+        partly = self
+        while partly.has_blank and len(partly.tokens) + 2 > partly.limit:
+            partly = partly._filled(())
+        return partly
+
+    def finished(self, tokenizer: TextCodec) -> FilledText:
+        """The text as it is now."""
+        tokens = list(self.tokens)
+        if tokens and tokens[-1] == self.special.eos:
+            tokens.pop()
+        pieces = [(list(run), is_blank) for run, is_blank in self.pieces]
+        pieces.append((tokens[self.done :], False))
+        return FilledText(
+            text=tokenizer.decode(tokens),
+            blanks=tuple(tokenizer.decode(blank) for blank in self.blanks),
+            pieces=_decode_pieces(tokenizer, pieces),
         )
 
 
@@ -69,114 +170,125 @@ def fill_blanks(
     sampling: Sampling | None = None,
     end_tokens: Sequence[int] | None = None,
     seed: int = 0,
-    on_tokens: Callable[[np.ndarray], None] | None = None,
+    on_tokens: OnTokens | None = None,
 ) -> FilledText:
-    """Fills every [MASK] of a text; one with none of them has its [sMASK]s filled; else a
-    [gMASK], put at the end where there is no mask, is written on from.
+    """Fills the blanks of a text, as `PartlyFilled.begin` says which.
 
     Args:
       max_length: tokens of text, sop and answer, the model's positions by default.
       sampling: greedy by default.
       end_tokens: eop and eos by default.
       seed: of the sampled strategies; blank i uses seed + i.
-      on_tokens: called with int32 [1] after each generated token.
+      on_tokens: called with tokens of the text and of its blanks as they come.
 
     Raises:
       PromptError: the text is longer than max_length leaves room for.
     """
-    params = prepare(params)
+    limit = max_length or config.max_sequence_length
+    partly = PartlyFilled.begin(tokenizer, text, limit)
+    longest = min(bucket(limit), config.max_sequence_length)
+    engine = Engine(params, config, EngineSettings(1, longest), tokenizer.special_tokens)
+    ends = None if end_tokens is None else tuple(end_tokens)
+    request = Request(Prompt((), None), sampling or Sampling(), None, seed, ends)
+    return fill(engine, partly, request, on_tokens).finished(tokenizer)
 
-    def complete(prompt: Prompt, number: int, common: dict[str, Any]) -> list[list[int]]:
-        return generate(
-            params,
-            config,
-            [prompt],
-            sampling=sampling,
-            seed=seed + number,
-            on_tokens=on_tokens,
-            **common,
-        )
 
-    return _fill(config, tokenizer, text, max_length, end_tokens, complete)[0]
+def fill(
+    engine: Engine, partly: PartlyFilled, template: Request, on_tokens: OnTokens | None = None
+) -> PartlyFilled:
+    """Fills all blanks of a text by an engine that does nothing else meanwhile.
+
+    Args:
+      template: a request whose prompt and seed are replaced, the seed for each blank by one
+        more.
+    """
+    ends = engine.special.end_tokens if template.end_tokens is None else template.end_tokens
+    stream = _Stream(on_tokens)
+    while partly.has_blank:
+        request = next_request(partly, template)
+        engine.submit(request)
+        answer: list[int] = []
+        while not engine.is_idle:
+            answer += [token.token for token in engine.step()]
+            stream.show(partly, partly.kept(answer, ends))
+        partly = partly.filled(answer, ends)
+    stream.finish(partly)
+    return partly
+
+
+def next_request(partly: PartlyFilled, template: Request) -> Request:
+    """The request that fills the next blank of a text."""
+    prompt = partly.prompt()
+    room = partly.limit - len(prompt)
+    return dataclasses.replace(
+        template,
+        prompt=prompt,
+        seed=(template.seed + len(partly.blanks)) % 2**32,
+        max_tokens=min(room, template.max_tokens or room),
+    )
+
+
+class _Stream:
+    """Gives out tokens once, in order."""
+
+    def __init__(self, on_tokens: OnTokens | None):
+        self._on_tokens, self._given = on_tokens, 0
+
+    def show(self, partly: PartlyFilled, answer: Sequence[int]) -> None:
+        if self._on_tokens is None:
+            return
+        # What stands before a mask that is still to be filled will not change.
+        fixed = answer[: answer.index(partly.mask)] if partly.mask in answer else answer
+        self._give(partly, (*partly.tokens[: partly.position], *fixed), partly.position)
+
+    def finish(self, partly: PartlyFilled) -> None:
+        is_closed = partly.tokens and partly.tokens[-1] == partly.special.eos
+        tokens = partly.tokens[:-1] if is_closed else partly.tokens
+        self._give(partly, tokens, len(tokens))
+
+    def _give(self, partly: PartlyFilled, tokens: Sequence[int], blank_from: int) -> None:
+        if self._on_tokens is None:
+            return
+        of_blank = [is_blank for run, is_blank in partly.pieces for _ in run]
+        of_blank += [False] * (blank_from - len(of_blank))
+        of_blank += [True] * (len(tokens) - len(of_blank))
+        for is_blank, run in itertools.groupby(
+            range(self._given, len(tokens)), key=lambda i: of_blank[i]
+        ):
+            self._on_tokens([tokens[i] for i in run], is_blank)
+        self._given = max(self._given, len(tokens))
 
 
 def fill_blanks_by_beams(
     params: GLMParams,
     config: GLMConfig,
-    tokenizer: TextCodec,
-    text: str,
+    partly: PartlyFilled,
     settings: BeamSearch,
     *,
-    max_length: int | None = None,
     end_tokens: Sequence[int] | None = None,
-) -> list[FilledText]:
-    """`fill_blanks` by beam search. Each blank takes its best answer but the last, which has
-    as many as there are beams: one text each, best first.
+) -> list[tuple[PartlyFilled, Hypothesis]]:
+    """Fills all blanks by beam search. Each takes its best answer but the last, which has as
+    many as there are beams.
 
-    Raises:
-      PromptError: the text is longer than max_length leaves room for.
+    Returns:
+      A text and its last answer for each, best first.
     """
     params = prepare(params)
-
-    def complete(prompt: Prompt, _: int, common: dict[str, Any]) -> list[list[int]]:
-        found = beam_search(params, config, prompt, settings, **common)
-        return [list(hypothesis.tokens) for hypothesis in found]
-
-    return _fill(config, tokenizer, text, max_length, end_tokens, complete)
-
-
-def _fill(
-    config: GLMConfig,
-    tokenizer: TextCodec,
-    text: str,
-    max_length: int | None,
-    end_tokens: Sequence[int] | None,
-    complete: Callable[[Prompt, int, dict[str, Any]], list[list[int]]],
-) -> list[FilledText]:
-    """The text with all blanks filled, once for each answer to the last of them.
-
-    Args:
-      complete: answers to a prompt, best first, given how many blanks came before and the
-        arguments that all ways to complete have in common.
-    """
-    special = tokenizer.special_tokens
-    limit = max_length or config.max_sequence_length
-    ends = special.end_tokens if end_tokens is None else tuple(end_tokens)
-    common = {"max_length": limit, "end_tokens": ends, "special_tokens": special}
-    tokens = encode_prompt(tokenizer, text)
-    if len(tokens) + 2 > limit:
-        raise PromptError(f"the text has {len(tokens)} tokens: no room for an answer in {limit}")
-    mask = next(m for m in (special.mask, special.smask, special.gmask) if m in tokens)
-    found = [_Partly(tuple(tokens))]
-    # A model may write masks of its own; those are filled too, but not without end.
-    while mask in found[0].tokens and len(found[0].blanks) < limit:
-        best = found[0]
-        position = best.tokens.index(mask)
-        prompt = Prompt(best.tokens, None if mask == special.gmask else position)
-        answers: list[list[int]] = [[]]
-        if len(best.tokens) + 2 <= limit:
-            answers = complete(prompt, len(best.blanks), common)
-        found = [best.filled(position, _without_end(a, ends, special.eod)) for a in answers]
-    return [_finished(tokenizer, partly) for partly in found]
-
-
-def _without_end(answer: list[int], ends: Sequence[int], eod: int) -> tuple[int, ...]:
-    kept = answer[:-1] if answer and answer[-1] in ends else answer
-    # The document ended there, says the model.
-    return tuple(kept[:-1] if kept and kept[-1] == eod else kept)
-
-
-def _finished(tokenizer: TextCodec, partly: _Partly) -> FilledText:
-    tokens = list(partly.tokens)
-    if tokens and tokens[-1] == tokenizer.special_tokens.eos:
-        tokens.pop()
-    pieces = [(list(run), is_blank) for run, is_blank in partly.pieces]
-    pieces.append((tokens[partly.done :], False))
-    return FilledText(
-        text=tokenizer.decode(tokens),
-        blanks=tuple(tokenizer.decode(blank) for blank in partly.blanks),
-        pieces=_decode_pieces(tokenizer, pieces),
-    )
+    ends = partly.special.end_tokens if end_tokens is None else tuple(end_tokens)
+    found = [(partly, Hypothesis((), 0.0))]
+    while found[0][0].has_blank:
+        best, _ = found[0]
+        answers = beam_search(
+            params,
+            config,
+            best.prompt(),
+            settings,
+            max_length=best.limit,
+            end_tokens=ends,
+            special_tokens=best.special,
+        )
+        found = [(best.filled(answer.tokens, ends), answer) for answer in answers]
+    return found
 
 
 def encode_prompt(tokenizer: TextCodec, text: str) -> list[int]:

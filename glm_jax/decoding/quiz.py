@@ -1,4 +1,4 @@
-"""Asks a model questions with one blank each, in batches, and counts exact answers."""
+"""Asks a model questions with one blank each, and counts exact answers."""
 
 import dataclasses
 import time
@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from glm_jax.config import GLMConfig
 from glm_jax.data.facts import Question
 from glm_jax.decoding.blank_filling import encode_prompt
-from glm_jax.decoding.generate import generate, prepare
+from glm_jax.decoding.engine import Engine, EngineSettings, Request
+from glm_jax.decoding.prompt import Prompt
 from glm_jax.model.params import GLMParams
 from glm_jax.tokenizer import Tokenizer
 
-_BATCH = 64
+_SLOTS = 64
 _ANSWER_ROOM = 24
 
 
@@ -19,8 +20,7 @@ _ANSWER_ROOM = 24
 class Score:
     """Attributes:
     results: each question, the answer that was given, and whether it was right.
-    tokens_per_second: generated tokens by the time of the batches after the first, which
-      compiles; nan where there was only one.
+    tokens_per_second: generated tokens by the time it took, without compiling.
     """
 
     results: tuple[tuple[Question, str, bool], ...]
@@ -40,24 +40,19 @@ def ask(
     params: GLMParams, config: GLMConfig, tokenizer: Tokenizer, questions: Sequence[Question]
 ) -> Score:
     """Greedy answers to all questions; blanks around an answer don't count."""
-    params = prepare(params)
     special = tokenizer.special_tokens
     prompts = [encode_prompt(tokenizer, question.text) for question in questions]
-    # One shape for all batches: the longest prompt decides, the last batch is filled up.
-    max_length = max(map(len, prompts)) + _ANSWER_ROOM
-    results: list[tuple[Question, str, bool]] = []
-    generated, seconds = 0, 0.0
-    for first in range(0, len(prompts), _BATCH):
-        batch = prompts[first : first + _BATCH]
-        padding = [prompts[0]] * (_BATCH - len(batch))
-        began = time.perf_counter()
-        outputs = generate(params, config, batch + padding, max_length=max_length)[: len(batch)]
-        if first:
-            generated += sum(map(len, outputs))
-            seconds += time.perf_counter() - began
-        for question, tokens in zip(questions[first : first + _BATCH], outputs, strict=True):
-            kept = [token for token in tokens if token not in special.end_tokens]
-            answer = tokenizer.decode(kept).strip()
-            results.append((question, answer, answer == question.answer))
-    speed = generated / seconds if seconds else float("nan")
-    return Score(tuple(results), speed)
+    settings = EngineSettings(_SLOTS, max(map(len, prompts)) + _ANSWER_ROOM)
+    engine = Engine(params, config, settings, special)
+    engine.warm_up()
+    began = time.perf_counter()
+    requests = [Request(Prompt.from_tokens(prompt, special)) for prompt in prompts]
+    completions = sorted(engine.run(requests), key=lambda completion: completion.ticket)
+    seconds = time.perf_counter() - began
+    results = []
+    for question, completion in zip(questions, completions, strict=True):
+        kept = [token for token in completion.tokens if token not in special.end_tokens]
+        answer = tokenizer.decode(kept).strip()
+        results.append((question, answer, answer == question.answer))
+    generated = sum(len(completion.tokens) for completion in completions)
+    return Score(tuple(results), generated / seconds)

@@ -1,6 +1,7 @@
 """How the next token is chosen from its logits."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,30 +16,58 @@ class SamplingError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Settings of one request.
+    """How one request's tokens are chosen.
 
     Attributes:
       temperature: divides the logits; 0 takes the likeliest token.
       top_k: keep only the k likeliest tokens and their equals; 0 keeps all.
       top_p: of those, keep the likeliest whose probabilities sum to p, the one that
         crosses p included; 0 keeps all.
+      repetition_penalty: above 1 makes tokens that were there less likely, context included;
+        1 for none. This and what follows come before temperature.
+      no_repeat_ngram: no n tokens in a row, the last of them generated, come twice; 0 for no
+        such ban.
+      min_tokens: that are generated before the answer may end.
+      banned_tokens: never come.
+      banned_sequences: never come as a whole in the answer.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 0.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    min_tokens: int = 0
+    banned_tokens: tuple[int, ...] = ()
+    banned_sequences: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise SamplingError(f"temperature={self.temperature}: at least 0")
-        if self.top_k < 0:
-            raise SamplingError(f"top_k={self.top_k}: at least 0 (0 keeps all tokens)")
-        if not 0 <= self.top_p <= 1:
-            raise SamplingError(f"top_p={self.top_p}: from 0 to 1 (0 keeps all tokens)")
+        rules = (
+            ("temperature", 0 <= self.temperature < math.inf, "at least 0"),
+            ("top_k", self.top_k >= 0, "at least 0 (0 keeps all tokens)"),
+            ("top_p", 0 <= self.top_p <= 1, "from 0 to 1 (0 keeps all tokens)"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 for none)"),
+            ("no_repeat_ngram", self.no_repeat_ngram >= 0, "at least 0 (0 for none)"),
+            ("min_tokens", self.min_tokens >= 0, "at least 0"),
+            ("banned_sequences", all(self.banned_sequences), "each has a token at least"),
+        )
+        for name, is_possible, what in rules:
+            if not is_possible:
+                raise SamplingError(f"{name}={getattr(self, name)}: {what}")
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0 or self.top_k == 1
+
+    @property
+    def is_restricted(self) -> bool:
+        """Whether something is forbidden or disfavoured before the choice."""
+        return (
+            self.repetition_penalty != 1
+            or self.no_repeat_ngram > 0
+            or self.min_tokens > 0
+            or bool(self.banned_tokens or self.banned_sequences)
+        )
 
 
 def filter_logits(

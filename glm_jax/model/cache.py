@@ -86,13 +86,13 @@ def write(
 
     new = LayerCache(keys=keys, values=values)
     if cache.key_scales is not None:
-        new = LayerCache(*_quantize(keys, values))
+        new = LayerCache(*quantize_heads(keys, values))
     written: LayerCache = jax.tree.map(lambda old, x: jax.vmap(put)(old, x, start), cache, new)
     return written
 
 
-def _quantize(*floats: Array) -> tuple[Array, ...]:
-    """Integers of each array, then the scale of each of their heads and positions."""
+def quantize_heads(*floats: Array) -> tuple[Array, ...]:
+    """Integers of each array [.., head_dim], then the scales of the vectors of each."""
     wide = [x.astype(jnp.float32) for x in floats]
     scales = [jnp.max(jnp.abs(x), axis=-1) / 127 for x in wide]
     divisors = [jnp.where(scale == 0, 1, scale)[..., None] for scale in scales]

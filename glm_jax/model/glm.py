@@ -5,6 +5,7 @@ keeps the programs of 70 layers small. Parameters whose layers are a tuple are u
 which on CPU spares a copy of each layer's weights in every step.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Int32
 from glm_jax.config import GLMConfig
 from glm_jax.kernels.attention.api import attention
 from glm_jax.kernels.attention.dropout import WeightDropout
+from glm_jax.kernels.paged_attention.api import paged_attention
 from glm_jax.kernels.quantized_matmul.api import (
     TiledArray,
     is_quantized,
@@ -22,6 +24,7 @@ from glm_jax.kernels.quantized_matmul.api import (
     take_outputs,
 )
 from glm_jax.model import cache as kv_cache
+from glm_jax.model import paged_cache
 from glm_jax.model.cache import KVCache, LayerCache
 from glm_jax.model.layers import (
     Dropout,
@@ -33,11 +36,14 @@ from glm_jax.model.layers import (
     rotary_factors,
     weight_dropout,
 )
+from glm_jax.model.paged_cache import PagedCache, PagedKVCache, Paging
 from glm_jax.model.params import GLMParams, LayerParams
 from glm_jax.model.visibility import Visibility
 from glm_jax.sharding import constrain
 
 Visible = Int32[Array, "batch query bounds"] | Bool[Array, "batch query key"]
+AnyCache = LayerCache | PagedCache
+Start = Int32[Array, " batch"] | Paging
 Rotary = tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]
 HIDDEN_AXES = ("batch", "seq", "embed")
 
@@ -69,25 +75,34 @@ def forward_hidden(
     tokens: Int[ArrayLike, "batch seq"],
     position_ids: Int[ArrayLike, "batch seq"],
     mask: Visibility | Bool[ArrayLike, "batch seq key"],
-    cache: KVCache | None = None,
-    start: Int32[ArrayLike, " batch"] | None = None,
-) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
+    cache: KVCache | PagedKVCache | None = None,
+    start: Int32[ArrayLike, " batch"] | Paging | None = None,
+) -> tuple[Float[Array, "batch seq embed"], Any]:
     """Final hidden states, and the cache with these tokens' keys and values.
 
     Args:
-      cache: earlier keys and values; the mask's key indices then count its positions.
-      start: the position in the cache of each row's first token here.
+      mask: who sees whom. Its key indices count positions of a cache with rows; with pages
+        it is for new tokens that see one another alone, and unused where they have tables.
+      cache: earlier keys and values.
+      start: the position in the cache of each row's first token here, or what pages ask for.
     """
     visible = mask.key_ranges if isinstance(mask, Visibility) else jnp.asarray(mask)
     rotary = rotary_factors(config, jnp.asarray(position_ids))
-    x = embed(params, jnp.asarray(tokens)).astype(config.compute_dtype)
-    x = constrain(x, HIDDEN_AXES)
-    start = None if start is None else jnp.asarray(start)
+    x = embed_tokens(params, config, jnp.asarray(tokens))
+    start = start if start is None or isinstance(start, Paging) else jnp.asarray(start)
     if isinstance(params.layers, tuple):
-        x, cache = _run_unrolled(params.layers, config, x, rotary, visible, cache, start)
+        x, cache = run_unrolled(params.layers, config, x, rotary, visible, cache, start)
     else:
-        x, cache = _run_scanned(params.layers, config, x, rotary, visible, cache, start)
+        every = (0, config.num_layers)
+        x, cache = run_looped(params.layers, config, x, rotary, visible, cache, start, *every)
     return layer_norm(x, params.final_layernorm, config.layernorm_epsilon), cache
+
+
+def embed_tokens(
+    params: GLMParams, config: GLMConfig, tokens: Int[Array, "batch seq"]
+) -> Float[Array, "batch seq embed"]:
+    """What the first block takes."""
+    return constrain(embed(params, tokens).astype(config.compute_dtype), HIDDEN_AXES)
 
 
 def embed(params: GLMParams, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
@@ -120,10 +135,10 @@ def block(
     config: GLMConfig,
     rotary: Rotary,
     visible: Visible,
-    cache: LayerCache | None = None,
-    start: Int32[Array, " batch"] | None = None,
+    cache: AnyCache | None = None,
+    start: Start | None = None,
     dropout: Dropout | None = None,
-) -> tuple[Float[Array, "batch seq embed"], LayerCache | None]:
+) -> tuple[Float[Array, "batch seq embed"], AnyCache | None]:
     """One transformer block with DeepNorm residuals (arXiv:2210.02414, section 2.1)."""
     alpha = jnp.asarray(config.residual_scale, x.dtype)
     h = layer_norm(x, layer.input_layernorm, config.layernorm_epsilon)
@@ -143,42 +158,61 @@ def _self_attention(
     config: GLMConfig,
     rotary: Rotary,
     visible: Visible,
-    cache: LayerCache | None,
-    start: Int32[Array, " batch"] | None,
+    cache: AnyCache | None,
+    start: Start | None,
     dropout: WeightDropout | None,
-) -> tuple[Float[Array, "batch seq embed"], LayerCache | None]:
+) -> tuple[Float[Array, "batch seq embed"], AnyCache | None]:
     fused = linear(h, layer.query_key_value)
     fused = constrain(fused, ("batch", "seq", "heads", None, "head_dim"))
     query, key, value = (fused[:, :, :, i] for i in range(3))
     query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
-    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    keys = LayerCache(keys=key, values=value)
-    if cache is not None:
-        assert start is not None
-        keys = cache = kv_cache.write(cache, key, value, start)
-    attended = attention(
-        query,
-        keys.keys,
-        keys.values,
-        visible,
-        config.softmax_dtype,
-        keys.key_scales,
-        keys.value_scales,
-        dropout,
-    )
+    if isinstance(cache, PagedCache):
+        assert isinstance(start, Paging)
+        cache = paged_cache.write(cache, key, value, start)
+    if isinstance(start, Paging) and start.tables is not None:
+        assert isinstance(cache, PagedCache)
+        assert start.lengths is not None
+        attended = paged_attention(
+            query[:, 0],
+            cache.keys,
+            cache.values,
+            start.tables,
+            start.lengths,
+            cache.key_scales,
+            cache.value_scales,
+            config.softmax_dtype,
+        )[:, None]
+    else:
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        keys = LayerCache(keys=key, values=value)
+        if isinstance(cache, LayerCache):
+            assert start is not None
+            assert not isinstance(start, Paging)
+            keys = cache = kv_cache.write(cache, key, value, start)
+        attended = attention(
+            query,
+            keys.keys,
+            keys.values,
+            visible,
+            config.softmax_dtype,
+            keys.key_scales,
+            keys.value_scales,
+            dropout,
+        )
     merged = attended.reshape(*attended.shape[:2], math.prod(attended.shape[2:]))
     return linear(merged, layer.dense), cache
 
 
-def _run_unrolled(
+def run_unrolled(
     layers: tuple[LayerParams, ...],
     config: GLMConfig,
-    x: Array,
+    x: Float[Array, "batch seq embed"],
     rotary: Rotary,
     visible: Visible,
-    cache: Any,
-    start: Array | None,
-) -> tuple[Array, Any]:
+    cache: Any = None,
+    start: Start | None = None,
+) -> tuple[Float[Array, "batch seq embed"], Any]:
+    """Blocks one after another, and the caches of each."""
     written = []
     for i, layer in enumerate(layers):
         layer_cache = None if cache is None else cache[i]
@@ -187,24 +221,34 @@ def _run_unrolled(
     return x, None if cache is None else tuple(written)
 
 
-def _run_scanned(
+def run_looped(
     layers: LayerParams,
     config: GLMConfig,
-    x: Array,
+    x: Float[Array, "batch seq embed"],
     rotary: Rotary,
     visible: Visible,
     cache: Any,
-    start: Array | None,
-) -> tuple[Array, Any]:
-    def step(carry: tuple[Array, Any], scanned: tuple[LayerParams, Array]) -> Any:
+    start: Start | None,
+    first: int | Int[Array, ""],
+    end: int | Int[Array, ""],
+) -> tuple[Float[Array, "batch seq embed"], Any]:
+    """Stacked blocks from `first` to `end` (exclusive), and the cache of all of them.
+
+    The cache rides in the carry, so that it is updated in place and not restacked.
+    """
+
+    def step(index: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
         x, cache = carry
-        layer, index = scanned
-        # The cache rides in the carry, so that it is updated in place and not restacked.
-        layer_cache = None if cache is None else jax.tree.map(lambda c: c[index], cache)
+        take = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
+        layer = jax.tree.map(take, layers)
+        if isinstance(cache, PagedCache):
+            assert isinstance(start, Paging)
+            return block(x, layer, config, rotary, visible, cache, start.of_layer(index))
+        layer_cache = None if cache is None else jax.tree.map(take, cache)
         x, layer_cache = block(x, layer, config, rotary, visible, layer_cache, start)
         if cache is not None:
             cache = jax.tree.map(lambda c, new: c.at[index].set(new), cache, layer_cache)
-        return (x, cache), None
+        return x, cache
 
-    (x, cache), _ = jax.lax.scan(step, (x, cache), (layers, jnp.arange(config.num_layers)))
-    return x, cache
+    carried: tuple[Array, Any] = jax.lax.fori_loop(first, end, step, (x, cache))
+    return carried

@@ -5,6 +5,8 @@ In GLM a row sees a context in full, and of its own piece what lies at or before
 packed documents a single run, in several choices after one context two of them.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, ArrayLike, Int, Int32
@@ -20,7 +22,7 @@ class Visibility:
         nothing.
     """
 
-    key_ranges: Int32[Array, "batch seq bounds"]
+    key_ranges: Int32[Any, "batch seq bounds"]
 
     @classmethod
     def prefix(cls, context_length: Int[ArrayLike, " batch"], length: int) -> "Visibility":

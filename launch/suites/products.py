@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax.config import GLMConfig, glm_config
-from glm_jax.decoding.generate import DecodeState, decode_step, prepare
+from glm_jax.decoding.prepare import prepare
+from glm_jax.decoding.steps import DecodeState, decode_step
 from glm_jax.kernels.quantized_matmul.api import prepare as prepare_weight
 from glm_jax.kernels.quantized_matmul.api import quantized_matmul
 from glm_jax.kernels.quantized_matmul.cpu import TiledArray
@@ -125,7 +126,6 @@ def _step_case(config: GLMConfig, params: GLMParams, batch: int) -> Case:
             position_ids=full(1),
             position_steps=full(1),
             index=full(100),
-            is_done=jnp.zeros(batch, bool),
         )
     ]
 

@@ -1,5 +1,6 @@
 """Beam search equals the original's, token for token, in every setting that it recorded."""
 
+import functools
 import json
 import re
 
@@ -9,10 +10,10 @@ import pytest
 from conftest import GOLDEN
 from test_decoding import WordTokenizer
 
-from glm_jax.decoding import beams
 from glm_jax.decoding.beams import BeamSearch, beam_search
-from glm_jax.decoding.blank_filling import fill_blanks_by_beams
-from glm_jax.decoding.generate import Prompt
+from glm_jax.decoding.blank_filling import PartlyFilled, fill_blanks_by_beams
+from glm_jax.decoding.prompt import Prompt
+from glm_jax.decoding.restrictions import repeated
 from glm_jax.decoding.sampling import SamplingError
 
 DECODE = json.loads((GOLDEN / "decode.json").read_text())["cases"]
@@ -49,15 +50,11 @@ def test_every_setting_equals_the_original(golden_float32, case):
 @pytest.mark.parametrize("case", FILL, ids=[c["text"] for c in FILL])
 def test_filling_equals_the_original(golden_float32, golden_special, case):
     config, params = golden_float32
-    found = fill_blanks_by_beams(
-        params,
-        config,
-        WordTokenizer(golden_special),
-        case["text"],
-        BeamSearch(3, 1.0, no_repeat_ngram=3),
-        max_length=case["out_seq_length"],
-        end_tokens=case["end_tokens"],
-    )
+    tokenizer = WordTokenizer(golden_special)
+    partly = PartlyFilled.begin(tokenizer, case["text"], case["out_seq_length"])
+    settings = BeamSearch(3, 1.0, no_repeat_ngram=3)
+    found = fill_blanks_by_beams(params, config, partly, settings, end_tokens=case["end_tokens"])
+    found = [each.finished(tokenizer) for each, _ in found]
     assert [filled.text for filled in found] == case["answers"]
     assert [filled.blanks[-1] for filled in found] == [blanks[-1] for blanks in case["blanks"]]
     assert list(found[0].blanks) == case["blanks"][0]
@@ -84,7 +81,8 @@ def test_what_would_repeat_is_banned(size):
     rng = np.random.default_rng(0)
     first, length, vocab = 4, 20, 5
     tokens = rng.integers(0, vocab, (3, 32)).astype(np.int32)
-    got = beams._repeats(jnp.asarray(tokens), length, first, size, vocab)
+    each = functools.partial(jnp.full, len(tokens))
+    got = repeated(jnp.asarray(tokens), each(length), each(first), each(size), vocab)
     for row, is_banned in zip(tokens[:, :length].tolist(), got, strict=True):
         seen = {tuple(row[i - size + 1 : i + 1]) for i in range(first, length) if i >= size - 1}
         latest = tuple(row[length - size + 1 :])

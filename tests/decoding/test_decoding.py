@@ -12,19 +12,12 @@ from conftest import GOLDEN
 from jax.sharding import NamedSharding, PartitionSpec
 
 from glm_jax.decoding.blank_filling import fill_blanks
-from glm_jax.decoding.generate import (
-    DecodeState,
-    PrecisionError,
-    Prompt,
-    PromptError,
-    bucket,
-    decode_step,
-    generate,
-    prefill,
-    prepare,
-)
-from glm_jax.decoding.interactive import fill_all
+from glm_jax.decoding.generate import generate
+from glm_jax.decoding.interactive import Strategy, fill_all
+from glm_jax.decoding.prepare import PrecisionError, prepare
+from glm_jax.decoding.prompt import Prompt, PromptError, bucket
 from glm_jax.decoding.sampling import Sampling, SamplingError, filter_logits, sample
+from glm_jax.decoding.steps import DecodeState, decode_step, prefill
 from glm_jax.kernels.quantized_matmul.cpu import TiledArray
 from glm_jax.model import glm
 from glm_jax.model import params as glm_params
@@ -104,7 +97,7 @@ def test_a_text_too_long_is_an_error_of_its_own_and_the_others_are_answered(
     config, params = golden_float32
     texts = ["t3 [MASK]", " ".join(["t5"] * 30), "t12 t13"]
     tokenizer = WordTokenizer(golden_special)
-    assert fill_all(params, config, tokenizer, texts, Sampling(), 12, seed=0) == 1
+    assert fill_all(params, config, tokenizer, texts, Strategy(Sampling(), 12)) == 1
     printed = capsys.readouterr()
     first, second = printed.out.splitlines()
     assert first.startswith("t3 t269")
@@ -192,14 +185,6 @@ def test_sampling_depends_on_the_seed_alone(tiny_model):
     assert runs[0] != runs[2]
 
 
-def test_no_recompilation_after_warm_up(tiny_model):
-    config, params = tiny_model
-    generate(params, config, [[5, 241]], max_length=30)
-    before = prefill._cache_size(), decode_step._cache_size()
-    generate(params, config, [[5, 6, 7, 8, 240, 9]], max_length=20)
-    assert (prefill._cache_size(), decode_step._cache_size()) == before
-
-
 def test_bucket():
     assert [bucket(n) for n in (1, 32, 33, 64, 65, 2048)] == [32, 32, 64, 64, 128, 2048]
 
@@ -244,9 +229,9 @@ def test_a_cache_in_less_precision_changes_scores_a_little(tiny_model, layout):
         changed = config.replace(cache_dtype=dtype)
         cache = init_cache(changed, 2, 32, layout == "unstacked")
         assert jax.tree.leaves(cache)[0].dtype == (dtype or "float32")
-        first, cache = prefill(params, changed, tokens, tokens * 0, lengths, cache)
+        first, cache = prefill(params, changed, tokens, tokens * 0, lengths, lengths - 1, cache)
         one = lambda: jnp.ones(2, jnp.int32)  # donated: no array may be in it twice
-        state = DecodeState(cache, one(), one(), one(), lengths + 0, jnp.zeros(2, bool))
+        state = DecodeState(cache, one(), one(), one(), lengths + 0)
         return first, decode_step(params, changed, state)[0]
 
     exact = scores(None)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import load_golden
 
-from glm_jax.decoding.generate import generate, prepare
+from glm_jax.decoding.generate import generate
+from glm_jax.decoding.prepare import prepare
 from glm_jax.kernels.quantized_matmul import cpu, reference
 from glm_jax.kernels.quantized_matmul.api import prepare as prepare_weight
 from glm_jax.kernels.quantized_matmul.api import quantized_matmul

@@ -1,8 +1,9 @@
 """Attention on CPU: C++ kernels (`jax.ffi`).
 
-`attention` is for few queries over a key/value cache. XLA on CPU copies the cache for each
-reader of what was just written to it, and multiplies single queries on one thread; the
-kernel reads the visible part of the cache once, on all threads, as it is stored.
+`attention` is for few queries over a key/value cache, `paged_attention` for one over pages.
+XLA on CPU copies the cache for each reader of what was just written to it, and multiplies
+single queries on one thread; the kernels read the visible part of the cache once, on all
+threads, as it is stored.
 
 `blocks` is for many queries, with a gradient: training and prefill in float32.
 """
@@ -20,7 +21,7 @@ from glm_jax.kernels import cpu_library
 from glm_jax.kernels.attention.dropout import WeightDropout
 
 LIBRARY = "libglm_jax_attention.so"
-_TARGET = "glm_jax_attention"
+_TARGET, _PAGED = "glm_jax_attention", "glm_jax_paged_attention"
 _MOST_QUERIES = 8  # above it scores are products of matrices, which XLA is good at
 _LANES = 16
 _DTYPES = ("float32", "bfloat16", "int8")
@@ -34,6 +35,7 @@ def is_available() -> bool:
     path = Path(__file__).with_name(LIBRARY)
     return (
         cpu_library.register(path, "GlmJaxAttention", _TARGET)
+        and cpu_library.register(path, "GlmJaxPagedAttention", _PAGED)
         and cpu_library.register(path, "GlmJaxAttentionForward", _FORWARD)
         and cpu_library.register(path, "GlmJaxAttentionBackward", _BACKWARD)
     )
@@ -81,6 +83,52 @@ def attention(
         key,
         value,
         key_ranges.astype(jnp.int32),
+        none if key_scales is None else key_scales,
+        none if value_scales is None else value_scales,
+        widest=np.int64(widest),
+    )
+    return attended.astype(query.dtype)
+
+
+def takes_pages(query: Array, keys: Array) -> bool:
+    """Whether `paged_attention` is for these: whole vectors of a stored dtype, on a device
+    that is not one of a mesh."""
+    return (
+        query.shape[-1] % _LANES == 0
+        and str(keys.dtype) in _DTYPES
+        and jax.sharding.get_abstract_mesh().size <= 1
+        and is_available()
+    )
+
+
+def paged_attention(
+    query: Float[Array, "batch heads head_dim"],
+    keys: Array,
+    values: Array,
+    tables: Int32[Array, "batch table_size"],
+    lengths: Int32[Array, " batch"],
+    key_scales: Float[Array, "heads pages page_size"] | None = None,
+    value_scales: Float[Array, "heads pages page_size"] | None = None,
+    widest: int = cpu_library.WIDEST,
+) -> Float[Array, "batch heads head_dim"]:
+    """`attention` over the first `lengths` keys of each row, in the pages of its table.
+
+    Args:
+      keys, values: [heads, pages, page_size, head_dim], float32, bfloat16, or int8 with scales.
+      tables: pages of each row in order.
+
+    Returns:
+      [batch, heads, head_dim] in the query's dtype; zeros for rows of length 0.
+    """
+    none = jnp.zeros((0,), jnp.float32)
+    attended: Array = jax.ffi.ffi_call(
+        _PAGED, jax.ShapeDtypeStruct(query.shape, jnp.float32), vmap_method="sequential"
+    )(
+        query.astype(jnp.float32),
+        keys,
+        values,
+        tables,
+        lengths,
         none if key_scales is None else key_scales,
         none if value_scales is None else value_scales,
         widest=np.int64(widest),

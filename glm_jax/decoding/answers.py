@@ -1,0 +1,182 @@
+"""The folder of a batch job: answers in parts, none lost and none twice.
+
+Every process appends whole lines to parts of its own, and a process that starts again begins
+a new part; what a killed one left half-written has no line break and does not count. `job.json`
+says what the answers are to.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from glm_jax.errors import UserError
+
+MERGED_FILE = "answers.jsonl"
+_JOB_FILE = "job.json"
+_PART = "part_{process:05d}_{number:05d}.jsonl"
+_RECORDS_A_PART = 10_000
+
+
+class JobError(UserError):
+    """A folder or input that this job cannot go on with."""
+
+
+def describe_input(path: Path) -> dict[str, Any]:
+    """What tells one input file from another, and how many requests it has.
+
+    Raises:
+      JobError: it cannot be read.
+    """
+    digest, requests = hashlib.sha256(), 0
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                digest.update(line)
+                requests += bool(line.strip())
+    except OSError as error:
+        raise JobError(f"--input={path}: {error.strerror}") from error
+    if not requests:
+        raise JobError(f"--input={path} holds no prompt")
+    return {"sha256": digest.hexdigest(), "requests": requests}
+
+
+def claim(folder: Path, job: dict[str, Any]) -> None:
+    """Makes a folder this job's, or sees that it is.
+
+    Raises:
+      JobError: it holds another job's answers, or something else.
+    """
+    file = folder / _JOB_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            if any(folder.glob("*.jsonl")):
+                raise JobError(f"{folder} holds files that no job wrote: name another --output")
+            beside = folder / f"{_JOB_FILE}.{os.getpid()}"
+            beside.write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
+            beside.rename(file)
+        found = read_job(folder)
+    except OSError as error:
+        raise JobError(f"--output={folder}: {error.strerror}") from error
+    for name in sorted(set(found) | set(job)):
+        if found.get(name) != job.get(name):
+            raise JobError(
+                f"{folder} holds answers of another job: {name} was {found.get(name)!r} and is "
+                f"{job.get(name)!r}; give what it was, or name another --output"
+            )
+
+
+def read_job(folder: Path) -> dict[str, Any]:
+    """What `claim` wrote.
+
+    Raises:
+      JobError: the folder is no job's.
+    """
+    try:
+        job: dict[str, Any] = json.loads((folder / _JOB_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise JobError(
+            f"{folder} is no job's output: {_JOB_FILE} is not there or no JSON"
+        ) from error
+    return job
+
+
+def _whole_lines(folder: Path) -> Iterator[tuple[Path, int, bytes, int]]:
+    """File, place, content and request index of every line that was written to its end."""
+    for part in sorted(folder.glob("part_*.jsonl")):
+        with part.open("rb") as file:
+            place = 0
+            for line in file:
+                try:
+                    index = json.loads(line)["index"] if line.endswith(b"\n") else None
+                except (ValueError, KeyError, TypeError):
+                    index = None  # a machine that lost power leaves such lines
+                if isinstance(index, int):
+                    yield part, place, line, index
+                place += len(line)
+
+
+def answered(folder: Path, requests: int) -> np.ndarray:
+    """bool [requests], true for those that have an answer."""
+    done = np.zeros(requests, bool)
+    for _, _, _, index in _whole_lines(folder):
+        done[index] = True
+    return done
+
+
+class AnswerWriter:
+    """Appends records to parts of one process.
+
+    Raises:
+      JobError: a part cannot be written; what was written before is whole.
+    """
+
+    def __init__(self, folder: Path, process: int):
+        self._folder, self._process = folder, process
+        self._file: BinaryIO | None = None
+        self._records = 0
+        named = folder.glob(f"part_{process:05d}_*.jsonl")
+        self._number = 1 + max((int(path.stem.rsplit("_", 1)[1]) for path in named), default=-1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One line, given to the system before this returns."""
+        line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+        try:
+            if self._file is None:
+                name = _PART.format(process=self._process, number=self._number)
+                self._file = (self._folder / name).open("xb", buffering=0)
+            if self._file.write(line) != len(line):
+                raise JobError(f"{self._file.name}: written in part: is the disk full?")
+        except OSError as error:
+            raise JobError(f"{self._folder}: {error.strerror}: free some space, go on") from error
+        self._records += 1
+        if self._records % _RECORDS_A_PART == 0:
+            self.close()
+            self._number += 1
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+
+def merge(folder: Path) -> Path:
+    """Writes all answers into one file, in the order of the input.
+
+    Raises:
+      JobError: answers are missing.
+    """
+    requests = read_job(folder)["input"]["requests"]
+    files: dict[Path, int] = {}
+    where = np.full((requests, 2), -1, np.int64)  # file and place of each
+    for part, place, _, index in _whole_lines(folder):
+        if index < requests and where[index, 0] < 0:
+            where[index] = files.setdefault(part, len(files)), place
+    missing = int((where[:, 0] < 0).sum())
+    if missing:
+        first = int(np.argmax(where[:, 0] < 0))
+        raise JobError(
+            f"{folder}: {missing} of {requests} answers are missing, the first of them to "
+            f"request {first}: run the job to its end before --merge"
+        )
+    target = folder / MERGED_FILE
+    beside = target.with_name(target.name + ".partial")
+    opened = [path.open("rb") for path in files]
+    try:
+        with beside.open("wb") as output:
+            for file, place in where.tolist():
+                opened[file].seek(place)
+                output.write(opened[file].readline())
+            output.flush()
+            os.fsync(output.fileno())
+    finally:
+        for part_file in opened:
+            part_file.close()
+    beside.rename(target)
+    return target

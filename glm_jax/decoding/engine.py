@@ -1,0 +1,441 @@
+"""Continuous batching: requests enter and leave a running batch one by one.
+
+A request waits until a slot and pages for all of its tokens are free. Prompts are prefilled in
+packs; then each step gives one token to every request. Shapes never depend on requests, so
+that `warm_up` compiles all there is to compile.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from glm_jax.config import GLMConfig, SpecialTokens
+from glm_jax.decoding import programs
+from glm_jax.decoding.packing import Entry, pack_prompts, pack_width, prefilled, widths
+from glm_jax.decoding.page_pool import Lease, PagePool
+from glm_jax.decoding.prepare import prepare
+from glm_jax.decoding.programs import Pack
+from glm_jax.decoding.prompt import Prompt, PromptError, check_prompt
+from glm_jax.decoding.sampling import Sampling
+from glm_jax.decoding.slots import Slots, admit, empty_slot, empty_slots, release, sampling_row
+from glm_jax.model.paged_cache import init_paged_cache, row_shards
+from glm_jax.model.params import GLMParams
+from glm_jax.sharding import mesh_of
+
+_GREEDY = Sampling()
+_TYPICAL_LENGTH = 512  # tokens of a request that the cache has room for by default, each slot
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSettings:
+    """How much an engine does at once.
+
+    Attributes:
+      slots: requests that run together; rounded up to what the mesh divides.
+      max_length: tokens of a request, prompt, sop and answer; the model's positions by default.
+      cache_tokens: that the cache has room for, of all requests together; by default 512 a
+        slot, or max_length where that is less, and never less than one longest request.
+      page_size: tokens of a page.
+      prefill_width: tokens of prompts that are prefilled at once, unless one is longer.
+      prefill_budget: tokens that are prefilled between two steps at most, in whole layers;
+        None fills all slots before the next step, which is best where no one waits for tokens.
+    """
+
+    slots: int = 16
+    max_length: int | None = None
+    cache_tokens: int | None = None
+    page_size: int = 64
+    prefill_width: int = 512
+    prefill_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "max_length", "cache_tokens", "page_size", "prefill_width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise PromptError(f"{name}={value}: at least 1")
+        if self.prefill_budget is not None and self.prefill_budget < 1:
+            raise PromptError(f"prefill_budget={self.prefill_budget}: at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt to complete.
+
+    Attributes:
+      max_tokens: of the answer; None for as many as max_length leaves room for.
+      seed: of sampling, from 0 to 2**32 - 1; the same gives the same tokens.
+      end_tokens: that end the answer; None for eop and eos.
+    """
+
+    prompt: Prompt
+    sampling: Sampling = _GREEDY
+    max_tokens: int | None = None
+    seed: int = 0
+    end_tokens: tuple[int, ...] | None = None
+    log_probabilities: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """A token that a step gave to a request.
+
+    Attributes:
+      ticket: the request's.
+      log_probability: in nats; 0 where not asked for.
+      finish_reason: "stop" after an end token, "length" where there is no more room; None
+        while the request goes on.
+    """
+
+    ticket: int
+    token: int
+    log_probability: float
+    finish_reason: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """All tokens of an answer, the end token included where there was one."""
+
+    ticket: int
+    tokens: tuple[int, ...]
+    log_probabilities: tuple[float, ...]
+    finish_reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Running:
+    """A request in a slot, and how many tokens it may still get."""
+
+    ticket: int
+    lease: Lease
+    left: int
+    end_tokens: frozenset[int]
+
+
+@dataclasses.dataclass
+class _Prefill:
+    """A pack on its way through the layers."""
+
+    entries: list[Entry]
+    pack: Pack
+    x: Any = None
+    layers_done: int = 0
+    cancelled: set[int] = dataclasses.field(default_factory=set)
+
+
+class Engine:
+    """A model with slots. Not for several threads at once.
+
+    Attributes:
+      special: the special tokens.
+      max_length: tokens of a request at most.
+    """
+
+    def __init__(
+        self,
+        params: GLMParams,
+        config: GLMConfig,
+        settings: EngineSettings | None = None,
+        special_tokens: SpecialTokens | None = None,
+    ):
+        """Makes pages and slots on the mesh that the parameters lie on.
+
+        Raises:
+          PromptError: special tokens unknown, or a max_length past the model's positions.
+        """
+        settings = settings or EngineSettings()
+        special = special_tokens or config.special_tokens
+        if special is None:
+            raise PromptError("this model's special tokens are not known: pass special_tokens")
+        self.special: SpecialTokens = special
+        self.max_length = settings.max_length or config.max_sequence_length
+        if self.max_length > config.max_sequence_length:
+            raise PromptError(
+                f"max_length={self.max_length} is past the model's {config.max_sequence_length} "
+                "positions"
+            )
+        self._config, self._settings = config, settings
+        self._mesh = mesh_of(params)
+        self._params = prepare(params)
+        self._shards = row_shards(self._mesh)
+        self._is_unrolled = isinstance(self._params.layers, tuple)
+        self._slot_count = -(-settings.slots // self._shards) * self._shards
+        self._make_state()
+        self._tickets = 0
+        self._queue: collections.deque[tuple[int, Request]] = collections.deque()
+        self._running: dict[int, _Running] = {}  # by slot
+        self._prefill: _Prefill | None = None
+
+    def _make_state(self) -> None:
+        size, longest = self._settings.page_size, self.max_length
+        tokens = self._settings.cache_tokens or self._slot_count * min(longest, _TYPICAL_LENGTH)
+        pages = 1 + max(-(-longest // size), -(-tokens // (size * self._shards)))
+        self._pool = PagePool(self._shards, pages, size)
+        self._pages_a_layer = 0 if self._is_unrolled else pages
+        table_size = 1 << (-(-longest // size) - 1).bit_length()
+        self._empty = empty_slot(self._config, longest, table_size)
+        with self._on_mesh():
+            self._slots = empty_slots(self._empty, self._slot_count, self._mesh)
+            self._cache = init_paged_cache(self._config, pages, size, self._is_unrolled, self._mesh)
+
+    def _on_mesh(self) -> Any:
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is there."""
+        return not (self._queue or self._running or self._prefill)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no slot yet."""
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        """Slots that are taken."""
+        return self._slot_count - len(self._free_slots())
+
+    @property
+    def slots(self) -> int:
+        return self._slot_count
+
+    def submit(self, request: Request, is_urgent: bool = False) -> int:
+        """Takes a request; `step` gives its tokens.
+
+        Args:
+          is_urgent: goes before all that wait.
+
+        Returns:
+          Its ticket.
+
+        Raises:
+          PromptError: the prompt leaves no room for an answer, or is no tokens.
+          SamplingError: more banned sequences than there is room for.
+        """
+        check_prompt(request.prompt, self._config, self.max_length)
+        if request.max_tokens is not None and request.max_tokens < 1:
+            raise PromptError(f"max_tokens={request.max_tokens}: at least 1")
+        if not 0 <= request.seed < 2**32:
+            raise PromptError(f"seed={request.seed}: from 0 to 2**32 - 1")
+        sampling_row(request.sampling, request.seed, self._config.vocab_size)
+        ticket = self._tickets
+        self._tickets += 1
+        (self._queue.appendleft if is_urgent else self._queue.append)((ticket, request))
+        return ticket
+
+    def cancel(self, ticket: int) -> None:
+        """Ends a request wherever it is; its slot is free for the next step."""
+        self._queue = collections.deque(x for x in self._queue if x[0] != ticket)
+        if self._prefill is not None:
+            self._prefill.cancelled.add(ticket)
+        for slot, running in list(self._running.items()):
+            if running.ticket == ticket:
+                with self._on_mesh():
+                    self._slots = release(self._slots, np.int32(slot))
+                self._leave(slot)
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Completes requests, which are taken as slots become free, in the order in which
+        they finish. Tickets count from the first on."""
+        source = iter(requests)
+        answers: dict[int, list[Token]] = {}
+        is_exhausted = False
+        while not (is_exhausted and self.is_idle):
+            while not is_exhausted and self.waiting < self._slot_count:
+                request = next(source, None)
+                is_exhausted = request is None
+                if request is not None:
+                    answers[self.submit(request)] = []
+            for token in self.step():
+                answers[token.ticket].append(token)
+                if token.finish_reason is not None:
+                    yield completion(answers.pop(token.ticket))
+
+    def step(self) -> list[Token]:
+        """Prefills what may enter, then gives every running request a token."""
+        with self._on_mesh():
+            self._prefill_some()
+            if not self._running:
+                return []
+            emitted, self._slots, self._cache = programs.step(
+                self._params, self._config, self._slots, self._cache, self._pages_a_layer
+            )
+            tokens, log_probabilities = (x.tolist() for x in jax.device_get(emitted))
+        given = []
+        for slot, running in list(self._running.items()):
+            given.append(self._give(slot, running, tokens[slot], log_probabilities[slot]))
+        return given
+
+    def _give(self, slot: int, running: _Running, token: int, log_probability: float) -> Token:
+        reason = None
+        if token in running.end_tokens:
+            reason = "stop"
+        elif running.left == 1:
+            reason = "length"
+        if reason is None:
+            self._running[slot] = dataclasses.replace(running, left=running.left - 1)
+        else:
+            self._leave(slot)
+        return Token(running.ticket, token, log_probability, reason)
+
+    def _leave(self, slot: int) -> None:
+        self._pool.give_back(self._running.pop(slot).lease)
+
+    def _free_slots(self) -> list[int]:
+        entering = [] if self._prefill is None else self._prefill.entries
+        taken = set(self._running) | {entry.slot for entry in entering}
+        return [slot for slot in range(self._slot_count) if slot not in taken]
+
+    def _prefill_some(self) -> None:
+        """Runs packs through layers, as many as the budget allows."""
+        layers = self._config.num_layers
+        budget = math.inf
+        if self._running and self._settings.prefill_budget is not None:
+            budget = self._settings.prefill_budget * layers
+        while budget > 0 and (self._prefill is not None or self._begin_prefill()):
+            prefill = self._prefill
+            assert prefill is not None
+            width = prefill.pack.tokens.shape[1]
+            left = layers - prefill.layers_done
+            count = left if budget == math.inf else max(1, min(left, int(budget) // width))
+            self._run_layers(prefill, count)
+            budget -= count * width
+            if prefill.layers_done == layers:
+                self._enter(prefill)
+                self._prefill = None
+
+    def _begin_prefill(self) -> bool:
+        """Forms a pack of requests that wait, in their order; whether there is one."""
+        entries: list[Entry] = []
+        free, used = self._free_slots(), [0] * self._shards
+        while self._queue and free:
+            ticket, request = self._queue[0]
+            count = prefilled(request.prompt)
+            room = self._settings.prefill_width if entries else max(count, 1)
+            end = self._end(request)
+            possible = [
+                slot
+                for slot in free
+                if self._pool.can_take(self._shard(slot), end)
+                and used[self._shard(slot)] + count <= max(room, self._settings.prefill_width)
+            ]
+            if not possible:
+                break
+            # Where least is packed, so that rows fill evenly.
+            slot = min(possible, key=lambda slot: used[self._shard(slot)])
+            shard = self._shard(slot)
+            entries.append(Entry(ticket, request, slot, self._pool.take(shard, end), end))
+            self._queue.popleft()
+            free.remove(slot)
+            used[shard] += count
+        if entries:
+            self._prefill = _Prefill(entries, self._pack(entries, pack_width(max(used))))
+        return bool(entries)
+
+    def _shard(self, slot: int) -> int:
+        return slot * self._shards // self._slot_count
+
+    def _end(self, request: Request) -> int:
+        most = self.max_length if request.max_tokens is None else request.max_tokens
+        return min(self.max_length, len(request.prompt) + most)
+
+    def _pack(self, entries: list[Entry], width: int) -> Pack:
+        return pack_prompts(
+            entries,
+            self._shards,
+            width,
+            self._settings.page_size,
+            self._pages_a_layer,
+            self.special.sop,
+        )
+
+    def _run_layers(self, prefill: _Prefill, count: int) -> None:
+        if prefill.x is None:
+            prefill.x = programs.embed(self._params, self._config, prefill.pack)
+        run = functools.partial(programs.prefill_layers, config=self._config, pack=prefill.pack)
+        first, end = prefill.layers_done, prefill.layers_done + count
+        layers: Any = self._params.layers
+        if not self._is_unrolled:
+            bounds = {"first": np.int32(first), "end": np.int32(end)}
+            prefill.x, self._cache = run(layers, x=prefill.x, cache=self._cache, **bounds)
+        else:
+            # One layer is one program: it is compiled once for all of them.
+            caches: Any = self._cache
+            cache = list(caches)
+            for i in range(first, end):
+                prefill.x, [cache[i]] = run(
+                    (layers[i],), x=prefill.x, cache=(cache[i],), first=0, end=1
+                )
+            self._cache = tuple(cache)
+        prefill.layers_done = end
+
+    def _enter(self, prefill: _Prefill) -> None:
+        """Puts the requests of a prefilled pack into their slots."""
+        for entry in prefill.entries:
+            if entry.ticket in prefill.cancelled:
+                self._pool.give_back(entry.lease)
+                continue
+            ends = entry.request.end_tokens
+            ends = self.special.end_tokens if ends is None else ends
+            row = self._slot_row(entry, ends)
+            self._slots = admit(self._slots, np.int32(entry.slot), row)
+            left = entry.end - len(entry.request.prompt)
+            running = _Running(entry.ticket, entry.lease, left, frozenset(ends))
+            self._running[entry.slot] = running
+
+    def _slot_row(self, entry: Entry, ends: Sequence[int]) -> Slots:
+        request: Request = entry.request
+        prompt, vocab = request.prompt, self._config.vocab_size
+        tokens, table = np.zeros_like(self._empty.tokens), np.zeros_like(self._empty.table)
+        tokens[: len(prompt)] = prompt.tokens(self.special.sop)
+        table[: len(entry.lease.pages)] = entry.lease.pages
+        is_end = np.zeros(vocab, bool)
+        is_end[list(ends)] = True
+        row: Slots = self._empty.replace(  # type: ignore[attr-defined]
+            is_active=np.bool_(True),
+            token=tokens[len(prompt) - 1],
+            index=np.int32(len(prompt) - 1),
+            position_id=np.int32(prompt.position_ids()[-1]),
+            position_step=np.int32(prompt.position_step),
+            first=np.int32(len(prompt)),
+            end=np.int32(entry.end),
+            tokens=tokens,
+            table=table,
+            **sampling_row(request.sampling, request.seed, vocab),
+            is_end=is_end,
+            wants_log_probability=np.bool_(request.log_probabilities),
+        )
+        return row
+
+    def warm_up(self) -> None:
+        """Compiles all programs that requests of any kind will need."""
+        longest = max(self._settings.prefill_width, self.max_length)
+        with self._on_mesh():
+            for width in widths(longest):
+                prefill = _Prefill([], self._pack([], width))
+                self._run_layers(prefill, self._config.num_layers)
+            self._slots = admit(self._slots, np.int32(0), self._empty)
+            self._slots = release(self._slots, np.int32(0))
+            _, self._slots, self._cache = programs.step(
+                self._params, self._config, self._slots, self._cache, self._pages_a_layer
+            )
+
+
+def completion(tokens: Sequence[Token]) -> Completion:
+    """All of a request's tokens as one answer."""
+    reason = tokens[-1].finish_reason
+    assert reason is not None
+    return Completion(
+        ticket=tokens[0].ticket,
+        tokens=tuple(token.token for token in tokens),
+        log_probabilities=tuple(token.log_probability for token in tokens),
+        finish_reason=reason,
+    )

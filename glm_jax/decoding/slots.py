@@ -1,0 +1,206 @@
+"""The requests that run together, a slot each, and how their next tokens are chosen."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, UInt32
+
+from glm_jax.config import GLMConfig
+from glm_jax.decoding import sampling as sampling_lib
+from glm_jax.decoding.restrictions import Restrictions, restrict
+from glm_jax.decoding.sampling import Sampling, SamplingError
+from glm_jax.sharding import activation_sharding
+
+# Room for banned sequences; static, so that no request needs a program of its own.
+MOST_SEQUENCES, LONGEST_SEQUENCE = 32, 8
+
+
+@struct.dataclass
+class Slots:
+    """What the device knows of each request; all [slots, ..], or without `slots` of one.
+
+    Attributes:
+      is_active: whether a request is there and goes on.
+      token: the next to run, whose key and value are not in the cache yet.
+      index: its place in the sequence.
+      position_id, position_step: its position, and how far the next one's is.
+      first: place of the first generated token.
+      end: the place that no token is generated for any more.
+      tokens: [width] of context, sop and answer, up to index.
+      table: [table_size] pages of the sequence in order.
+      seed: of the draws, with a token's number in the answer.
+      temperature, top_k, top_p, is_greedy: as of `Sampling`.
+      is_restricted: whether the restrictions say anything.
+      is_end: [vocab], tokens that end the answer.
+      wants_log_probability: of its tokens.
+    """
+
+    is_active: Bool[Any, "*slots"]
+    token: Int[Any, "*slots"]
+    index: Int[Any, "*slots"]
+    position_id: Int[Any, "*slots"]
+    position_step: Int[Any, "*slots"]
+    first: Int[Any, "*slots"]
+    end: Int[Any, "*slots"]
+    tokens: Int[Any, "*slots width"]
+    table: Int[Any, "*slots table_size"]
+    seed: UInt32[Any, "*slots"]
+    temperature: Float[Any, "*slots"]
+    top_k: Int[Any, "*slots"]
+    top_p: Float[Any, "*slots"]
+    is_greedy: Bool[Any, "*slots"]
+    is_restricted: Bool[Any, "*slots"]
+    restrictions: Any
+    is_end: Bool[Any, "*slots vocab"]
+    wants_log_probability: Bool[Any, "*slots"]
+
+
+def empty_slot(config: GLMConfig, width: int, table_size: int) -> Slots:
+    """A slot that no request has, of numpy arrays."""
+    zero, vocab = np.int32(0), config.vocab_size
+    return Slots(
+        **dict.fromkeys(("token", "index", "position_id", "position_step", "first", "end"), zero),
+        is_active=np.bool_(False),
+        tokens=np.zeros(width, np.int32),
+        table=np.zeros(table_size, np.int32),
+        **sampling_row(Sampling(), 0, vocab),
+        is_end=np.zeros(vocab, bool),
+        wants_log_probability=np.bool_(False),
+    )
+
+
+def sampling_row(sampling: Sampling, seed: int, vocab: int) -> dict[str, Any]:
+    """A request's fields of `Slots` that say how its tokens are chosen.
+
+    Raises:
+      SamplingError: more, or longer, banned sequences than a slot has room for, or a token
+        that is not in the vocabulary.
+    """
+    banned = np.zeros(vocab, bool)
+    sequences = np.full((MOST_SEQUENCES, LONGEST_SEQUENCE), -1, np.int32)
+    named = [*sampling.banned_tokens, *(t for s in sampling.banned_sequences for t in s)]
+    outside = [token for token in named if not 0 <= token < vocab]
+    if outside:
+        raise SamplingError(f"banned token {outside[0]} is not in the vocabulary")
+    banned[list(sampling.banned_tokens)] = True
+    if len(sampling.banned_sequences) > MOST_SEQUENCES or any(
+        len(sequence) > LONGEST_SEQUENCE for sequence in sampling.banned_sequences
+    ):
+        raise SamplingError(
+            f"banned sequences: at most {MOST_SEQUENCES}, of at most {LONGEST_SEQUENCE} tokens"
+        )
+    for row, sequence in zip(sequences, sampling.banned_sequences, strict=False):
+        row[-len(sequence) :] = sequence
+    return dict(
+        seed=np.uint32(seed),
+        temperature=np.float32(sampling.temperature or 1),
+        top_k=np.int32(sampling.top_k),
+        top_p=np.float32(sampling.top_p),
+        is_greedy=np.bool_(sampling.is_greedy),
+        is_restricted=np.bool_(sampling.is_restricted),
+        restrictions=Restrictions(
+            repetition_penalty=np.float32(sampling.repetition_penalty),
+            no_repeat_ngram=np.int32(sampling.no_repeat_ngram),
+            min_tokens=np.int32(sampling.min_tokens),
+            banned_tokens=banned,
+            banned_sequences=sequences,
+        ),
+    )
+
+
+def empty_slots(row: Slots, count: int, mesh: Mesh | None) -> Slots:
+    """`count` slots like `row`, divided over the devices that divide rows."""
+
+    def repeat(x: Any) -> Array:
+        shape = (count, *np.shape(x))
+        axes = ("batch", *(None,) * np.ndim(x))
+        device = None if mesh is None else activation_sharding(mesh, axes)
+        return jnp.zeros(shape, np.asarray(x).dtype, device=device)
+
+    slots: Slots = jax.tree.map(repeat, row)
+    return slots
+
+
+@functools.partial(jax.jit, donate_argnames="slots")
+def admit(slots: Slots, number: Int[ArrayLike, ""], row: Slots) -> Slots:
+    """Puts a request into a slot."""
+    admitted: Slots = jax.tree.map(lambda all_, one: all_.at[number].set(one), slots, row)
+    return admitted
+
+
+@functools.partial(jax.jit, donate_argnames="slots")
+def release(slots: Slots, number: Int[ArrayLike, ""]) -> Slots:
+    """Ends the request in a slot."""
+    released: Slots = slots.replace(is_active=slots.is_active.at[number].set(False))  # type: ignore[attr-defined]
+    return released
+
+
+def choose(
+    logits: Float[Array, "slots vocab"], slots: Slots
+) -> tuple[Int[Array, " slots"], Float[Array, " slots"], Slots]:
+    """The next token of each slot (-1 where there is none), its log-probability, and slots
+    that run it next.
+
+    What no active slot asks for is not computed. Log-probabilities (nats) are the model's,
+    before any restriction or temperature; 0 where none were asked for.
+    """
+    length = slots.index + 1
+    active = slots.is_active
+    allowed = jax.lax.cond(
+        jnp.any(active & slots.is_restricted),
+        lambda: jnp.where(
+            slots.is_restricted[:, None],
+            restrict(logits, slots.tokens, length, slots.first, slots.is_end, slots.restrictions),
+            logits,
+        ),
+        lambda: logits,
+    )
+    likeliest = sampling_lib.greedy(allowed)
+    chosen = jax.lax.cond(
+        jnp.any(active & ~slots.is_greedy),
+        lambda: jnp.where(slots.is_greedy, likeliest, _draw(allowed, slots)),
+        lambda: likeliest,
+    )
+    rows = jnp.arange(len(chosen))
+    log_probabilities = jax.lax.cond(
+        jnp.any(active & slots.wants_log_probability),
+        lambda: jnp.where(
+            slots.wants_log_probability,
+            logits[rows, chosen] - jax.nn.logsumexp(logits, axis=-1),
+            0,
+        ),
+        lambda: jnp.zeros(len(chosen)),
+    )
+    goes_on = active & ~slots.is_end[rows, chosen] & (length + 1 < slots.end)
+    moved = active.astype(jnp.int32)
+    at = jnp.minimum(length, slots.tokens.shape[1] - 1)
+    kept = jnp.where(active, chosen, slots.tokens[rows, at])
+    changed = slots.replace(  # type: ignore[attr-defined]
+        is_active=goes_on,
+        token=chosen,
+        index=slots.index + moved,
+        position_id=slots.position_id + slots.position_step * moved,
+        tokens=slots.tokens.at[rows, at].set(kept),
+    )
+    return _everywhere(jnp.where(active, chosen, -1)), _everywhere(log_probabilities), changed
+
+
+def _draw(logits: Array, slots: Slots) -> Array:
+    def key(seed: Array, number: Array) -> Array:
+        return jax.random.fold_in(jax.random.key(seed), number)
+
+    keys = jax.vmap(key)(slots.seed, slots.index + 1 - slots.first)
+    return sampling_lib.sample(logits, keys, slots.temperature, slots.top_k, slots.top_p)
+
+
+def _everywhere(x: Array) -> Array:
+    """On every device, so that every process can read it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())

@@ -1,0 +1,1 @@
+"""Attention of one query a row over keys and values in pages."""

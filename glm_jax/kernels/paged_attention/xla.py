@@ -1,0 +1,65 @@
+"""Attention over pages in plain XLA: some pages of every row at a time, a running softmax."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Shaped
+
+_BLOCK = 256  # keys of each row that are taken at once
+_LOWEST = -1e30  # of a row that has seen nothing; finite, so that differences are numbers
+
+
+def paged_attention(
+    query: Float[Array, "batch heads head_dim"],
+    keys: Shaped[Array, "heads pages page_size head_dim"],
+    values: Shaped[Array, "heads pages page_size head_dim"],
+    tables: Int32[Array, "batch table_size"],
+    lengths: Int32[Array, " batch"],
+    key_scales: Float[Array, "heads pages page_size"] | None = None,
+    value_scales: Float[Array, "heads pages page_size"] | None = None,
+) -> Float[Array, "batch heads head_dim"]:
+    """As of `api.paged_attention`, on one device. Pages past the longest row's are not read."""
+    page_size, head_dim = keys.shape[2:]
+    count = max(1, min(_BLOCK // page_size, tables.shape[1]))
+    tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % count)))
+    width = count * page_size
+    scaled = (query * jnp.asarray(head_dim**-0.5, query.dtype))[:, :, None]
+
+    def take(pages: Array | None, block: Array) -> Any:
+        """[heads, batch, width, ..] of a block of each row's pages."""
+        if pages is None:
+            return None
+        some = jax.lax.dynamic_slice_in_dim(tables, block * count, count, 1)
+        taken = pages[:, some]
+        return taken.reshape(*taken.shape[:2], width, *taken.shape[4:])
+
+    def step(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        largest, total, summed = carry
+        k, v, k_scale, v_scale = (
+            take(pages, block) for pages in (keys, values, key_scales, value_scales)
+        )
+        scores = _product("bhqd,hbkd->bhqk", scaled, k.astype(query.dtype))[:, :, 0]
+        if k_scale is not None:
+            scores = scores * jnp.swapaxes(k_scale, 0, 1)
+        position = block * width + jnp.arange(width)
+        scores = jnp.where((position < lengths[:, None])[:, None], scores, _LOWEST)
+        new = jnp.maximum(largest, jnp.max(scores, axis=-1))
+        weights = jnp.where(scores > _LOWEST, jnp.exp(scores - new[..., None]), 0)
+        shrink = jnp.exp(largest - new)
+        total = total * shrink + jnp.sum(weights, axis=-1)
+        if v_scale is not None:
+            weights = weights * jnp.swapaxes(v_scale, 0, 1)
+        weights = weights.astype(query.dtype)[:, :, None]
+        part = _product("bhqk,hbkd->bhqd", weights, v.astype(query.dtype))[:, :, 0]
+        return new, total, summed * shrink[..., None] + part
+
+    shape = query.shape[:2]
+    start = (jnp.full(shape, _LOWEST), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
+    blocks = -(-jnp.max(lengths, initial=0) // width)
+    _, total, summed = jax.lax.fori_loop(0, blocks, step, start)
+    return (summed / jnp.where(total == 0, 1, total)[..., None]).astype(query.dtype)
+
+
+def _product(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)

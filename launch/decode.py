@@ -1,0 +1,79 @@
+"""Answers every prompt of a file; the same command goes on where an earlier one stopped.
+
+    python -m launch.decode --checkpoint=DIR --input=prompts.jsonl --output=DIR --mesh=1,1,8
+    python -m launch.decode --output=DIR --merge
+
+Several processes share the prompts: where the mesh's data axis divides by their number each
+has a model of its own (--num_processes and --process_id are enough then), else all run one
+model together (--coordinator too).
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from glm_jax import cli
+from glm_jax.decoding.answers import merge
+from glm_jax.decoding.batch import Batch, Share, run_batch
+from glm_jax.decoding.engine import EngineSettings
+from glm_jax.tokenizer import Tokenizer
+from launch.model_flags import define_model_flags, define_strategy_flags, load_model, strategy
+
+FLAGS = flags.FLAGS
+define_model_flags()
+define_strategy_flags()
+cli.define_process_flags()
+flags.DEFINE_string("input", None, "JSON lines (.jsonl, .json), else a text each line")
+flags.DEFINE_string("output", None, "folder of the answers", required=True)
+flags.DEFINE_bool("merge", False, "puts all answers into one file, in the order of the input")
+flags.DEFINE_bool("log_probabilities", False, "of all generated tokens, in the answers")
+flags.DEFINE_enum(
+    "too_long", "error", ["error", "truncate"], "a text without room: leave out its first tokens?"
+)
+flags.DEFINE_integer("slots", 16, "requests that run together", lower_bound=1)
+flags.DEFINE_integer(
+    "cache_tokens", None, "of all running requests; 512 a slot by default", lower_bound=1
+)
+flags.DEFINE_integer("prefill_width", 512, "tokens of prompts at once", lower_bound=32)
+# Flags that decide answers beside the requests; another mesh or more slots do not.
+_MODEL = (
+    "checkpoint",
+    "tokenizer",
+    "dtype",
+    "quantization",
+    "activation_bits",
+    "embedding_bits",
+    "cache_dtype",
+)
+flags.register_multi_flags_validator(
+    ["checkpoint", "input", "merge"],
+    lambda given: given["merge"] or (given["checkpoint"] and given["input"]),
+    "give --checkpoint and --input, or --merge",
+)
+
+
+def main() -> None:
+    folder = Path(FLAGS.output)
+    if FLAGS.merge:
+        print(f"all answers are in {merge(folder)}")
+        return
+    share = Share.of_process(FLAGS.mesh, *cli.join_processes(may_be_apart=True))
+    tokenizer = Tokenizer(FLAGS.tokenizer or FLAGS.checkpoint)
+    batch = Batch(
+        source=Path(FLAGS.input),
+        folder=folder,
+        defaults=strategy().with_fields({"log_probabilities": FLAGS.log_probabilities}),
+        seed=FLAGS.seed,
+        truncates=FLAGS.too_long == "truncate",
+        settings=EngineSettings(
+            FLAGS.slots, FLAGS.max_length, FLAGS.cache_tokens, prefill_width=FLAGS.prefill_width
+        ),
+    )
+    batch.claim({name: getattr(FLAGS, name) for name in _MODEL})
+    config, params = load_model(share.mesh)
+    answered = run_batch(batch, share, config, params, tokenizer)
+    print(f"{answered} prompts answered by this process; --merge puts all answers together")
+
+
+if __name__ == "__main__":
+    cli.run(main)

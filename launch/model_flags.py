@@ -1,0 +1,98 @@
+"""Flags that launchers share which give a model texts to fill."""
+
+from absl import flags
+from jax.sharding import Mesh
+
+from glm_jax.config import GLMConfig
+from glm_jax.decoding.prepare import prepare
+from glm_jax.decoding.requests import TextRequest
+from glm_jax.model.checkpoint import restore
+from glm_jax.model.params import GLMParams
+from glm_jax.quantization import QuantizationError, Scheme
+
+FLAGS = flags.FLAGS
+_SETTINGS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+    "no_repeat_ngram",
+    "min_tokens",
+    "max_tokens",
+    "num_beams",
+    "length_penalty",
+    "unidirectional",
+)
+
+
+def define_model_flags() -> None:
+    """Which model, in which precision, and where."""
+    flags.DEFINE_string("checkpoint", None, "a model folder")
+    flags.DEFINE_string("tokenizer", None, "folder or .model file; the checkpoint's by default")
+    flags.DEFINE_string(
+        "mesh", None, "sizes of data,fsdp,tensor, such as 1,1,8; one device by default"
+    )
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "as stored by default")
+    flags.DEFINE_string(
+        "quantization",
+        None,
+        "quantises a float checkpoint: int8, int4, or int4,group=128,zero_point",
+    )
+    flags.DEFINE_integer(
+        "activation_bits", None, "8: integer products of INT8 and INT4, on one CPU", 8, 8
+    )
+    flags.DEFINE_integer(
+        "embedding_bits", None, "8 or 4: embedding and output projection too, on one CPU"
+    )
+    flags.register_validator("embedding_bits", lambda bits: bits in (None, 8, 4), "8 or 4")
+    flags.DEFINE_enum(
+        "cache_dtype", None, ["float32", "bfloat16", "float16", "int8"], "of keys and values"
+    )
+    flags.DEFINE_integer("max_length", None, "tokens of text and answer together", lower_bound=4)
+    flags.register_validator("quantization", _is_scheme)
+
+
+def _is_scheme(text: str | None) -> bool:
+    try:
+        return text is None or bool(Scheme.parse(text))
+    except QuantizationError as error:
+        raise flags.ValidationError(str(error)) from error
+
+
+def define_strategy_flags() -> None:
+    """How tokens are chosen."""
+    flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token")
+    flags.DEFINE_integer("top_k", 0, "keep only the k likeliest tokens; 0 keeps all")
+    flags.DEFINE_float(
+        "top_p", 0.0, "keep the likeliest tokens up to this probability; 0 keeps all"
+    )
+    flags.DEFINE_float(
+        "repetition_penalty", 1.0, "above 1: tokens that were there before are less likely"
+    )
+    flags.DEFINE_integer("no_repeat_ngram", 0, "n tokens in a row never come twice; 0 for none")
+    flags.DEFINE_integer("min_tokens", 0, "before an answer may end")
+    flags.DEFINE_integer("max_tokens", None, "of an answer", lower_bound=1)
+    flags.DEFINE_multi_string("ban", [], "a text that comes in no answer; may be given often")
+    flags.DEFINE_integer("num_beams", 1, "above 1: beam search, which takes no sampling")
+    flags.DEFINE_float("length_penalty", 1.0, "of beam search; higher favours longer answers")
+    flags.DEFINE_bool(
+        "unidirectional", False, "texts have no mask, and are seen from left to right"
+    )
+    flags.DEFINE_integer("seed", 0, "of sampling", lower_bound=0, upper_bound=2**32 - 1)
+
+
+def strategy() -> TextRequest:
+    """A request with the flags' settings, and no text."""
+    settings = {name: getattr(FLAGS, name) for name in _SETTINGS}
+    return TextRequest(**settings, banned_texts=tuple(FLAGS.ban))
+
+
+def load_model(mesh: Mesh | None) -> tuple[GLMConfig, GLMParams]:
+    """The model of the flags, prepared for decoding.
+
+    Raises:
+      UserError: there is none, or it is not to be had so.
+    """
+    config, params = restore(FLAGS.checkpoint, mesh, FLAGS.dtype, FLAGS.quantization)
+    config = config.replace(cache_dtype=FLAGS.cache_dtype)
+    return config, prepare(params, FLAGS.activation_bits, FLAGS.embedding_bits)
