@@ -30,7 +30,7 @@ def main() -> None:
     texts = None if FLAGS.input is None else read_texts(FLAGS.input)
     tokenizer = Tokenizer(FLAGS.tokenizer or FLAGS.checkpoint)
     choice = Strategy(
-        settings.choice(tokenizer),
+        settings.choice(tokenizer.encode),
         FLAGS.max_length,
         settings.max_tokens,
         FLAGS.seed,

@@ -82,9 +82,15 @@ def define_strategy_flags() -> None:
 
 
 def strategy() -> TextRequest:
-    """A request with the flags' settings, and no text."""
+    """A request with the flags' settings, and no text.
+
+    Raises:
+      UserError: settings out of range, or that do not go together.
+    """
     settings = {name: getattr(FLAGS, name) for name in _SETTINGS}
-    return TextRequest(**settings, banned_texts=tuple(FLAGS.ban))
+    request = TextRequest(**settings, banned_texts=tuple(FLAGS.ban))
+    request.choice(lambda text: [0])  # before a model is read
+    return request
 
 
 def load_model(mesh: Mesh | None) -> tuple[GLMConfig, GLMParams]:

@@ -20,6 +20,8 @@ MERGED_FILE = "answers.jsonl"
 _JOB_FILE = "job.json"
 _PART = "part_{process:05d}_{number:05d}.jsonl"
 _RECORDS_A_PART = 10_000
+# JSON allows them inside a text; some readers of lines break there.
+_LINE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 
 class JobError(UserError):
@@ -125,7 +127,8 @@ class AnswerWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """One line, given to the system before this returns."""
-        line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+        text = json.dumps(record, ensure_ascii=False).translate(_LINE_BREAKS)
+        line = (text + "\n").encode("utf-8", "backslashreplace")
         try:
             if self._file is None:
                 name = _PART.format(process=self._process, number=self._number)

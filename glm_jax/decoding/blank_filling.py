@@ -265,10 +265,14 @@ def fill_blanks_by_beams(
     partly: PartlyFilled,
     settings: BeamSearch,
     *,
+    max_tokens: int | None = None,
     end_tokens: Sequence[int] | None = None,
 ) -> list[tuple[PartlyFilled, Hypothesis]]:
     """Fills all blanks by beam search. Each takes its best answer but the last, which has as
     many as there are beams.
+
+    Args:
+      max_tokens: of each blank; None for as many as there is room for.
 
     Returns:
       A text and its last answer for each, best first.
@@ -278,12 +282,13 @@ def fill_blanks_by_beams(
     found = [(partly, Hypothesis((), 0.0))]
     while found[0][0].has_blank:
         best, _ = found[0]
+        prompt = best.prompt()
         answers = beam_search(
             params,
             config,
-            best.prompt(),
+            prompt,
             settings,
-            max_length=best.limit,
+            max_length=min(best.limit, len(prompt) + (max_tokens or best.limit)),
             end_tokens=ends,
             special_tokens=best.special,
         )

@@ -175,7 +175,8 @@ class Engine:
 
     def _make_state(self) -> None:
         size, longest = self._settings.page_size, self.max_length
-        tokens = self._settings.cache_tokens or self._slot_count * min(longest, _TYPICAL_LENGTH)
+        typical = -(-min(longest, _TYPICAL_LENGTH) // size) * size  # whole pages
+        tokens = self._settings.cache_tokens or self._slot_count * typical
         pages = 1 + max(-(-longest // size), -(-tokens // (size * self._shards)))
         self._pool = PagePool(self._shards, pages, size)
         self._pages_a_layer = 0 if self._is_unrolled else pages

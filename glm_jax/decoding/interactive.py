@@ -162,7 +162,10 @@ def _filler(
         return PartlyFilled.begin(tokenizer, text, limit, strategy.is_unidirectional)
 
     if isinstance(choice, BeamSearch):
-        return lambda text, _: fill_blanks_by_beams(params, config, begin(text), choice)[0][0]
+        most = strategy.max_tokens
+        return lambda text, _: fill_blanks_by_beams(
+            params, config, begin(text), choice, max_tokens=most
+        )[0][0]
     engine = Engine(params, config, EngineSettings(1, limit), special)
     request = Request(Prompt((), None), choice, strategy.max_tokens, strategy.seed)
     return lambda text, on_tokens: fill(engine, begin(text), request, on_tokens)

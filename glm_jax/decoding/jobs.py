@@ -84,7 +84,7 @@ class Job:
             if line.request is None:
                 raise UserError(line.error)
             partly = self._begin(line)
-            choice = line.request.choice(self._tokenizer)
+            choice = line.request.choice(self._tokenizer.encode)
             if isinstance(choice, BeamSearch):
                 yield self._search(line, partly, choice)
                 return
@@ -150,7 +150,10 @@ class Job:
         return record
 
     def _search(self, line: Line, partly: PartlyFilled, settings: BeamSearch) -> Record:
-        found = fill_blanks_by_beams(self._params, self._config, partly, settings)
+        assert line.request is not None
+        found = fill_blanks_by_beams(
+            self._params, self._config, partly, settings, max_tokens=line.request.max_tokens
+        )
         ends = self._engine.special.end_tokens
         beams = []
         for partly, hypothesis in found:

@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from glm_jax.decoding.beams import BeamSearch
-from glm_jax.decoding.blank_filling import TextCodec
 from glm_jax.decoding.sampling import Sampling
 from glm_jax.errors import UserError
 
@@ -42,8 +41,8 @@ class TextRequest:
     Attributes:
       max_tokens: of each blank; None for as many as there is room for.
       banned_texts: that come in no answer.
-      num_beams: above 1 searches for the best answers, with length_penalty, no_repeat_ngram
-        and min_tokens, and takes no other setting.
+      num_beams: above 1 searches for the best answers, with length_penalty, no_repeat_ngram,
+        min_tokens and max_tokens, and takes no other setting.
       seed: of sampling; None for one made of the job's and the request's place in it.
       log_probabilities: of the generated tokens, in the answer.
       unidirectional: the text, without masks, is seen from left to right.
@@ -65,8 +64,11 @@ class TextRequest:
     log_probabilities: bool = False
     unidirectional: bool = False
 
-    def choice(self, tokenizer: TextCodec) -> Sampling | BeamSearch:
+    def choice(self, encode: Callable[[str], Sequence[int]]) -> Sampling | BeamSearch:
         """How tokens are chosen.
+
+        Args:
+          encode: a tokenizer's.
 
         Raises:
           SamplingError: settings out of range.
@@ -85,12 +87,12 @@ class TextRequest:
             no_repeat_ngram=self.no_repeat_ngram,
             min_tokens=self.min_tokens,
             banned_tokens=self.banned_tokens,
-            banned_sequences=tuple(tuple(tokenizer.encode(t)) for t in self.banned_texts),
+            banned_sequences=tuple(tuple(encode(text)) for text in self.banned_texts),
         )
 
     def _check_beams(self) -> None:
         allowed = {"text", "num_beams", "length_penalty", "no_repeat_ngram", "min_tokens"}
-        allowed |= {"seed", "unidirectional"}
+        allowed |= {"max_tokens", "seed", "unidirectional"}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name not in allowed and value != field.default:
@@ -113,8 +115,10 @@ class TextRequest:
                 wanted = " or ".join(kind.__name__ for kind in _KINDS[name])
                 raise RequestError(f"{name}={value!r}: {wanted} is due")
         changes: dict[str, Any] = {
-            n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()
+            name: _KINDS[name][-1](value) if float in _KINDS[name] else value
+            for name, value in fields.items()
         }
+        changes = {n: tuple(v) if isinstance(v, list) else v for n, v in changes.items()}
         _check_items(changes)
         return dataclasses.replace(self, **changes)
 
@@ -185,10 +189,10 @@ def _parse(content: bytes, is_json: bool, index: int, number: int, defaults: Tex
             raise RequestError("the field 'text' is missing")
         request = defaults.with_fields(fields)
         return Line(index, number, given.get("id", number), request, None, given.get("metadata"))
-    except UnicodeDecodeError as error:
-        message = f"not UTF-8 at byte {error.start + 1}"
-    except (json.JSONDecodeError, RecursionError, ValueError) as error:
-        message = f"not JSON: {error}"
     except RequestError as error:
         message = str(error)
+    except UnicodeDecodeError as error:
+        message = f"not UTF-8 at byte {error.start + 1}"
+    except (ValueError, RecursionError) as error:
+        message = f"not JSON: {error}"
     return Line(index, number, given.get("id", number), None, message, given.get("metadata"))

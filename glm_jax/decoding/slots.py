@@ -151,20 +151,10 @@ def choose(
     """
     length = slots.index + 1
     active = slots.is_active
-    allowed = jax.lax.cond(
-        jnp.any(active & slots.is_restricted),
-        lambda: jnp.where(
-            slots.is_restricted[:, None],
-            restrict(logits, slots.tokens, length, slots.first, slots.is_end, slots.restrictions),
-            logits,
-        ),
-        lambda: logits,
-    )
-    likeliest = sampling_lib.greedy(allowed)
     chosen = jax.lax.cond(
-        jnp.any(active & ~slots.is_greedy),
-        lambda: jnp.where(slots.is_greedy, likeliest, _draw(allowed, slots)),
-        lambda: likeliest,
+        jnp.any(active & (slots.is_restricted | ~slots.is_greedy)),
+        lambda: _choose_as_asked(logits, slots),
+        lambda: sampling_lib.greedy(logits),
     )
     rows = jnp.arange(len(chosen))
     log_probabilities = jax.lax.cond(
@@ -188,6 +178,24 @@ def choose(
         tokens=slots.tokens.at[rows, at].set(kept),
     )
     return _everywhere(jnp.where(active, chosen, -1)), _everywhere(log_probabilities), changed
+
+
+def _choose_as_asked(logits: Array, slots: Slots) -> Array:
+    def restricted() -> Array:
+        length = slots.index + 1
+        changed = restrict(
+            logits, slots.tokens, length, slots.first, slots.is_end, slots.restrictions
+        )
+        return jnp.where(slots.is_restricted[:, None], changed, logits)
+
+    is_any = jnp.any(slots.is_active & slots.is_restricted)
+    allowed = jax.lax.cond(is_any, restricted, lambda: logits)
+    likeliest = sampling_lib.greedy(allowed)
+    return jax.lax.cond(
+        jnp.any(slots.is_active & ~slots.is_greedy),
+        lambda: jnp.where(slots.is_greedy, likeliest, _draw(allowed, slots)),
+        lambda: likeliest,
+    )
 
 
 def _draw(logits: Array, slots: Slots) -> Array:

@@ -44,7 +44,7 @@ def decode_step_suite() -> Iterator[tuple[str, dict[str, Case]]]:
         name, held = f"int{bits}", prepare(quantized.pop(bits), embedding_bits=bits)
         table = forms["float32 tiled"].word_embeddings
         forms[f"{name} float32 embedding"] = held.replace(word_embeddings=table)  # type: ignore[attr-defined]
-        forms[name], forms[f"{name} a8"] = held, _with_integer_activations(held)
+        forms[name], forms[f"{name} a8"] = held, with_integer_activations(held)
     peers = _torch_steps(config)
     for batch in (1, 8):
         cases = {name: _step_case(config, form, batch) for name, form in forms.items()}
@@ -82,7 +82,7 @@ def kernels_suite() -> Iterator[tuple[str, dict[str, Case]]]:
             cases = {name: _products(x, arrays, rows) for name, arrays in weights.items()}
             cases |= {name: peer(rows) for name, peer in peers.items()}
             for name, bits in (("float32", 32), ("int8", 8), ("int4", 4)):
-                cases |= _stream_case(f"stream {name}", inputs * outputs * bits // 8, 32 // bits)
+                cases |= stream_case(f"stream {name}", inputs * outputs * bits // 8, 32 // bits)
             yield f"K={inputs} N={outputs} M={rows}", cases
 
 
@@ -104,8 +104,8 @@ def _few(weights: list[Any], rows: int) -> list[Any]:
     return weights if rows <= MOST_ROWS_OF_COPIES else weights[:1]
 
 
-def _with_integer_activations(params: GLMParams) -> GLMParams:
-    """The same arrays, multiplied otherwise."""
+def with_integer_activations(params: GLMParams) -> GLMParams:
+    """The same arrays, multiplied with activations in 8 bits."""
     is_tiled = lambda leaf: isinstance(leaf, TiledArray)
     changed: GLMParams = jax.tree.map(
         lambda leaf: leaf.replace(activation_bits=8) if is_tiled(leaf) else leaf,
@@ -136,7 +136,7 @@ def _step_case(config: GLMConfig, params: GLMParams, batch: int) -> Case:
     return Case(step)
 
 
-def _stream_case(name: str, size: int, copies: int) -> dict[str, Case]:
+def stream_case(name: str, size: int, copies: int) -> dict[str, Case]:
     """Reads `size` bytes of each copy, by PyTorch's sum: XLA's on CPU reads a fifth slower."""
     torch = find_torch()
     if torch is None:

@@ -1,4 +1,4 @@
-"""The same model in PyTorch, of its own modules: the peer of the train suite."""
+"""The same model in PyTorch, of its own modules: the peer of the train and decode suites."""
 
 import math
 from typing import Any
@@ -9,6 +9,9 @@ from launch.suites.case import find_torch
 
 def build(config: GLMConfig) -> Any:
     """A GLM of `torch.nn` modules: forward(tokens, positions, mask) -> [batch, seq, vocab].
+
+    With `cache`, from `make_cache`, and `start` keys and values go there from that place on,
+    a token sees those before it too, and only the last token's scores are returned.
 
     Post-layernorm residuals scaled as DeepNorm does, rotary positions, GeGLU, scaled
     dot-product attention under a boolean mask, tied embedding.
@@ -30,11 +33,15 @@ def build(config: GLMConfig) -> Any:
             self.dense = nn.Linear(hidden, hidden)
             self.widen, self.narrow = nn.Linear(hidden, 2 * inner), nn.Linear(inner, hidden)
 
-        def forward(self, x: Any, cos: Any, sin: Any, mask: Any) -> Any:
+        def forward(self, x: Any, cos: Any, sin: Any, mask: Any, cache: Any, start: int) -> Any:
             h = self.input_norm(x)
             parts = self.query_key_value(h).view(*h.shape[:2], heads, 3, head_dim)
             query, key, value = parts.transpose(1, 2).unbind(3)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+            if cache is not None:
+                end = start + x.shape[1]
+                cache[0][:, :, start:end], cache[1][:, :, start:end] = key, value
+                key, value = cache[0][:, :, :end], cache[1][:, :, :end]
             attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
             x = h * alpha + self.dense(attended.transpose(1, 2).flatten(2))
             h = self.attention_norm(x)
@@ -49,13 +56,20 @@ def build(config: GLMConfig) -> Any:
             self.blocks = nn.ModuleList(Block() for _ in range(config.num_layers))
             self.final_norm = nn.LayerNorm(config.hidden_size)
 
-        def forward(self, tokens: Any, positions: Any, mask: Any) -> Any:
+        def make_cache(self, batch: int, length: int) -> Any:
+            shape = (len(self.blocks), 2, batch, heads, length, head_dim)
+            return torch.zeros(shape)
+
+        def forward(
+            self, tokens: Any, positions: Any, mask: Any = None, cache: Any = None, start: int = 0
+        ) -> Any:
             exponent = torch.arange(0, head_dim, 2) / head_dim
             angle = positions[..., None] * torch.exp(-exponent * math.log(config.rotary_base))
             cos, sin = angle.cos()[:, None], angle.sin()[:, None]
             x = self.embedding(tokens)
-            for block in self.blocks:
-                x = block(x, cos, sin, mask)
+            for i, block in enumerate(self.blocks):
+                x = block(x, cos, sin, mask, None if cache is None else cache[i], start)
+            x = x if cache is None else x[:, -1:]
             return functional.linear(self.final_norm(x), self.embedding.weight)
 
     return Model()

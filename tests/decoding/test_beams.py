@@ -1,11 +1,8 @@
 """Beam search equals the original's, token for token, in every setting that it recorded."""
 
-import functools
 import json
 import re
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from conftest import GOLDEN
 from test_decoding import WordTokenizer
@@ -13,7 +10,6 @@ from test_decoding import WordTokenizer
 from glm_jax.decoding.beams import BeamSearch, beam_search
 from glm_jax.decoding.blank_filling import PartlyFilled, fill_blanks_by_beams
 from glm_jax.decoding.prompt import Prompt
-from glm_jax.decoding.restrictions import repeated
 from glm_jax.decoding.sampling import SamplingError
 
 DECODE = json.loads((GOLDEN / "decode.json").read_text())["cases"]
@@ -74,19 +70,6 @@ def test_one_beam_without_ends_is_greedy(golden_float32):
         end_tokens=[],
     )
     assert [*prompt["context"], 504, *found.tokens] == DECODE[3]["greedy"]
-
-
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_what_would_repeat_is_banned(size):
-    rng = np.random.default_rng(0)
-    first, length, vocab = 4, 20, 5
-    tokens = rng.integers(0, vocab, (3, 32)).astype(np.int32)
-    each = functools.partial(jnp.full, len(tokens))
-    got = repeated(jnp.asarray(tokens), each(length), each(first), each(size), vocab)
-    for row, is_banned in zip(tokens[:, :length].tolist(), got, strict=True):
-        seen = {tuple(row[i - size + 1 : i + 1]) for i in range(first, length) if i >= size - 1}
-        latest = tuple(row[length - size + 1 :])
-        assert [(*latest, token) in seen for token in range(vocab)] == is_banned.tolist()
 
 
 def test_settings_that_cannot_be_are_refused():

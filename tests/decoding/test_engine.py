@@ -201,9 +201,7 @@ def test_log_probabilities_are_the_models(golden_float32):
     tokens = [*prompt.tokens(config.special_tokens.sop), *answer.tokens]
     count, context = len(tokens), len(prompt.context)
     mask = Visibility.prefix(jnp.array([context]), count)
-    logits = glm.forward(
-        params, config, jnp.array([tokens]), jnp.arange(count)[None], mask
-    )[0]
+    logits = glm.forward(params, config, jnp.array([tokens]), jnp.arange(count)[None], mask)[0]
     expected = jax.nn.log_softmax(logits)[np.arange(context, count - 1), tokens[context + 1 :]]
     np.testing.assert_allclose(answer.log_probabilities, expected, atol=1e-4)
 

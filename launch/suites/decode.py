@@ -1,0 +1,243 @@
+"""Prompts to answers by the engine, beside a limit, static batches and other programs."""
+
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from glm_jax.config import GLMConfig, glm_config
+from glm_jax.decoding.engine import Engine, EngineSettings, Request
+from glm_jax.decoding.prepare import prepare
+from glm_jax.decoding.prompt import Prompt, bucket
+from glm_jax.decoding.sampling import greedy
+from glm_jax.decoding.steps import DecodeState, decode_step, prefill_prompts
+from glm_jax.model import params as glm_params
+from glm_jax.model.cache import init_cache
+from glm_jax.model.params import GLMParams
+from glm_jax.quantization import Scheme
+from launch.suites import llama, torch_glm
+from launch.suites.case import Case, find_torch
+from launch.suites.products import stream_case, with_integer_activations
+
+PROMPT, ANSWER = 128, 128
+BATCH = 16
+_LENGTH = 1024  # positions: the longest prompt and answer of the mixed load
+
+
+def decode_suite() -> Iterator[tuple[str, dict[str, Case]]]:
+    """The 1B model in INT4, embedding too: prompts of 128 tokens and answers of 128.
+
+    `stream` reads the bytes of all weights once: no step of one row can be faster. `a8` has
+    activations in 8 bits, else they are floats.
+    """
+    config = glm_config("1b", max_sequence_length=_LENGTH)
+    params = glm_params.init(config, jax.random.key(0))
+    quantized = glm_params.quantize_params(params, Scheme(4, search=False))
+    del params  # 4.5 GB
+    int4 = prepare(quantized, embedding_bits=4)
+    del quantized
+    a8 = with_integer_activations(int4)
+    yield "one prompt: a token after the first", _one_prompt(config, int4, a8)
+    yield "one prompt: a token of prompt and answer together", _whole(config, a8)
+    narrow = config.replace(cache_dtype="int8")
+    cases = {
+        f"{name}, batch {batch}": _answers_case(changed, a8, batch)
+        for name, changed in (("a8", config), ("a8, int8 cache", narrow))
+        for batch in (1, BATCH)
+    }
+    yield "continuous batching: a token after the first", cases
+    for batch in (1, BATCH):
+        yield f"overhead: a step of batch {batch}", _overhead(config, a8, batch)
+    yield "200 prompts of 16 to 512 tokens, answers of 4 to 200", _mixed(narrow, a8)
+
+
+def _prompt(config: GLMConfig, length: int, seed: int = 0) -> Prompt:
+    special = config.special_tokens
+    assert special is not None
+    tokens = np.random.default_rng(seed).integers(0, config.vocab_size, length - 1)
+    return Prompt((*tokens.tolist(), special.gmask), None)
+
+
+def _answers_case(config: GLMConfig, params: GLMParams, batch: int, whole: bool = False) -> Case:
+    """A step's part of `batch` answers, each token of every row counted."""
+    engine = Engine(params, config, EngineSettings(batch, PROMPT + 1 + ANSWER))
+    engine.warm_up()
+
+    def begin() -> None:
+        for seed in range(batch):
+            prompt = _prompt(config, PROMPT, seed)
+            engine.submit(Request(prompt, max_tokens=ANSWER, end_tokens=()))
+        if not whole:
+            engine.step()
+
+    def finish() -> None:
+        if whole:
+            begin()
+        while not engine.is_idle:
+            engine.step()
+
+    tokens = batch * (ANSWER - (0 if whole else 1))
+    return Case(finish, tokens, (lambda: None) if whole else begin, is_long=True)
+
+
+def _one_prompt(config: GLMConfig, int4: GLMParams, a8: GLMParams) -> dict[str, Case]:
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(int4))
+    cases = {
+        "int4": _answers_case(config, int4, 1),
+        "int4 a8": _answers_case(config, a8, 1),
+    }
+    cases |= stream_case("stream", size, 1)
+    return cases | _torch_case(config, whole=False) | _llama_case(config, whole=False)
+
+
+def _whole(config: GLMConfig, a8: GLMParams) -> dict[str, Case]:
+    cases = {"int4 a8": _answers_case(config, a8, 1, whole=True)}
+    return cases | _torch_case(config, whole=True) | _llama_case(config, whole=True)
+
+
+def _torch_case(config: GLMConfig, whole: bool) -> dict[str, Case]:
+    torch = find_torch()
+    if torch is None:
+        return {}
+    peer = torch_glm.build(config).eval()
+    tokens = torch.tensor([_prompt(config, PROMPT).context])
+    state: dict[str, Any] = {}
+
+    def prefill() -> None:
+        with torch.inference_mode():
+            state["cache"] = peer.make_cache(1, PROMPT + ANSWER)
+            logits = peer(tokens, torch.arange(PROMPT)[None], cache=state["cache"])
+            state["token"] = logits[:, -1].argmax(-1, keepdim=True)
+
+    def answer() -> None:
+        if whole:
+            prefill()
+        with torch.inference_mode():
+            for place in range(PROMPT, PROMPT + ANSWER - 1):
+                at = torch.tensor([[place]])
+                logits = peer(state["token"], at, cache=state["cache"], start=place)
+                state["token"] = logits[:, -1].argmax(-1, keepdim=True)
+
+    count = ANSWER - (0 if whole else 1)
+    prepare_run = (lambda: None) if whole else prefill
+    return {"torch float32": Case(answer, count, prepare_run, is_long=True)}
+
+
+@functools.cache
+def _llama(config: GLMConfig) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        return llama.load(config, Path(folder), os.cpu_count() or 1)
+
+
+def _llama_case(config: GLMConfig, whole: bool) -> dict[str, Case]:
+    peer = _llama(config)
+    if peer is None:
+        return {}
+    tokens = list(_prompt(config, PROMPT).context)
+
+    def likeliest() -> int:
+        logits = np.ctypeslib.as_array(peer._ctx.get_logits(), (config.vocab_size,))
+        return int(logits.argmax())
+
+    def prefill() -> None:
+        peer.reset()
+        peer.eval(tokens)
+
+    def answer() -> None:
+        if whole:
+            prefill()
+        for _ in range(ANSWER - 1):
+            peer.eval([likeliest()])
+
+    count = ANSWER - (0 if whole else 1)
+    prepare_run = (lambda: None) if whole else prefill
+    return {"llama.cpp Q4_0": Case(answer, count, prepare_run, is_long=True)}
+
+
+def _overhead(config: GLMConfig, params: GLMParams, batch: int) -> dict[str, Case]:
+    """The same steps by the engine and by their program alone, whose cache has rows."""
+    special = config.special_tokens
+    assert special is not None
+    rows = [_prompt(config, PROMPT, seed) for seed in range(batch)]
+    state: list[Any] = []
+
+    def begin() -> None:
+        cache = init_cache(config, batch, bucket(PROMPT + ANSWER), True)
+        filled = prefill_prompts(params, config, rows, special.sop, cache)
+        state[:] = jax.block_until_ready(filled)
+
+    def finish() -> None:
+        logits, decoding = state
+        state.clear()
+        for _ in range(ANSWER - 1):
+            decoding = decoding.replace(index=decoding.index + 1)
+            logits, decoding = decode_step(params, config, decoding)
+            jax.block_until_ready(logits)
+        state[:] = logits, decoding
+
+    bare = Case(finish, ANSWER - 1, begin, is_long=True)
+    engine = _answers_case(config, params, batch)
+    return {"bare": bare, "engine": Case(engine.run, ANSWER - 1, engine.prepare, is_long=True)}
+
+
+def _mixed(config: GLMConfig, params: GLMParams) -> dict[str, Case]:
+    """A load of every length, in the order in which it comes.
+
+    `continuous, same memory` has slots for as many requests of mean length as the static
+    batch's cache could hold.
+    """
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(16, 513, 200).tolist()
+    answers = rng.integers(4, 201, 200).tolist()
+    requests = [
+        Request(_prompt(config, length, seed), max_tokens=answer, end_tokens=())
+        for seed, (length, answer) in enumerate(zip(lengths, answers, strict=True))
+    ]
+    longest = 512 + 1 + 200
+    memory = BATCH * longest
+    count = sum(answers)
+
+    def continuous(slots: int) -> Callable[[], object]:
+        settings = EngineSettings(slots, longest, cache_tokens=memory)
+        engine = Engine(params, config, settings)
+        engine.warm_up()
+        return lambda: sum(1 for _ in engine.run(requests))
+
+    static = functools.partial(_static_batches, config, params, requests)
+    return {
+        "static": Case(static, count, is_long=True),
+        "continuous": Case(continuous(BATCH), count, is_long=True),
+        "continuous, same memory": Case(continuous(2 * BATCH), count, is_long=True),
+    }
+
+
+def _static_batches(config: GLMConfig, params: GLMParams, requests: list[Request]) -> None:
+    """Batches of as many as come, padded to their longest, until the longest answer ends."""
+    special = config.special_tokens
+    assert special is not None
+    for first in range(0, len(requests), BATCH):
+        some = requests[first : first + BATCH]
+        rows = [request.prompt for request in some]
+        cache = init_cache(config, len(rows), _LENGTH, True)
+        logits, state = prefill_prompts(params, config, rows, special.sop, cache)
+        for _ in range(max(request.max_tokens or 0 for request in some) - 1):
+            tokens, state = _likeliest(logits, state)
+            logits, state = decode_step(params, config, state)
+            np.asarray(tokens)
+        np.asarray(_likeliest(logits, state)[0])
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _likeliest(logits: jax.Array, state: DecodeState) -> tuple[jax.Array, DecodeState]:
+    tokens = greedy(logits)
+    moved: DecodeState = state.replace(  # type: ignore[attr-defined]
+        tokens=tokens,
+        index=state.index + 1,
+        position_ids=state.position_ids + state.position_steps,
+    )
+    return tokens, moved

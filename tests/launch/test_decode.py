@@ -1,0 +1,133 @@
+"""Batch jobs from the command line: one process, and two of four devices each."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+from running import ROOT, Started, environment, free_port
+
+from glm_jax.config import glm_config
+from glm_jax.model import params as glm_params
+from glm_jax.model.checkpoint import save_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("model") / "model"
+    config = glm_config("tiny", num_heads=8, vocab_size=-(-tokenizer.vocab_size // 64) * 64)
+    save_model(folder, config, glm_params.init(config, jax.random.key(0)), tokenizer.files)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, corpus):
+    path = tmp_path_factory.mktemp("input") / "in.jsonl"
+    requests = [
+        {
+            "text": question.text,
+            "max_tokens": 1 + number % 5,
+            "temperature": number % 2,
+            "log_probabilities": number % 3 == 0,
+        }
+        for number, question in enumerate(corpus.questions[:11])
+    ]
+    lines = [json.dumps(request) for request in requests]
+    path.write_text("\n".join([*lines[:4], "broken", *lines[4:]]) + "\n", encoding="utf-8")
+    return path
+
+
+def _command(model, source, output, *more):
+    return [
+        *(sys.executable, "-m", "launch.decode", f"--checkpoint={model}", f"--input={source}"),
+        *(f"--output={output}", "--max_length=64", "--slots=4", *more),
+    ]
+
+
+def _run(*arguments):
+    command = [sys.executable, "-m", "launch.decode", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(1), capture_output=True, text=True, timeout=120
+    )
+
+
+def _merged(output):
+    result = _run(f"--output={output}", "--merge")
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def expected(model, source, tmp_path_factory):
+    """What one process answers."""
+    output = tmp_path_factory.mktemp("one") / "out"
+    shown = Started(_command(model, source, output), environment(1)).finish()
+    assert "12 prompts answered" in shown
+    assert "tokens/s" in shown
+    assert "12/12" in shown
+    records = _merged(output)
+    assert [record["index"] for record in records] == list(range(12))
+    assert [record["id"] for record in records] == list(range(1, 13))
+    assert records[4]["line"] == 5
+    again = Started(_command(model, source, output), environment(1)).finish()
+    assert "0 prompts answered" in again
+    assert _merged(output) == records
+    return records
+
+
+@pytest.mark.parametrize(
+    ("mesh", "is_joined"),
+    [("1,1,8", True), ("2,1,4", False)],
+    ids=["one model", "a model each"],
+)
+def test_two_processes_of_four_devices_answer_as_one(
+    model, source, expected, tmp_path, mesh, is_joined
+):
+    """Over gloo where they run one model together."""
+    joined = [f"--coordinator=127.0.0.1:{free_port()}"] if is_joined else []
+    started = [
+        Started(
+            _command(
+                *(model, source, tmp_path / "out", f"--mesh={mesh}", "--num_processes=2"),
+                *(f"--process_id={number}", *joined),
+            ),
+            environment(4),
+        )
+        for number in range(2)
+    ]
+    for process in started:
+        process.finish()
+    parts = {path.name[:10] for path in (tmp_path / "out").glob("part_*")}
+    assert parts == ({"part_00000"} if is_joined else {"part_00000", "part_00001"})
+    records = _merged(tmp_path / "out")
+    strip = lambda record: {k: v for k, v in record.items() if k != "log_probabilities"}
+    assert list(map(strip, records)) == list(map(strip, expected))
+    for got, wanted in zip(records, expected, strict=True):
+        assert ("log_probabilities" in got) == ("log_probabilities" in wanted)
+        for row, other in zip(
+            got.get("log_probabilities", []), wanted.get("log_probabilities", []), strict=True
+        ):
+            assert row == pytest.approx(other, abs=1e-4)
+
+
+def test_wrong_jobs_are_one_line(model, source, expected, tmp_path):
+    given = [f"--checkpoint={model}", f"--input={source}", f"--output={tmp_path}/out"]
+    cases = [
+        ([f"--output={tmp_path}/out"], 2, "give --checkpoint and --input, or --merge"),
+        ([*given, "--slots=0"], 2, "--slots"),
+        ([*given, "--embedding_bits=3"], 2, "8 or 4"),
+        ([f"--output={tmp_path}/none", "--merge"], 1, "is no job's output"),
+        ([*given, f"--input={tmp_path}/none.txt"], 1, "No such file"),
+        ([*given, "--num_processes=2"], 1, "2 processes and no coordinator"),
+        ([*given, "--num_processes=2", "--process_id=0", "--mesh=1,1,2"], 1, "run one model"),
+        ([*given, "--top_p=3"], 1, "top_p=3.0: from 0 to 1"),
+    ]
+    running = [
+        (Started([sys.executable, "-m", "launch.decode", *arguments], environment(1)), *rest)
+        for arguments, *rest in cases
+    ]
+    for process, status, message in running:
+        [line] = [x for x in process.finish(status).splitlines() if "error" in x.lower()]
+        assert message in line
+    assert not list((tmp_path).glob("out/part_*"))
