@@ -1,0 +1,100 @@
+"""The engine's programs compiled for devices that are not here."""
+
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from glm_jax.config import GLMConfig
+from glm_jax.decoding import programs
+from glm_jax.decoding.packing import pack_prompts
+from glm_jax.decoding.slots import empty_slot, empty_slots
+from glm_jax.model import params as glm_params
+from glm_jax.model.paged_cache import PAGE_AXES, init_paged_cache, row_shards
+from glm_jax.model.params import KERNEL_AXES, GLMParams, LinearParams
+from glm_jax.quantization import QuantizedArray, Scheme
+from glm_jax.sharding import activation_sharding
+
+PAGE_SIZE = 64
+
+
+def compile_engine(
+    config: GLMConfig,
+    mesh: Mesh,
+    quantization: str | None,
+    *,
+    slots: int,
+    prefill_width: int,
+    max_length: int | None = None,
+) -> dict[str, Any]:
+    """A step of all slots and a prefill through all layers, compiled for a mesh's devices.
+
+    Args:
+      quantization: of the weights, as of `Scheme.parse`; None for floats.
+      slots: requests that run together, each with pages for `max_length` tokens (the model's
+        positions by default).
+      prefill_width: tokens of prompts at once.
+
+    Returns:
+      Compiled programs under the names "step" and "prefill".
+    """
+    length = max_length or config.max_sequence_length
+    shards = row_shards(mesh)
+    pages = 1 + slots // shards * -(-length // PAGE_SIZE)
+    params = abstract_params(config, mesh, quantization)
+    row = empty_slot(config, length, 1 << (-(-length // PAGE_SIZE) - 1).bit_length())
+    place = lambda x, axes: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=activation_sharding(mesh, axes)
+    )
+    described = jax.tree.map(
+        lambda x: place(x, ("batch", *(None,) * (x.ndim - 1))),
+        jax.eval_shape(lambda: empty_slots(row, slots, None)),
+    )
+    cache = jax.tree.map(
+        lambda x: place(x, PAGE_AXES[: x.ndim]),
+        jax.eval_shape(lambda: init_paged_cache(config, pages * shards, PAGE_SIZE, False)),
+    )
+    pack = pack_prompts([], shards, prefill_width, PAGE_SIZE, pages, 0)
+    whole = NamedSharding(mesh, PartitionSpec())
+    pack = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), pack)
+    hidden = jax.ShapeDtypeStruct((shards, prefill_width, config.hidden_size), config.compute_dtype)
+    x = place(hidden, ("batch", "seq", "embed"))
+    bounds = {"first": np.int32(0), "end": np.int32(config.num_layers)}
+    device = mesh.devices.flat[0]
+    # Libraries of kernels ask the default device, which is another here, what it can do.
+    default = mock.patch("jax.extend.backend.get_default_device", return_value=device)
+    with jax.set_mesh(mesh), default:
+        step = programs.step.lower(params, config, described, cache, pages)
+        prefill = programs.prefill_layers.lower(params.layers, config, x, pack, cache, **bounds)
+        return {"step": step.compile(), "prefill": prefill.compile()}
+
+
+def abstract_params(config: GLMConfig, mesh: Mesh, quantization: str | None) -> GLMParams:
+    """Shapes, dtypes and shardings of a model's parameters on a mesh."""
+    floats = glm_params.abstract(config, mesh)
+    if quantization is None:
+        return floats
+    scheme = Scheme.parse(quantization)
+    specs: Any = glm_params.specs(config).layers
+
+    def narrow(name: str, linear: LinearParams) -> LinearParams:
+        spec = getattr(specs, name).kernel
+        layers, inputs, *outputs = linear.kernel.shape
+        group = scheme.group_size or inputs
+        shapes = ((layers, inputs * scheme.bits // 8, *outputs), (layers, inputs // group, *outputs))
+        values, scales = glm_params.quantized_sharding(mesh, spec, *shapes)
+        of_scales = jax.ShapeDtypeStruct(shapes[1], linear.kernel.dtype, sharding=scales)
+        kernel = QuantizedArray(
+            values=jax.ShapeDtypeStruct(shapes[0], jnp.int8, sharding=values),
+            scales=of_scales,
+            bits=scheme.bits,
+            contraction_axis=glm_params.contraction_axis(linear.kernel),
+            zero_points=of_scales if scheme.zero_point else None,
+            axes=KERNEL_AXES[name],
+        )
+        return LinearParams(kernel=kernel, bias=linear.bias)
+
+    return glm_params.map_linears(narrow, floats)
