@@ -27,6 +27,8 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 bench: $(VENV)/.test
+	-$(INSTALL) --no-build-isolation -e .[bench]
+	$(BIN)/python -m launch.benchmark --suite=decode --rounds=3
 	$(BIN)/python -m launch.benchmark --suite=decode_step
 	$(BIN)/python -m launch.benchmark --suite=kernels
 	$(BIN)/python -m launch.benchmark --suite=train

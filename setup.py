@@ -92,6 +92,8 @@ setup(
             "types-PyYAML",
             "types-tqdm",
         ],
+        # Peers of `make bench`, where they build.
+        "bench": ["gguf", "llama-cpp-python"],
         # For shards behind gs:// and s3:// addresses; local disks need nothing more.
         "convert": ["fsspec", "gcsfs", "s3fs"],
         # What `make test-aot` compiles with.

@@ -38,9 +38,10 @@ flags.DEFINE_string("output", "bench_output", "folder for SUITE.json and SUITE.p
 def interleaved(cases: dict[str, Case], rounds: int) -> dict[str, list[float]]:
     """Seconds of each run of each case; a first round, which compiles, is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for counted in [False] + [True] * rounds:
+    for number in range(rounds + 1):
+        counted = number > 0
         for name, case in cases.items():
-            if case.is_long and not counted:
+            if (case.is_long and not counted) or number > case.most_rounds:
                 continue
             time.sleep(_PAUSE)
             if not case.is_long:

@@ -7,7 +7,8 @@ from typing import Protocol, runtime_checkable
 
 from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.decoding.beams import BeamSearch, Hypothesis, beam_search
-from glm_jax.decoding.engine import Engine, EngineSettings, Request
+from glm_jax.decoding.completion import Request
+from glm_jax.decoding.engine import Engine, EngineSettings
 from glm_jax.decoding.prepare import prepare
 from glm_jax.decoding.prompt import Prompt, PromptError, bucket
 from glm_jax.decoding.sampling import Sampling

@@ -18,18 +18,17 @@ import numpy as np
 
 from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.decoding import programs
+from glm_jax.decoding.completion import Completion, Request, Token, completion
 from glm_jax.decoding.packing import Entry, pack_prompts, pack_width, prefilled, widths
 from glm_jax.decoding.page_pool import Lease, PagePool
 from glm_jax.decoding.prepare import prepare
 from glm_jax.decoding.programs import Pack
-from glm_jax.decoding.prompt import Prompt, PromptError, check_prompt
-from glm_jax.decoding.sampling import Sampling
+from glm_jax.decoding.prompt import PromptError, check_prompt
 from glm_jax.decoding.slots import Slots, admit, empty_slot, empty_slots, release, sampling_row
 from glm_jax.model.paged_cache import init_paged_cache, row_shards
 from glm_jax.model.params import GLMParams
 from glm_jax.sharding import mesh_of
 
-_GREEDY = Sampling()
 _TYPICAL_LENGTH = 512  # tokens of a request that the cache has room for by default, each slot
 
 
@@ -62,51 +61,6 @@ class EngineSettings:
                 raise PromptError(f"{name}={value}: at least 1")
         if self.prefill_budget is not None and self.prefill_budget < 1:
             raise PromptError(f"prefill_budget={self.prefill_budget}: at least 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt to complete.
-
-    Attributes:
-      max_tokens: of the answer; None for as many as max_length leaves room for.
-      seed: of sampling, from 0 to 2**32 - 1; the same gives the same tokens.
-      end_tokens: that end the answer; None for eop and eos.
-    """
-
-    prompt: Prompt
-    sampling: Sampling = _GREEDY
-    max_tokens: int | None = None
-    seed: int = 0
-    end_tokens: tuple[int, ...] | None = None
-    log_probabilities: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Token:
-    """A token that a step gave to a request.
-
-    Attributes:
-      ticket: the request's.
-      log_probability: in nats; 0 where not asked for.
-      finish_reason: "stop" after an end token, "length" where there is no more room; None
-        while the request goes on.
-    """
-
-    ticket: int
-    token: int
-    log_probability: float
-    finish_reason: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """All tokens of an answer, the end token included where there was one."""
-
-    ticket: int
-    tokens: tuple[int, ...]
-    log_probabilities: tuple[float, ...]
-    finish_reason: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -428,15 +382,3 @@ class Engine:
             _, self._slots, self._cache = programs.step(
                 self._params, self._config, self._slots, self._cache, self._pages_a_layer
             )
-
-
-def completion(tokens: Sequence[Token]) -> Completion:
-    """All of a request's tokens as one answer."""
-    reason = tokens[-1].finish_reason
-    assert reason is not None
-    return Completion(
-        ticket=tokens[0].ticket,
-        tokens=tuple(token.token for token in tokens),
-        log_probabilities=tuple(token.log_probability for token in tokens),
-        finish_reason=reason,
-    )

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from glm_jax.config import GLMConfig, SpecialTokens
-from glm_jax.decoding.engine import Engine, EngineSettings, Request
+from glm_jax.decoding.completion import Request
+from glm_jax.decoding.engine import Engine, EngineSettings
 from glm_jax.decoding.prompt import Prompt, bucket, resolve
 from glm_jax.decoding.sampling import Sampling
 from glm_jax.model.params import GLMParams

@@ -17,7 +17,8 @@ from glm_jax.decoding.blank_filling import (
     fill,
     fill_blanks_by_beams,
 )
-from glm_jax.decoding.engine import Engine, EngineSettings, Request
+from glm_jax.decoding.completion import Request
+from glm_jax.decoding.engine import Engine, EngineSettings
 from glm_jax.decoding.prepare import prepare
 from glm_jax.decoding.prompt import Prompt, PromptError
 from glm_jax.decoding.sampling import Sampling

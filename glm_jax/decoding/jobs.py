@@ -14,7 +14,8 @@ from glm_jax.decoding.blank_filling import (
     fill_blanks_by_beams,
     next_request,
 )
-from glm_jax.decoding.engine import Completion, Engine, Request, Token, completion
+from glm_jax.decoding.completion import Completion, Request, Token, completion
+from glm_jax.decoding.engine import Engine
 from glm_jax.decoding.prompt import Prompt
 from glm_jax.decoding.requests import Line
 from glm_jax.errors import UserError

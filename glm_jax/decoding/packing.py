@@ -12,7 +12,7 @@ from glm_jax.decoding.prompt import Prompt
 from glm_jax.model.paged_cache import Paging
 from glm_jax.model.visibility import Visibility
 
-_SMALLEST = 32
+_SMALLEST, _LEAST_STEP = 32, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +33,12 @@ class Entry:
 
 
 def widths(longest: int) -> list[int]:
-    """The widths that a pack may have, so that `longest` fits: 32, 48, 64, 96, 128, .."""
+    """The widths that a pack may have, so that `longest` fits: 32, 48, 64, 80, 96, 112, 128,
+    160, .., four to each doubling."""
     found = [_SMALLEST]
     while found[-1] < longest:
-        is_power = found[-1] & (found[-1] - 1) == 0
-        found.append(found[-1] * 3 // 2 if is_power else found[-1] * 4 // 3)
+        octave = 1 << (found[-1].bit_length() - 1)
+        found.append(found[-1] + max(octave // 4, _LEAST_STEP))
     return found
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from glm_jax.config import GLMConfig
 from glm_jax.data.facts import Question
 from glm_jax.decoding.blank_filling import encode_prompt
-from glm_jax.decoding.engine import Engine, EngineSettings, Request
+from glm_jax.decoding.completion import Request
+from glm_jax.decoding.engine import Engine, EngineSettings
 from glm_jax.decoding.prompt import Prompt
 from glm_jax.model.params import GLMParams
 from glm_jax.tokenizer import Tokenizer

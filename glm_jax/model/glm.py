@@ -108,7 +108,12 @@ def embed_tokens(
 def embed(params: GLMParams, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
     """Rows of the word embedding."""
     table = params.word_embeddings
-    return take_outputs(table, tokens) if isinstance(table, TiledArray) else table[tokens]
+    if isinstance(table, TiledArray):
+        return take_outputs(table, tokens)
+    if tokens.size == 1 and jax.sharding.get_abstract_mesh().size > 1:
+        # One row alone would be a slice, for which every device would be sent the whole table.
+        return table[jnp.repeat(tokens, 2, axis=1)][:, :1]
+    return table[tokens]
 
 
 def logits(

@@ -19,7 +19,7 @@ from glm_jax.config import GLMConfig
 from glm_jax.model.cache import quantize_heads
 from glm_jax.sharding import activation_sharding, fitting_activation_spec
 
-_PAGE_AXES = ("heads", "batch", "seq", "head_dim")
+PAGE_AXES = ("heads", "batch", "seq", "head_dim")
 
 
 @struct.dataclass
@@ -88,7 +88,7 @@ def init_paged_cache(
     dtype = config.cache_dtype or config.compute_dtype
 
     def zeros(shape: tuple[int, ...], dtype: str) -> Array:
-        device = None if mesh is None else activation_sharding(mesh, _PAGE_AXES[: len(shape)])
+        device = None if mesh is None else activation_sharding(mesh, PAGE_AXES[: len(shape)])
         return jnp.zeros(shape, dtype, device=device)
 
     def layer() -> PagedCache:

@@ -84,7 +84,10 @@ def abstract_params(config: GLMConfig, mesh: Mesh, quantization: str | None) -> 
         spec = getattr(specs, name).kernel
         layers, inputs, *outputs = linear.kernel.shape
         group = scheme.group_size or inputs
-        shapes = ((layers, inputs * scheme.bits // 8, *outputs), (layers, inputs // group, *outputs))
+        shapes = (
+            (layers, inputs * scheme.bits // 8, *outputs),
+            (layers, inputs // group, *outputs),
+        )
         values, scales = glm_params.quantized_sharding(mesh, spec, *shapes)
         of_scales = jax.ShapeDtypeStruct(shapes[1], linear.kernel.dtype, sharding=scales)
         kernel = QuantizedArray(

@@ -1,6 +1,5 @@
 """The engine's programs at GLM-130B's size compile for the paper's hardware, and fit."""
 
-import jax
 import pytest
 from aot.compiling import hardware
 
@@ -18,7 +17,7 @@ CASES = [
     ("rtx_3090", 4, "int4", "float16", "int8", 1),
     ("rtx_2080_ti", 8, "int4", "float16", "int8", 1),
     ("h100", 2, "int4", "bfloat16", None, 8),
-    ("tpu_v5p", 8, None, "bfloat16", None, 8),
+    ("tpu_v5p", 4, None, "bfloat16", None, 8),
 ]
 
 
@@ -33,6 +32,8 @@ def test_fits_with_2048_positions(case):
         taken = memory(compiled)
         print(f"{name} x {devices} {program}: {taken.total / 2**30:.1f} GiB", flush=True)
         assert taken.total < described.memory_bytes, program
-        # Sums of parts: two a block and one for embedding or logits, and no weights.
-        found = collectives(compiled)
-        assert set(found) <= {"all-reduce", "all-gather"}, found
+        # Sums of parts and, of what tokens are chosen from, the scores: never weights.
+        scores = 4 * slots * config.vocab_size
+        sums = 4 * 2 * max(slots, 2048 if program == "prefill" else 0) * config.hidden_size
+        moved = sum(size for _, size in collectives(compiled).values())
+        assert moved < 8 * scores + 2 * sums, collectives(compiled)

@@ -11,7 +11,8 @@ import pytest
 from conftest import GOLDEN
 
 from glm_jax.decoding import programs
-from glm_jax.decoding.engine import Engine, EngineSettings, Request
+from glm_jax.decoding.completion import Request
+from glm_jax.decoding.engine import Engine, EngineSettings
 from glm_jax.decoding.packing import pack_width, widths
 from glm_jax.decoding.prompt import Prompt, PromptError
 from glm_jax.decoding.sampling import Sampling, SamplingError
@@ -236,7 +237,7 @@ def test_urgent_requests_go_first(tiny_model):
 
 
 def test_widths_of_packs():
-    assert widths(200) == [32, 48, 64, 96, 128, 192, 256]
+    assert widths(200) == [32, 48, 64, 80, 96, 112, 128, 160, 192, 224]
     assert [pack_width(n) for n in (0, 32, 33, 97)] == [32, 32, 48, 128]
 
 

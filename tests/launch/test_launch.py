@@ -92,14 +92,6 @@ def test_from_text_to_filled_blanks(tmp_path, corpus):
     assert "[MASK]" not in result.stdout
 
 
-def test_the_demo_from_end_to_end(tmp_path):
-    result = _run("launch.demo", f"--output={tmp_path}/demo", "--steps=12")
-    assert result.returncode == 0, result.stderr
-    for line in ("float32 ", "INT8 ", "INT4 ", "always the commonest answer"):
-        assert f"\n{line}" in result.stdout
-    assert "loss: " in result.stdout
-
-
 def test_the_demo_removes_nothing_but_an_earlier_demo(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     _assert_refused(_run("launch.demo", f"--output={tmp_path}"), 1, "is not empty")

@@ -1,15 +1,9 @@
-"""Two local processes, started as the template for Kubernetes starts them."""
+"""How processes find each other."""
 
 import pytest
-from running import assert_trains_as_one_process, in_kubernetes
 
 from glm_jax import processes
 from glm_jax.processes import ProcessesError
-
-
-def test_two_processes_train_as_one_does(tmp_path, corpus, tokenizer):
-    (tmp_path / "text.txt").write_text("\n".join(corpus.sentences[:300]), encoding="utf-8")
-    assert_trains_as_one_process(in_kubernetes, tmp_path, tokenizer)
 
 
 def test_processes_that_cannot_find_each_other_are_told_what_is_missing(monkeypatch):

@@ -31,7 +31,8 @@ def paged_attention(
         if pages is None:
             return None
         some = jax.lax.dynamic_slice_in_dim(tables, block * count, count, 1)
-        taken = pages[:, some]
+        # The barrier keeps a conversion of what is taken from becoming one of all pages.
+        taken = jax.lax.optimization_barrier(pages[:, some])
         return taken.reshape(*taken.shape[:2], width, *taken.shape[4:])
 
     def step(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:

@@ -1,0 +1,66 @@
+"""What is asked of the engine, and what it gives."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from glm_jax.decoding.prompt import Prompt
+from glm_jax.decoding.sampling import Sampling
+
+_GREEDY = Sampling()
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt to complete.
+
+    Attributes:
+      max_tokens: of the answer; None for as many as max_length leaves room for.
+      seed: of sampling, from 0 to 2**32 - 1; the same gives the same tokens.
+      end_tokens: that end the answer; None for eop and eos.
+    """
+
+    prompt: Prompt
+    sampling: Sampling = _GREEDY
+    max_tokens: int | None = None
+    seed: int = 0
+    end_tokens: tuple[int, ...] | None = None
+    log_probabilities: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """A token that a step gave to a request.
+
+    Attributes:
+      ticket: the request's.
+      log_probability: in nats; 0 where not asked for.
+      finish_reason: "stop" after an end token, "length" where there is no more room; None
+        while the request goes on.
+    """
+
+    ticket: int
+    token: int
+    log_probability: float
+    finish_reason: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """All tokens of an answer, the end token included where there was one."""
+
+    ticket: int
+    tokens: tuple[int, ...]
+    log_probabilities: tuple[float, ...]
+    finish_reason: str
+
+
+def completion(tokens: Sequence[Token]) -> Completion:
+    """All of a request's tokens as one answer."""
+    reason = tokens[-1].finish_reason
+    assert reason is not None
+    return Completion(
+        ticket=tokens[0].ticket,
+        tokens=tuple(token.token for token in tokens),
+        log_probabilities=tuple(token.log_probability for token in tokens),
+        finish_reason=reason,
+    )
