@@ -54,7 +54,7 @@ def decode_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     yield "continuous batching: a token after the first", cases
     for batch in (1, BATCH):
         yield f"overhead: a step of batch {batch}", _overhead(config, a8, batch)
-    yield "200 prompts of 16 to 512 tokens, answers of 4 to 200", _mixed(narrow, a8)
+    yield "200 prompts of 16 to 512 tokens, answers of 4 to 200", _mixed(config, a8)
 
 
 def _prompt(config: GLMConfig, length: int, seed: int = 0) -> Prompt:
