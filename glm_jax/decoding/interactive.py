@@ -5,7 +5,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 from glm_jax.config import GLMConfig
 from glm_jax.decoding.beams import BeamSearch
@@ -112,7 +112,7 @@ def fill_all(
     texts: Iterable[str],
     strategy: Strategy,
     with_id: bool = False,
-    output: TextIO | None = None,
+    output: Any = None,
 ) -> int:
     """Fills each text and prints it; one that cannot be filled gives a line on stderr.
 
@@ -120,6 +120,7 @@ def fill_all(
 
     Args:
       with_id: a text is "ID<tab>TEXT", and so is what is printed.
+      output: a text file, standard output by default.
 
     Returns:
       How many could not be filled.
@@ -175,7 +176,7 @@ def _filler(
 class _Typing:
     """Prints a text while its tokens come."""
 
-    def __init__(self, tokenizer: TextCodec, output: TextIO, label: str):
+    def __init__(self, tokenizer: TextCodec, output: Any, label: str):
         self._tokenizer, self._output = tokenizer, output
         self._tokens: list[int] = []
         self._shown = ""
