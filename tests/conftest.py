@@ -24,6 +24,7 @@ from glm_jax.data import facts
 from glm_jax.model import params as glm_params
 from glm_jax.model.params import GLMParams
 from glm_jax.tokenizer import Tokenizer, train_tokenizer
+from glm_jax.training.config import default_config
 
 GOLDEN = Path(__file__).parent / "golden"
 NUM_HEADS, POSITIONS = 8, 64
@@ -78,3 +79,16 @@ def corpus() -> facts.Corpus:
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: Any, corpus: facts.Corpus) -> Tokenizer:
     return train_tokenizer(corpus.sentences, tmp_path_factory.mktemp("tokenizer"), 3000)
+
+
+@pytest.fixture
+def experiment(tmp_path: Path, tokenizer: Tokenizer, corpus: facts.Corpus) -> Any:
+    """A small run of training."""
+    (tmp_path / "text.txt").write_text("\n".join(corpus.sentences[:200]), encoding="utf-8")
+    config = default_config("tiny", hidden_size=32, inner_hidden_size=64, vocab_size=4096)
+    config.data.files = str(tmp_path / "text.txt")
+    config.data.tokenizer = str(tokenizer.files[0].parent)
+    config.data.sequence_length, config.data.batch_size = 48, 4
+    config.optimizer.learning_rate = 1e-2
+    config.steps, config.log_every, config.checkpoint_every = 24, 4, 8
+    return config

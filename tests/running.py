@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from glm_jax.training import watching
+
 ROOT = Path(__file__).parent.parent
 _SMALL = (
     "--config.model.vocab_size=4096",
@@ -141,3 +143,19 @@ def assert_trains_as_one_process(start, folder, tokenizer):
     assert list(got) == list(expected)
     np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-3)
     assert (folder / "two" / "model" / "config.json").is_file()
+
+
+class StopError(Exception):
+    """Ends a run in the middle."""
+
+
+def broken_at(step, monkeypatch):
+    """Lets a run come to a step, and no further."""
+    real = watching.Watcher.log
+
+    def log(self, at, *metrics):
+        if at == step:
+            raise StopError
+        real(self, at, *metrics)
+
+    monkeypatch.setattr(watching.Watcher, "log", log)

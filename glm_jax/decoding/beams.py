@@ -169,7 +169,7 @@ class _Search:
         return self._ended
 
 
-@functools.partial(jax.jit, static_argnames=("no_repeat_ngram", "count"))
+@functools.partial(jax.jit, static_argnames="count")
 def expand(
     logits: Float[ArrayLike, "beams vocab"],
     scores: Float[ArrayLike, " beams"],
@@ -177,7 +177,7 @@ def expand(
     length: int | Int[Array, ""],
     first: int | Int[Array, ""],
     is_banned: Bool[ArrayLike, " vocab"],
-    no_repeat_ngram: int,
+    no_repeat_ngram: int | Int[Array, ""],
     count: int,
 ) -> tuple[Float[Array, " some"], Int[Array, " some"], Int[Array, " some"]]:
     """The best `count` continuations of all beams: scores, beams and tokens, best first.
@@ -189,12 +189,10 @@ def expand(
     """
     logits, scores = jnp.asarray(logits), jnp.asarray(scores)
     vocab = logits.shape[1]
-    banned = jnp.asarray(is_banned)
-    if no_repeat_ngram:
-        each = functools.partial(jnp.full, len(logits), dtype=jnp.int32)
-        banned = banned | repeated(
-            jnp.asarray(tokens), each(length), each(first), each(no_repeat_ngram), vocab
-        )
+    each = functools.partial(jnp.full, len(logits), dtype=jnp.int32)
+    banned = jnp.asarray(is_banned) | repeated(
+        jnp.asarray(tokens), each(length), each(first), each(no_repeat_ngram), vocab
+    )
     total = jax.nn.log_softmax(jnp.where(banned, _BANNED, logits), axis=-1) + scores[:, None]
     best, places = jax.lax.top_k(total.reshape(-1), min(count, total.size))
     return best, (places // vocab).astype(jnp.int32), (places % vocab).astype(jnp.int32)

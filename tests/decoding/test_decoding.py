@@ -152,7 +152,7 @@ def test_the_filter_equals_the_original():
         for name in names:
             top_k, top_p = re.fullmatch(r"kept_k(\d+)_p([\d.]+)", name).groups()
             rows = len(logits)
-            filtered = filter_logits(
+            filtered = jax.jit(filter_logits)(
                 logits, jnp.full(rows, int(top_k)), jnp.full(rows, float(top_p))
             )
             np.testing.assert_array_equal(np.isfinite(filtered), golden[name], err_msg=name)

@@ -238,7 +238,7 @@ def test_urgent_requests_go_first(tiny_model):
 
 def test_widths_of_packs():
     assert widths(200) == [32, 48, 64, 80, 96, 112, 128, 160, 192, 224]
-    assert [pack_width(n) for n in (0, 32, 33, 97)] == [32, 32, 48, 128]
+    assert [pack_width(n) for n in (0, 32, 33, 97, 129)] == [32, 32, 48, 112, 160]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Command lines as a user types them: what they print, and how they refuse."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 from conftest import GOLDEN
+from running import environment
 
 from glm_jax.config import glm_config
 from glm_jax.model import params as glm_params
@@ -19,10 +19,9 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def _run(*arguments, cwd=ROOT):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", *map(str, arguments)]
     return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+        command, cwd=cwd, env=environment(1), capture_output=True, text=True, check=False
     )
 
 

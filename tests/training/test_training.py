@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from running import StopError, broken_at
 
 from glm_jax import restore
 from glm_jax.config import ConfigError
@@ -22,18 +23,6 @@ from glm_jax.training.feeding import MeshBatches
 from glm_jax.training.loop import DivergedError, InterruptedRunError, train
 from glm_jax.training.optimizer import decay_mask, learning_rate, make_optimizer
 from glm_jax.training.recipe import Recipe
-
-
-@pytest.fixture
-def experiment(tmp_path, tokenizer, corpus):
-    (tmp_path / "text.txt").write_text("\n".join(corpus.sentences[:200]), encoding="utf-8")
-    config = default_config("tiny", hidden_size=32, inner_hidden_size=64, vocab_size=4096)
-    config.data.files = str(tmp_path / "text.txt")
-    config.data.tokenizer = str(tokenizer.files[0].parent)
-    config.data.sequence_length, config.data.batch_size = 48, 4
-    config.optimizer.learning_rate = 1e-2
-    config.steps, config.log_every, config.checkpoint_every = 24, 4, 8
-    return config
 
 
 def test_loss_goes_down_and_the_model_restores(experiment, tmp_path):
@@ -52,21 +41,6 @@ def test_loss_goes_down_and_the_model_restores(experiment, tmp_path):
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
-class _StopError(Exception):
-    pass
-
-
-def _broken_at(step, monkeypatch):
-    real = watching.Watcher.log
-
-    def log(self, at, *metrics):
-        if at == step:
-            raise _StopError
-        real(self, at, *metrics)
-
-    monkeypatch.setattr(watching.Watcher, "log", log)
-
-
 def _assert_same_losses(got, expected):
     by_step = {line["step"]: line for line in expected}
     for line in got:
@@ -77,8 +51,8 @@ def _assert_same_losses(got, expected):
 def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(experiment, tmp_path, monkeypatch):
     unbroken = train(experiment, tmp_path / "whole")
     with monkeypatch.context() as patched:
-        _broken_at(12, patched)
-        with pytest.raises(_StopError):
+        broken_at(12, patched)
+        with pytest.raises(StopError):
             train(experiment, tmp_path / "broken")
     resumed = train(experiment, tmp_path / "broken")
     assert resumed[0]["step"] == 12
@@ -89,24 +63,6 @@ def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(experiment, tmp_path, m
     assert [json.loads(line)["step"] for line in lines] == [4, 8, 12, 16, 20, 24]
     # Started once more, a finished run has nothing to do.
     assert train(experiment, tmp_path / "broken") == []
-
-
-def test_a_run_goes_on_on_another_mesh(experiment, tmp_path, monkeypatch):
-    experiment.optimizer.dropout = experiment.optimizer.attention_dropout = 0.0
-    expected = train(experiment, tmp_path / "one")
-    first = experiment.copy_and_resolve_references()
-    first.mesh = "2,2,2"
-    with monkeypatch.context() as patched:
-        _broken_at(12, patched)
-        with pytest.raises(_StopError):
-            train(first, tmp_path / "many")
-    experiment.mesh = "1,1,4"
-    rest = train(experiment, tmp_path / "many")
-    assert rest[0]["step"] == 12
-    losses = {h["step"]: h["loss"] for h in expected}
-    np.testing.assert_allclose(
-        [h["loss"] for h in rest], [losses[h["step"]] for h in rest], rtol=1e-3
-    )
 
 
 def test_the_batch_grows_and_is_accumulated(experiment, tmp_path):
