@@ -12,10 +12,10 @@ demo: $(VENV)/.base
 	$(BIN)/python -m launch.demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --ignore=tests/aot --ignore=tests/slow
+	$(BIN)/python -m pytest -n 2 -m "not slow" --ignore=tests/aot
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 -s tests/slow
+	$(BIN)/python -m pytest -n 2 -s -m slow --ignore=tests/aot
 
 test-aot:
 	$(MAKE) VENV=$(AOT_VENV) $(AOT_VENV)/.aot
@@ -29,6 +29,7 @@ lint: $(VENV)/.test
 bench: $(VENV)/.test
 	-$(INSTALL) --no-build-isolation -e .[bench]
 	$(BIN)/python -m launch.benchmark --suite=decode --rounds=3
+	$(BIN)/python -m launch.benchmark --suite=evaluate --rounds=3
 	$(BIN)/python -m launch.benchmark --suite=decode_step
 	$(BIN)/python -m launch.benchmark --suite=kernels
 	$(BIN)/python -m launch.benchmark --suite=train

@@ -72,6 +72,7 @@ setup(
         "ml_dtypes>=0.5",
         "numpy>=2.0",
         "optax>=0.2.6",
+        "PyYAML>=6.0",
         "orbax-checkpoint>=0.12",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
@@ -86,7 +87,7 @@ setup(
             "mypy",
             "pytest",
             "pytest-xdist",
-            "PyYAML",
+            "pyarrow",
             "ruff",
             "torch==2.13.0",
             "types-PyYAML",
@@ -94,6 +95,8 @@ setup(
         ],
         # Peers of `make bench`, where they build.
         "bench": ["gguf", "llama-cpp-python"],
+        # lm-evaluation-harness with our model in it: `python -m launch.harness`.
+        "harness": ["lm_eval>=0.4.11"],
         # For shards behind gs:// and s3:// addresses; local disks need nothing more.
         "convert": ["fsspec", "gcsfs", "s3fs"],
         # What `make test-aot` compiles with.

@@ -18,13 +18,14 @@ from absl import flags
 from matplotlib import pyplot
 
 from glm_jax import cli
-from launch.suites import convert, decode, products, train
+from launch.suites import convert, decode, evaluate, products, train
 from launch.suites.case import Case
 
 FLAGS = flags.FLAGS
 _SUITES = {
     "convert": convert.convert_suite,
     "decode": decode.decode_suite,
+    "evaluate": evaluate.evaluate_suite,
     "decode_step": products.decode_step_suite,
     "kernels": products.kernels_suite,
     "train": train.train_suite,

@@ -17,7 +17,13 @@ from glm_jax.decoding.answers import merge
 from glm_jax.decoding.batch import Batch, Share, run_batch
 from glm_jax.decoding.engine import EngineSettings
 from glm_jax.tokenizer import Tokenizer
-from launch.model_flags import define_model_flags, define_strategy_flags, load_model, strategy
+from launch.model_flags import (
+    MODEL_IDENTITY,
+    define_model_flags,
+    define_strategy_flags,
+    load_model,
+    strategy,
+)
 
 FLAGS = flags.FLAGS
 define_model_flags()
@@ -35,16 +41,6 @@ flags.DEFINE_integer(
     "cache_tokens", None, "of all running requests; 512 a slot by default", lower_bound=1
 )
 flags.DEFINE_integer("prefill_width", 512, "tokens of prompts at once", lower_bound=32)
-# Flags that decide answers beside the requests; another mesh or more slots do not.
-_MODEL = (
-    "checkpoint",
-    "tokenizer",
-    "dtype",
-    "quantization",
-    "activation_bits",
-    "embedding_bits",
-    "cache_dtype",
-)
 flags.register_multi_flags_validator(
     ["checkpoint", "input", "merge"],
     lambda given: given["merge"] or (given["checkpoint"] and given["input"]),
@@ -69,10 +65,11 @@ def main() -> None:
             FLAGS.slots, FLAGS.max_length, FLAGS.cache_tokens, prefill_width=FLAGS.prefill_width
         ),
     )
-    batch.claim({name: getattr(FLAGS, name) for name in _MODEL})
+    batch.claim({name: getattr(FLAGS, name) for name in MODEL_IDENTITY})
     config, params = load_model(share.mesh)
     answered = run_batch(batch, share, config, params, tokenizer)
-    print(f"{answered} prompts answered by this process; --merge puts all answers together")
+    if share.writes:
+        print(f"{answered} prompts answered by this process; --merge puts all answers together")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """The main job from end to end, on a small model and real input: `make demo`.
 
 Writes a bilingual corpus of facts, trains a tokenizer and a GLM model on it, exports the
-model as released-layout shards, converts those back, quantises, and asks all three
-precisions for facts in forms that were held out.
+model as released-layout shards, converts those back, quantises, and evaluates all three
+precisions on facts in forms that were held out: to choose, to fill in, to predict.
 """
 
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -16,8 +17,13 @@ from convert.conversion import Options, convert_shards
 from convert.sat_writer import write_shards
 from glm_jax import cli
 from glm_jax.data import facts
+from glm_jax.decoding.batch import Share
 from glm_jax.decoding.blank_filling import fill_blanks
-from glm_jax.decoding.quiz import Score, ask
+from glm_jax.decoding.prepare import prepare
+from glm_jax.evaluation.fact_tasks import write_fact_tasks
+from glm_jax.evaluation.run import evaluate
+from glm_jax.evaluation.scoring import Scorer
+from glm_jax.evaluation.tasks import Model
 from glm_jax.model.checkpoint import refuse_non_empty, restore
 from glm_jax.tokenizer import train_tokenizer
 from glm_jax.training.loop import MODEL_FOLDER, train
@@ -50,11 +56,11 @@ def main() -> None:
     print(f"corpus: {len(corpus.sentences)} sentences, {len(corpus.questions)} forms held out")
 
     tokenizer = train_tokenizer(corpus.sentences, output / "tokenizer", 3000)
-    config = demo_config.get_config()
-    config.data.files, config.data.tokenizer = str(text), str(output / "tokenizer")
-    config.steps = FLAGS.steps or config.steps
-    config.model.vocab_size = -(-tokenizer.vocab_size // 64) * 64
-    history = train(config, output / "run")
+    experiment = demo_config.get_config()
+    experiment.data.files, experiment.data.tokenizer = str(text), str(output / "tokenizer")
+    experiment.steps = FLAGS.steps or experiment.steps
+    experiment.model.vocab_size = -(-tokenizer.vocab_size // 64) * 64
+    history = train(experiment, output / "run")
     print(
         "loss: "
         + ", ".join(
@@ -66,36 +72,44 @@ def main() -> None:
     convert_shards(
         output / "released",
         output / "converted",
-        Options(max_sequence_length=config.model.max_sequence_length),
+        Options(max_sequence_length=experiment.model.max_sequence_length),
         tokenizer,
     )
-    scores = {}
+    tasks = write_fact_tasks(corpus, tokenizer, output / "tasks")
+    results = {}
     for precision, quantization in (("float32", None), ("INT8", "int8"), ("INT4", "int4")):
-        model, params = restore(output / "converted", dtype="float32", quantization=quantization)
-        scores[precision] = ask(params, model, tokenizer, corpus.questions)
+        config, params = restore(output / "converted", dtype="float32", quantization=quantization)
+        params = prepare(params)
+        model = Model(params, config, tokenizer, Scorer(params, config))
+        folder, identity = output / "evaluation" / precision, {"quantization": quantization}
+        found = evaluate(tasks, output / "tasks", folder, model, Share(0, 1, None), identity)
+        assert found is not None
+        results[precision] = found["tasks"]
     print(f"\nfilled by the {precision} model:")
     for prompt in _TEXTS:
-        filled = fill_blanks(params, model, tokenizer, prompt, max_length=48)
+        filled = fill_blanks(params, config, tokenizer, prompt, max_length=48)
         print(f"  {prompt}  ->  {filled.text}")
-    _print_table(scores, corpus.questions)
+    print_table(results)
+    baseline = facts.majority_accuracy(corpus.questions)
+    print(f"filling in the commonest answer of a relation: {baseline:.1%}; choosing blindly: 25%")
     print(f"\nall of it took {time.perf_counter() - began:.0f} s")
 
 
-def _print_table(scores: dict[str, Score], questions: tuple[facts.Question, ...]) -> None:
-    print("\naccuracy on held-out forms (exact match)")
-    header = f"{'precision':<10}" + "".join(f"{r:>11}" for r in facts.RELATIONS)
-    print(header + f"{'English':>10}{'Chinese':>10}{'all':>8}{'tokens/s':>10}")
-    for precision, score in scores.items():
-        cells = [score.accuracy(relation=r) for r in facts.RELATIONS]
-        languages = [score.accuracy(language=language) for language in facts.LANGUAGES]
-        print(
-            f"{precision:<10}"
-            + "".join(f"{cell:>11.1%}" for cell in cells)
-            + "".join(f"{cell:>10.1%}" for cell in languages)
-            + f"{score.accuracy():>8.1%}{score.tokens_per_second:>10.0f}"
-        )
-    baseline = facts.majority_accuracy(questions)
-    print(f"always the commonest answer of a relation: {baseline:.1%} of all")
+def print_table(results: dict[str, dict[str, Any]]) -> None:
+    """Each precision's numbers, with their 95% intervals, in English and Chinese."""
+    print("\nforms that were held out, English and Chinese")
+    columns = [(task, language) for task in results["float32"] for language in facts.LANGUAGES]
+    print(f"{'precision':<10}" + "".join(f"{f'{t} {lang}':>23}" for t, lang in columns))
+    for precision, tasks in results.items():
+        cells = []
+        for task, language in columns:
+            [result] = tasks[task]["groups"][language]["files"].values()
+            [(metric, number)] = result["metrics"].items()
+            digits = 2 if metric == "BPB" else 1
+            value, low, high = (f"{number[name]:.{digits}f}" for name in ("value", "low", "high"))
+            cells.append(f"{value} ({low} to {high})")
+        print(f"{precision:<10}" + "".join(f"{cell:>23}" for cell in cells))
+    print("choose, fill: percent right; predict: bits per byte, less is better")
 
 
 if __name__ == "__main__":

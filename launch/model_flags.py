@@ -11,6 +11,16 @@ from glm_jax.model.params import GLMParams
 from glm_jax.quantization import QuantizationError, Scheme
 
 FLAGS = flags.FLAGS
+# Flags that decide what a model answers; another mesh or more slots do not.
+MODEL_IDENTITY = (
+    "checkpoint",
+    "tokenizer",
+    "dtype",
+    "quantization",
+    "activation_bits",
+    "embedding_bits",
+    "cache_dtype",
+)
 _SETTINGS = (
     "temperature",
     "top_k",

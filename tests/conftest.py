@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Small programs, run once or twice: compiling them is most of a test's time.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 from jaxtyping import install_import_hook
 
@@ -28,6 +30,12 @@ from glm_jax.training.config import default_config
 
 GOLDEN = Path(__file__).parent / "golden"
 NUM_HEADS, POSITIONS = 8, 64
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "slow" in item.path.relative_to(GOLDEN.parent).parts:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ LAYERS = {
     "glm_jax.decoding": 6,
     "glm_jax.planning": 6,
     "glm_jax.cli": 6,
+    "glm_jax.evaluation": 7,
     "configs": 7,
     "convert": 7,
     "launch": 8,

@@ -111,6 +111,15 @@ def answered(folder: Path, requests: int) -> np.ndarray:
     return done
 
 
+def read_records(folder: Path) -> dict[int, dict[str, Any]]:
+    """The first record of each index that has one."""
+    records: dict[int, dict[str, Any]] = {}
+    for _, _, line, index in _whole_lines(folder):
+        if index not in records:
+            records[index] = json.loads(line)
+    return records
+
+
 class AnswerWriter:
     """Appends records to parts of one process.
 

@@ -39,12 +39,16 @@ class BeamSearch:
       no_repeat_ngram: no n tokens in a row, the last of them generated, appear twice; 0
         for no such ban.
       min_tokens: that are generated before an end token may be.
+      banned_tokens: that never come.
+      banned_prefixes: tokens that no answer begins with.
     """
 
     num_beams: int = 4
     length_penalty: float = 1.0
     no_repeat_ngram: int = 0
     min_tokens: int = 0
+    banned_tokens: tuple[int, ...] = ()
+    banned_prefixes: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         for name, least in (("num_beams", 1), ("no_repeat_ngram", 0), ("min_tokens", 0)):
@@ -89,19 +93,16 @@ def beam_search(
         cache = init_cache(config, 1, bucket(limit), isinstance(params.layers, tuple), mesh)
         logits, state = prefill_prompts(params, config, [row], special.sop, cache)
         search = _Search((*row.context, special.sop), settings, ends, bucket(limit))
-        is_end = np.zeros(config.vocab_size, bool)
-        is_end[list(ends)] = True
         # Whatever ends, one continuation more than there are beams goes on.
-        count = (int(is_end.sum()) + 1) * settings.num_beams + 1
+        count = (len(set(ends)) + 1) * settings.num_beams + 1
         while True:
-            may_end = search.length - search.first >= settings.min_tokens
             chosen = expand(
                 logits,
                 search.scores,
                 search.tokens,
                 search.length,
                 search.first,
-                is_end & (not may_end),
+                search.banned(config.vocab_size),
                 settings.no_repeat_ngram,
                 count,
             )
@@ -137,6 +138,21 @@ class _Search:
         place = bisect.bisect_left(self._ended, -penalised, key=lambda h: -h.score)
         self._ended.insert(place, found)
         del self._ended[self._settings.num_beams :]
+
+    def banned(self, vocab: int) -> np.ndarray:
+        """bool [beams or 1, vocab]: what may not come next, repeated n-grams aside."""
+        settings, count = self._settings, self.length - self.first
+        banned = np.zeros((1, vocab), bool)
+        banned[0, list(settings.banned_tokens)] = True
+        if count < settings.min_tokens:
+            banned[0, list(self._ends)] = True
+        begun = [prefix for prefix in settings.banned_prefixes if len(prefix) == count + 1]
+        if begun:
+            banned = np.repeat(banned, len(self.tokens), axis=0)
+        for prefix in begun:
+            matches = (self.tokens[:, self.first : self.length] == prefix[:-1]).all(axis=1)
+            banned[matches, prefix[-1]] = True
+        return banned
 
     def take(self, scores: np.ndarray, parents: np.ndarray, tokens: np.ndarray) -> None:
         """Goes on with the best candidates that have not ended.
@@ -176,7 +192,7 @@ def expand(
     tokens: Int[ArrayLike, "beams length"],
     length: int | Int[Array, ""],
     first: int | Int[Array, ""],
-    is_banned: Bool[ArrayLike, " vocab"],
+    is_banned: Bool[ArrayLike, "_ vocab"],
     no_repeat_ngram: int | Int[Array, ""],
     count: int,
 ) -> tuple[Float[Array, " some"], Int[Array, " some"], Int[Array, " some"]]:
@@ -184,7 +200,7 @@ def expand(
 
     Args:
       tokens: of which `length` count, those from `first` on generated.
-      is_banned: tokens that may not come now.
+      is_banned: tokens that may not come now, of each beam or of all.
       no_repeat_ngram: as of `BeamSearch`.
     """
     logits, scores = jnp.asarray(logits), jnp.asarray(scores)

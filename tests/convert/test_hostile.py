@@ -188,6 +188,7 @@ _PLACES = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=2200, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(
     changes=st.lists(st.tuples(_PLACES, st.binary(min_size=1, max_size=6)), max_size=5),

@@ -2,7 +2,6 @@
 
 import json
 import re
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 from jax.sharding import NamedSharding, PartitionSpec
+from stub_tokenizer import WordTokenizer
 
 from glm_jax.decoding.blank_filling import fill_blanks
 from glm_jax.decoding.generate import generate
@@ -28,29 +28,6 @@ from glm_jax.sharding import make_mesh
 
 DECODE = json.loads((GOLDEN / "decode.json").read_text())["cases"]
 FILL = [c for c in json.loads((GOLDEN / "fill_blanks.json").read_text()) if c["kind"] == "greedy"]
-
-
-class WordTokenizer:
-    """The oracle's stub: token 17 is the word t17."""
-
-    _names: ClassVar = {
-        500: "[[MASK]]",
-        501: "[[gMASK]]",
-        502: "[[sMASK]]",
-        504: "[sop]",
-        505: "[eop]",
-    }
-    _masks: ClassVar = {"[MASK]": 500, "[gMASK]": 501, "[sMASK]": 502}
-
-    def __init__(self, special_tokens):
-        self.special_tokens = special_tokens
-
-    def encode(self, text):
-        words = re.sub(r"(\[[sg]?MASK\])", r" \1 ", text).split()
-        return [self._masks[w] if w in self._masks else int(w[1:]) for w in words]
-
-    def decode(self, ids):
-        return " ".join(self._names.get(i, f"t{i}") for i in ids)
 
 
 @pytest.mark.parametrize("case", DECODE, ids=range(len(DECODE)))

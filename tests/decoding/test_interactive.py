@@ -3,7 +3,7 @@
 import io
 
 import pytest
-from test_decoding import WordTokenizer
+from stub_tokenizer import WordTokenizer
 
 from glm_jax.decoding.beams import BeamSearch
 from glm_jax.decoding.blank_filling import fill_blanks

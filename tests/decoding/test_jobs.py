@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from conftest import GOLDEN
-from test_decoding import WordTokenizer
+from stub_tokenizer import WordTokenizer
 
 from glm_jax.decoding import answers
 from glm_jax.decoding.answers import AnswerWriter, JobError, answered, claim, merge

@@ -34,6 +34,7 @@ def _assert_refused(result, status, *words):
         assert word in last
 
 
+@pytest.mark.slow
 def test_from_text_to_filled_blanks(tmp_path, corpus):
     """Tokenizer, training, export, conversion back, INT4 generation: each by its command."""
     (tmp_path / "text.txt").write_text("\n".join(corpus.sentences[:300]), encoding="utf-8")

@@ -192,6 +192,7 @@ def test_the_embeddings_gradient_shrinks_and_its_forward_pass_does_not():
     np.testing.assert_allclose(factors, [0.1, 0.55, 1.0, 1.0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["dropout", "attention_dropout"])
 def test_dropout_keeps_the_mean_and_differs_from_step_to_step(which):
     x = jnp.ones((200, 500))
@@ -247,6 +248,7 @@ def test_loss_scale_halves_on_overflow_and_doubles_after_good_steps():
     assert int(judge(stuck, recipe, jnp.float32(2.0), jnp.float32(jnp.inf))[2].bad_steps) == 1
 
 
+@pytest.mark.slow
 def test_float16_with_loss_scaling_follows_float32():
     recipe = Recipe(
         total_samples=100, dropout=0.0, attention_dropout=0.0, learning_rate=1e-2, loss_scaling=True
@@ -263,7 +265,7 @@ def test_float16_with_loss_scaling_follows_float32():
     assert losses["float32"][-1] < losses["float32"][0] - 0.5
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2)])
+@pytest.mark.parametrize("shape", [(2, 2, 2), pytest.param((1, 4, 2), marks=pytest.mark.slow)])
 def test_a_step_is_the_same_on_every_mesh(shape):
     batch = _batch(accumulation=2, rows=4)
     _, expected = _step(_state(PLAIN), batch, PLAIN)

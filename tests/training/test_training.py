@@ -76,6 +76,7 @@ def test_the_batch_grows_and_is_accumulated(experiment, tmp_path):
     assert [schedule.accumulation(n) for n in (0, 2, 4, 6, 100)] == [1, 1, 1, 2, 2]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(experiment, tmp_path, monkeypatch):
     unbroken = train(experiment, tmp_path / "whole")
     real = watching.Watcher.count
@@ -108,6 +109,7 @@ def _poison(monkeypatch, numbers):
     monkeypatch.setattr(MeshBatches, "next", poisoned)
 
 
+@pytest.mark.slow
 def test_after_bad_steps_the_last_checkpoint_goes_on_with_later_data(
     experiment, tmp_path, monkeypatch, capsys
 ):
@@ -132,6 +134,7 @@ def test_after_bad_steps_the_last_checkpoint_goes_on_with_later_data(
             train(experiment, tmp_path / "late")
 
 
+@pytest.mark.slow
 def test_evaluation_by_kind_and_language_from_a_mixture(experiment, tmp_path, tokenizer, corpus):
     texts = {
         "en": [s for s in corpus.sentences if s.isascii()][:150],

@@ -1,0 +1,125 @@
+"""Results for people: a table, Markdown, a picture beside published numbers."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib import pyplot
+
+from glm_jax.evaluation.results import ResultsError
+
+Row = tuple[str, str, str, int, str, str, str, str]
+_HEADER: Row = ("task", "group", "metric", 0, "max", "median", "average (95%)", "published")
+
+
+def read_published(path: Path, precision: str | None = None) -> dict[str, dict[str, float]]:
+    """Published numbers: by task, then metric.
+
+    Args:
+      precision: "int8" or "int4" for numbers of the model in so many bits, where there are.
+
+    Raises:
+      ResultsError: the file is not there or not of this form.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        of_precision = content.get("precisions", {}).get(precision, {})
+        return {
+            str(task): {str(name): float(value) for name, value in numbers.items()}
+            for task, numbers in (content["tasks"] | of_precision).items()
+        }
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ResultsError(f"{path} holds no published numbers: {error}") from error
+
+
+def _rows(results: dict[str, Any], published: dict[str, dict[str, float]]) -> Iterator[Row]:
+    for task, of_task in results["tasks"].items():
+        groups = dict(of_task["groups"])
+        if len(groups) > 1:
+            groups["all"] = {"summary": of_task["summary"], "examples": of_task["examples"]}
+        for group, of_group in groups.items():
+            for metric, numbers in of_group["summary"].items():
+                known = published.get(task, {}).get(metric)
+                interval = _interval(of_group.get("files", {}), metric)
+                yield (
+                    task,
+                    group,
+                    metric,
+                    of_group["examples"],
+                    f"{numbers['max']:.3f}",
+                    f"{numbers['median']:.3f}",
+                    f"{numbers['average']:.3f}{interval}",
+                    "" if known is None else f"{known:g}",
+                )
+
+
+def _interval(files: dict[str, Any], metric: str) -> str:
+    """Of a group of one file; several are not resampled together."""
+    if len(files) != 1:
+        return ""
+    [result] = files.values()
+    number = result["metrics"][metric]
+    if number["low"] is None or number["high"] is None:
+        return ""
+    return f" ({number['low']:.3f} to {number['high']:.3f})"
+
+
+def text_table(results: dict[str, Any], published: dict[str, dict[str, float]]) -> str:
+    """All groups' numbers in columns."""
+    rows = [_HEADER, *_rows(results, published)]
+    cells = [[str(c) if c != 0 else "examples" for c in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(_HEADER))]
+    lines = [
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
+    ]
+    return "\n".join(lines)
+
+
+def markdown(results: dict[str, Any], published: dict[str, dict[str, float]]) -> str:
+    """All groups' numbers as a Markdown table, under what the model is."""
+    model = ", ".join(f"{k}={v}" for k, v in results["model"].items() if v is not None)
+    lines = [f"# Results\n\n{model}\n"]
+    header = [str(c) if c != 0 else "examples" for c in _HEADER]
+    lines.append("| " + " | ".join(header) + " |")
+    lines.append("| " + " | ".join("---" for _ in header) + " |")
+    lines += [
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |"
+        for row in _rows(results, published)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: dict[str, Any], published: dict[str, dict[str, float]], path: Path) -> None:
+    """Bars of every task's average of its first metric, a mark where one was published."""
+    shown = []
+    for task, of_task in results["tasks"].items():
+        for metric, numbers in list(of_task["summary"].items())[:1]:
+            shown.append((task, metric, numbers["average"], published.get(task, {}).get(metric)))
+    height = 1.2 + 0.35 * len(shown)
+    figure, axes = pyplot.subplots(figsize=(9, height), layout="constrained")
+    places = range(len(shown))
+    axes.barh(places, [value for _, _, value, _ in shown], label="measured")
+    known = [(i, value) for i, (_, _, _, value) in enumerate(shown) if value is not None]
+    if known:
+        rows, values = zip(*known, strict=True)
+        axes.plot(values, rows, "k|", markersize=14, markeredgewidth=3, label="published")
+    axes.set_yticks(places, [f"{task} ({metric})" for task, metric, _, _ in shown])
+    axes.invert_yaxis()
+    axes.legend()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def comparison_table(rows: list[dict[str, Any]]) -> str:
+    """Two models' numbers beside one another; who is better where that is no chance."""
+    header = ("task", "group", "file", "metric", "A", "B", "p", "better")
+    cells = [header]
+    for row in rows:
+        p_value = "" if row["p"] is None else f"{row['p']:.3f}"
+        numbers = (f"{row['a']:.3f}", f"{row['b']:.3f}", p_value, row["better"])
+        cells.append((row["task"], row["group"], row["file"], row["metric"], *numbers))
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
+    )

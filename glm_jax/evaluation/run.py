@@ -1,0 +1,162 @@
+"""Evaluates tasks: what is answered already is kept, what is missing is asked.
+
+OUTPUT/records/TASK/GROUP/FILE/   records of one data file, as `decoding.answers` keeps them
+OUTPUT/results.json               once all records are there
+"""
+
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from glm_jax import processes
+from glm_jax.decoding import answers
+from glm_jax.decoding.answers import AnswerWriter
+from glm_jax.decoding.batch import Share
+from glm_jax.evaluation.examples import DatasetError
+from glm_jax.evaluation.results import file_results, task_results
+from glm_jax.evaluation.task_config import TaskConfig, TaskError
+from glm_jax.evaluation.tasks import Model, Task, task_class
+
+RECORDS_FOLDER = "records"
+RESULTS_FILE = "results.json"
+# Fields that do not change what is answered.
+_FREE = ("metrics", "micro_batch_size", "save_prediction", "file_pattern")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFile:
+    """A data file of a task's group, and the folder of its records."""
+
+    group: str
+    name: str
+    path: Path
+    records: Path
+
+
+def data_files(config: TaskConfig, data: Path, output: Path) -> list[DataFile]:
+    """All data files of a task.
+
+    Raises:
+      TaskError: it has none.
+    """
+    files = []
+    for group, paths in config.files(data).items():
+        for path in paths:
+            name = path.relative_to(data / config.path).as_posix()
+            flat = name.replace("/", "__")
+            folder = output / RECORDS_FOLDER / config.name.replace("/", "_") / group / flat
+            files.append(DataFile(group, name, path, folder))
+    return files
+
+
+def check(configs: Sequence[TaskConfig], data: Path, model: Model) -> int:
+    """Prints everything that is wrong with the data of tasks, and returns how much that is."""
+    count = 0
+    for config in configs:
+        task = task_class(config)(config, model)
+        task.metrics()
+        for paths in config.files(data).values():
+            for path in paths:
+                for problem in task.problems(path):
+                    print(problem)
+                    count += 1
+    return count
+
+
+def evaluate(
+    configs: Sequence[TaskConfig],
+    data: Path,
+    output: Path,
+    model: Model,
+    share: Share,
+    identity: dict[str, Any],
+) -> dict[str, Any] | None:
+    """Answers what is missing of this process's share of each task's examples.
+
+    Args:
+      share: of several processes; each answers every n-th example.
+      identity: what of the model decides its answers; another's records are refused.
+
+    Returns:
+      Results, once every example has its record, else None: other processes are at work.
+
+    Raises:
+      TaskError, DatasetError: of a task's file or data.
+      JobError: records of something else are in the folder.
+    """
+    names = [config.name for config in configs]
+    for name in names:
+        if names.count(name) > 1:
+            raise TaskError(f"two tasks have the name {name!r}")
+    tasks = [task_class(config)(config, model) for config in configs]
+    for task in tasks:
+        task.metrics()  # before anything is run
+        for group in task.config.groups_without_files(data):
+            print(f"task {task.config.name}: group {group} has no file", file=sys.stderr)
+    for task in tasks:
+        for file in data_files(task.config, data, output):
+            _answer_file(task, file, share, identity)
+    processes.wait("all tasks are answered")
+    results = {}
+    for task in tasks:
+        groups: dict[str, dict[str, Any]] = {}
+        for file in data_files(task.config, data, output):
+            result = _file_results(task, file)
+            if result is None:
+                return None
+            groups.setdefault(file.group, {})[file.name] = result
+        results[task.config.name] = task_results(groups)
+    return {"model": identity, "tasks": results}
+
+
+def _answer_file(task: Task, file: DataFile, share: Share, identity: dict[str, Any]) -> None:
+    examples = task.read(file.path)
+    answers.claim(file.records, _description(task, file, len(examples)) | identity)
+    done = answers.answered(file.records, len(examples))
+    processes.wait("records that are there are known")
+    own = np.arange(share.process, len(examples), share.count)
+    wanted = own[~done[own]].tolist()
+    bar = tqdm(
+        desc=f"{task.config.name} {file.name}",
+        total=len(own),
+        initial=len(own) - len(wanted),
+        unit="example",
+        disable=not share.writes,
+        file=sys.stderr,
+    )
+    if not wanted:
+        bar.close()
+        return
+    writer = AnswerWriter(file.records, share.process) if share.writes else None
+    with bar:
+        for index, record in task.answer(examples, wanted):
+            if writer is not None:
+                writer.write({"index": index} | record)
+            bar.update()
+    if writer is not None:
+        writer.close()
+
+
+def _description(task: Task, file: DataFile, examples: int) -> dict[str, Any]:
+    config = {k: v for k, v in dataclasses.asdict(task.config).items() if k not in _FREE}
+    described = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
+    try:
+        digest = hashlib.sha256(file.path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DatasetError(f"{file.path}: {error.strerror}") from error
+    return {"task": described, "data_sha256": digest, "examples": examples}
+
+
+def _file_results(task: Task, file: DataFile) -> dict[str, Any] | None:
+    examples = task.read(file.path)
+    records = answers.read_records(file.records)
+    if len(records) < len(examples):
+        return None
+    predictions = [task.prediction(records[i]) for i in range(len(examples))]
+    return file_results(task.metrics(), predictions, examples, task.model.tokenizer)

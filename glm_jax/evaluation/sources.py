@@ -1,0 +1,268 @@
+"""Public data sets as rows: what each format keeps where, made flat for templates."""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from glm_jax.errors import UserError
+
+Row = dict[str, Any]
+FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
+
+
+class SourceError(UserError):
+    """A data set that is not in its public format; the message says where."""
+
+
+def read_file(
+    path: Path, form: str, columns: list[str] | None = None, delimiter: str | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Place and content of every record of a file.
+
+    Args:
+      form: one of `FORMATS`. A json file that holds a list, or an object, gives its items.
+      columns: of a table whose file does not name them.
+      delimiter: of a table, where it is not that of its format.
+
+    Raises:
+      SourceError: it cannot be read as that.
+    """
+    try:
+        if form == "parquet":
+            yield from _parquet(path)
+        elif form in ("csv", "tsv"):
+            yield from _table(path, columns, delimiter or {"csv": ",", "tsv": "\t"}[form])
+        elif form == "jsonl":
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                if line.strip():
+                    yield f"{path}:{number}", json.loads(line)
+        elif form == "json":
+            content = json.loads(path.read_text(encoding="utf-8"))
+            items = enumerate(content) if isinstance(content, list) else content.items()
+            for name, item in items:
+                yield f"{path}: {name}", item
+        else:
+            raise SourceError(f"format {form!r}: one of {', '.join(FORMATS)}")
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror}") from error
+    except (ValueError, csv.Error, AttributeError) as error:
+        raise SourceError(f"{path} is no {form}: {error}") from error
+
+
+def _table(path: Path, columns: list[str] | None, delimiter: str) -> Iterator[tuple[str, Row]]:
+    # Quotation marks in .tsv files are part of their texts.
+    is_quoted = delimiter != "\t"
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        quoting = csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE
+        reader = csv.reader(file, delimiter=delimiter, quoting=quoting)  # type: ignore[arg-type]
+        names = columns or next(reader, [])
+        for cells in reader:
+            if cells:
+                if len(cells) < len(names):
+                    raise SourceError(
+                        f"{path}:{reader.line_num}: {len(cells)} columns where {len(names)} are due"
+                    )
+                yield f"{path}:{reader.line_num}", dict(zip(names, cells, strict=False))
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise SourceError(f"{path}: reading parquet takes pip install pyarrow") from error
+    rows = parquet.read_table(path).to_pylist()
+    for number, row in enumerate(rows):
+        yield f"{path}: row {number}", row
+
+
+def _flat(record: Any) -> Iterator[Row]:
+    if not isinstance(record, dict):
+        raise SourceError("an object with fields is due")
+    yield record
+
+
+def _squad(record: Any) -> Iterator[Row]:
+    """CMRC2018 and DRCD: paragraphs with questions and answers."""
+    for article in record if isinstance(record, list) else [record]:
+        for paragraph in article["paragraphs"]:
+            for question in paragraph["qas"]:
+                answers = list(dict.fromkeys(a["text"] for a in question["answers"]))
+                yield {
+                    "context": paragraph["context"],
+                    "question": question["question"],
+                    "answers": answers,
+                }
+
+
+def _c3(record: Any) -> Iterator[Row]:
+    """C3: sentences of a passage or dialogue, then questions."""
+    sentences, questions, _ = record
+    for question in questions:
+        yield {
+            "passage": "\n".join(sentences),
+            "question": question["question"],
+            "choices": question["choice"],
+            "label": question["choice"].index(question["answer"]),
+        }
+
+
+def _open_book(record: Any) -> Iterator[Row]:
+    question = record["question"]
+    marks = [choice["label"] for choice in question["choices"]]
+    yield {
+        "stem": question["stem"],
+        "choices": [choice["text"] for choice in question["choices"]],
+        "label": marks.index(record["answerKey"]),
+    }
+
+
+_MATH_OPTION = re.compile(r"([a-e]) \) (.*?)(?= ?, [a-e] \) |$)")
+
+
+def _math_qa(record: Any) -> Iterator[Row]:
+    """MathQA: choices are one text, "a ) 38 , b ) 27.675 , .."."""
+    options = dict(_MATH_OPTION.findall(record["options"].strip(" '\"[]")))
+    yield {
+        "problem": record["Problem"],
+        "choices": list(options.values()),
+        "label": list(options).index(record["correct"]),
+    }
+
+
+def _pubmed(record: Any) -> Iterator[Row]:
+    yield {
+        "context": "\n".join(record["CONTEXTS"]),
+        "question": record["QUESTION"],
+        "label": record["final_decision"],
+    }
+
+
+def _winograd(record: Any) -> Iterator[Row]:
+    """CLUEWSC: which noun (span1) a pronoun (span2) stands for."""
+    target = record["target"]
+    yield {
+        "text": record["text"],
+        "noun": target["span1_text"],
+        "pronoun": target["span2_text"],
+        "label": str(record["label"]).lower(),
+    }
+
+
+def _keywords(record: Any) -> Iterator[Row]:
+    words = record["keyword"]
+    joined = "、".join(words) if isinstance(words, list) else words
+    yield record | {"keywords": joined}
+
+
+def _idiom(record: Any) -> Iterator[Row]:
+    """ChID: a text without one idiom, and candidates."""
+    yield {
+        "text": record["content"].replace("#idiom#", "[MASK]", 1),
+        "choices": record["candidates"],
+        "label": int(record["answer"]),
+    }
+
+
+def _last_word(record: Any) -> Iterator[Row]:
+    """LAMBADA: a passage and its last word."""
+    passage, _, word = record["text"].rstrip().rpartition(" ")
+    yield {"passage": passage, "answers": [word]}
+
+
+def _stereoset(record: Any) -> Iterator[Row]:
+    """StereoSet, within sentences: what is put for BLANK."""
+    context = record["context"]
+    before, _, after = context.partition("BLANK")
+    choices = []
+    for sentence in record["sentences"]:
+        text = sentence["sentence"]
+        end = len(text) - len(after) if text.endswith(after) else len(text.rstrip(" .!?"))
+        choices.append(text[len(before) : end].strip())
+    yield {
+        "text": context.replace("BLANK", "[MASK]", 1),
+        "choices": choices,
+        "goal_label": [sentence["gold_label"] for sentence in record["sentences"]],
+        "bias_type": record["bias_type"],
+        "ID": record["id"],
+        "label": 0,
+    }
+
+
+def _hate(record: Any) -> Iterator[Row]:
+    """ETHOS, binary: the share of annotators who find hate speech."""
+    yield {"comment": record["comment"], "label": int(float(record["isHate"]) >= 0.5)}
+
+
+def _hate_kinds(record: Any) -> Iterator[Row]:
+    """ETHOS, by label: against a race, a gender, or neither."""
+    kinds = [float(record[name]) >= 0.5 for name in ("race", "gender")]
+    label = kinds.index(True) if True in kinds else 2
+    yield {"comment": record["comment"], "label": label}
+
+
+SHAPES: dict[str, Callable[[Any], Iterator[Row]]] = {
+    "flat": _flat,
+    "squad": _squad,
+    "c3": _c3,
+    "open_book": _open_book,
+    "math_qa": _math_qa,
+    "pubmed": _pubmed,
+    "winograd": _winograd,
+    "keywords": _keywords,
+    "idiom": _idiom,
+    "last_word": _last_word,
+    "stereoset": _stereoset,
+    "hate": _hate,
+    "hate_kinds": _hate_kinds,
+}
+
+
+def read_rows(
+    path: Path,
+    form: str,
+    shape: str = "flat",
+    columns: list[str] | None = None,
+    delimiter: str | None = None,
+    inside: str | None = None,
+) -> Iterator[tuple[str, Row]]:
+    """Place and fields of every question of a data set.
+
+    Args:
+      shape: one of `SHAPES`: how records become rows.
+      inside: dotted path, in a json file, of the list of records.
+
+    Raises:
+      SourceError: the file is not of that format and shape.
+    """
+    if shape not in SHAPES:
+        raise SourceError(f"rows={shape!r}: one of {', '.join(SHAPES)}")
+    records = read_file(path, form, columns, delimiter)
+    if inside is not None:
+        records = _inside(path, inside)
+    for where, record in records:
+        try:
+            rows = list(SHAPES[shape](record))
+        except SourceError as error:
+            raise SourceError(f"{where}: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            kind = type(error).__name__
+            raise SourceError(f"{where}: not of the shape {shape!r}: {kind}: {error}") from error
+        for row in rows:
+            yield where, row
+
+
+def _inside(path: Path, dotted: str) -> Iterator[tuple[str, Any]]:
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        for name in dotted.split("."):
+            content = content[name]
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise SourceError(f"{path}: no JSON with {dotted}: {error}") from error
+    for number, record in enumerate(content):
+        yield f"{path}: {dotted}[{number}]", record

@@ -1,0 +1,207 @@
+"""Task files: YAML with the fields of the original's `evaluation/configs.py`."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from glm_jax.errors import UserError
+
+TYPES = {"mul": "multiple choice", "gen": "generation", "lm": "language modelling", "other": ""}
+STRATEGIES = ("BaseStrategy", "BeamSearchStrategy")
+_METRICS: dict[str, tuple[str, ...]] = {
+    "mul": ("Accuracy",),
+    "gen": ("EM", "F1"),
+    "lm": ("PPL",),
+    "other": (),
+}
+_GENERATION = (
+    "sampling_strategy",
+    "num_beams",
+    "length_penalty",
+    "no_repeat_ngram_size",
+    "min_gen_length",
+    "max_gen_length",
+    "end_tokens",
+)
+# What a field is for, where it is not for all types.
+_OF_TYPE = dict.fromkeys(_GENERATION, ("gen", "other")) | {
+    "generation_length": ("lm", "other"),
+    "length_normalized": ("mul", "other"),
+    "use_multitask_encoding": ("mul", "other"),
+}
+
+
+class TaskError(UserError):
+    """A task file that cannot be used; the message says which field and why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """A task. Hyphens and underscores in its file's field names are the same.
+
+    Attributes:
+      type: one of `TYPES`.
+      path: of the data, in the folder of all data.
+      module: dotted path of a `tasks.Task`, instead of that of the type.
+      metrics: names in `metrics.METRICS`; those of the type by default.
+      use_task_mask: [gMASK] instead of [MASK].
+      use_multitask_encoding: tokens of a choice have positions of their own.
+      unidirectional: the context is seen from left to right; takes use_task_mask.
+      max_seq_length: tokens; a context too long loses its first.
+      file_pattern: names of groups, and which files are in each.
+      micro_batch_size: the original's; here batches are filled with tokens instead.
+      save_prediction: the original's; here predictions are always kept.
+      no_tokenized: texts count, ids beside them do not.
+      length_normalized: a choice's log-probability is divided by its number of tokens.
+      sampling_strategy: greedy ("BaseStrategy") or a beam search, which takes num_beams,
+        length_penalty, no_repeat_ngram_size and min_gen_length.
+      max_gen_length: tokens of an answer.
+      end_tokens: texts whose last token ends an answer, beside eop and eos.
+      generation_length: tokens by which a window moves on.
+    """
+
+    name: str
+    type: str
+    path: str
+    module: str | None = None
+    metrics: tuple[str, ...] = ()
+    use_task_mask: bool = False
+    use_multitask_encoding: bool = False
+    unidirectional: bool = False
+    max_seq_length: int = 2048
+    file_pattern: tuple[tuple[str, str], ...] = (("all", "**/*.json*"),)
+    micro_batch_size: int = 1
+    save_prediction: bool = False
+    no_tokenized: bool = False
+    length_normalized: bool = False
+    sampling_strategy: str = "BaseStrategy"
+    num_beams: int = 4
+    length_penalty: float = 1.0
+    no_repeat_ngram_size: int = 3
+    min_gen_length: int = 0
+    max_gen_length: int = 128
+    end_tokens: tuple[str, ...] = ()
+    generation_length: int = 256
+
+    def __post_init__(self) -> None:
+        if not self.metrics:
+            object.__setattr__(self, "metrics", _METRICS[self.type])
+        if self.unidirectional and not self.use_task_mask:
+            raise TaskError("unidirectional: [MASK] is seen from both sides; set use_task_mask")
+        if self.use_multitask_encoding and self.use_task_mask:
+            raise TaskError("use_multitask_encoding is for [MASK]; leave out use_task_mask")
+        for name in ("max_seq_length", "micro_batch_size", "num_beams", "max_gen_length"):
+            if getattr(self, name) < 1:
+                raise TaskError(f"{name}={getattr(self, name)}: at least 1")
+        if not 0 < self.generation_length < self.max_seq_length and self.type == "lm":
+            raise TaskError(f"generation_length={self.generation_length}: below max_seq_length")
+        if self.max_gen_length + 3 > self.max_seq_length and self.type == "gen":
+            raise TaskError(f"max_gen_length={self.max_gen_length} leaves no room for a context")
+
+    def files(self, data: Path) -> dict[str, list[Path]]:
+        """The data files, in order, of each group that has any.
+
+        Raises:
+          TaskError: no group has.
+        """
+        folder = data / self.path
+        found = {name: sorted(folder.glob(pattern)) for name, pattern in self.file_pattern}
+        if not any(found.values()):
+            patterns = ", ".join(str(folder / pattern) for _, pattern in self.file_pattern)
+            raise TaskError(f"task {self.name}: no file is {patterns}")
+        return {name: files for name, files in found.items() if files}
+
+    def groups_without_files(self, data: Path) -> list[str]:
+        """Names of groups of which no file is there."""
+        found = self.files(data)
+        return [name for name, _ in self.file_pattern if name not in found]
+
+
+def load_task(path: Path) -> TaskConfig:
+    """Reads a task file.
+
+    Raises:
+      TaskError: no file, no YAML, or a field that is unknown, missing, of the wrong kind or
+        not for the task's type.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TaskError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TaskError(f"{path} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise TaskError(f"{path}: fields such as name, type and path are due")
+    try:
+        return _parse(content)
+    except TaskError as error:
+        raise TaskError(f"{path}: {error}") from error
+
+
+def _parse(content: dict[Any, Any]) -> TaskConfig:
+    known = {field.name: field for field in dataclasses.fields(TaskConfig)}
+    given: dict[str, Any] = {}
+    for spelled, value in content.items():
+        name = str(spelled).replace("-", "_")
+        if name not in known:
+            raise TaskError(f"unknown field {spelled!r}; known are {', '.join(sorted(known))}")
+        if name in given:
+            raise TaskError(f"{spelled} is given twice")
+        given[name] = value
+    for name in ("name", "type", "path"):
+        if name not in given:
+            raise TaskError(f"the field {name!r} is missing")
+    if given["type"] not in TYPES:
+        raise TaskError(f"type={given['type']!r}: one of {', '.join(TYPES)}")
+    for name in given:
+        if given["type"] not in _OF_TYPE.get(name, TYPES):
+            raise TaskError(f"{name} is not for tasks of type {given['type']!r}")
+    values = {name: _value(name, known[name].type, value) for name, value in given.items()}
+    if values.get("sampling_strategy", STRATEGIES[0]) not in STRATEGIES:
+        raise TaskError(
+            f"sampling_strategy={values['sampling_strategy']!r}: {' or '.join(STRATEGIES)}"
+        )
+    if values["type"] == "other" and not values.get("module"):
+        raise TaskError("a task of type 'other' takes a module, the dotted path of its class")
+    return TaskConfig(**values)
+
+
+def _value(name: str, kind: Any, value: Any) -> Any:
+    """The value as its field wants it."""
+    if name == "file_pattern":
+        groups = {"all": value} if isinstance(value, str) else value
+        if not isinstance(groups, dict) or not groups:
+            raise TaskError(f"file_pattern={value!r}: a pattern, or one for each group")
+        if not all(isinstance(pattern, str) for pattern in groups.values()):
+            raise TaskError(f"file_pattern={value!r}: a group's pattern is a text")
+        return tuple((str(group), pattern) for group, pattern in groups.items())
+    if kind == tuple[str, ...]:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise TaskError(f"{name}={value!r}: a list of texts is due")
+        return tuple(value)
+    if name == "module" and value is None:
+        return None
+    wanted: type = {bool: bool, int: int, float: float}.get(kind, str)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+        raise TaskError(f"{name}={value!r}: {wanted.__name__} is due")
+    return value
+
+
+def find_tasks(paths: Iterable[Path]) -> list[Path]:
+    """Task files, and those in folders, in order.
+
+    Raises:
+      TaskError: a path is neither, or a folder has none.
+    """
+    files: list[Path] = []
+    for path in paths:
+        found = sorted(path.rglob("*.yaml")) if path.is_dir() else [path]
+        if not found or not all(file.is_file() for file in found):
+            raise TaskError(f"{path} is no task file, and no folder that holds any")
+        files += found
+    return files

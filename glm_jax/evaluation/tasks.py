@@ -1,0 +1,372 @@
+"""How examples of each type are answered, and tasks that answer in ways of their own.
+
+A task of one's own is a class like these, named in a task file by its dotted path.
+"""
+
+import dataclasses
+import importlib
+import string
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm_jax.config import GLMConfig, SpecialTokens
+from glm_jax.decoding.beams import BeamSearch, beam_search
+from glm_jax.decoding.blank_filling import TextCodec
+from glm_jax.decoding.completion import Request
+from glm_jax.decoding.engine import Engine, EngineSettings
+from glm_jax.decoding.prompt import Prompt
+from glm_jax.evaluation import metrics
+from glm_jax.evaluation.examples import (
+    DatasetError,
+    Document,
+    Example,
+    problems,
+    read_documents,
+    read_examples,
+)
+from glm_jax.evaluation.metrics import METRICS, Metric
+from glm_jax.evaluation.scoring import Scorer
+from glm_jax.evaluation.sequences import (
+    are_single_tokens,
+    choice_sequence,
+    count_windows,
+    window,
+)
+from glm_jax.evaluation.task_config import TaskConfig, TaskError
+from glm_jax.model.params import GLMParams
+from glm_jax.tokenizer import TokenizerConfig
+
+_SLOTS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What tasks ask.
+
+    Attributes:
+      scorer: gives log-probabilities.
+    """
+
+    params: GLMParams
+    config: GLMConfig
+    tokenizer: TextCodec
+    scorer: Scorer
+
+    @property
+    def special(self) -> SpecialTokens:
+        return self.tokenizer.special_tokens
+
+
+class Task:
+    """Answers a file's examples. What it is made with are `config` and `model`.
+
+    A record of an answer is a dictionary of plain JSON; `prediction` makes of it what metrics
+    take.
+    """
+
+    def __init__(self, config: TaskConfig, model: Model):
+        self.config = _within(config, model.config.max_sequence_length)
+        self.model = model
+
+    def metrics(self) -> dict[str, Metric]:
+        """By name.
+
+        Raises:
+          TaskError: the task file names one that does not exist.
+        """
+        for name in self.config.metrics:
+            if name not in METRICS:
+                raise TaskError(
+                    f"task {self.config.name}: metric {name!r}: one of {', '.join(METRICS)}"
+                )
+        return {name: METRICS[name] for name in self.config.metrics}
+
+    def read(self, path: Path) -> list[Any]:
+        """A file's examples.
+
+        Raises:
+          DatasetError: a line that is none.
+        """
+        vocab = self.model.config.vocab_size
+        return read_examples(path, self.config, self.model.tokenizer, vocab)
+
+    def problems(self, path: Path) -> Iterator[str]:
+        """What is wrong with a file, line by line."""
+        vocab = self.model.config.vocab_size
+        return problems(path, self.config, self.model.tokenizer, vocab)
+
+    def answer(
+        self, examples: Sequence[Any], wanted: Sequence[int]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The number and record of each example that is wanted, in any order."""
+        raise NotImplementedError
+
+    def prediction(self, record: dict[str, Any]) -> Any:
+        """What metrics take."""
+        return record["prediction"]
+
+
+def _within(config: TaskConfig, positions: int) -> TaskConfig:
+    """The task for a model of so many positions.
+
+    Raises:
+      TaskError: its answers leave no room for a context there.
+    """
+    if positions >= config.max_seq_length:
+        return config
+    moved = min(config.generation_length, positions // 2)
+    try:
+        return dataclasses.replace(config, max_seq_length=positions, generation_length=moved)
+    except TaskError as error:
+        raise TaskError(
+            f"task {config.name}: {error} in this model's {positions} positions"
+        ) from error
+
+
+class MultipleChoice(Task):
+    """Chooses what is the likeliest after the context."""
+
+    def answer(
+        self, examples: Sequence[Example], wanted: Sequence[int]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        single = are_single_tokens(examples)
+        special = self.model.special
+        sequences = [choice_sequence(examples[i], self.config, special, single) for i in wanted]
+        for number, values, _ in self.model.scorer.score(sequences):
+            groups = sequences[number].groups
+            sums = np.bincount(groups, values.astype(np.float64))
+            lengths = np.bincount(groups)
+            scores = sums / lengths if self.config.length_normalized else sums
+            record = {"log_probabilities": sums.tolist(), "prediction": int(scores.argmax())}
+            yield wanted[number], record
+
+
+class Generation(Task):
+    """Writes an answer after the context, greedily or by a beam search."""
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """eop, eos, and the last token of each of the task's end texts."""
+        encode = self.model.tokenizer.encode
+        ends = self.model.special.end_tokens
+        own = (encode(text)[-1] for text in self.config.end_tokens if encode(text))
+        return tuple(dict.fromkeys((*ends, *own)))
+
+    def prompt(self, example: Example) -> Prompt:
+        """The context, its last tokens where there is no room for all, with its mask.
+
+        Raises:
+          PromptError: a mask in a context that is seen from left to right.
+        """
+        special = self.model.special
+        room = self.config.max_seq_length - self.config.max_gen_length - 2
+        context = example.context[-room:]
+        if self.config.unidirectional:
+            return Prompt.unidirectional(context, special)
+        mask = special.gmask if self.config.use_task_mask else special.mask
+        context = context if mask in context else (*context, mask)
+        return Prompt(context, None if self.config.use_task_mask else context.index(mask))
+
+    def search(self) -> BeamSearch:
+        """The beam search that the task file asks for."""
+        return BeamSearch(
+            num_beams=self.config.num_beams,
+            length_penalty=self.config.length_penalty,
+            no_repeat_ngram=self.config.no_repeat_ngram_size,
+            min_tokens=self.config.min_gen_length,
+        )
+
+    def choose(self, answers: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        """One of a beam search's answers, which come best first."""
+        return answers[0]
+
+    def answer(
+        self, examples: Sequence[Example], wanted: Sequence[int]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        prompts = [self.prompt(examples[i]) for i in wanted]
+        if self.config.sampling_strategy == "BaseStrategy":
+            answers = self._greedy(prompts)
+        else:
+            answers = self._by_beams(prompts)
+        for number, tokens in answers:
+            kept = [int(token) for token in tokens]
+            text = self.model.tokenizer.decode(kept)
+            yield wanted[number], {"prediction": kept, "text": text}
+
+    def _greedy(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Sequence[int]]]:
+        most, ends = self.config.max_gen_length, self.end_tokens
+        room = min(max(map(len, prompts)) + most, self.model.config.max_sequence_length)
+        settings = EngineSettings(min(_SLOTS, len(prompts)), room)
+        model = self.model
+        engine = Engine(model.params, model.config, settings, model.special)
+        requests = (Request(prompt, max_tokens=most, end_tokens=ends) for prompt in prompts)
+        for completion in engine.run(requests):
+            yield completion.ticket, self._without_end(completion.tokens)
+
+    def _by_beams(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Sequence[int]]]:
+        model, search, ends = self.model, self.search(), self.end_tokens
+        for number, prompt in enumerate(prompts):
+            found = beam_search(
+                model.params,
+                model.config,
+                prompt,
+                search,
+                max_length=len(prompt) + self.config.max_gen_length,
+                end_tokens=ends,
+                special_tokens=model.special,
+            )
+            yield number, self.choose([self._without_end(best.tokens) for best in found])
+
+    def _without_end(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        return tuple(tokens[:-1] if tokens and tokens[-1] in self.end_tokens else tokens)
+
+
+class LanguageModel(Task):
+    """The loss of documents, window by window."""
+
+    def read(self, path: Path) -> list[Document]:
+        vocab = self.model.config.vocab_size
+        return read_documents(path, self.config, self.model.tokenizer, vocab)
+
+    def answer(
+        self, examples: Sequence[Document], wanted: Sequence[int]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        special = self.model.special
+        places = [
+            (i, number) for i in wanted for number in range(count_windows(examples[i], self.config))
+        ]
+        sequences = [window(examples[i], self.config, special, number) for i, number in places]
+        losses: dict[int, dict[int, float]] = {}
+        for sequence, values, _ in self.model.scorer.score(sequences):
+            i, number = places[sequence]
+            own = losses.setdefault(i, {})
+            own[number] = -float(values.astype(np.float64).sum())
+            if len(own) == count_windows(examples[i], self.config):
+                yield i, {"prediction": [own[n] for n in sorted(own)]}
+
+
+class Lambada(Generation):
+    """The last word of a passage, by a beam search that bans punctuation.
+
+    Of the answers the first counts that goes on with punctuation after one word, else the
+    best; of it its first word.
+    """
+
+    # Quotation marks of the released vocabulary that no character stands for.
+    _BANNED_FIRST = (46010, 146337)
+    _BANNED = (20068, 146010, 146337)
+
+    def metrics(self) -> dict[str, Metric]:
+        same = lambda answer, target: float(answer.strip() == target.strip())
+        return {"Accuracy": metrics.best_of_targets(same)}
+
+    def search(self) -> BeamSearch:
+        encode = self.model.tokenizer.encode
+        marks = [tuple(encode(mark)) for mark in string.punctuation]
+        released = self.model.special == TokenizerConfig().special_tokens
+        first = [(token,) for token in self._BANNED_FIRST] if released else []
+        banned = list(self._BANNED) if released else []
+        banned += [mark[0] for mark in marks if len(mark) == 1]
+        return dataclasses.replace(
+            super().search(),
+            banned_tokens=tuple(dict.fromkeys(banned)),
+            banned_prefixes=tuple(dict.fromkeys([*first, *filter(None, marks)])),
+        )
+
+    def choose(self, answers: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        for tokens in answers:
+            words = self._words(tokens)
+            if len(words) > 1 and words[1] in string.punctuation:
+                break
+        else:
+            words = self._words(answers[0])
+        return tuple(self.model.tokenizer.encode(words[0]))
+
+    def _words(self, tokens: Sequence[int]) -> list[str]:
+        return self.model.tokenizer.decode(tokens).strip().split(" ")
+
+
+class Pile(LanguageModel):
+    """Bits per byte, of each subset."""
+
+    def metrics(self) -> dict[str, Metric]:
+        return {"BPB": metrics.bits_per_byte}
+
+
+class _WithFields(MultipleChoice):
+    """Multiple choice whose lines have more fields than choices and label."""
+
+    needs: tuple[str, ...] = ()
+
+    def read(self, path: Path) -> list[Example]:
+        examples = super().read(path)
+        for number, example in enumerate(examples, 1):
+            for name in self.needs:
+                if name not in example.fields:
+                    raise DatasetError(f"{path}: example {number}: {name}: missing")
+        return examples
+
+
+class CrowsPairs(_WithFields):
+    """How often a stereotype is the likelier sentence of a pair."""
+
+    needs = ("pair_ID", "sent_ID", "bias_type")
+
+    def metrics(self) -> dict[str, Metric]:
+        return {"CP": metrics.crows_pairs}
+
+    def prediction(self, record: dict[str, Any]) -> float:
+        return float(record["log_probabilities"][0])
+
+
+class StereoSet(_WithFields):
+    """Which of a stereotype, its opposite and an unrelated word is the likeliest by token."""
+
+    needs = ("goal_label", "bias_type")
+
+    def __init__(self, config: TaskConfig, model: Model):
+        super().__init__(dataclasses.replace(config, length_normalized=True), model)
+
+    def metrics(self) -> dict[str, Metric]:
+        return {"SS_ICAT": metrics.stereoset}
+
+
+_OF_TYPE: dict[str, type[Task]] = {
+    "mul": MultipleChoice,
+    "gen": Generation,
+    "lm": LanguageModel,
+}
+# The original's modules, for its task files to load as they are.
+_ORIGINAL: dict[str, type[Task]] = {
+    "evaluation.MultiChoiceTask": MultipleChoice,
+    "evaluation.GenerationTask": Generation,
+    "evaluation.LanguageModelTask": LanguageModel,
+    "tasks.lambada.task.LAMBADA": Lambada,
+    "tasks.mmlu.task.MMLU": MultipleChoice,
+    "tasks.language-modeling.pile.Pile": Pile,
+    "tasks.ethnic.crows-pair.tasks.CrowsPairTask": CrowsPairs,
+    "tasks.ethnic.stereoset.tasks.StereoSetTask": StereoSet,
+}
+
+
+def task_class(config: TaskConfig) -> type[Task]:
+    """The class that answers a task.
+
+    Raises:
+      TaskError: its module is not there or no task.
+    """
+    if config.module is None:
+        return _OF_TYPE[config.type]
+    if config.module in _ORIGINAL:
+        return _ORIGINAL[config.module]
+    module, _, name = config.module.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise TaskError(f"task {config.name}: module {config.module}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise TaskError(f"task {config.name}: {config.module} is no {Task.__module__}.Task")
+    return found

@@ -1,0 +1,93 @@
+"""Evaluates a model on tasks; the same command goes on where an earlier one stopped.
+
+    python -m launch.evaluate --checkpoint=DIR --task=configs/tasks --data=DATA --output=OUT
+    python -m launch.evaluate --compare=OUT_A/results.json,OUT_B/results.json
+    python -m launch.evaluate --checkpoint=DIR --task=mine.yaml --data=DATA --check
+
+Several processes share the examples as they do in `launch.decode`.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from glm_jax import cli
+from glm_jax.decoding.batch import Share
+from glm_jax.evaluation import reports
+from glm_jax.evaluation.results import compare, read_results, write_results
+from glm_jax.evaluation.run import RESULTS_FILE, check, evaluate
+from glm_jax.evaluation.scoring import Scorer
+from glm_jax.evaluation.task_config import TaskConfig, TaskError, find_tasks, load_task
+from glm_jax.evaluation.tasks import Model
+from glm_jax.tokenizer import Tokenizer
+from launch.model_flags import MODEL_IDENTITY, define_model_flags, load_model
+
+FLAGS = flags.FLAGS
+define_model_flags()
+cli.define_process_flags()
+flags.DEFINE_multi_string("task", [], "a task file, or a folder of them; may be given often")
+flags.DEFINE_string("data", None, "folder of all tasks' data")
+flags.DEFINE_string("output", None, "folder of records and results")
+flags.DEFINE_string("published", "configs/published.yaml", "numbers to set beside the measured")
+flags.DEFINE_integer("batch_tokens", 4096, "that are scored at once", lower_bound=64)
+flags.DEFINE_bool("check", False, "only look for what is wrong with the tasks' data")
+flags.DEFINE_list("compare", None, "two results.json: which differences are no chance?")
+flags.register_validator("compare", lambda files: files is None or len(files) == 2, "two files")
+flags.register_multi_flags_validator(
+    ["checkpoint", "task", "data", "output", "check", "compare"],
+    lambda given: (
+        given["compare"]
+        or (
+            given["checkpoint"]
+            and given["task"]
+            and given["data"]
+            and (given["output"] or given["check"])
+        )
+    ),
+    "give --checkpoint, --task, --data and --output, or --compare",
+)
+
+
+def main() -> None:
+    if FLAGS.compare:
+        a, b = (read_results(Path(name)) for name in FLAGS.compare)
+        print(reports.comparison_table(compare(a, b)))
+        return
+    configs = [load_task(path) for path in find_tasks(map(Path, FLAGS.task))]
+    share = Share.of_process(FLAGS.mesh, *cli.join_processes(may_be_apart=True))
+    tokenizer = Tokenizer(FLAGS.tokenizer or FLAGS.checkpoint)
+    config, params = load_model(share.mesh)
+    model = Model(params, config, tokenizer, Scorer(params, config, FLAGS.batch_tokens))
+    if FLAGS.check:
+        _check(configs, model)
+        return
+    output = Path(FLAGS.output)
+    identity = {name: getattr(FLAGS, name) for name in MODEL_IDENTITY}
+    results = evaluate(configs, Path(FLAGS.data), output, model, share, identity)
+    if results is None:
+        print("this process is done; the last one to end writes the results")
+    elif share.writes:
+        report(results, output)
+
+
+def _check(configs: list[TaskConfig], model: Model) -> None:
+    count = check(configs, Path(FLAGS.data), model)
+    if count:
+        raise TaskError(f"{count} lines to mend")
+    print(f"{len(configs)} tasks: all data can be used")
+
+
+def report(results: dict[str, object], output: Path) -> None:
+    """Writes results.json, results.md and results.png, and prints the table."""
+    precision = FLAGS.quantization and FLAGS.quantization.split(",")[0]
+    published = reports.read_published(Path(FLAGS.published), precision)
+    write_results(results, output / RESULTS_FILE)
+    text = reports.markdown(results, published)
+    (output / "results.md").write_text(text, encoding="utf-8")
+    reports.draw(results, published, output / "results.png")
+    print(reports.text_table(results, published))
+    print(f"written to {output / RESULTS_FILE}, results.md and results.png")
+
+
+if __name__ == "__main__":
+    cli.run(main)

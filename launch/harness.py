@@ -1,0 +1,22 @@
+"""lm-evaluation-harness with our model in it; all its flags are its own.
+
+python -m launch.harness --model glm_jax --model_args checkpoint=DIR --tasks lambada_openai
+"""
+
+import sys
+
+
+def main() -> int:
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        from glm_jax.evaluation import harness  # noqa: F401  # registers the model
+    except ImportError as error:
+        print(f"error: {error}: pip install lm_eval", file=sys.stderr)
+        return 1
+    cli_evaluate()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Examples of a multiple-choice task a second, beside micro-batches as the original's."""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm_jax.config import GLMConfig, SpecialTokens, glm_config
+from glm_jax.decoding.prepare import prepare
+from glm_jax.evaluation.examples import Example
+from glm_jax.evaluation.scoring import Scorer
+from glm_jax.evaluation.sequences import ScoredSequence, choice_sequence
+from glm_jax.evaluation.task_config import TaskConfig
+from glm_jax.model import glm
+from glm_jax.model import params as glm_params
+from glm_jax.model.params import GLMParams
+from glm_jax.model.visibility import Visibility
+from launch.suites.case import Case
+
+_EXAMPLES = 2000
+_MICRO_BATCH = 16  # the original's for most of its multiple-choice tasks is 1 to 32
+_MOST_ASKED = 12
+_TILE = 32  # to a multiple of which the original pads a batch
+
+
+def evaluate_suite() -> Iterator[tuple[str, dict[str, Case]]]:
+    """2,000 examples of 32 to 512 tokens, four choices of one to three tokens each.
+
+    `micro-batches` takes them as they come, 16 at a time, pads to the longest and computes the
+    scores of every position, as the original does; `at places` only those that are asked for.
+    """
+    config = glm_config(
+        "tiny", hidden_size=128, inner_hidden_size=352, num_layers=4, vocab_size=8192
+    )
+    config = config.replace(max_sequence_length=512)
+    params = prepare(glm_params.init(config, jax.random.key(0)))
+    sequences = _sequences(config)
+    scorer = Scorer(params, config)
+    cases = {
+        "packed": Case(lambda: sum(1 for _ in scorer.score(sequences)), _EXAMPLES),
+        "micro-batches": _micro_batches(params, config, sequences, everywhere=True),
+        "micro-batches at places": _micro_batches(params, config, sequences, everywhere=False),
+    }
+    yield "an example of a multiple-choice task", cases
+    print(f"\npadding of packed rows: {scorer.padding.share:.1%}")
+
+
+def _sequences(config: GLMConfig) -> list[ScoredSequence]:
+    rng = np.random.default_rng(0)
+    special = SpecialTokens(8100, 8101, 8102, 8103, 8104, 8105, 8106, 8107, 2)
+    task = TaskConfig("made", "mul", ".", max_seq_length=512)
+    made = []
+    for length in rng.integers(32, 513, _EXAMPLES).tolist():
+        draw = lambda n: tuple(rng.integers(3, 8000, n).tolist())
+        choices = tuple(draw(int(n)) for n in rng.integers(1, 4, 4))
+        context = draw(length - 1 - sum(map(len, choices)))
+        made.append(choice_sequence(Example(context, choices, 0), task, special, False))
+    return made
+
+
+def _micro_batches(
+    params: GLMParams, config: GLMConfig, sequences: Sequence[ScoredSequence], everywhere: bool
+) -> Case:
+    @jax.jit
+    def run(
+        params: GLMParams,
+        tokens: jax.Array,
+        positions: jax.Array,
+        ranges: jax.Array,
+        places: jax.Array,
+        targets: jax.Array,
+    ) -> jax.Array:
+        hidden, _ = glm.forward_hidden(params, config, tokens, positions, Visibility(ranges))
+        if not everywhere:
+            hidden = jnp.take_along_axis(hidden, places[:, :, None], axis=1)
+        scores = jax.nn.log_softmax(glm.logits(params, config, hidden))
+        if everywhere:
+            scores = jnp.take_along_axis(scores, places[:, :, None], axis=1)
+        return jnp.take_along_axis(scores, targets[:, :, None], axis=2)[..., 0]
+
+    batches = [
+        _padded(sequences[start : start + _MICRO_BATCH])
+        for start in range(0, len(sequences), _MICRO_BATCH)
+    ]
+
+    def every() -> None:
+        for batch in batches:
+            np.asarray(run(params, *batch))
+
+    return Case(every, _EXAMPLES)
+
+
+def _padded(sequences: Sequence[ScoredSequence]) -> tuple[np.ndarray, ...]:
+    width = -(-max(map(len, sequences)) // _TILE) * _TILE
+    rows = len(sequences)
+    tokens, positions, places, targets = np.zeros((4, rows, width), np.int32)
+    ranges = np.zeros((rows, width, 4), np.int32)
+    ranges[:, :, 1] = 1  # the original's padding sees the first token
+    for row, sequence in enumerate(sequences):
+        length, asked = len(sequence), len(sequence.places)
+        tokens[row, :length] = sequence.tokens
+        positions[row, :length] = sequence.position_ids
+        ranges[row, :length] = sequence.key_ranges
+        places[row, :asked] = sequence.places
+        targets[row, :asked] = sequence.targets
+    return tokens, positions, ranges, places[:, :_MOST_ASKED], targets[:, :_MOST_ASKED]

@@ -1,0 +1,190 @@
+"""Scoring in packs and on meshes, and evaluations that stop and go on."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from stub_tokenizer import WordTokenizer
+
+from glm_jax.decoding.answers import JobError
+from glm_jax.decoding.batch import Share
+from glm_jax.decoding.prepare import prepare
+from glm_jax.evaluation import reports
+from glm_jax.evaluation.packing import pack
+from glm_jax.evaluation.run import data_files, evaluate
+from glm_jax.evaluation.scoring import Scorer
+from glm_jax.evaluation.sequences import continuation
+from glm_jax.evaluation.task_config import TaskConfig, TaskError
+from glm_jax.evaluation.tasks import Model, MultipleChoice
+from glm_jax.model import params as glm_params
+from glm_jax.quantization import Scheme
+from glm_jax.sharding import make_mesh
+
+RNG = np.random.default_rng(0)
+ALONE = Share(0, 1, None)
+
+
+def _sequences(count, low, high, special):
+    lengths = RNG.integers(low, high, count)
+    make = lambda n: RNG.integers(3, 490, n).tolist()
+    return [
+        continuation(make(n - n // 3), make(n // 3), special.gmask, special.sop) for n in lengths
+    ]
+
+
+def _scores(scorer, sequences):
+    found = {number: values for number, values, _ in scorer.score(sequences)}
+    return [found[i] for i in range(len(sequences))]
+
+
+def test_packs_hold_every_sequence_once_and_little_padding(golden_special):
+    sequences = _sequences(500, 32, 512, golden_special)
+    seen, run, filled = [], 0, 0
+    for batch in pack(sequences, 512, 8):
+        run, filled = run + batch.tokens.size, filled + batch.filled
+        for number, row, first, end in batch.slices:
+            seen.append(number)
+            sequence = sequences[number]
+            places = batch.places[row, first:end]
+            start = places[0] - sequence.places[0]
+            held = batch.tokens[row, start : start + len(sequence)]
+            np.testing.assert_array_equal(held, sequence.tokens)
+            np.testing.assert_array_equal(batch.targets[row, first:end], sequence.targets)
+    assert sorted(seen) == list(range(500))
+    assert filled == sum(map(len, sequences))
+    assert 1 - filled / run < 0.10
+
+
+def test_packed_equals_alone(golden_float32, golden_special):
+    config, params = golden_float32
+    sequences = _sequences(40, 6, 60, golden_special)
+    together = _scores(Scorer(params, config), sequences)
+    for sequence, values in zip(sequences[:6], together, strict=False):
+        [alone] = _scores(Scorer(params, config, 64), [sequence])
+        np.testing.assert_allclose(values, alone, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 1, 8)])
+def test_a_mesh_gives_the_same(golden_float32, golden_special, shape):
+    config, params = golden_float32
+    sequences = _sequences(30, 6, 60, golden_special)
+    mesh = make_mesh(shape)
+    shardings = jax.tree.map(lambda a: a.sharding, glm_params.abstract(config, mesh))
+    sharded = jax.device_put(params, shardings)
+    got = _scores(Scorer(sharded, config), sequences)
+    for values, expected in zip(got, _scores(Scorer(params, config), sequences), strict=True):
+        np.testing.assert_allclose(values, expected, atol=5e-5)
+
+
+def test_prepared_int4_equals_int4(golden_float32, golden_special):
+    config, params = golden_float32
+    sequences = _sequences(10, 6, 60, golden_special)
+    quantized = glm_params.quantize_params(params, Scheme(4, search=False))
+    expected = _scores(Scorer(quantized, config), sequences)
+    for values, same in zip(
+        _scores(Scorer(prepare(quantized), config), sequences), expected, strict=True
+    ):
+        np.testing.assert_allclose(values, same, atol=2e-3)
+
+
+@pytest.fixture
+def model(golden_float32, golden_special):
+    config, params = golden_float32
+    return Model(params, config, WordTokenizer(golden_special), Scorer(params, config))
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    for prompt in ("a", "b"):
+        (folder / "task" / prompt).mkdir(parents=True)
+        lines = [
+            {
+                "inputs": RNG.integers(3, 490, int(n)).tolist(),
+                "choices": RNG.integers(3, 490, (3, 2)).tolist(),
+                "label": int(n) % 3,
+            }
+            for n in RNG.integers(4, 40, 17)
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "task" / prompt / "test.jsonl").write_text(text)
+    return folder
+
+
+TASK = TaskConfig("task", "mul", "task", file_pattern=(("test", "**/test.jsonl"),))
+
+
+def _asked(monkeypatch):
+    """Numbers of the examples that are asked."""
+    asked = []
+    answer = MultipleChoice.answer
+    watched = lambda self, examples, wanted: asked.extend(wanted) or answer(self, examples, wanted)
+    monkeypatch.setattr(MultipleChoice, "answer", watched)
+    return asked
+
+
+def test_only_what_is_missing_is_asked(tmp_path, model, data, monkeypatch):
+    run = lambda: evaluate([TASK], data, tmp_path / "out", model, ALONE, {"checkpoint": "x"})
+    asked = _asked(monkeypatch)
+    whole = run()
+    assert sorted(asked) == sorted(2 * list(range(17)))
+    [first, _] = data_files(TASK, data, tmp_path / "out")
+    [part] = first.records.glob("part_*.jsonl")
+    lines = part.read_bytes().splitlines(keepends=True)
+    # Killed while the sixth record was being written.
+    part.write_bytes(b"".join(lines[:5]) + lines[5][:20])
+    kept = {json.loads(line)["index"] for line in lines[:5]}
+    asked.clear()
+    again = run()
+    assert sorted(asked) == sorted(set(range(17)) - kept)
+    assert again == whole
+    asked.clear()
+    assert run() == whole
+    assert asked == []
+
+
+def test_records_of_something_else_are_refused(tmp_path, model, data):
+    run = lambda task, who: evaluate([task], data, tmp_path / "out", model, ALONE, {"model": who})
+    run(TASK, "a")
+    with pytest.raises(JobError, match="model was 'a' and is 'b'"):
+        run(TASK, "b")
+    with pytest.raises(JobError, match="use_task_mask"):
+        run(
+            TaskConfig("task", "mul", "task", use_task_mask=True, file_pattern=TASK.file_pattern),
+            "a",
+        )
+
+
+def test_processes_share_examples_and_the_last_has_the_results(tmp_path, model, data):
+    run = lambda share: evaluate([TASK], data, tmp_path / "out", model, share, {})
+    assert run(Share(0, 2, None)) is None
+    shared = run(Share(1, 2, None))
+    alone = evaluate([TASK], data, tmp_path / "alone", model, ALONE, {})
+    assert shared == alone
+    # One that was killed leaves its share to whoever comes next.
+    assert evaluate([TASK], data, tmp_path / "next", model, Share(2, 3, None), {}) is None
+    assert evaluate([TASK], data, tmp_path / "next", model, ALONE, {}) == alone
+
+
+def test_a_group_without_files_is_named(tmp_path, model, data, capsys):
+    task = TaskConfig("task", "mul", "task", file_pattern=(("dev", "**/dev.jsonl"),))
+    with pytest.raises(TaskError, match="no file is"):
+        evaluate([task], data, tmp_path / "out", model, ALONE, {})
+    patterns = (*TASK.file_pattern, *task.file_pattern)
+    task = TaskConfig("task", "mul", "task", file_pattern=patterns)
+    results = evaluate([task], data, tmp_path / "out", model, ALONE, {})
+    assert list(results["tasks"]["task"]["groups"]) == ["test"]
+    assert "task task: group dev has no file" in capsys.readouterr().err
+
+
+def test_reports(tmp_path, model, data):
+    results = evaluate([TASK], data, tmp_path / "out", model, ALONE, {"checkpoint": "m"})
+    published = {"task": {"Accuracy": 44.8}}
+    table = reports.text_table(results, published)
+    average = results["tasks"]["task"]["groups"]["test"]["summary"]["Accuracy"]["average"]
+    assert f"{average:.3f}" in table
+    assert table.splitlines()[1].endswith("44.8")
+    assert "| task | test | Accuracy | 34 |" in reports.markdown(results, published)
+    reports.draw(results, published, tmp_path / "results.png")
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
