@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -66,7 +67,9 @@ class Scorer:
         self, sequences: Sequence[ScoredSequence]
     ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         longest = max(map(len, sequences))
-        width = min(-(-max(longest, _LEAST_WIDTH) // 128) * 128, self._most(longest))
+        # A row is no longer than what is run at once, but as long as the longest sequence.
+        most = max(longest, self._batch_tokens)
+        width = min(-(-max(longest, _LEAST_WIDTH) // 128) * 128, most)
         shards = row_shards(self._mesh) if self._mesh is not None else 1
         rows = shards
         while rows * 2 * width <= self._batch_tokens:
@@ -86,10 +89,6 @@ class Scorer:
                 values, hits = map(np.asarray, found)
                 for number, row, first, end in batch.slices:
                     yield number, values[row, first:end], hits[row, first:end]
-
-    def _most(self, longest: int) -> int:
-        """A row is no longer than what is run at once, but as long as the longest sequence."""
-        return max(longest, self._batch_tokens)
 
     @functools.cached_property
     def _program(self) -> Callable[..., tuple[Array, Array]]:
@@ -116,8 +115,8 @@ def log_probabilities(
     hidden, _ = glm.forward_hidden(params, config, tokens, position_ids, visibility)
     chosen = jnp.take_along_axis(hidden, places[:, :, None], axis=1)
     rows, asked = places.shape
-    chunk = max(1, min(asked, _CHUNK // rows if asked > _CHUNK // rows else asked))
-    chunk = chunk if asked % chunk == 0 else asked
+    # The largest power of two that divides what is asked for, and is no more than fits.
+    chunk = math.gcd(asked, 1 << (max(1, _CHUNK // rows).bit_length() - 1))
 
     def look_up(part: tuple[Array, Array]) -> tuple[Array, Array]:
         some, wanted = part

@@ -17,7 +17,7 @@ from glm_jax.decoding.beams import BeamSearch, beam_search
 from glm_jax.decoding.blank_filling import TextCodec
 from glm_jax.decoding.completion import Request
 from glm_jax.decoding.engine import Engine, EngineSettings
-from glm_jax.decoding.prompt import Prompt
+from glm_jax.decoding.prompt import Prompt, bucket
 from glm_jax.evaluation import metrics
 from glm_jax.evaluation.examples import (
     DatasetError,
@@ -197,10 +197,11 @@ class Generation(Task):
             yield wanted[number], {"prediction": kept, "text": text}
 
     def _greedy(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Sequence[int]]]:
-        most, ends = self.config.max_gen_length, self.end_tokens
-        room = min(max(map(len, prompts)) + most, self.model.config.max_sequence_length)
-        settings = EngineSettings(min(_SLOTS, len(prompts)), room)
-        model = self.model
+        model, most, ends = self.model, self.config.max_gen_length, self.end_tokens
+        # Sizes that many files have in common: a program serves them all.
+        room = bucket(max(map(len, prompts)) + most)
+        slots = min(_SLOTS, bucket(len(prompts), 1))
+        settings = EngineSettings(slots, min(room, model.config.max_sequence_length))
         engine = Engine(model.params, model.config, settings, model.special)
         requests = (Request(prompt, max_tokens=most, end_tokens=ends) for prompt in prompts)
         for completion in engine.run(requests):

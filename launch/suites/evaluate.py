@@ -52,11 +52,14 @@ def _sequences(config: GLMConfig) -> list[ScoredSequence]:
     task = TaskConfig("made", "mul", ".", max_seq_length=512)
     made = []
     for length in rng.integers(32, 513, _EXAMPLES).tolist():
-        draw = lambda n: tuple(rng.integers(3, 8000, n).tolist())
-        choices = tuple(draw(int(n)) for n in rng.integers(1, 4, 4))
-        context = draw(length - 1 - sum(map(len, choices)))
+        choices = tuple(_tokens(rng, int(n)) for n in rng.integers(1, 4, 4))
+        context = _tokens(rng, length - 1 - sum(map(len, choices)))
         made.append(choice_sequence(Example(context, choices, 0), task, special, False))
     return made
+
+
+def _tokens(rng: np.random.Generator, count: int) -> tuple[int, ...]:
+    return tuple(rng.integers(3, 8000, count).tolist())
 
 
 def _micro_batches(

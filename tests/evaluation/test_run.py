@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from running import ROOT
 from stub_tokenizer import WordTokenizer
 
 from glm_jax.decoding.answers import JobError
@@ -15,7 +16,7 @@ from glm_jax.evaluation.packing import pack
 from glm_jax.evaluation.run import data_files, evaluate
 from glm_jax.evaluation.scoring import Scorer
 from glm_jax.evaluation.sequences import continuation
-from glm_jax.evaluation.task_config import TaskConfig, TaskError
+from glm_jax.evaluation.task_config import TaskConfig, TaskError, find_tasks, load_task
 from glm_jax.evaluation.tasks import Model, MultipleChoice
 from glm_jax.model import params as glm_params
 from glm_jax.quantization import Scheme
@@ -176,6 +177,18 @@ def test_a_group_without_files_is_named(tmp_path, model, data, capsys):
     results = evaluate([task], data, tmp_path / "out", model, ALONE, {})
     assert list(results["tasks"]["task"]["groups"]) == ["test"]
     assert "task task: group dev has no file" in capsys.readouterr().err
+
+
+def test_published_numbers_are_of_our_tasks_and_precisions():
+    tasks = {load_task(path).name for path in find_tasks([ROOT / "configs" / "tasks"])}
+    path = ROOT / "configs" / "published.yaml"
+    published = reports.read_published(path)
+    assert set(published) <= tasks
+    assert published["LAMBADA"] == {"Accuracy": 80.2}
+    assert published["MMLU"] == {"Accuracy": 44.8}
+    assert len(published["Pile"]) == 19
+    assert reports.read_published(path, "int4")["LAMBADA"] == {"Accuracy": 79.47}
+    assert reports.read_published(path, "int4")["C3"] == published["C3"]
 
 
 def test_reports(tmp_path, model, data):

@@ -4,36 +4,14 @@ import json
 import subprocess
 import sys
 
-import jax
 import pytest
+from evaluation_folder import write_evaluation
 from running import ROOT, environment
-
-from glm_jax.config import glm_config
-from glm_jax.evaluation.fact_tasks import write_fact_tasks
-from glm_jax.model import params as glm_params
-from glm_jax.model.checkpoint import save_model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer, corpus):
-    """A model, data in two languages, and task files."""
-    folder = tmp_path_factory.mktemp("evaluation")
-    vocab = -(-tokenizer.vocab_size // 64) * 64
-    config = glm_config("tiny", num_heads=8, vocab_size=vocab, max_sequence_length=64)
-    model = glm_params.init(config, jax.random.key(0))
-    save_model(folder / "model", config, model, tokenizer.files)
-    write_fact_tasks(corpus, tokenizer, folder / "data")
-    for path in (folder / "data").glob("*/*.jsonl"):
-        path.write_text("".join(path.read_text().splitlines(keepends=True)[:12]))
-    (folder / "tasks").mkdir()
-    for name, kind, more in (
-        ("choose", "mul", ""),
-        ("fill", "gen", "max-gen-length: 4\nmetrics: [EM, F1_zh]\n"),
-        ("predict", "lm", "metrics: [BPB]\nuse_task_mask: true\n"),
-    ):
-        text = f"name: {name}\ntype: {kind}\npath: {name}\n{more}"
-        (folder / "tasks" / f"{name}.yaml").write_text(text)
-    return folder
+    return write_evaluation(tmp_path_factory.mktemp("evaluation"), tokenizer, corpus, 12)
 
 
 def _run(*arguments, module="launch.evaluate"):
