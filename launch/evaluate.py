@@ -17,8 +17,9 @@ from glm_jax.evaluation import reports
 from glm_jax.evaluation.results import compare, read_results, write_results
 from glm_jax.evaluation.run import RESULTS_FILE, check, evaluate
 from glm_jax.evaluation.scoring import Scorer
-from glm_jax.evaluation.task_config import TaskConfig, TaskError, find_tasks, load_task
+from glm_jax.evaluation.task_config import TaskError, find_tasks, load_task
 from glm_jax.evaluation.tasks import Model
+from glm_jax.model.checkpoint import load_config
 from glm_jax.tokenizer import Tokenizer
 from launch.model_flags import MODEL_IDENTITY, define_model_flags, load_model
 
@@ -54,13 +55,16 @@ def main() -> None:
         print(reports.comparison_table(compare(a, b)))
         return
     configs = [load_task(path) for path in find_tasks(map(Path, FLAGS.task))]
-    share = Share.of_process(FLAGS.mesh, *cli.join_processes(may_be_apart=True))
     tokenizer = Tokenizer(FLAGS.tokenizer or FLAGS.checkpoint)
+    if FLAGS.check:
+        count = check(configs, Path(FLAGS.data), load_config(FLAGS.checkpoint), tokenizer)
+        if count:
+            raise TaskError(f"{count} lines to mend")
+        print(f"{len(configs)} tasks: all data can be used")
+        return
+    share = Share.of_process(FLAGS.mesh, *cli.join_processes(may_be_apart=True))
     config, params = load_model(share.mesh)
     model = Model(params, config, tokenizer, Scorer(params, config, FLAGS.batch_tokens))
-    if FLAGS.check:
-        _check(configs, model)
-        return
     output = Path(FLAGS.output)
     identity = {name: getattr(FLAGS, name) for name in MODEL_IDENTITY}
     results = evaluate(configs, Path(FLAGS.data), output, model, share, identity)
@@ -68,13 +72,6 @@ def main() -> None:
         print("this process is done; the last one to end writes the results")
     elif share.writes:
         report(results, output)
-
-
-def _check(configs: list[TaskConfig], model: Model) -> None:
-    count = check(configs, Path(FLAGS.data), model)
-    if count:
-        raise TaskError(f"{count} lines to mend")
-    print(f"{len(configs)} tasks: all data can be used")
 
 
 def report(results: dict[str, object], output: Path) -> None:

@@ -18,12 +18,12 @@ LAYERS = {
     "glm_jax.data": 5,
     "glm_jax.training": 6,
     "glm_jax.decoding": 6,
-    "glm_jax.planning": 6,
+    "glm_jax.planning": 8,
     "glm_jax.cli": 6,
     "glm_jax.evaluation": 7,
-    "configs": 7,
-    "convert": 7,
-    "launch": 8,
+    "configs": 8,
+    "convert": 8,
+    "launch": 9,
 }
 SIBLINGS_APART = ("glm_jax.training", "glm_jax.decoding")
 FILES = sorted(

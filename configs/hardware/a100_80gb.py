@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
             "memory_bytes": 80 * 2**30,
             "memory_bandwidth": 2039000000000,  # bytes per second
             "matrix_flops": 3.12e14,  # float16 products, float32 sums, per second
+            "link_bandwidth": 300000000000,  # bytes per second: NVLink, one way
             "multiprocessors": 108,
             "threads_per_multiprocessor": 2048,
             "shared_memory_per_multiprocessor": 167936,

@@ -7,10 +7,13 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "platform": "tpu",
+            "generation": "v5e",
             "device_kind": "TPU v5e",
-            "topology": "v5e:2x2",  # chips of one host or the smallest slice
+            # The smallest slice first; of a slice the first chips can be used alone.
+            "topologies": "2x2 2x4 4x4 4x8 8x8 8x16 16x16",
             "memory_bytes": 16 * 2**30,
             "memory_bandwidth": 819000000000,  # bytes per second
             "matrix_flops": 1.97e14,  # bfloat16 products, float32 sums, per second
+            "link_bandwidth": 200000000000,  # bytes per second: interconnect of a chip
         }
     )

@@ -69,10 +69,12 @@ def _best_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
 def _fill(
     sequences: Sequence[ScoredSequence], bins: list[list[int]], width: int, rows: int
 ) -> Batch:
-    asked = max(sum(len(sequences[i].places) for i in members) for members in bins)
-    asked = max(_LEAST_ASKED, 1 << (asked - 1).bit_length())
+    most = max(sum(len(sequences[i].places) for i in members) for members in bins)
+    asked = max(_LEAST_ASKED, 1 << (most - 1).bit_length())
+    if most <= width < asked:
+        asked = width
     tokens, positions = np.zeros((2, rows, width), np.int32)
-    places, targets = np.zeros((2, rows, min(asked, width)), np.int32)
+    places, targets = np.zeros((2, rows, asked), np.int32)
     ranges = np.zeros((rows, width, 4), np.int32)
     ranges[:, :, 0] = np.arange(width)
     ranges[:, :, 1] = np.arange(1, width + 1)

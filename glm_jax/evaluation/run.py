@@ -6,6 +6,7 @@ OUTPUT/results.json               once all records are there
 
 import dataclasses
 import hashlib
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +16,15 @@ import numpy as np
 from tqdm import tqdm
 
 from glm_jax import processes
+from glm_jax.config import GLMConfig
 from glm_jax.decoding import answers
 from glm_jax.decoding.answers import AnswerWriter
 from glm_jax.decoding.batch import Share
-from glm_jax.evaluation.examples import DatasetError
+from glm_jax.decoding.blank_filling import TextCodec
+from glm_jax.evaluation.examples import DatasetError, problems
 from glm_jax.evaluation.results import file_results, task_results
 from glm_jax.evaluation.task_config import TaskConfig, TaskError
-from glm_jax.evaluation.tasks import Model, Task, task_class
+from glm_jax.evaluation.tasks import Model, Task, task_class, within
 
 RECORDS_FOLDER = "records"
 RESULTS_FILE = "results.json"
@@ -55,17 +58,20 @@ def data_files(config: TaskConfig, data: Path, output: Path) -> list[DataFile]:
     return files
 
 
-def check(configs: Sequence[TaskConfig], data: Path, model: Model) -> int:
-    """Prints everything that is wrong with the data of tasks, and returns how much that is."""
+def check(configs: Sequence[TaskConfig], data: Path, model: GLMConfig, tokenizer: TextCodec) -> int:
+    """Prints everything that is wrong with the data of tasks, and returns how much that is.
+
+    Raises:
+      TaskError: a task has no data, or no class.
+    """
     count = 0
     for config in configs:
-        task = task_class(config)(config, model)
-        task.metrics()
-        for paths in config.files(data).values():
-            for path in paths:
-                for problem in task.problems(path):
-                    print(problem)
-                    count += 1
+        task_class(config)
+        config = within(config, model.max_sequence_length)
+        for path in itertools.chain(*config.files(data).values()):
+            for problem in problems(path, config, tokenizer, model.vocab_size):
+                print(problem)
+                count += 1
     return count
 
 

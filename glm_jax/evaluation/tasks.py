@@ -23,7 +23,6 @@ from glm_jax.evaluation.examples import (
     DatasetError,
     Document,
     Example,
-    problems,
     read_documents,
     read_examples,
 )
@@ -68,7 +67,7 @@ class Task:
     """
 
     def __init__(self, config: TaskConfig, model: Model):
-        self.config = _within(config, model.config.max_sequence_length)
+        self.config = within(config, model.config.max_sequence_length)
         self.model = model
 
     def metrics(self) -> dict[str, Metric]:
@@ -93,11 +92,6 @@ class Task:
         vocab = self.model.config.vocab_size
         return read_examples(path, self.config, self.model.tokenizer, vocab)
 
-    def problems(self, path: Path) -> Iterator[str]:
-        """What is wrong with a file, line by line."""
-        vocab = self.model.config.vocab_size
-        return problems(path, self.config, self.model.tokenizer, vocab)
-
     def answer(
         self, examples: Sequence[Any], wanted: Sequence[int]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -109,7 +103,7 @@ class Task:
         return record["prediction"]
 
 
-def _within(config: TaskConfig, positions: int) -> TaskConfig:
+def within(config: TaskConfig, positions: int) -> TaskConfig:
     """The task for a model of so many positions.
 
     Raises:

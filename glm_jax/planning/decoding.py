@@ -1,5 +1,7 @@
 """The engine's programs compiled for devices that are not here."""
 
+import functools
+import math
 from typing import Any
 from unittest import mock
 
@@ -12,6 +14,7 @@ from glm_jax.config import GLMConfig
 from glm_jax.decoding import programs
 from glm_jax.decoding.packing import pack_prompts
 from glm_jax.decoding.slots import empty_slot, empty_slots
+from glm_jax.evaluation.scoring import log_probabilities
 from glm_jax.model import params as glm_params
 from glm_jax.model.paged_cache import PAGE_AXES, init_paged_cache, row_shards
 from glm_jax.model.params import KERNEL_AXES, GLMParams, LinearParams
@@ -21,7 +24,7 @@ from glm_jax.sharding import activation_sharding
 PAGE_SIZE = 64
 
 
-def compile_engine(
+def lower_engine(
     config: GLMConfig,
     mesh: Mesh,
     quantization: str | None,
@@ -30,7 +33,7 @@ def compile_engine(
     prefill_width: int,
     max_length: int | None = None,
 ) -> dict[str, Any]:
-    """A step of all slots and a prefill through all layers, compiled for a mesh's devices.
+    """A step of all slots and a prefill through all layers, lowered for a mesh's devices.
 
     Args:
       quantization: of the weights, as of `Scheme.parse`; None for floats.
@@ -39,7 +42,7 @@ def compile_engine(
       prefill_width: tokens of prompts at once.
 
     Returns:
-      Compiled programs under the names "step" and "prefill".
+      Lowered programs under the names "step" and "prefill".
     """
     length = max_length or config.max_sequence_length
     shards = row_shards(mesh)
@@ -69,7 +72,37 @@ def compile_engine(
     with jax.set_mesh(mesh), default:
         step = programs.step.lower(params, config, described, cache, pages)
         prefill = programs.prefill_layers.lower(params.layers, config, x, pack, cache, **bounds)
-        return {"step": step.compile(), "prefill": prefill.compile()}
+        return {"step": step, "prefill": prefill}
+
+
+def lower_scoring(
+    config: GLMConfig, mesh: Mesh, quantization: str | None, *, rows: int, length: int
+) -> Any:
+    """The program that scores `rows` rows of so many tokens, lowered for a mesh's devices."""
+    params = abstract_params(config, mesh, quantization)
+    place = lambda *shape: jax.ShapeDtypeStruct(
+        shape, jnp.int32, sharding=NamedSharding(mesh, PartitionSpec())
+    )
+    run = jax.jit(functools.partial(log_probabilities, config=config))
+    default = mock.patch("jax.extend.backend.get_default_device", return_value=mesh.devices.flat[0])
+    with jax.set_mesh(mesh), default:
+        return run.lower(
+            params,
+            tokens=place(rows, length),
+            position_ids=place(rows, length),
+            key_ranges=place(rows, length, 4),
+            places=place(rows, length),
+            targets=place(rows, length),
+        )
+
+
+def cache_bytes(config: GLMConfig, mesh: Mesh, slots: int, length: int) -> int:
+    """Bytes of keys and values on a device, of so many requests of so many tokens."""
+    shards = row_shards(mesh)
+    pages = 1 + -(-slots // shards) * -(-length // PAGE_SIZE)
+    cache = jax.eval_shape(lambda: init_paged_cache(config, pages * shards, PAGE_SIZE, False))
+    shard = lambda x: activation_sharding(mesh, PAGE_AXES[: x.ndim]).shard_shape(x.shape)
+    return sum(math.prod(shard(x)) * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 
 def abstract_params(config: GLMConfig, mesh: Mesh, quantization: str | None) -> GLMParams:

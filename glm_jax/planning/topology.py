@@ -4,6 +4,8 @@ They take the platform's compiler (`jax[cuda12]` or `jax[tpu]`), not its hardwar
 JAX_PLATFORMS=cpu, and for TPUs TPU_SKIP_MDS_QUERY=1.
 """
 
+import math
+
 import jax
 from jax.experimental import topologies
 from ml_collections import ConfigDict
@@ -50,15 +52,19 @@ def devices(hardware: ConfigDict, count: int = 1, hosts: int = 1) -> list[jax.De
 
     Args:
       hosts: that GPUs are divided among.
-      hardware: what a file of `configs/hardware` returns. TPUs come as its topology says,
-        of which the first `count` are given.
+      hardware: what a file of `configs/hardware` returns. TPUs come in its topologies, of
+        the smallest of which that has enough the first `count` are given.
 
     Raises:
-      ValueError: the topology has fewer.
+      ValueError: no topology has so many.
       RuntimeError: the platform's compiler is not installed.
     """
     if hardware.platform == "tpu":
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=hardware.topology)
+        shapes = [shape for shape in hardware.topologies.split() if _chips(shape) >= count]
+        if not shapes:
+            raise ValueError(f"{hardware.device_kind}: no topology has {count} chips")
+        name = f"{hardware.generation}:{shapes[0]}"
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
     else:
         topology = topologies.get_topology_desc(
             platform="cuda",
@@ -66,6 +72,9 @@ def devices(hardware: ConfigDict, count: int = 1, hosts: int = 1) -> list[jax.De
             topology=f"1x{hosts}x{count // hosts}",
             target_config=target_config(hardware),
         )
-    if len(topology.devices) < count:
-        raise ValueError(f"{hardware.device_kind}: {len(topology.devices)} devices, not {count}")
     return list(topology.devices[:count])
+
+
+def _chips(shape: str) -> int:
+    """Of a shape such as 2x2x4."""
+    return math.prod(map(int, shape.split("x")))

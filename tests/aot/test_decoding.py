@@ -5,7 +5,7 @@ from aot.compiling import hardware
 
 from glm_jax.config import glm_130b
 from glm_jax.planning import topology
-from glm_jax.planning.decoding import compile_engine
+from glm_jax.planning.decoding import lower_engine
 from glm_jax.planning.programs import collectives, memory
 from glm_jax.sharding import make_mesh
 
@@ -27,8 +27,9 @@ def test_fits_with_2048_positions(case):
     described = hardware(name)
     mesh = make_mesh((1, 1, devices), topology.devices(described, devices))
     config = glm_130b().replace(compute_dtype=dtype, param_dtype=dtype, cache_dtype=cache)
-    programs = compile_engine(config, mesh, weights, slots=slots, prefill_width=2048)
-    for program, compiled in programs.items():
+    programs = lower_engine(config, mesh, weights, slots=slots, prefill_width=2048)
+    for program, lowered in programs.items():
+        compiled = lowered.compile()
         taken = memory(compiled)
         print(f"{name} x {devices} {program}: {taken.total / 2**30:.1f} GiB", flush=True)
         assert taken.total < described.memory_bytes, program

@@ -12,10 +12,11 @@ from glm_jax.decoding.answers import JobError
 from glm_jax.decoding.batch import Share
 from glm_jax.decoding.prepare import prepare
 from glm_jax.evaluation import reports
+from glm_jax.evaluation.examples import Example
 from glm_jax.evaluation.packing import pack
 from glm_jax.evaluation.run import data_files, evaluate
 from glm_jax.evaluation.scoring import Scorer
-from glm_jax.evaluation.sequences import continuation
+from glm_jax.evaluation.sequences import choice_sequence, continuation
 from glm_jax.evaluation.task_config import TaskConfig, TaskError, find_tasks, load_task
 from glm_jax.evaluation.tasks import Model, MultipleChoice
 from glm_jax.model import params as glm_params
@@ -55,6 +56,19 @@ def test_packs_hold_every_sequence_once_and_little_padding(golden_special):
     assert sorted(seen) == list(range(500))
     assert filled == sum(map(len, sequences))
     assert 1 - filled / run < 0.10
+
+
+def test_more_may_be_asked_than_there_are_tokens(golden_float32, golden_special):
+    """Of many choices of one token each, all at one place."""
+    config, params = golden_float32
+    task = TaskConfig("t", "mul", ".", max_seq_length=64)
+    choices = tuple((token,) for token in range(10, 60))
+    examples = [Example((i,), choices, 0) for i in range(100, 130)]
+    sequences = [choice_sequence(e, task, golden_special, True) for e in examples]
+    scores = _scores(Scorer(params, config, 128), sequences)
+    assert all(len(values) == 50 for values in scores)
+    [alone] = _scores(Scorer(params, config), sequences[:1])
+    np.testing.assert_allclose(scores[0], alone, atol=2e-5)
 
 
 def test_packed_equals_alone(golden_float32, golden_special):

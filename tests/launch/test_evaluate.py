@@ -14,10 +14,11 @@ def folder(tmp_path_factory, tokenizer, corpus):
     return write_evaluation(tmp_path_factory.mktemp("evaluation"), tokenizer, corpus, 12)
 
 
-def _run(*arguments, module="launch.evaluate"):
+def _run(*arguments, module="launch.evaluate", **variables):
     command = [sys.executable, "-m", module, *arguments]
+    variables = environment(1, **variables)
     return subprocess.run(
-        command, cwd=ROOT, env=environment(1), capture_output=True, text=True, timeout=300
+        command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300
     )
 
 
@@ -112,6 +113,8 @@ def test_harness(folder, tmp_path):
         *("--tasks", "pick,write,roll", "--include_path", str(tmp_path / "tasks")),
         *("--output_path", str(tmp_path / "out")),
         module="launch.harness",
+        HF_HOME=str(tmp_path / "cache"),
+        HF_HUB_OFFLINE="1",
     )
     assert done.returncode == 0, done.stderr[-2000:]
     [path] = (tmp_path / "out").rglob("results_*.json")

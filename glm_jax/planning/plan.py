@@ -1,0 +1,234 @@
+"""A job on some hardware: does it fit, and how fast can it be at best.
+
+The job's own programs are compiled for devices that are not here; see `topology`.
+"""
+
+import dataclasses
+import math
+from typing import Any
+from unittest import mock
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from glm_jax.config import GLMConfig
+from glm_jax.errors import UserError
+from glm_jax.planning import topology
+from glm_jax.planning.decoding import (
+    abstract_params,
+    cache_bytes,
+    lower_engine,
+    lower_scoring,
+)
+from glm_jax.planning.exchanges import by_kind, exchanges, link_bytes
+from glm_jax.planning.programs import Memory, compile_train_step, memory
+from glm_jax.planning.roofline import Roofline, Work, roofline
+from glm_jax.sharding import make_mesh
+from glm_jax.training.recipe import Recipe
+from glm_jax.training.state import abstract_state
+
+JOBS = ("decode", "prefill", "evaluate", "train")
+PRECISIONS = ("float16", "bfloat16", "int8", "int4")
+
+
+class PlanError(UserError):
+    """A job that cannot be planned; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is asked.
+
+    Attributes:
+      job: one of `JOBS`.
+      precision: of the weights; quantised ones are computed with in float16 or bfloat16.
+      mesh: sizes of data, fsdp and tensor.
+      batch: requests that decode together, or rows.
+      length: tokens of each, the model's positions by default.
+      cache: dtype of keys and values, that of computing by default.
+      recipe: of training.
+      accumulation: micro-batches of `batch` rows to a train step.
+    """
+
+    model: GLMConfig
+    job: str
+    precision: str
+    mesh: tuple[int, int, int]
+    batch: int
+    length: int
+    cache: str | None = None
+    recipe: Recipe | None = None
+    accumulation: int = 1
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a device holds and does.
+
+    Attributes:
+      weights, cache, optimizer, other, temporaries: bytes a device; `other` is what else goes
+        in and out.
+      room: bytes that a device has.
+      exchanges: by kind, how many a step and their bytes on a device.
+      work: a step's, of a device.
+    """
+
+    weights: int
+    cache: int
+    optimizer: int
+    other: int
+    temporaries: int
+    room: int
+    exchanges: dict[str, tuple[int, int]]
+    work: Work
+    roofline: Roofline
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.optimizer + self.other + self.temporaries
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.room
+
+
+def make_plan(question: Question, hardware: ConfigDict) -> Plan:
+    """Compiles a job's program and measures it.
+
+    Raises:
+      PlanError: the platform's compiler is not installed, or refuses the program.
+    """
+    try:
+        devices = topology.devices(hardware, question.devices)
+    except (RuntimeError, ValueError) as error:
+        raise PlanError(f"{hardware.device_kind}: {_first_line(error)}") from error
+    mesh = make_mesh(question.mesh, devices)
+    quantization = question.precision if question.precision.startswith("int") else None
+    dtype = question.precision if quantization is None else _compute_dtype(hardware)
+    model = question.model.replace(
+        compute_dtype=dtype, param_dtype=dtype, cache_dtype=question.cache
+    )
+    if question.job == "train":
+        assert question.recipe is not None
+        model = question.model.replace(compute_dtype=dtype)
+    try:
+        compiled = _compile(question, model, mesh, quantization)
+    except RuntimeError as error:  # XlaRuntimeError: no memory, mostly
+        raise PlanError(f"{hardware.device_kind}: {_first_line(error)}") from error
+    return _measure(question, model, mesh, quantization, compiled, hardware)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _compute_dtype(hardware: ConfigDict) -> str:
+    """bfloat16 where there is any: TPUs, and GPUs from compute capability 8.0 on."""
+    if hardware.platform == "tpu" or hardware.compute_capability >= 8.0:
+        return "bfloat16"
+    return "float16"
+
+
+def _compile(question: Question, model: GLMConfig, mesh: Mesh, quantization: str | None) -> Any:
+    if question.job in ("decode", "prefill"):
+        lowered = lower_engine(
+            model,
+            mesh,
+            quantization,
+            slots=question.batch,
+            prefill_width=question.length,
+            max_length=question.length,
+        )
+        return lowered["step" if question.job == "decode" else "prefill"].compile()
+    if question.job == "evaluate":
+        rows, length = question.batch, question.length
+        return lower_scoring(model, mesh, quantization, rows=rows, length=length).compile()
+    assert question.recipe is not None
+    default = mock.patch("jax.extend.backend.get_default_device", return_value=mesh.devices.flat[0])
+    with default:
+        return compile_train_step(
+            model,
+            question.recipe,
+            mesh,
+            accumulation=question.accumulation,
+            micro_batch=question.batch,
+            sequence_length=question.length,
+        )
+
+
+def _measure(
+    question: Question,
+    model: GLMConfig,
+    mesh: Mesh,
+    quantization: str | None,
+    compiled: Any,
+    hardware: ConfigDict,
+) -> Plan:
+    taken: Memory = memory(compiled)
+    found = exchanges(compiled.as_text(), model.num_layers)
+    cache = optimizer = 0
+    if question.job == "train":
+        assert question.recipe is not None
+        state = abstract_state(model, question.recipe, mesh)
+        weights = device_bytes(state.params)
+        optimizer = device_bytes(state.opt_state)
+    else:
+        weights = device_bytes(abstract_params(model, mesh, quantization))
+    if question.job in ("decode", "prefill"):
+        cache = cache_bytes(model, mesh, question.batch, question.length)
+    arguments = taken.arguments + taken.outputs - taken.reused
+    work = Work(
+        flops=_flops(question, model) / question.devices,
+        memory_bytes=_memory_bytes(question, weights, cache, optimizer),
+        link_bytes=link_bytes(found, question.devices),
+    )
+    return Plan(
+        weights=weights,
+        cache=cache,
+        optimizer=optimizer,
+        other=max(0, arguments - weights - cache - optimizer),
+        temporaries=taken.temporaries,
+        room=hardware.memory_bytes,
+        exchanges=by_kind(found),
+        work=work,
+        roofline=roofline(work, hardware),
+    )
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree of described arrays on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _flops(question: Question, model: GLMConfig) -> float:
+    """Of a step's matrix products, on all devices; backward passes are twice the forward one,
+    and blocks that are computed again count again."""
+    hidden, inner = model.hidden_size, model.inner_hidden_size
+    rows = question.batch if question.job != "prefill" else 1
+    tokens = question.batch if question.job == "decode" else rows * question.length
+    blocks = 2.0 * tokens * (4 * hidden**2 + 3 * hidden * inner) * model.num_layers
+    blocks += 4.0 * tokens * question.length * hidden * model.num_layers
+    scores = 2.0 * tokens * hidden * model.vocab_size
+    if question.job == "prefill":
+        return blocks
+    if question.job != "train":
+        return blocks + scores
+    assert question.recipe is not None
+    again = 0 if question.recipe.remat == "none" else 1
+    return question.accumulation * (blocks * (3 + again) + 3 * scores)
+
+
+def _memory_bytes(question: Question, weights: int, cache: int, optimizer: int) -> float:
+    """What must be read and written at least: weights once a pass, all of the cache, and the
+    optimiser's state twice."""
+    if question.job != "train":
+        return float(weights + cache)
+    return 3.0 * question.accumulation * weights + 2.0 * (weights + optimizer)

@@ -1,0 +1,125 @@
+"""Will a job fit, and how fast can it be at best: its own programs compiled without a device.
+
+    python -m launch.plan --config=configs/glm_130b.py --job=decode --hardware=a100_40gb \
+        --devices=8 --precision=float16 --batch=2 --length=2048 [--sweep]
+
+Takes the compilers that `make test-aot` installs (in .venv-aot).
+"""
+
+import importlib
+import json
+import os
+from pathlib import Path
+
+# Before jax is used: no device is, and no TPU is looked for.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from glm_jax import cli
+from glm_jax.config import glm_130b
+from glm_jax.planning import hardware_table
+from glm_jax.planning.plan import JOBS, PRECISIONS, PlanError, Question
+from glm_jax.planning.reports import draw, line, record, table
+from glm_jax.planning.sweep import Tried, attempt, smallest, sweep
+from glm_jax.sharding import MeshError
+from glm_jax.training import config as train_config
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", "configs/glm_130b.py", "an experiment's file")
+flags.DEFINE_enum("job", "decode", JOBS, "which program")
+flags.DEFINE_string("hardware", None, "a file of configs/hardware: a100_40gb")
+flags.DEFINE_integer("devices", 1, "how many", lower_bound=1)
+flags.DEFINE_string("mesh", None, "sizes of data,fsdp,tensor; all tensor by default")
+flags.DEFINE_enum("precision", "float16", PRECISIONS, "of the weights")
+flags.DEFINE_enum("cache_dtype", None, ["float16", "bfloat16", "int8"], "of keys and values")
+flags.DEFINE_integer("batch", 1, "requests that decode together, or rows", lower_bound=1)
+flags.DEFINE_integer("length", None, "tokens of each; the model's positions by default")
+flags.DEFINE_bool("sweep", False, "tries every mesh, and batches as large as fit")
+flags.DEFINE_bool("table", False, "prints the table of docs/hardware.md, for the 130B model")
+flags.DEFINE_string("output", None, "folder for plan.json and plan.png")
+flags.register_multi_flags_validator(
+    ["hardware", "table"],
+    lambda given: given["hardware"] or given["table"],
+    "give --hardware, or --table",
+)
+
+
+def hardware(name: str) -> ConfigDict:
+    """A file of configs/hardware, hyphens or underscores in its name.
+
+    Raises:
+      PlanError: there is none of that name.
+    """
+    folder = Path(__file__).parent.parent / "configs" / "hardware"
+    known = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+    file = name.replace("-", "_")
+    file = file if file in known else f"{file}b"  # a100-40g
+    if file not in known:
+        raise PlanError(f"--hardware={name}: one of {', '.join(known)}")
+    config: ConfigDict = importlib.import_module(f"configs.hardware.{file}").get_config()
+    return config
+
+
+def question(described: ConfigDict) -> Question:
+    """What the flags ask."""
+    model = train_config.model_config(FLAGS.config)
+    sizes = FLAGS.mesh or f"1,1,{FLAGS.devices}"
+    try:
+        data, fsdp, tensor = (int(size) for size in sizes.split(","))
+    except ValueError as error:
+        raise MeshError(f"--mesh={sizes}: sizes of data,fsdp,tensor") from error
+    is_training = FLAGS.job == "train"
+    return Question(
+        model=model,
+        job=FLAGS.job,
+        precision=FLAGS.precision,
+        mesh=(data, fsdp, tensor),
+        batch=FLAGS.batch,
+        length=FLAGS.length or model.max_sequence_length,
+        cache=FLAGS.cache_dtype,
+        recipe=train_config.recipe(FLAGS.config) if is_training else None,
+    )
+
+
+def main() -> None:
+    if FLAGS.table:
+        hardware_table.table(glm_130b(), hardware, lambda text: print(text, flush=True))
+        return
+    described = hardware(FLAGS.hardware)
+    asked = question(described)
+    if FLAGS.sweep:
+        found = sweep(asked, described, lambda tried: print(line(tried), flush=True))
+        if not found:
+            raise PlanError("nothing that was tried fits: more devices, or fewer bits")
+        print(f"\nfastest: {line(found[0])}")
+        write(found, described)
+        return
+    tried = attempt(asked, described)
+    if tried.plan is None:
+        raise PlanError(tried.error)
+    print(table(tried, described))
+    if not tried.plan.fits:
+        least = smallest(asked, described)
+        wanted = "no number up to 1024" if least is None else str(least.question.devices)
+        print(f"smallest that does: {wanted} x {described.device_kind}")
+    write([tried], described)
+
+
+def write(found: list[Tried], described: ConfigDict) -> None:
+    """plan.json and plan.png, where --output says so."""
+    if FLAGS.output is None:
+        return
+    folder = Path(FLAGS.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    records = [record(tried) for tried in found]
+    content = {"hardware": described.device_kind, "plans": records}
+    text = json.dumps(content, indent=1)
+    (folder / "plan.json").write_text(text + "\n", encoding="utf-8")
+    draw([tried for tried in found if tried.plan is not None][:20], folder / "plan.png")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,74 @@
+"""The table of hardware, what is exchanged at 130B size, and plans from the command line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from aot.compiling import hardware
+
+from glm_jax.config import glm_130b
+from glm_jax.planning.hardware_table import CASES, plan_case
+from glm_jax.planning.plan import Question, make_plan
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.hardware}-{c.devices}-{c.precision}")
+def test_every_case_fits_as_the_table_says(case):
+    """The committed table; regenerate it by `python -m launch.plan --table`."""
+    plan = plan_case(case, glm_130b(), hardware(case.hardware))
+    assert plan.fits
+    text = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    start = f"| {case.devices} x {hardware(case.hardware).device_kind} | {case.precision}"
+    [line] = [line for line in text.splitlines() if line.startswith(start)]
+    # Bytes are the compiler's, which may change a little with its version.
+    printed = float(line.split("=")[1].split("|")[0])
+    assert plan.total / 2**30 == pytest.approx(printed, rel=0.03, abs=0.15)
+    milliseconds = float(line.split("|")[6].split()[0])
+    assert 1e3 * plan.roofline.seconds == pytest.approx(milliseconds, rel=0.02, abs=0.1)
+
+
+@pytest.mark.parametrize("job", ["decode", "prefill", "evaluate"])
+@pytest.mark.parametrize("name", ["a100_40gb", "tpu_v5p"])
+def test_two_sums_a_block_and_one_for_scores(name, job):
+    """Tensor parallelism at its floor: no weights are exchanged."""
+    model = glm_130b()
+    devices = 8
+    asked = Question(model, job, "bfloat16", (1, 1, devices), 1, 2048)
+    plan = make_plan(asked, hardware(name))
+    print(name, job, plan.exchanges, flush=True)
+    reduced = sum(
+        count
+        for kind, (count, _) in plan.exchanges.items()
+        if kind in ("all-reduce", "reduce-scatter")
+    )
+    assert 2 * model.num_layers <= reduced <= 2 * model.num_layers + 2
+    rows = 1 if job == "decode" else 2048
+    hidden = rows * model.hidden_size * 4  # bytes, in float32 at most
+    moved = sum(size for _, size in plan.exchanges.values())
+    scores = rows * model.vocab_size * 4
+    assert moved <= (2 * model.num_layers + 2) * hidden + scores
+
+
+def test_the_command_line(tmp_path):
+    variables = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "launch.plan", "--job=decode", "--hardware=a100-40g"]
+    command += ["--config=configs/glm_130b.py", "--precision=float16", f"--output={tmp_path}"]
+    run = lambda *more: subprocess.run(
+        [*command, *more], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=600
+    )
+    fits = run("--devices=8")
+    assert fits.returncode == 0, fits.stderr
+    assert fits.stdout.rstrip().endswith("\nfits")
+    [plan] = json.loads((tmp_path / "plan.json").read_text())["plans"]
+    assert plan["fits"]
+    assert (tmp_path / "plan.png").stat().st_size > 1000
+    not_here = run("--devices=4", "--length=512")
+    assert "does not fit" in not_here.stdout
+    assert "smallest that does: 8 x" in not_here.stdout
+    unknown = run("--hardware=a200")
+    assert unknown.returncode == 1
+    assert "one of a100_40gb" in unknown.stderr
