@@ -33,12 +33,12 @@ class Entry:
 
 
 def widths(longest: int) -> list[int]:
-    """The widths that a pack may have, so that `longest` fits: 32, 48, 64, 80, 96, 112, 128,
-    160, .., four to each doubling."""
+    """The widths that a pack may have, so that `longest` fits: 32, 48, 64, .., 256, 288, ..,
+    from 128 on eight to each doubling, so that one in twenty tokens is padding."""
     found = [_SMALLEST]
     while found[-1] < longest:
         octave = 1 << (found[-1].bit_length() - 1)
-        found.append(found[-1] + max(octave // 4, _LEAST_STEP))
+        found.append(found[-1] + max(octave // 8, _LEAST_STEP))
     return found
 
 
