@@ -239,7 +239,7 @@ def test_urgent_requests_go_first(tiny_model):
 def test_widths_of_packs():
     assert widths(200) == [*range(32, 209, 16)]
     assert widths(600)[-6:] == [416, 448, 480, 512, 576, 640]
-    assert [pack_width(n) for n in (0, 32, 33, 97, 129)] == [32, 32, 48, 112, 160]
+    assert [pack_width(n) for n in (0, 32, 33, 97, 129)] == [32, 32, 48, 112, 144]
 
 
 @pytest.mark.parametrize(
