@@ -17,7 +17,7 @@ SLOW = pytest.mark.slow
 FILL = [c for c in json.loads((GOLDEN / "fill_blanks.json").read_text()) if c["kind"] == "beam"]
 
 
-@pytest.mark.parametrize("number", [0, 2, 5, *(pytest.param(i, marks=SLOW) for i in (1, 3, 4))])
+@pytest.mark.parametrize("number", [0, 2, *(pytest.param(i, marks=SLOW) for i in (1, 3, 4, 5))])
 def test_every_setting_equals_the_original(golden_float32, number):
     config, params = golden_float32
     case = DECODE[number]

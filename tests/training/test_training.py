@@ -65,6 +65,7 @@ def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(experiment, tmp_path, m
     assert train(experiment, tmp_path / "broken") == []
 
 
+@pytest.mark.slow
 def test_the_batch_grows_and_is_accumulated(experiment, tmp_path):
     """The same rows give the same losses, however many of them the devices take at once."""
     experiment.optimizer.dropout = experiment.optimizer.attention_dropout = 0.0
