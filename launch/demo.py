@@ -22,7 +22,6 @@ from glm_jax.decoding.blank_filling import fill_blanks
 from glm_jax.decoding.prepare import prepare
 from glm_jax.evaluation.fact_tasks import write_fact_tasks
 from glm_jax.evaluation.run import evaluate
-from glm_jax.evaluation.scoring import Scorer
 from glm_jax.evaluation.tasks import Model
 from glm_jax.model.checkpoint import refuse_non_empty, restore
 from glm_jax.tokenizer import train_tokenizer
@@ -80,7 +79,7 @@ def main() -> None:
     for precision, quantization in (("float32", None), ("INT8", "int8"), ("INT4", "int4")):
         config, params = restore(output / "converted", dtype="float32", quantization=quantization)
         params = prepare(params)
-        model = Model(params, config, tokenizer, Scorer(params, config))
+        model = Model(params, config, tokenizer)
         folder, identity = output / "evaluation" / precision, {"quantization": quantization}
         found = evaluate(tasks, output / "tasks", folder, model, Share(0, 1, None), identity)
         assert found is not None

@@ -14,9 +14,8 @@ from absl import flags
 from glm_jax import cli
 from glm_jax.decoding.batch import Share
 from glm_jax.evaluation import reports
-from glm_jax.evaluation.results import compare, read_results, write_results
-from glm_jax.evaluation.run import RESULTS_FILE, check, evaluate
-from glm_jax.evaluation.scoring import Scorer
+from glm_jax.evaluation.results import RESULTS_FILE, compare, read_results
+from glm_jax.evaluation.run import check, evaluate
 from glm_jax.evaluation.task_config import TaskError, find_tasks, load_task
 from glm_jax.evaluation.tasks import Model
 from glm_jax.model.checkpoint import load_config
@@ -64,26 +63,18 @@ def main() -> None:
         return
     share = Share.of_process(FLAGS.mesh, *cli.join_processes(may_be_apart=True))
     config, params = load_model(share.mesh)
-    model = Model(params, config, tokenizer, Scorer(params, config, FLAGS.batch_tokens))
+    model = Model(params, config, tokenizer, FLAGS.batch_tokens)
     output = Path(FLAGS.output)
     identity = {name: getattr(FLAGS, name) for name in MODEL_IDENTITY}
     results = evaluate(configs, Path(FLAGS.data), output, model, share, identity)
     if results is None:
         print("this process is done; the last one to end writes the results")
     elif share.writes:
-        report(results, output)
-
-
-def report(results: dict[str, object], output: Path) -> None:
-    """Writes results.json, results.md and results.png, and prints the table."""
-    precision = FLAGS.quantization and FLAGS.quantization.split(",")[0]
-    published = reports.read_published(Path(FLAGS.published), precision)
-    write_results(results, output / RESULTS_FILE)
-    text = reports.markdown(results, published)
-    (output / "results.md").write_text(text, encoding="utf-8")
-    reports.draw(results, published, output / "results.png")
-    print(reports.text_table(results, published))
-    print(f"written to {output / RESULTS_FILE}, results.md and results.png")
+        precision = FLAGS.quantization and FLAGS.quantization.split(",")[0]
+        published = reports.read_published(Path(FLAGS.published), precision)
+        reports.write_report(results, published, output)
+        print(reports.text_table(results, published))
+        print(f"written to {output / RESULTS_FILE}, results.md and results.png")
 
 
 if __name__ == "__main__":

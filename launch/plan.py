@@ -48,18 +48,18 @@ flags.register_multi_flags_validator(
 
 
 def hardware(name: str) -> ConfigDict:
-    """A file of configs/hardware, hyphens or underscores in its name.
+    """The one file of configs/hardware whose name begins so, hyphens or underscores in it.
 
     Raises:
       PlanError: there is none of that name.
     """
     folder = Path(__file__).parent.parent / "configs" / "hardware"
     known = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
-    file = name.replace("-", "_")
-    file = file if file in known else f"{file}b"  # a100-40g
-    if file not in known:
+    begun = [file for file in known if file.startswith(name.replace("-", "_"))]
+    if len(begun) != 1:
         raise PlanError(f"--hardware={name}: one of {', '.join(known)}")
-    config: ConfigDict = importlib.import_module(f"configs.hardware.{file}").get_config()
+    module = importlib.import_module(f"configs.hardware.{begun[0]}")
+    config: ConfigDict = module.get_config()
     return config
 
 
@@ -86,7 +86,8 @@ def question(described: ConfigDict) -> Question:
 
 def main() -> None:
     if FLAGS.table:
-        hardware_table.table(glm_130b(), hardware, lambda text: print(text, flush=True))
+        for text in hardware_table.lines(glm_130b(), hardware):
+            print(text, flush=True)
         return
     described = hardware(FLAGS.hardware)
     asked = question(described)

@@ -8,7 +8,6 @@
 
 from pathlib import Path
 
-import yaml
 from absl import flags
 
 from glm_jax import cli
@@ -43,11 +42,11 @@ def main() -> None:
             raise PromptFileError("crows_pairs is made of tokens: give --tokenizer")
         written = prepare_crows_pairs(source, output, Tokenizer(FLAGS.tokenizer))
     elif FLAGS.dataset == _MMLU:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        written = prepare_mmlu(source, output, content["groups"], content["shots"])
+        written = prepare_mmlu(file, source, output)
     else:
         if not file.is_file():
-            known = sorted({p.stem for p in Path(FLAGS.prompts).glob("*.yaml")} | set(TEXTS))
+            names = {path.stem for path in Path(FLAGS.prompts).glob("*.yaml")}
+            known = sorted(names | set(TEXTS) | {_CROWS_PAIRS})
             raise PromptFileError(f"--dataset={FLAGS.dataset}: one of {', '.join(known)}")
         examples = None if FLAGS.examples is None else Path(FLAGS.examples)
         prompts = load_prompt_file(file)

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = {
     "glm_jax.errors": 0,
+    "glm_jax.files": 0,
     "glm_jax.config": 1,
     "glm_jax.processes": 1,
     "glm_jax.sharding": 2,

@@ -7,7 +7,7 @@ named .jsonl, a document each line: `text`, or its ids there and it as `text_pre
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Document:
     Attributes:
       words: parts between single blanks.
       utf8_bytes: of the text.
-      fields: the whole line; nothing of a file that is one text.
+      fields: the whole line.
     """
 
     tokens: tuple[int, ...]
@@ -55,51 +55,59 @@ class Document:
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def read_examples(
-    path: Path, config: TaskConfig, tokenizer: TextCodec, vocab_size: int
-) -> list[Example]:
-    """All examples of a file.
+# Why an example that was read is none for its task; None where it is one.
+Complaint = Callable[[Any], str | None]
+
+
+def read_items(
+    path: Path,
+    config: TaskConfig,
+    tokenizer: TextCodec,
+    vocab_size: int,
+    complain: Complaint = lambda _: None,
+) -> list[Any]:
+    """All examples of a file, or, of a language-modelling task, its documents.
 
     Raises:
       DatasetError: the first line that is none, or a file without any.
     """
-    return _all_or_raise(path, _examples(path, config, tokenizer, vocab_size))
-
-
-def read_documents(
-    path: Path, config: TaskConfig, tokenizer: TextCodec, vocab_size: int
-) -> list[Document]:
-    """All documents of a file.
-
-    Raises:
-      DatasetError: the first line that is none, or a file without any.
-    """
-    return _all_or_raise(path, _documents(path, config, tokenizer, vocab_size))
-
-
-def problems(
-    path: Path, config: TaskConfig, tokenizer: TextCodec, vocab_size: int
-) -> Iterator[str]:
-    """What is wrong with a file, line by line."""
-    read = _documents if config.type == "lm" else _examples
-    count = 0
-    for item in read(path, config, tokenizer, vocab_size):
-        count += 1
-        if isinstance(item, DatasetError):
-            yield str(item)
-    if not count:
-        yield f"{path}: holds nothing"
-
-
-def _all_or_raise(path: Path, items: Iterator[Any]) -> list[Any]:
-    kept = []
-    for item in items:
+    items = []
+    for item in checked_items(path, config, tokenizer, vocab_size, complain):
         if isinstance(item, DatasetError):
             raise item
-        kept.append(item)
-    if not kept:
-        raise DatasetError(f"{path}: holds nothing")
-    return kept
+        items.append(item)
+    return items
+
+
+def checked_items(
+    path: Path,
+    config: TaskConfig,
+    tokenizer: TextCodec,
+    vocab_size: int,
+    complain: Complaint = lambda _: None,
+) -> Iterator[Example | Document | DatasetError]:
+    """What `read_items` gives, and in its place what is wrong with a line that is none."""
+    make = _document if config.type == "lm" else _example
+    is_text = config.type == "lm" and path.suffix != ".jsonl"
+    count = 0
+    for where, line in _text(path) if is_text else _lines(path):
+        if isinstance(line, DatasetError):
+            count += 1
+            yield line
+            continue
+        item: Example | Document | DatasetError | None
+        try:
+            item = make(_Fields(line, config.no_tokenized, tokenizer, vocab_size), config)
+            complaint = None if item is None else complain(item)
+            if complaint is not None:
+                raise DatasetError(complaint)
+        except DatasetError as error:
+            item = DatasetError(f"{where}: {error}")
+        if item is not None:
+            count += 1
+            yield item
+    if not count:
+        yield DatasetError(f"{path}: holds nothing")
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -123,23 +131,8 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
         yield str(path), DatasetError(f"{path}: {error.strerror}")
 
 
-def _examples(
-    path: Path, config: TaskConfig, tokenizer: TextCodec, vocab_size: int
-) -> Iterator[Example | DatasetError]:
-    for where, line in _lines(path):
-        if isinstance(line, DatasetError):
-            yield line
-            continue
-        try:
-            yield _example(line, config, tokenizer, vocab_size)
-        except DatasetError as error:
-            yield DatasetError(f"{where}: {error}")
-
-
-def _example(
-    line: dict[str, Any], config: TaskConfig, tokenizer: TextCodec, vocab_size: int
-) -> Example:
-    reader = _Fields(line, config.no_tokenized, tokenizer, vocab_size)
+def _example(reader: "_Fields", config: TaskConfig) -> Example:
+    line = reader.line
     context = reader.ids("inputs")
     choices: tuple[tuple[int, ...], ...] = ()
     targets: tuple[tuple[int, ...], ...] = ()
@@ -206,33 +199,23 @@ class _Fields:
         return tuple(value)
 
 
-def _documents(
-    path: Path, config: TaskConfig, tokenizer: TextCodec, vocab_size: int
-) -> Iterator[Document | DatasetError]:
-    if path.suffix != ".jsonl":
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            yield DatasetError(f"{path}: {error}")
-            return
-        if text.strip():
-            yield _document(text, tuple(tokenizer.encode(text)), {})
+def _text(path: Path) -> Iterator[tuple[str, Any]]:
+    """A file that is one text, as a line of it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        yield str(path), DatasetError(f"{path}: {error}")
         return
-    for where, line in _lines(path):
-        if isinstance(line, DatasetError):
-            yield line
-            continue
-        try:
-            text = line.get("text_pretokenized", line.get("text"))
-            if not isinstance(text, str):
-                raise DatasetError("text_pretokenized: missing: the text that the ids are of")
-            reader = _Fields(line, config.no_tokenized, tokenizer, vocab_size)
-            tokens = reader.ids("text")
-            if tokens:
-                yield _document(text, tokens, line)
-        except DatasetError as error:
-            yield DatasetError(f"{where}: {error}")
+    if text.strip():
+        yield str(path), {"text": text}
 
 
-def _document(text: str, tokens: tuple[int, ...], line: Mapping[str, Any]) -> Document:
-    return Document(tokens, len(text.strip().split(" ")), len(text.encode("utf-8")), line)
+def _document(reader: "_Fields", _: TaskConfig) -> Document | None:
+    """None for a text of no tokens."""
+    line = reader.line
+    text = line.get("text_pretokenized", line.get("text"))
+    if not isinstance(text, str):
+        raise DatasetError("text_pretokenized: missing: the text that the ids are of")
+    tokens = reader.ids("text")
+    words, size = len(text.strip().split(" ")), len(text.encode("utf-8"))
+    return Document(tokens, words, size, line) if tokens else None

@@ -51,7 +51,7 @@ def write_fact_tasks(
 
 
 def _question(question: Question, tokenizer: TextCodec) -> dict[str, Any]:
-    return {"inputs": encode_prompt(tokenizer, question.text), "relation": question.relation}
+    return {"inputs": encode_prompt(tokenizer, question.text)}
 
 
 def _choices(

@@ -4,7 +4,6 @@ A text that follows another is written after [gMASK], the first seen whole. The 
 (`pip install lm_eval`) is needed by this module alone.
 """
 
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,7 +16,6 @@ from glm_jax.decoding.prepare import prepare
 from glm_jax.decoding.prompt import Prompt
 from glm_jax.decoding.sampling import Sampling
 from glm_jax.evaluation.examples import Document
-from glm_jax.evaluation.scoring import Scorer
 from glm_jax.evaluation.sequences import ScoredSequence, continuation, count_windows, window
 from glm_jax.evaluation.task_config import TaskConfig
 from glm_jax.evaluation.tasks import Model
@@ -54,8 +52,8 @@ class HarnessModel(LM):
         devices = None if mesh is None else parse_mesh(mesh.replace(";", ","))
         config, params = restore(checkpoint, devices, dtype, quantization)
         params = prepare(params)
-        scorer = Scorer(params, config, int(batch_tokens))
-        self._model = Model(params, config, Tokenizer(tokenizer or checkpoint), scorer)
+        codec = Tokenizer(tokenizer or checkpoint)
+        self._model = Model(params, config, codec, int(batch_tokens))
         self._max_tokens = int(max_gen_toks)
 
     @property
@@ -88,8 +86,8 @@ class HarnessModel(LM):
         """Log-probability of each second text after the first, and whether greedy gives it."""
         sequences = [self._continuation(*self._pair(*request.args)) for request in requests]
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for number, values, hits in self._model.scorer.score(sequences):
-            found[number] = float(values.sum()), bool(hits.all())
+        for score in self._model.scorer.score(sequences):
+            found[score.number] = float(score.sums[0]), bool(score.are_likeliest.all())
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
@@ -114,8 +112,8 @@ class HarnessModel(LM):
                 owners.append(number)
                 sequences.append(window(document, config, special, place))
         totals = [0.0] * len(requests)
-        for sequence, values, _ in self._model.scorer.score(sequences):
-            totals[owners[sequence]] += float(values.sum())
+        for score in self._model.scorer.score(sequences):
+            totals[owners[score.number]] += float(score.sums[0])
         return totals
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -132,10 +130,12 @@ class HarnessModel(LM):
             stops[ticket] = _texts(settings.get("until"))
         answers: dict[int, list[int]] = {ticket: [] for ticket in stops}
         while not engine.is_idle:
-            for ticket, given in itertools.groupby(engine.step(), key=lambda token: token.ticket):
-                answers[ticket] += [token.token for token in given]
-                if any(stop in self._text(answers[ticket]) for stop in stops[ticket]):
-                    engine.cancel(ticket)
+            for token in engine.step():
+                answer, own = answers[token.ticket], stops[token.ticket]
+                answer.append(token.token)
+                text = self._text(answer) if own else ""
+                if any(stop in text for stop in own):
+                    engine.cancel(token.ticket)
         return [_cut(self._text(answers[ticket]), stops[ticket]) for ticket in sorted(stops)]
 
     def _text(self, tokens: Iterable[int]) -> str:

@@ -220,7 +220,7 @@ def crows_pairs(
     return _by_category(rows, lambda stereotyping, all_of_them: 100 * stereotyping / all_of_them)
 
 
-_STEREOSET_LABELS = ("unrelated", "stereotype", "anti-stereotype")
+STEREOSET_LABELS = ("unrelated", "stereotype", "anti-stereotype")
 
 
 def stereoset(
@@ -231,9 +231,9 @@ def stereoset(
     `goal_label` of an example says what each of its choices is.
     """
     names = sorted({str(example.fields["bias_type"]) for example in examples})
-    counts = np.zeros((len(examples), 1 + len(names), len(_STEREOSET_LABELS)))
+    counts = np.zeros((len(examples), 1 + len(names), len(STEREOSET_LABELS)))
     for unit, (chosen, example) in enumerate(zip(predictions, examples, strict=True)):
-        label = _STEREOSET_LABELS.index(example.fields["goal_label"][chosen])
+        label = STEREOSET_LABELS.index(example.fields["goal_label"][chosen])
         kind = 1 + names.index(str(example.fields["bias_type"]))
         counts[unit, [0, kind], label] = 1
 

@@ -4,11 +4,9 @@ A prompt file (`configs/prompts/*.yaml`) says where the fields are and which tex
 them. Texts are Python format strings over a row's fields.
 """
 
-import csv
 import dataclasses
 import difflib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import yaml
 from glm_jax.decoding.blank_filling import TextCodec
 from glm_jax.errors import UserError
 from glm_jax.evaluation.sources import Row, SourceError, read_file, read_rows
+from glm_jax.files import replacing
 
 _LETTERS = "ABCD"
 
@@ -41,7 +40,6 @@ class PromptFile:
       keep: fields that are written beside.
       shots: answered examples before each question.
       separator: between them.
-      answered: an answered example's end, with {answer}.
     """
 
     path: str
@@ -64,24 +62,34 @@ def load_prompt_file(path: Path) -> PromptFile:
     Raises:
       PromptFileError: it is not there, or a field is unknown, missing or wrong.
     """
+    content = _read_yaml(path)
+    unknown = set(content) - {field.name for field in dataclasses.fields(PromptFile)}
+    if unknown:
+        raise PromptFileError(f"{path}: unknown field {sorted(unknown)[0]!r}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        known = {field.name for field in dataclasses.fields(PromptFile)}
-        unknown = set(content) - known
-        if unknown:
-            raise PromptFileError(f"{path}: unknown field {sorted(unknown)[0]!r}")
-        content["keep"] = tuple(content.get("keep", ()))
-        read = PromptFile(**content)
-    except OSError as error:
-        raise PromptFileError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, TypeError, AttributeError) as error:
+        read = PromptFile(**content | {"keep": tuple(content.get("keep", ()))})
+    except TypeError as error:
         raise PromptFileError(f"{path}: {error}") from error
     for name, prompt in read.prompts.items():
         if not isinstance(prompt, dict) or "input" not in prompt:
             raise PromptFileError(f"{path}: prompts: {name}: the field 'input' is missing")
         if ("choices" in prompt) == ("targets" in prompt):
             raise PromptFileError(f"{path}: prompts: {name}: either choices or targets")
+        if read.shots and "targets" in prompt:
+            raise PromptFileError(f"{path}: prompts: {name}: shots are for choices")
     return read
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PromptFileError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PromptFileError(f"{path} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise PromptFileError(f"{path}: fields such as path and format are due")
+    return content
 
 
 def prepare_task(
@@ -107,12 +115,9 @@ def prepare_task(
 
 
 def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """JSON lines, written beside and then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as file:
+    """JSON lines, all of them or none."""
+    with replacing(path) as beside, beside.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    beside.rename(path)
 
 
 def _rows(prompts: PromptFile, source: Path) -> Iterator[tuple[str, Row]]:
@@ -199,17 +204,22 @@ def _answered(prompt: dict[str, Any], where: str, row: Row) -> str:
     return text.replace("[MASK]", answer) if "[MASK]" in text else f"{text} {answer}"
 
 
-def prepare_mmlu(
-    source: Path, output: Path, groups: dict[str, list[str]], shots: int = 5
-) -> dict[Path, int]:
+def prepare_mmlu(file: Path, source: Path, output: Path) -> dict[Path, int]:
     """MMLU's folder (`dev/`, `test/` with SUBJECT_dev.csv and SUBJECT_test.csv) as one file a
     subject, OUTPUT/mmlu/GROUP/SUBJECT.jsonl, each question after answered ones of dev.
 
+    Args:
+      file: names the subjects of each group, and how many answered questions (`shots`).
+
     Raises:
+      PromptFileError: it is not there or not of that form.
       SourceError: a subject's file is missing or not of the public format.
     """
-    written = {}
-    for group, subjects in groups.items():
+    content = _read_yaml(file)
+    if set(content) != {"groups", "shots"}:
+        raise PromptFileError(f"{file}: the fields 'groups' and 'shots' are due")
+    shots, written = content["shots"], {}
+    for group, subjects in content["groups"].items():
         for subject in subjects:
             questions = _mmlu_questions(source / "test" / f"{subject}_test.csv")
             solved = _mmlu_questions(source / "dev" / f"{subject}_dev.csv")[:shots]
@@ -256,7 +266,7 @@ def prepare_crows_pairs(source: Path, output: Path, tokenizer: TextCodec) -> dic
             if row["stereo_antistereo"] != "stereo":
                 sentences.reverse()
             kind = row["bias_type"]
-        except (KeyError, csv.Error) as error:
+        except KeyError as error:
             raise SourceError(f"{where}: the column {error} is missing") from error
         ids = [tokenizer.encode(sentence) for sentence in sentences]
         matcher = difflib.SequenceMatcher(None, ids[0], ids[1], autojunk=False)

@@ -1,16 +1,17 @@
 """Results for people: a table, Markdown, a picture beside published numbers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from matplotlib import pyplot
 
-from glm_jax.evaluation.results import ResultsError
+from glm_jax.evaluation.results import RESULTS_FILE, ResultsError, write_results
+from glm_jax.files import replacing
 
-Row = tuple[str, str, str, int, str, str, str, str]
-_HEADER: Row = ("task", "group", "metric", 0, "max", "median", "average (95%)", "published")
+Row = tuple[str, ...]
+_HEADER = ("task", "group", "metric", "examples", "max", "median", "average (95%)", "published")
 
 
 def read_published(path: Path, precision: str | None = None) -> dict[str, dict[str, float]]:
@@ -46,7 +47,7 @@ def _rows(results: dict[str, Any], published: dict[str, dict[str, float]]) -> It
                     task,
                     group,
                     metric,
-                    of_group["examples"],
+                    str(of_group["examples"]),
                     f"{numbers['max']:.3f}",
                     f"{numbers['median']:.3f}",
                     f"{numbers['average']:.3f}{interval}",
@@ -67,27 +68,23 @@ def _interval(files: dict[str, Any], metric: str) -> str:
 
 def text_table(results: dict[str, Any], published: dict[str, dict[str, float]]) -> str:
     """All groups' numbers in columns."""
-    rows = [_HEADER, *_rows(results, published)]
-    cells = [[str(c) if c != 0 else "examples" for c in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(_HEADER))]
-    lines = [
-        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
-    ]
-    return "\n".join(lines)
+    return _columns([_HEADER, *_rows(results, published)])
+
+
+def _columns(rows: Sequence[Row]) -> str:
+    """Cells under one another."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def markdown(results: dict[str, Any], published: dict[str, dict[str, float]]) -> str:
     """All groups' numbers as a Markdown table, under what the model is."""
     model = ", ".join(f"{k}={v}" for k, v in results["model"].items() if v is not None)
-    lines = [f"# Results\n\n{model}\n"]
-    header = [str(c) if c != 0 else "examples" for c in _HEADER]
-    lines.append("| " + " | ".join(header) + " |")
-    lines.append("| " + " | ".join("---" for _ in header) + " |")
-    lines += [
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |"
-        for row in _rows(results, published)
-    ]
-    return "\n".join(lines) + "\n"
+    rows = [_HEADER, ("---",) * len(_HEADER), *_rows(results, published)]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([f"# Results\n\n{model}\n", *lines, ""])
 
 
 def draw(results: dict[str, Any], published: dict[str, dict[str, float]], path: Path) -> None:
@@ -107,19 +104,26 @@ def draw(results: dict[str, Any], published: dict[str, dict[str, float]], path: 
     axes.set_yticks(places, [f"{task} ({metric})" for task, metric, _, _ in shown])
     axes.invert_yaxis()
     axes.legend()
-    figure.savefig(path)
+    figure.savefig(path, format="png")
     pyplot.close(figure)
 
 
 def comparison_table(rows: list[dict[str, Any]]) -> str:
     """Two models' numbers beside one another; who is better where that is no chance."""
-    header = ("task", "group", "file", "metric", "A", "B", "p", "better")
-    cells = [header]
+    rows_of_cells: list[Row] = [("task", "group", "file", "metric", "A", "B", "p", "better")]
     for row in rows:
         p_value = "" if row["p"] is None else f"{row['p']:.3f}"
         numbers = (f"{row['a']:.3f}", f"{row['b']:.3f}", p_value, row["better"])
-        cells.append((row["task"], row["group"], row["file"], row["metric"], *numbers))
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
-    )
+        rows_of_cells.append((row["task"], row["group"], row["file"], row["metric"], *numbers))
+    return _columns(rows_of_cells)
+
+
+def write_report(
+    results: dict[str, Any], published: dict[str, dict[str, float]], folder: Path
+) -> None:
+    """results.json, results.md and results.png, each of them whole."""
+    write_results(results, folder / RESULTS_FILE)
+    with replacing(folder / "results.md") as beside:
+        beside.write_text(markdown(results, published), encoding="utf-8")
+    with replacing(folder / "results.png") as beside:
+        draw(results, published, beside)

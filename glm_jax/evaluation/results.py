@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,9 @@ from glm_jax.evaluation.metrics import (
     measure,
     resampled,
 )
+from glm_jax.files import replacing
 
+RESULTS_FILE = "results.json"
 SIGNIFICANT = 0.05
 
 
@@ -95,10 +96,10 @@ def task_results(groups: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Any]
 
 
 def write_results(results: dict[str, Any], path: Path) -> None:
-    """Writes beside, then renames."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    beside.rename(path)
+    """All of it, or nothing."""
+    text = json.dumps(results, ensure_ascii=False, indent=1) + "\n"
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def read_results(path: Path) -> dict[str, Any]:

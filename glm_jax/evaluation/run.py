@@ -21,13 +21,12 @@ from glm_jax.decoding import answers
 from glm_jax.decoding.answers import AnswerWriter
 from glm_jax.decoding.batch import Share
 from glm_jax.decoding.blank_filling import TextCodec
-from glm_jax.evaluation.examples import DatasetError, problems
+from glm_jax.evaluation.examples import DatasetError, checked_items
 from glm_jax.evaluation.results import file_results, task_results
 from glm_jax.evaluation.task_config import TaskConfig, TaskError
 from glm_jax.evaluation.tasks import Model, Task, task_class, within
 
 RECORDS_FOLDER = "records"
-RESULTS_FILE = "results.json"
 # Fields that do not change what is answered.
 _FREE = ("metrics", "micro_batch_size", "save_prediction", "file_pattern")
 
@@ -66,12 +65,14 @@ def check(configs: Sequence[TaskConfig], data: Path, model: GLMConfig, tokenizer
     """
     count = 0
     for config in configs:
-        task_class(config)
+        complaint = task_class(config).complaint
         config = within(config, model.max_sequence_length)
         for path in itertools.chain(*config.files(data).values()):
-            for problem in problems(path, config, tokenizer, model.vocab_size):
+            items = checked_items(path, config, tokenizer, model.vocab_size, complaint)
+            wrong = [item for item in items if isinstance(item, DatasetError)]
+            for problem in wrong:
                 print(problem)
-                count += 1
+            count += len(wrong)
     return count
 
 
@@ -101,19 +102,23 @@ def evaluate(
         if names.count(name) > 1:
             raise TaskError(f"two tasks have the name {name!r}")
     tasks = [task_class(config)(config, model) for config in configs]
+    files = {task: data_files(task.config, data, output) for task in tasks}
     for task in tasks:
         task.metrics()  # before anything is run
         for group in task.config.groups_without_files(data):
             print(f"task {task.config.name}: group {group} has no file", file=sys.stderr)
-    for task in tasks:
-        for file in data_files(task.config, data, output):
-            _answer_file(task, file, share, identity)
-    processes.wait("all tasks are answered")
+    found: dict[DataFile, dict[str, Any] | None] = {}
+    for task, of_task in files.items():
+        for file in of_task:
+            examples = task.read(file.path)
+            _answer_file(task, file, examples, share, identity)
+            found[file] = _file_results(task, file, examples)
     results = {}
-    for task in tasks:
+    for task, of_task in files.items():
         groups: dict[str, dict[str, Any]] = {}
-        for file in data_files(task.config, data, output):
-            result = _file_results(task, file)
+        for file in of_task:
+            # Another process may have ended with it since.
+            result = found[file] or _file_results(task, file, task.read(file.path))
             if result is None:
                 return None
             groups.setdefault(file.group, {})[file.name] = result
@@ -121,8 +126,9 @@ def evaluate(
     return {"model": identity, "tasks": results}
 
 
-def _answer_file(task: Task, file: DataFile, share: Share, identity: dict[str, Any]) -> None:
-    examples = task.read(file.path)
+def _answer_file(
+    task: Task, file: DataFile, examples: list[Any], share: Share, identity: dict[str, Any]
+) -> None:
     answers.claim(file.records, _description(task, file, len(examples)) | identity)
     done = answers.answered(file.records, len(examples))
     processes.wait("records that are there are known")
@@ -136,17 +142,15 @@ def _answer_file(task: Task, file: DataFile, share: Share, identity: dict[str, A
         disable=not share.writes,
         file=sys.stderr,
     )
-    if not wanted:
-        bar.close()
-        return
     writer = AnswerWriter(file.records, share.process) if share.writes else None
     with bar:
-        for index, record in task.answer(examples, wanted):
+        for index, record in task.answer(examples, wanted) if wanted else ():
             if writer is not None:
                 writer.write({"index": index} | record)
             bar.update()
     if writer is not None:
         writer.close()
+    processes.wait("the file is answered")
 
 
 def _description(task: Task, file: DataFile, examples: int) -> dict[str, Any]:
@@ -159,8 +163,8 @@ def _description(task: Task, file: DataFile, examples: int) -> dict[str, Any]:
     return {"task": described, "data_sha256": digest, "examples": examples}
 
 
-def _file_results(task: Task, file: DataFile) -> dict[str, Any] | None:
-    examples = task.read(file.path)
+def _file_results(task: Task, file: DataFile, examples: list[Any]) -> dict[str, Any] | None:
+    """None while records are missing."""
     records = answers.read_records(file.records)
     if len(records) < len(examples):
         return None

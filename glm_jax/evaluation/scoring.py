@@ -3,17 +3,17 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from glm_jax.config import GLMConfig
-from glm_jax.evaluation.packing import pack
+from glm_jax.evaluation.packing import Batch, pack
 from glm_jax.evaluation.sequences import ScoredSequence
 from glm_jax.model import glm
 from glm_jax.model.paged_cache import row_shards
@@ -38,6 +38,28 @@ class Padding:
         return 1 - self.filled / self.run if self.run else 0.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Of a sequence.
+
+    Attributes:
+      number: its place among those that were given.
+      log_probabilities: float32 [asked], of its targets, nats.
+      are_likeliest: bool [asked], whether each target is the likeliest token.
+      groups: int32 [asked], the sequence's.
+    """
+
+    number: int
+    log_probabilities: np.ndarray
+    are_likeliest: np.ndarray
+    groups: np.ndarray
+
+    @property
+    def sums(self) -> np.ndarray:
+        """float64 [groups], log-probabilities of each group's targets together."""
+        return np.bincount(self.groups, self.log_probabilities.astype(np.float64))
+
+
 class Scorer:
     """Scores sequences by a model.
 
@@ -54,63 +76,71 @@ class Scorer:
         self._mesh = mesh_of(params)
         self.padding = Padding()
 
-    def score(
-        self, sequences: Sequence[ScoredSequence]
-    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Each sequence's number, in no order, the log-probabilities of its targets (float32
-        [asked], nats), and whether each is the likeliest token."""
-        for start in range(0, len(sequences), _ROUND):
-            for number, values, hits in self._round(sequences[start : start + _ROUND]):
-                yield start + number, values, hits
+    def score(self, sequences: Iterable[ScoredSequence]) -> Iterator[Score]:
+        """The score of each sequence, in no order. They are taken some at a time."""
+        source, start = iter(sequences), 0
+        while some := list(itertools.islice(source, _ROUND)):
+            yield from self._round(some, start)
+            start += len(some)
 
-    def _round(
-        self, sequences: Sequence[ScoredSequence]
-    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    def _round(self, sequences: Sequence[ScoredSequence], start: int) -> Iterator[Score]:
         longest = max(map(len, sequences))
         # A row is no longer than what is run at once, but as long as the longest sequence.
         most = max(longest, self._batch_tokens)
         width = min(-(-max(longest, _LEAST_WIDTH) // 128) * 128, most)
-        shards = row_shards(self._mesh) if self._mesh is not None else 1
+        shards = row_shards(self._mesh)
         rows = shards
         while rows * 2 * width <= self._batch_tokens:
             rows *= 2
+        # The next batch is filled and given to the devices before the one before is waited for.
+        running: list[tuple[Batch, tuple[Array, Array]]] = []
+        for batch in pack(sequences, width, rows, shards):
+            running.append((batch, self._run(batch)))
+            if len(running) > 1:
+                yield from _scores(sequences, start, *running.pop(0))
+        for batch, found in running:
+            yield from _scores(sequences, start, batch, found)
+
+    def _run(self, batch: Batch) -> tuple[Array, Array]:
+        self.padding.run += batch.tokens.size
+        self.padding.filled += batch.filled
         with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
-            for batch in pack(sequences, width, rows, shards):
-                found = self._program(
-                    self._params,
-                    tokens=batch.tokens,
-                    position_ids=batch.position_ids,
-                    key_ranges=batch.key_ranges,
-                    places=batch.places,
-                    targets=batch.targets,
-                )
-                self.padding.run += batch.tokens.size
-                self.padding.filled += batch.filled
-                values, hits = map(np.asarray, found)
-                for number, row, first, end in batch.slices:
-                    yield number, values[row, first:end], hits[row, first:end]
-
-    @functools.cached_property
-    def _program(self) -> Callable[..., tuple[Array, Array]]:
-        out = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
-        run = functools.partial(log_probabilities, config=self._config)
-        return jax.jit(run, out_shardings=out)
+            return log_probabilities(
+                self._params,
+                self._config,
+                batch.tokens,
+                batch.position_ids,
+                batch.key_ranges,
+                batch.places,
+                batch.targets,
+            )
 
 
+def _scores(
+    sequences: Sequence[ScoredSequence], start: int, batch: Batch, found: tuple[Array, Array]
+) -> Iterator[Score]:
+    values, hits = map(np.asarray, found)
+    for number, row, first, end in batch.slices:
+        groups = sequences[number].groups
+        yield Score(start + number, values[row, first:end], hits[row, first:end], groups)
+
+
+@functools.partial(jax.jit, static_argnames="config")
 def log_probabilities(
     params: GLMParams,
     config: GLMConfig,
-    tokens: Int[Array, "rows width"],
-    position_ids: Int[Array, "rows width"],
-    key_ranges: Int[Array, "rows width 4"],
-    places: Int[Array, "rows asked"],
-    targets: Int[Array, "rows asked"],
-) -> tuple[Float[Array, "rows asked"], Array]:
+    tokens: Int[ArrayLike, "rows width"],
+    position_ids: Int[ArrayLike, "rows width"],
+    key_ranges: Int[ArrayLike, "rows width 4"],
+    places: Int[ArrayLike, "rows asked"],
+    targets: Int[ArrayLike, "rows asked"],
+) -> tuple[Float[Array, "rows asked"], Bool[Array, "rows asked"]]:
     """log softmax of the scores at `places`, of `targets`, and whether they are the largest.
 
     Scores are computed at places alone, and of so many at a time that they stay small.
     """
-    visibility = Visibility(constrain(key_ranges, ("batch", "seq", None)))
+    tokens, places, targets = map(jnp.asarray, (tokens, places, targets))
+    visibility = Visibility(constrain(jnp.asarray(key_ranges), ("batch", "seq", None)))
     tokens = constrain(tokens, ("batch", "seq"))
     hidden, _ = glm.forward_hidden(params, config, tokens, position_ids, visibility)
     chosen = jnp.take_along_axis(hidden, places[:, :, None], axis=1)
@@ -131,5 +161,6 @@ def log_probabilities(
         return jnp.moveaxis(x.reshape(rows, asked // chunk, chunk, *x.shape[2:]), 1, 0)
 
     values, hits = jax.lax.map(look_up, (split(chosen), split(targets)))
-    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, asked)
+    # Whole on every device, so that every process can read all of it.
+    join = lambda x: constrain(jnp.moveaxis(x, 0, 1).reshape(rows, asked), (None, None))
     return join(values), join(hits)

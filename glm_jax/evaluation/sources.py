@@ -36,9 +36,10 @@ def read_file(
         elif form in ("csv", "tsv"):
             yield from _table(path, columns, delimiter or {"csv": ",", "tsv": "\t"}[form])
         elif form == "jsonl":
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-                if line.strip():
-                    yield f"{path}:{number}", json.loads(line)
+            with path.open("rb") as file:  # whose lines do not end at breaks inside a text
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"{path}:{number}", json.loads(line)
         elif form == "json":
             content = json.loads(path.read_text(encoding="utf-8"))
             items = enumerate(content) if isinstance(content, list) else content.items()
@@ -53,11 +54,10 @@ def read_file(
 
 
 def _table(path: Path, columns: list[str] | None, delimiter: str) -> Iterator[tuple[str, Row]]:
-    # Quotation marks in .tsv files are part of their texts.
-    is_quoted = delimiter != "\t"
     csv.field_size_limit(2**31 - 1)
+    # Quotation marks in .tsv files are part of their texts.
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     with path.open(encoding="utf-8-sig", newline="") as file:
-        quoting = csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE
         reader = csv.reader(file, delimiter=delimiter, quoting=quoting)  # type: ignore[arg-type]
         names = columns or next(reader, [])
         for cells in reader:
@@ -87,15 +87,14 @@ def _flat(record: Any) -> Iterator[Row]:
 
 def _squad(record: Any) -> Iterator[Row]:
     """CMRC2018 and DRCD: paragraphs with questions and answers."""
-    for article in record if isinstance(record, list) else [record]:
-        for paragraph in article["paragraphs"]:
-            for question in paragraph["qas"]:
-                answers = list(dict.fromkeys(a["text"] for a in question["answers"]))
-                yield {
-                    "context": paragraph["context"],
-                    "question": question["question"],
-                    "answers": answers,
-                }
+    for paragraph in record["paragraphs"]:
+        for question in paragraph["qas"]:
+            answers = list(dict.fromkeys(answer["text"] for answer in question["answers"]))
+            yield {
+                "context": paragraph["context"],
+                "question": question["question"],
+                "answers": answers,
+            }
 
 
 def _c3(record: Any) -> Iterator[Row]:
@@ -240,9 +239,8 @@ def read_rows(
     """
     if shape not in SHAPES:
         raise SourceError(f"rows={shape!r}: one of {', '.join(SHAPES)}")
-    records = read_file(path, form, columns, delimiter)
-    if inside is not None:
-        records = _inside(path, inside)
+    whole = read_file(path, form, columns, delimiter)  # reads nothing before it is asked
+    records = whole if inside is None else _inside(path, inside)
     for where, record in records:
         try:
             rows = list(SHAPES[shape](record))

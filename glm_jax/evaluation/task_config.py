@@ -9,7 +9,7 @@ import yaml
 
 from glm_jax.errors import UserError
 
-TYPES = {"mul": "multiple choice", "gen": "generation", "lm": "language modelling", "other": ""}
+TYPES = ("mul", "gen", "lm", "other")  # multiple choice, generation, language modelling
 STRATEGIES = ("BaseStrategy", "BeamSearchStrategy")
 _METRICS: dict[str, tuple[str, ...]] = {
     "mul": ("Accuracy",),

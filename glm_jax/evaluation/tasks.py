@@ -3,7 +3,9 @@
 A task of one's own is a class like these, named in a task file by its dotted path.
 """
 
+import abc
 import dataclasses
+import functools
 import importlib
 import string
 from collections.abc import Iterator, Sequence
@@ -19,13 +21,7 @@ from glm_jax.decoding.completion import Request
 from glm_jax.decoding.engine import Engine, EngineSettings
 from glm_jax.decoding.prompt import Prompt, bucket
 from glm_jax.evaluation import metrics
-from glm_jax.evaluation.examples import (
-    DatasetError,
-    Document,
-    Example,
-    read_documents,
-    read_examples,
-)
+from glm_jax.evaluation.examples import Document, Example, read_items
 from glm_jax.evaluation.metrics import METRICS, Metric
 from glm_jax.evaluation.scoring import Scorer
 from glm_jax.evaluation.sequences import (
@@ -46,20 +42,25 @@ class Model:
     """What tasks ask.
 
     Attributes:
-      scorer: gives log-probabilities.
+      batch_tokens: that are scored at once.
     """
 
     params: GLMParams
     config: GLMConfig
     tokenizer: TextCodec
-    scorer: Scorer
+    batch_tokens: int = 4096
 
     @property
     def special(self) -> SpecialTokens:
         return self.tokenizer.special_tokens
 
+    @functools.cached_property
+    def scorer(self) -> Scorer:
+        """Gives log-probabilities."""
+        return Scorer(self.params, self.config, self.batch_tokens)
 
-class Task:
+
+class Task(abc.ABC):
     """Answers a file's examples. What it is made with are `config` and `model`.
 
     A record of an answer is a dictionary of plain JSON; `prediction` makes of it what metrics
@@ -83,6 +84,11 @@ class Task:
                 )
         return {name: METRICS[name] for name in self.config.metrics}
 
+    @staticmethod
+    def complaint(example: Any) -> str | None:
+        """Why an example that was read is none for this task; None where it is one."""
+        return None
+
     def read(self, path: Path) -> list[Any]:
         """A file's examples.
 
@@ -90,13 +96,13 @@ class Task:
           DatasetError: a line that is none.
         """
         vocab = self.model.config.vocab_size
-        return read_examples(path, self.config, self.model.tokenizer, vocab)
+        return read_items(path, self.config, self.model.tokenizer, vocab, self.complaint)
 
+    @abc.abstractmethod
     def answer(
         self, examples: Sequence[Any], wanted: Sequence[int]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         """The number and record of each example that is wanted, in any order."""
-        raise NotImplementedError
 
     def prediction(self, record: dict[str, Any]) -> Any:
         """What metrics take."""
@@ -128,20 +134,18 @@ class MultipleChoice(Task):
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         single = are_single_tokens(examples)
         special = self.model.special
-        sequences = [choice_sequence(examples[i], self.config, special, single) for i in wanted]
-        for number, values, _ in self.model.scorer.score(sequences):
-            groups = sequences[number].groups
-            sums = np.bincount(groups, values.astype(np.float64))
-            lengths = np.bincount(groups)
-            scores = sums / lengths if self.config.length_normalized else sums
-            record = {"log_probabilities": sums.tolist(), "prediction": int(scores.argmax())}
-            yield wanted[number], record
+        sequences = (choice_sequence(examples[i], self.config, special, single) for i in wanted)
+        for score in self.model.scorer.score(sequences):
+            sums, lengths = score.sums, np.bincount(score.groups)
+            chosen = (sums / lengths if self.config.length_normalized else sums).argmax()
+            record = {"log_probabilities": sums.tolist(), "prediction": int(chosen)}
+            yield wanted[score.number], record
 
 
 class Generation(Task):
     """Writes an answer after the context, greedily or by a beam search."""
 
-    @property
+    @functools.cached_property
     def end_tokens(self) -> tuple[int, ...]:
         """eop, eos, and the last token of each of the task's end texts."""
         encode = self.model.tokenizer.encode
@@ -222,25 +226,20 @@ class Generation(Task):
 class LanguageModel(Task):
     """The loss of documents, window by window."""
 
-    def read(self, path: Path) -> list[Document]:
-        vocab = self.model.config.vocab_size
-        return read_documents(path, self.config, self.model.tokenizer, vocab)
-
     def answer(
         self, examples: Sequence[Document], wanted: Sequence[int]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         special = self.model.special
-        places = [
-            (i, number) for i in wanted for number in range(count_windows(examples[i], self.config))
-        ]
-        sequences = [window(examples[i], self.config, special, number) for i, number in places]
+        counts = {i: count_windows(examples[i], self.config) for i in wanted}
+        places = [(i, number) for i, count in counts.items() for number in range(count)]
+        windows = (window(examples[i], self.config, special, number) for i, number in places)
         losses: dict[int, dict[int, float]] = {}
-        for sequence, values, _ in self.model.scorer.score(sequences):
-            i, number = places[sequence]
+        for score in self.model.scorer.score(windows):
+            i, number = places[score.number]
             own = losses.setdefault(i, {})
-            own[number] = -float(values.astype(np.float64).sum())
-            if len(own) == count_windows(examples[i], self.config):
-                yield i, {"prediction": [own[n] for n in sorted(own)]}
+            own[number] = -float(score.sums[0])
+            if len(own) == counts[i]:
+                yield i, {"prediction": [own[n] for n in sorted(losses.pop(i))]}
 
 
 class Lambada(Generation):
@@ -291,24 +290,12 @@ class Pile(LanguageModel):
         return {"BPB": metrics.bits_per_byte}
 
 
-class _WithFields(MultipleChoice):
-    """Multiple choice whose lines have more fields than choices and label."""
-
-    needs: tuple[str, ...] = ()
-
-    def read(self, path: Path) -> list[Example]:
-        examples = super().read(path)
-        for number, example in enumerate(examples, 1):
-            for name in self.needs:
-                if name not in example.fields:
-                    raise DatasetError(f"{path}: example {number}: {name}: missing")
-        return examples
-
-
-class CrowsPairs(_WithFields):
+class CrowsPairs(MultipleChoice):
     """How often a stereotype is the likelier sentence of a pair."""
 
-    needs = ("pair_ID", "sent_ID", "bias_type")
+    @staticmethod
+    def complaint(example: Example) -> str | None:
+        return _missing(example, "pair_ID", "sent_ID", "bias_type")
 
     def metrics(self) -> dict[str, Metric]:
         return {"CP": metrics.crows_pairs}
@@ -317,16 +304,29 @@ class CrowsPairs(_WithFields):
         return float(record["log_probabilities"][0])
 
 
-class StereoSet(_WithFields):
+class StereoSet(MultipleChoice):
     """Which of a stereotype, its opposite and an unrelated word is the likeliest by token."""
-
-    needs = ("goal_label", "bias_type")
 
     def __init__(self, config: TaskConfig, model: Model):
         super().__init__(dataclasses.replace(config, length_normalized=True), model)
 
+    @staticmethod
+    def complaint(example: Example) -> str | None:
+        labels = example.fields.get("goal_label")
+        known = metrics.STEREOSET_LABELS
+        if not isinstance(labels, list) or len(labels) != len(example.choices):
+            return "goal_label: one for each choice is due"
+        if not all(label in known for label in labels):
+            return f"goal_label: {labels}: each is one of {', '.join(known)}"
+        return _missing(example, "bias_type")
+
     def metrics(self) -> dict[str, Metric]:
         return {"SS_ICAT": metrics.stereoset}
+
+
+def _missing(example: Example, *names: str) -> str | None:
+    absent = [name for name in names if name not in example.fields]
+    return f"{absent[0]}: missing" if absent else None
 
 
 _OF_TYPE: dict[str, type[Task]] = {

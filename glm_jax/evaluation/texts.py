@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -10,6 +9,7 @@ from typing import BinaryIO
 import zstandard
 
 from glm_jax.evaluation.sources import SourceError, read_file
+from glm_jax.files import replacing
 
 # Where each is written, under the folder of all data.
 TEXTS = {
@@ -31,23 +31,16 @@ def prepare_text(name: str, source: Path, output: Path) -> dict[Path, int]:
       SourceError: the file is not there or not of its format.
     """
     path = output / TEXTS[name]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
     count = 0
     try:
-        with beside.open("wb") as file:
+        with replacing(path) as beside, beside.open("wb") as file:
             for number, line in enumerate(_lines(source), 1):
                 if path.suffix == ".jsonl":
                     _check_document(f"{source}:{number}", line)
                 file.write(line)
                 count += 1
     except (OSError, zstandard.ZstdError) as error:
-        beside.unlink(missing_ok=True)
         raise SourceError(f"{source}: {error}") from error
-    except SourceError:
-        beside.unlink(missing_ok=True)
-        raise
-    beside.rename(path)
     return {path: count}
 
 

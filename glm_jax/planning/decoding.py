@@ -1,9 +1,6 @@
 """The engine's programs compiled for devices that are not here."""
 
-import functools
-import math
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +15,7 @@ from glm_jax.evaluation.scoring import log_probabilities
 from glm_jax.model import params as glm_params
 from glm_jax.model.paged_cache import PAGE_AXES, init_paged_cache, row_shards
 from glm_jax.model.params import KERNEL_AXES, GLMParams, LinearParams
+from glm_jax.planning.topology import compiling_for
 from glm_jax.quantization import QuantizedArray, Scheme
 from glm_jax.sharding import activation_sharding
 
@@ -46,30 +44,20 @@ def lower_engine(
     """
     length = max_length or config.max_sequence_length
     shards = row_shards(mesh)
-    pages = 1 + slots // shards * -(-length // PAGE_SIZE)
+    cache, pages = abstract_cache(config, mesh, slots, length)
     params = abstract_params(config, mesh, quantization)
     row = empty_slot(config, length, 1 << (-(-length // PAGE_SIZE) - 1).bit_length())
-    place = lambda x, axes: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=activation_sharding(mesh, axes)
-    )
     described = jax.tree.map(
-        lambda x: place(x, ("batch", *(None,) * (x.ndim - 1))),
+        lambda x: _place(mesh, x, ("batch", *(None,) * (x.ndim - 1))),
         jax.eval_shape(lambda: empty_slots(row, slots, None)),
-    )
-    cache = jax.tree.map(
-        lambda x: place(x, PAGE_AXES[: x.ndim]),
-        jax.eval_shape(lambda: init_paged_cache(config, pages * shards, PAGE_SIZE, False)),
     )
     pack = pack_prompts([], shards, prefill_width, PAGE_SIZE, pages, 0)
     whole = NamedSharding(mesh, PartitionSpec())
     pack = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), pack)
     hidden = jax.ShapeDtypeStruct((shards, prefill_width, config.hidden_size), config.compute_dtype)
-    x = place(hidden, ("batch", "seq", "embed"))
+    x = _place(mesh, hidden, ("batch", "seq", "embed"))
     bounds = {"first": np.int32(0), "end": np.int32(config.num_layers)}
-    device = mesh.devices.flat[0]
-    # Libraries of kernels ask the default device, which is another here, what it can do.
-    default = mock.patch("jax.extend.backend.get_default_device", return_value=device)
-    with jax.set_mesh(mesh), default:
+    with compiling_for(mesh):
         step = programs.step.lower(params, config, described, cache, pages)
         prefill = programs.prefill_layers.lower(params.layers, config, x, pack, cache, **bounds)
         return {"step": step, "prefill": prefill}
@@ -83,11 +71,10 @@ def lower_scoring(
     place = lambda *shape: jax.ShapeDtypeStruct(
         shape, jnp.int32, sharding=NamedSharding(mesh, PartitionSpec())
     )
-    run = jax.jit(functools.partial(log_probabilities, config=config))
-    default = mock.patch("jax.extend.backend.get_default_device", return_value=mesh.devices.flat[0])
-    with jax.set_mesh(mesh), default:
-        return run.lower(
+    with compiling_for(mesh):
+        return log_probabilities.lower(
             params,
+            config,
             tokens=place(rows, length),
             position_ids=place(rows, length),
             key_ranges=place(rows, length, 4),
@@ -96,13 +83,17 @@ def lower_scoring(
         )
 
 
-def cache_bytes(config: GLMConfig, mesh: Mesh, slots: int, length: int) -> int:
-    """Bytes of keys and values on a device, of so many requests of so many tokens."""
+def abstract_cache(config: GLMConfig, mesh: Mesh, slots: int, length: int) -> tuple[Any, int]:
+    """Pages for so many requests of so many tokens: what describes them on a mesh, and how
+    many a layer and device there are."""
     shards = row_shards(mesh)
     pages = 1 + -(-slots // shards) * -(-length // PAGE_SIZE)
-    cache = jax.eval_shape(lambda: init_paged_cache(config, pages * shards, PAGE_SIZE, False))
-    shard = lambda x: activation_sharding(mesh, PAGE_AXES[: x.ndim]).shard_shape(x.shape)
-    return sum(math.prod(shard(x)) * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    made = jax.eval_shape(lambda: init_paged_cache(config, pages * shards, PAGE_SIZE, False))
+    return jax.tree.map(lambda x: _place(mesh, x, PAGE_AXES[: x.ndim]), made), pages
+
+
+def _place(mesh: Mesh, x: jax.ShapeDtypeStruct, axes: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=activation_sharding(mesh, axes))
 
 
 def abstract_params(config: GLMConfig, mesh: Mesh, quantization: str | None) -> GLMParams:

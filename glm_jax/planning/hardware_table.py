@@ -1,7 +1,7 @@
 """The hardware that the original named, and more: what each holds and how fast it can be."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
@@ -56,20 +56,17 @@ def plan_case(case: Case, model: GLMConfig, described: ConfigDict) -> Plan:
     return make_plan(asked, described)
 
 
-def table(model: GLMConfig, find: Callable[[str], ConfigDict], show: Callable[[str], None]) -> str:
-    """All cases as Markdown.
+def lines(model: GLMConfig, find: Callable[[str], ConfigDict]) -> Iterator[str]:
+    """All cases as a Markdown table.
 
     Args:
       find: from a hardware file's name to what it returns.
-      show: called with each line as it is there.
     """
-    header = (
+    yield (
         "| hardware | weights | holds: weights + cache + rest, GiB | of | headroom | a token at "
         "best, ms | 2048 tokens at best, s | published, s |"
     )
-    lines = [header, "|" + " --- |" * 8]
-    for line in lines:
-        show(line)
+    yield "|" + " --- |" * 8
     for case in CASES:
         described = find(case.hardware)
         plan = plan_case(case, model, described)
@@ -87,6 +84,4 @@ def table(model: GLMConfig, find: Callable[[str], ConfigDict], show: Callable[[s
             f"{_LENGTH * seconds:.0f}",
             case.published,
         )
-        lines.append("| " + " | ".join(cells) + " |")
-        show(lines[-1])
-    return "\n".join(lines) + "\n"
+        yield "| " + " | ".join(cells) + " |"

@@ -6,7 +6,6 @@ The job's own programs are compiled for devices that are not here; see `topology
 import dataclasses
 import math
 from typing import Any
-from unittest import mock
 
 import jax
 from jax.sharding import Mesh
@@ -16,12 +15,12 @@ from glm_jax.config import GLMConfig
 from glm_jax.errors import UserError
 from glm_jax.planning import topology
 from glm_jax.planning.decoding import (
+    abstract_cache,
     abstract_params,
-    cache_bytes,
     lower_engine,
     lower_scoring,
 )
-from glm_jax.planning.exchanges import by_kind, exchanges, link_bytes
+from glm_jax.planning.exchanges import Exchange, exchanges, link_bytes
 from glm_jax.planning.programs import Memory, compile_train_step, memory
 from glm_jax.planning.roofline import Roofline, Work, roofline
 from glm_jax.sharding import make_mesh
@@ -74,7 +73,7 @@ class Plan:
       weights, cache, optimizer, other, temporaries: bytes a device; `other` is what else goes
         in and out.
       room: bytes that a device has.
-      exchanges: by kind, how many a step and their bytes on a device.
+      exchanges: those of a step.
       work: a step's, of a device.
     """
 
@@ -84,7 +83,7 @@ class Plan:
     other: int
     temporaries: int
     room: int
-    exchanges: dict[str, tuple[int, int]]
+    exchanges: tuple[Exchange, ...]
     work: Work
     roofline: Roofline
 
@@ -110,12 +109,9 @@ def make_plan(question: Question, hardware: ConfigDict) -> Plan:
     mesh = make_mesh(question.mesh, devices)
     quantization = question.precision if question.precision.startswith("int") else None
     dtype = question.precision if quantization is None else _compute_dtype(hardware)
-    model = question.model.replace(
-        compute_dtype=dtype, param_dtype=dtype, cache_dtype=question.cache
-    )
-    if question.job == "train":
-        assert question.recipe is not None
-        model = question.model.replace(compute_dtype=dtype)
+    model = question.model.replace(compute_dtype=dtype, cache_dtype=question.cache)
+    if question.job != "train":  # which keeps parameters as its config says
+        model = model.replace(param_dtype=dtype)
     try:
         compiled = _compile(question, model, mesh, quantization)
     except RuntimeError as error:  # XlaRuntimeError: no memory, mostly
@@ -149,16 +145,14 @@ def _compile(question: Question, model: GLMConfig, mesh: Mesh, quantization: str
         rows, length = question.batch, question.length
         return lower_scoring(model, mesh, quantization, rows=rows, length=length).compile()
     assert question.recipe is not None
-    default = mock.patch("jax.extend.backend.get_default_device", return_value=mesh.devices.flat[0])
-    with default:
-        return compile_train_step(
-            model,
-            question.recipe,
-            mesh,
-            accumulation=question.accumulation,
-            micro_batch=question.batch,
-            sequence_length=question.length,
-        )
+    return compile_train_step(
+        model,
+        question.recipe,
+        mesh,
+        accumulation=question.accumulation,
+        micro_batch=question.batch,
+        sequence_length=question.length,
+    )
 
 
 def _measure(
@@ -180,7 +174,7 @@ def _measure(
     else:
         weights = device_bytes(abstract_params(model, mesh, quantization))
     if question.job in ("decode", "prefill"):
-        cache = cache_bytes(model, mesh, question.batch, question.length)
+        cache = device_bytes(abstract_cache(model, mesh, question.batch, question.length)[0])
     arguments = taken.arguments + taken.outputs - taken.reused
     work = Work(
         flops=_flops(question, model) / question.devices,
@@ -194,7 +188,7 @@ def _measure(
         other=max(0, arguments - weights - cache - optimizer),
         temporaries=taken.temporaries,
         room=hardware.memory_bytes,
-        exchanges=by_kind(found),
+        exchanges=tuple(found),
         work=work,
         roofline=roofline(work, hardware),
     )
@@ -212,8 +206,9 @@ def _flops(question: Question, model: GLMConfig) -> float:
     """Of a step's matrix products, on all devices; backward passes are twice the forward one,
     and blocks that are computed again count again."""
     hidden, inner = model.hidden_size, model.inner_hidden_size
-    rows = question.batch if question.job != "prefill" else 1
-    tokens = question.batch if question.job == "decode" else rows * question.length
+    # A prefill has a row for each group of devices that has slots of its own.
+    rows = math.prod(question.mesh[:2]) if question.job == "prefill" else question.batch
+    tokens = rows if question.job == "decode" else rows * question.length
     blocks = 2.0 * tokens * (4 * hidden**2 + 3 * hidden * inner) * model.num_layers
     blocks += 4.0 * tokens * question.length * hidden * model.num_layers
     scores = 2.0 * tokens * hidden * model.vocab_size

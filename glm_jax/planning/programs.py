@@ -1,8 +1,6 @@
 """This project's programs compiled for devices that are not here, and what they would take."""
 
 import dataclasses
-import math
-import re
 from typing import Any
 
 import jax
@@ -10,17 +8,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glm_jax.config import GLMConfig
+from glm_jax.planning.exchanges import Exchange, by_kind, in_lines
+from glm_jax.planning.topology import compiling_for
 from glm_jax.sharding import activation_spec
 from glm_jax.training.recipe import Recipe
 from glm_jax.training.state import Batch, abstract_state
 from glm_jax.training.step import compiled_train_step
-
-_COLLECTIVE = re.compile(
-    r"= (?P<type>.*?) (?P<kind>all-gather|all-to-all|all-reduce|reduce-scatter|"
-    r"collective-permute)(?P<start>-start)?\("
-)
-_ARRAY = re.compile(r"(\w+?)\[([\d,]*)\]")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +53,7 @@ def compile_train_step(
     whole = NamedSharding(mesh, PartitionSpec())
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
     step: Any = compiled_train_step(model, recipe, 9, mesh)
-    with jax.set_mesh(mesh):
+    with compiling_for(mesh):
         return step.lower(abstract_state(model, recipe, mesh), batch, key).compile()
 
 
@@ -78,17 +71,5 @@ def memory(compiled: Any) -> Memory:
 def collectives(compiled: Any) -> dict[str, tuple[int, int]]:
     """Exchanges that the text of a program has, by kind: how many, and bytes a device of
     their results. What stands in a loop counts once."""
-    counted: dict[str, tuple[int, int]] = {}
-    for line in compiled.as_text().splitlines():
-        match = _COLLECTIVE.search(line)
-        if match is None:
-            continue
-        arrays = [
-            _BYTES.get(dtype, 4) * math.prod(map(int, filter(None, sizes.split(","))))
-            for dtype, sizes in _ARRAY.findall(match["type"])
-        ]
-        # An asynchronous one's type has its operands, then its results.
-        size = sum(arrays[len(arrays) // 2 :] if match["start"] else arrays)
-        count, total = counted.get(match["kind"], (0, 0))
-        counted[match["kind"]] = (count + 1, total + size)
-    return counted
+    found = in_lines(compiled.as_text().splitlines())
+    return by_kind(Exchange(kind, size, times=1) for kind, size in found)

@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib import pyplot
 from ml_collections import ConfigDict
 
+from glm_jax.planning.exchanges import by_kind
 from glm_jax.planning.plan import Plan
 from glm_jax.planning.sweep import Tried
 
@@ -41,7 +42,7 @@ def table(tried: Tried, described: ConfigDict) -> str:
     rows.append("exchanges a step:")
     rows += [
         f"  {kind:<20}{count:>6}{size / 2**20:>10.1f} MiB a device"
-        for kind, (count, size) in plan.exchanges.items()
+        for kind, (count, size) in by_kind(plan.exchanges).items()
     ]
     rows.append("a step at best:")
     amounts = dataclasses.asdict(plan.work)

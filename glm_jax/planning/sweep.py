@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
+from glm_jax.config import GLMConfig
 from glm_jax.planning.plan import Plan, PlanError, Question, make_plan
 
 _DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -24,8 +25,9 @@ class Tried:
         """Rows, or in decoding tokens, a second at best."""
         if self.plan is None or not self.plan.fits:
             return 0.0
-        rows = 1 if self.question.job == "prefill" else self.question.batch
-        return rows * self.question.accumulation / self.plan.roofline.seconds
+        asked = self.question
+        rows = asked.mesh[1] if asked.job == "prefill" else asked.batch
+        return rows * asked.accumulation / self.plan.roofline.seconds
 
 
 def attempt(question: Question, hardware: ConfigDict) -> Tried:
@@ -36,13 +38,10 @@ def attempt(question: Question, hardware: ConfigDict) -> Tried:
         return Tried(question, None, str(error))
 
 
-def meshes(question: Question) -> Iterator[tuple[int, int, int]]:
+def meshes(model: GLMConfig, devices: int) -> Iterator[tuple[int, int, int]]:
     """Every split of the devices into fsdp and tensor that the model's heads divide by."""
-    devices = question.devices
     for tensor in range(1, devices + 1):
-        model = question.model
-        divides = devices % tensor == 0 and model.num_heads % tensor == 0
-        if divides and question.batch % (devices // tensor) == 0:
+        if devices % tensor == 0 and model.num_heads % tensor == 0:
             yield (1, devices // tensor, tensor)
 
 
@@ -56,17 +55,17 @@ def sweep(question: Question, hardware: ConfigDict, show: Callable[[Tried], None
       Those that fit, the fastest first.
     """
     fitting = []
-    for mesh in meshes(dataclasses.replace(question, batch=question.devices)):
-        batch = mesh[0] * mesh[1]
+    for mesh in meshes(question.model, question.devices):
+        batch = mesh[1]
         while batch <= _MOST_BATCH:
             tried = attempt(dataclasses.replace(question, mesh=mesh, batch=batch), hardware)
             show(tried)
             if tried.plan is None or not tried.plan.fits:
                 break
             fitting.append(tried)
-            batch *= 2
-            if question.job == "prefill":
+            if question.job == "prefill":  # which runs one prompt a row, whatever the slots
                 break
+            batch *= 2
     return sorted(fitting, key=lambda tried: -tried.rows_per_second)
 
 

@@ -4,10 +4,14 @@ They take the platform's compiler (`jax[cuda12]` or `jax[tpu]`), not its hardwar
 JAX_PLATFORMS=cpu, and for TPUs TPU_SKIP_MDS_QUERY=1.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
+from unittest import mock
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 # The same for all GPUs of compute capability 7.0 to 9.0 (the CUDA guide's tables).
@@ -73,6 +77,18 @@ def devices(hardware: ConfigDict, count: int = 1, hosts: int = 1) -> list[jax.De
             target_config=target_config(hardware),
         )
     return list(topology.devices[:count])
+
+
+@contextlib.contextmanager
+def compiling_for(mesh: Mesh) -> Iterator[None]:
+    """What is lowered inside is for a mesh's devices.
+
+    Libraries of kernels ask the default device, which is another here, what it can do.
+    """
+    device = mesh.devices.flat[0]
+    default = mock.patch("jax.extend.backend.get_default_device", return_value=device)
+    with jax.set_mesh(mesh), default:
+        yield
 
 
 def _chips(shape: str) -> int:

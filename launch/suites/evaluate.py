@@ -31,12 +31,10 @@ def evaluate_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     `micro-batches` takes them as they come, 16 at a time, pads to the longest and computes the
     scores of every position, as the original does; `at places` only those that are asked for.
     """
-    config = glm_config(
-        "tiny", hidden_size=128, inner_hidden_size=352, num_layers=4, vocab_size=8192
-    )
-    config = config.replace(max_sequence_length=512)
+    shape = {"hidden_size": 128, "inner_hidden_size": 352, "num_layers": 4, "vocab_size": 8192}
+    config = glm_config("tiny", max_sequence_length=512, **shape)
     params = prepare(glm_params.init(config, jax.random.key(0)))
-    sequences = _sequences(config)
+    sequences = _sequences()
     scorer = Scorer(params, config)
     packed = lambda some: sum(1 for _ in scorer.score(some))
     packed(sequences[:_WARM])
@@ -49,7 +47,7 @@ def evaluate_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     print(f"\npadding of packed rows: {scorer.padding.share:.1%}")
 
 
-def _sequences(config: GLMConfig) -> list[ScoredSequence]:
+def _sequences() -> list[ScoredSequence]:
     rng = np.random.default_rng(0)
     special = SpecialTokens(8100, 8101, 8102, 8103, 8104, 8105, 8106, 8107, 2)
     task = TaskConfig("made", "mul", ".", max_seq_length=512)

@@ -9,7 +9,6 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +34,7 @@ def compile_for(name: str, function: Callable[..., Any], *arguments: Any) -> Any
     mesh = Mesh(devices, ("x",))
     sharding = NamedSharding(mesh, PartitionSpec())
     place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-    # The attention library asks the default device, which is no GPU here, what it can do.
-    default = mock.patch("jax.extend.backend.get_default_device", return_value=devices[0])
-    with jax.set_mesh(mesh), default:
+    with topology.compiling_for(mesh):
         return jax.jit(function).lower(*jax.tree.map(place, arguments)).compile()
 
 

@@ -1,7 +1,5 @@
 """The 130B train step at the paper's scale fits 96 hosts of 8 A100 of 40 GB."""
 
-from unittest import mock
-
 import pytest
 from aot.compiling import hardware
 
@@ -21,16 +19,14 @@ def compiled():
     config.mesh = ",".join(map(str, (1, HOSTS, GPUS)))
     schedule = train_config.batch_schedule(config)
     assert schedule.final == 4224
-    default = mock.patch("jax.extend.backend.get_default_device", return_value=devices[0])
-    with default:
-        return programs.compile_train_step(
-            train_config.model_config(config),
-            train_config.recipe(config),
-            make_mesh((1, HOSTS, GPUS), devices),
-            accumulation=schedule.accumulation(10**9),
-            micro_batch=schedule.micro_batch,
-            sequence_length=config.data.sequence_length,
-        )
+    return programs.compile_train_step(
+        train_config.model_config(config),
+        train_config.recipe(config),
+        make_mesh((1, HOSTS, GPUS), devices),
+        accumulation=schedule.accumulation(10**9),
+        micro_batch=schedule.micro_batch,
+        sequence_length=config.data.sequence_length,
+    )
 
 
 def test_the_papers_step_fits(compiled, capsys):

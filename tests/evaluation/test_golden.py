@@ -9,9 +9,8 @@ from conftest import GOLDEN
 from stub_tokenizer import WordTokenizer
 
 from glm_jax.evaluation import metrics
-from glm_jax.evaluation.examples import read_documents, read_examples
+from glm_jax.evaluation.examples import read_items
 from glm_jax.evaluation.metrics import measure
-from glm_jax.evaluation.scoring import Scorer
 from glm_jax.evaluation.sequences import (
     are_single_tokens,
     choice_sequence,
@@ -46,13 +45,13 @@ def _sees(key_ranges):
 @pytest.fixture
 def model(golden_float32, golden_special):
     config, params = golden_float32
-    return Model(params, config, WordTokenizer(golden_special), Scorer(params, config))
+    return Model(params, config, WordTokenizer(golden_special))
 
 
 @pytest.mark.parametrize("case", CHOICES)
 def test_sequences_of_choices(case, golden_special):
     file, config = _choice_task(case)
-    examples = read_examples(file, config, WordTokenizer(golden_special), VOCABULARY)
+    examples = read_items(file, config, WordTokenizer(golden_special), VOCABULARY)
     single = are_single_tokens(examples)
     assert single == RESULTS[case]["is_single_token"]
     with np.load(FOLDER / f"{case}_batch.npz") as batch:
@@ -123,7 +122,7 @@ def test_language_modelling(case, model, golden_special):
         generation_length=16,
     )
     tokenizer = WordTokenizer(golden_special)
-    [document] = read_documents(FOLDER / "lm.txt", config, tokenizer, VOCABULARY)
+    [document] = read_items(FOLDER / "lm.txt", config, tokenizer, VOCABULARY)
     expected = RESULTS[case]
     assert count_windows(document, config) == expected["windows"]
     for number, item in enumerate(expected["first_items"]):

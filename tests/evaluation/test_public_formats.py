@@ -9,7 +9,7 @@ import yaml
 import zstandard
 from running import ROOT
 
-from glm_jax.evaluation.examples import read_documents, read_examples
+from glm_jax.evaluation.examples import read_items
 from glm_jax.evaluation.prepare import (
     PromptFileError,
     load_prompt_file,
@@ -218,7 +218,7 @@ def test_from_public_format_to_examples(tmp_path, tokenizer, tasks, name):
         assert "{" not in line["inputs_pretokenized"]
         if config.type == "gen":
             assert line["targets_pretokenized"] == [answer]
-        examples = read_examples(path, config, tokenizer, tokenizer.vocab_size)
+        examples = read_items(path, config, tokenizer, tokenizer.vocab_size)
         assert len(examples) == count
         if config.type == "mul" and len(written) == 1:
             assert line["choices_pretokenized"][line["label"]] == answer
@@ -249,7 +249,7 @@ def test_mmlu(tmp_path):
             with (folder / f"{subject}_{split}.csv").open("w", newline="") as file:
                 for i in range(count):
                     csv.writer(file).writerow([f"Is it {i}, then?", 1, 2, 3, 4, "ABCD"[i % 4]])
-    written = prepare_mmlu(tmp_path / "source", tmp_path / "data", groups)
+    written = prepare_mmlu(PROMPTS / "mmlu.yaml", tmp_path / "source", tmp_path / "data")
     assert len(written) == 57
     path = tmp_path / "data" / "mmlu" / "stem" / "college_physics.jsonl"
     line = json.loads(path.read_text().splitlines()[1])
@@ -262,7 +262,7 @@ def test_mmlu(tmp_path):
     assert line["label"] == 1
     (tmp_path / "source" / "test" / "virology_test.csv").unlink()
     with pytest.raises(SourceError, match=r"virology_test\.csv"):
-        prepare_mmlu(tmp_path / "source", tmp_path / "data", groups)
+        prepare_mmlu(PROMPTS / "mmlu.yaml", tmp_path / "source", tmp_path / "data")
 
 
 def test_crows_pairs_asks_for_each_shared_token(tmp_path, tokenizer):
@@ -292,7 +292,7 @@ def test_texts(tmp_path, tokenizer, tasks):
     [path] = prepare_text("wikitext_2", tmp_path / "wiki.txt", tmp_path / "data")
     assert path == tmp_path / "data" / TEXTS["wikitext_2"]
     [found] = tasks["wikitext-2"].files(tmp_path / "data")["test"]
-    [document] = read_documents(found, tasks["wikitext-2"], tokenizer, tokenizer.vocab_size)
+    [document] = read_items(found, tasks["wikitext-2"], tokenizer, tokenizer.vocab_size)
     assert document.words == 7
     lines = b"".join(
         json.dumps({"text": text, "meta": {"pile_set_name": name}}).encode() + b"\n"
@@ -301,7 +301,7 @@ def test_texts(tmp_path, tokenizer, tasks):
     (tmp_path / "test.jsonl.zst").write_bytes(zstandard.compress(lines))
     [path] = prepare_text("pile", tmp_path / "test.jsonl.zst", tmp_path / "data")
     assert path.read_bytes() == lines
-    assert len(read_documents(path, tasks["pile"], tokenizer, tokenizer.vocab_size)) == 2
+    assert len(read_items(path, tasks["pile"], tokenizer, tokenizer.vocab_size)) == 2
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n')
     with pytest.raises(SourceError, match=r"bad\.jsonl:1: no document of the Pile"):
         prepare_text("pile", tmp_path / "bad.jsonl", tmp_path / "data")
@@ -342,6 +342,8 @@ def test_a_data_set_of_another_format_is_told(tmp_path, content, message):
         ("path: a\nformat: csv\nprompts: {p: {choices: [a]}}", "'input' is missing"),
         ("path: a\nformat: csv\nprompts: {p: {input: a}}", "either choices or targets"),
         ("format: csv", "path"),
+        ("- a", "fields such as path"),
+        ("path: a\nformat: csv\nshots: 2\nprompts: {p: {input: a, targets: b}}", "shots are for"),
     ],
 )
 def test_prompt_files_are_checked(tmp_path, text, message):

@@ -36,7 +36,7 @@ def _sequences(count, low, high, special):
 
 
 def _scores(scorer, sequences):
-    found = {number: values for number, values, _ in scorer.score(sequences)}
+    found = {s.number: s.log_probabilities for s in scorer.score(sequences)}
     return [found[i] for i in range(len(sequences))]
 
 
@@ -106,7 +106,7 @@ def test_prepared_int4_equals_int4(golden_float32, golden_special):
 @pytest.fixture
 def model(golden_float32, golden_special):
     config, params = golden_float32
-    return Model(params, config, WordTokenizer(golden_special), Scorer(params, config))
+    return Model(params, config, WordTokenizer(golden_special))
 
 
 @pytest.fixture

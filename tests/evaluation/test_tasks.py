@@ -11,8 +11,7 @@ from running import ROOT
 from stub_tokenizer import WordTokenizer
 
 from glm_jax.decoding.prompt import PromptError
-from glm_jax.evaluation.examples import DatasetError, Example, problems, read_examples
-from glm_jax.evaluation.scoring import Scorer
+from glm_jax.evaluation.examples import DatasetError, Example, checked_items, read_items
 from glm_jax.evaluation.sequences import SequenceError, choice_sequence
 from glm_jax.evaluation.task_config import TaskConfig, TaskError, find_tasks, load_task
 from glm_jax.evaluation.tasks import (
@@ -173,22 +172,24 @@ def test_data_errors_name_file_line_and_field(tmp_path, golden_special, line, me
     config = TaskConfig("a", "mul", ".", max_seq_length=64)
     tokenizer = WordTokenizer(golden_special)
     with pytest.raises(DatasetError) as raised:
-        read_examples(path, config, tokenizer, 512)
+        read_items(path, config, tokenizer, 512)
     assert f"data.jsonl:3: {message}" in str(raised.value)
-    assert len(list(problems(path, config, tokenizer, 512))) == 1
+    items = list(checked_items(path, config, tokenizer, 512))
+    assert [isinstance(item, DatasetError) for item in items] == [False, True, False]
+    assert str(items[1]) == str(raised.value)
 
 
 @pytest.fixture
 def model(golden_float32, golden_special):
     config, params = golden_float32
-    return Model(params, config, WordTokenizer(golden_special), Scorer(params, config))
+    return Model(params, config, WordTokenizer(golden_special))
 
 
 def test_ids_give_way_to_texts_where_the_task_says_so(tmp_path, golden_special):
     line = {"inputs": [1], "inputs_pretokenized": "t7 t8", "choices": [[3]], "label": 0}
     path = _write(tmp_path / "data.jsonl", line)
     config = TaskConfig("a", "mul", ".")
-    read = lambda config: read_examples(path, config, WordTokenizer(golden_special), 512)[0]
+    read = lambda config: read_items(path, config, WordTokenizer(golden_special), 512)[0]
     assert read(config).context == (1,)
     assert read(dataclasses.replace(config, no_tokenized=True)).context == (7, 8)
 
@@ -259,7 +260,7 @@ class _Punctuated(WordTokenizer):
 def test_lambada_bans_punctuation_and_takes_the_first_word(golden_float32, golden_special):
     config, params = golden_float32
     tokenizer = _Punctuated(golden_special)
-    model = Model(params, config, tokenizer, Scorer(params, config))
+    model = Model(params, config, tokenizer)
     fields = {"sampling_strategy": "BeamSearchStrategy", "num_beams": 4, "max_gen_length": 3}
     task = Lambada(TaskConfig("l", "gen", ".", use_task_mask=True, **fields), model)
     search = task.search()

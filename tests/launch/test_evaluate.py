@@ -109,7 +109,7 @@ def test_harness(folder, tmp_path):
         "metric_list:\n  - metric: bits_per_byte\n"
     )
     done = _run(
-        *("--model", "glm_jax", "--model_args", f"checkpoint={folder}/model"),
+        *("--model", "glm_jax", "--model_args", f"checkpoint={folder}/model,mesh=1;1;1"),
         *("--tasks", "pick,write,roll", "--include_path", str(tmp_path / "tasks")),
         *("--output_path", str(tmp_path / "out")),
         module="launch.harness",
