@@ -14,19 +14,20 @@ _COORDINATOR = "GLM_JAX_COORDINATOR"
 _COUNT = "GLM_JAX_NUM_PROCESSES"
 # Slurm and a Kubernetes indexed Job say a process's number in the last two.
 _NUMBERS = ("GLM_JAX_PROCESS_ID", "SLURM_PROCID", "JOB_COMPLETION_INDEX")
+HEARTBEAT_SECONDS = 60
 
 
 class ProcessesError(UserError):
     """Processes that cannot find each other; the message says what to set."""
 
 
-def initialize(
+def place(
     coordinator: str | None = None,
     count: int | None = None,
     number: int | None = None,
     may_be_apart: bool = False,
-) -> tuple[int, int]:
-    """Joins the other processes of a run, before anything else of jax is used.
+) -> tuple[str | None, int, int]:
+    """Where this process stands among those of a run.
 
     What is not given is taken from the environment: GLM_JAX_COORDINATOR,
     GLM_JAX_NUM_PROCESSES, and GLM_JAX_PROCESS_ID, Slurm's SLURM_PROCID or a Kubernetes
@@ -39,7 +40,7 @@ def initialize(
       may_be_apart: processes without a coordinator are fine: they only share work.
 
     Returns:
-      This process's number, and how many there are.
+      The coordinator, this process's number, and how many there are.
 
     Raises:
       ProcessesError: some of the three are known and some are not.
@@ -50,9 +51,9 @@ def initialize(
         number = number if number is not None else _number(name)
     if coordinator is None:
         if count is None or count == 1:
-            return 0, 1
+            return None, 0, 1
         if may_be_apart and number is not None and number < count:
-            return number, count
+            return None, number, count
         missing = "its number below that by --process_id, or " if may_be_apart else ""
         raise ProcessesError(
             f"{count} processes and no coordinator: give {missing}host:port of process 0 by "
@@ -63,11 +64,33 @@ def initialize(
             f"coordinator {coordinator}, but not the number of processes and this one's: "
             f"--num_processes and --process_id, or {_COUNT} and {_NUMBERS[0]}"
         )
+    return coordinator, number, count
+
+
+def join(
+    coordinator: str, number: int, count: int, heartbeat_seconds: int = HEARTBEAT_SECONDS
+) -> None:
+    """Joins the other processes of a run, before anything else of jax is used.
+
+    Args:
+      coordinator, number, count: as of `place`.
+      heartbeat_seconds: a process that gave no sign of life for so long counts as gone, and
+        the others end.
+
+    Raises:
+      ProcessesError: they cannot be reached.
+    """
     try:
-        jax.distributed.initialize(coordinator, count, number)
+        jax.distributed.initialize(
+            coordinator, count, number, heartbeat_timeout_seconds=heartbeat_seconds
+        )
     except (ValueError, RuntimeError) as error:
         raise ProcessesError(f"process {number} of {count} at {coordinator}: {error}") from error
-    return number, count
+
+
+def are_joined() -> bool:
+    """Whether this process has joined others, and so cannot leave in peace while they run."""
+    return bool(jax.distributed.is_initialized())
 
 
 def _number(name: str) -> int | None:

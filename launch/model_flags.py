@@ -58,6 +58,12 @@ def define_model_flags() -> None:
     flags.DEFINE_enum(
         "cache_dtype", None, ["float32", "bfloat16", "float16", "int8"], "of keys and values"
     )
+    flags.DEFINE_float(
+        "weight_memory_limit",
+        None,
+        "GiB of weights a device; blocks beyond it wait in the host's memory",
+        lower_bound=0,
+    )
     flags.DEFINE_integer("max_length", None, "tokens of text and answer together", lower_bound=4)
     flags.register_validator("quantization", _is_scheme)
 
@@ -109,6 +115,8 @@ def load_model(mesh: Mesh | None) -> tuple[GLMConfig, GLMParams]:
     Raises:
       UserError: there is none, or it is not to be had so.
     """
-    config, params = restore(FLAGS.checkpoint, mesh, FLAGS.dtype, FLAGS.quantization)
+    config, params = restore(
+        FLAGS.checkpoint, mesh, FLAGS.dtype, FLAGS.quantization, FLAGS.weight_memory_limit
+    )
     config = config.replace(cache_dtype=FLAGS.cache_dtype)
     return config, prepare(params, FLAGS.activation_bits, FLAGS.embedding_bits)

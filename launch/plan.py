@@ -37,6 +37,12 @@ flags.DEFINE_enum("precision", "float16", PRECISIONS, "of the weights")
 flags.DEFINE_enum("cache_dtype", None, ["float16", "bfloat16", "int8"], "of keys and values")
 flags.DEFINE_integer("batch", 1, "requests that decode together, or rows", lower_bound=1)
 flags.DEFINE_integer("length", None, "tokens of each; the model's positions by default")
+flags.DEFINE_float(
+    "weight_memory_limit",
+    None,
+    "GiB of weights a device; blocks beyond it are streamed from the host's memory",
+    lower_bound=0,
+)
 flags.DEFINE_bool("sweep", False, "tries every mesh, and batches as large as fit")
 flags.DEFINE_bool("table", False, "prints the table of docs/hardware.md, for the 130B model")
 flags.DEFINE_string("output", None, "folder for plan.json and plan.png")
@@ -81,6 +87,7 @@ def question(described: ConfigDict) -> Question:
         length=FLAGS.length or model.max_sequence_length,
         cache=FLAGS.cache_dtype,
         recipe=train_config.recipe(FLAGS.config) if is_training else None,
+        weight_memory_limit=FLAGS.weight_memory_limit,
     )
 
 

@@ -14,6 +14,7 @@ import yaml
 from glm_jax.training import watching
 
 ROOT = Path(__file__).parent.parent
+_HANGS = 900  # seconds: no run here takes nearly as long, on whatever machine
 _SMALL = (
     "--config.model.vocab_size=4096",
     "--config.model.hidden_size=32",
@@ -76,7 +77,7 @@ class Started:
 
     def finish(self, status=0):
         """Its output, once it has ended with this exit status."""
-        self.process.wait(timeout=240)
+        self.process.wait(timeout=_HANGS)
         self._output.seek(0)
         output = self._output.read()
         assert self.process.returncode == status, output[-3000:]

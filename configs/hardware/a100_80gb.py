@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
             "memory_bandwidth": 2039000000000,  # bytes per second
             "matrix_flops": 3.12e14,  # float16 products, float32 sums, per second
             "link_bandwidth": 300000000000,  # bytes per second: NVLink, one way
+            "host_bandwidth": 32000000000,  # bytes per second: PCIe 4.0 x16, one way
             "multiprocessors": 108,
             "threads_per_multiprocessor": 2048,
             "shared_memory_per_multiprocessor": 167936,

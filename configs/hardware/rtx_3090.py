@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
             "memory_bandwidth": 936000000000,  # bytes per second
             "matrix_flops": 7.1e13,  # float16 products, float32 sums, per second
             "link_bandwidth": 32000000000,  # bytes per second: PCIe 4.0 x16, one way
+            "host_bandwidth": 32000000000,  # bytes per second: PCIe 4.0 x16, one way
             "multiprocessors": 82,
             "threads_per_multiprocessor": 1536,
             "shared_memory_per_multiprocessor": 102400,

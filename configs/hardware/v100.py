@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
             "memory_bandwidth": 900000000000,  # bytes per second
             "matrix_flops": 1.25e14,  # float16 products, float32 sums, per second
             "link_bandwidth": 150000000000,  # bytes per second: NVLink, one way
+            "host_bandwidth": 16000000000,  # bytes per second: PCIe 3.0 x16, one way
             "multiprocessors": 80,
             "threads_per_multiprocessor": 2048,
             "shared_memory_per_multiprocessor": 98304,

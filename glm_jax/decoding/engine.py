@@ -121,11 +121,19 @@ class Engine:
         self._shards = row_shards(self._mesh)
         self._is_unrolled = isinstance(self._params.layers, tuple)
         self._slot_count = -(-settings.slots // self._shards) * self._shards
+        self._step_widths = self._widths_of_steps()
         self._make_state()
         self._tickets = 0
         self._queue: collections.deque[tuple[int, Request]] = collections.deque()
         self._running: dict[int, _Running] = {}  # by slot
         self._prefill: _Prefill | None = None
+
+    def _widths_of_steps(self) -> list[int]:
+        """Slots that a step may run: on a CPU each row costs its share of the products,
+        elsewhere little beside reading weights, and more programs would gain nothing."""
+        is_one_cpu = self._is_unrolled and self._mesh is None
+        halves = [1 << i for i in range((self._slot_count - 1).bit_length())]
+        return [*(halves if is_one_cpu else []), self._slot_count]
 
     def _make_state(self) -> None:
         size, longest = self._settings.page_size, self.max_length
@@ -220,14 +228,22 @@ class Engine:
             self._prefill_some()
             if not self._running:
                 return []
-            emitted, self._slots, self._cache = programs.step(
-                self._params, self._config, self._slots, self._cache, self._pages_a_layer
-            )
+            width = next(w for w in self._step_widths if w >= len(self._running))
+            numbers = [*self._running, *self._free_slots(), *self._entering()][:width]
+            emitted = self._run_step(numbers)
             tokens, log_probabilities = (x.tolist() for x in jax.device_get(emitted))
         given = []
-        for slot, running in list(self._running.items()):
-            given.append(self._give(slot, running, tokens[slot], log_probabilities[slot]))
+        for place, (slot, running) in enumerate(list(self._running.items())):
+            row = slot if width == self._slot_count else place
+            given.append(self._give(slot, running, tokens[row], log_probabilities[row]))
         return given
+
+    def _run_step(self, numbers: Sequence[int]) -> Any:
+        rows = None if len(numbers) == self._slot_count else np.array(numbers, np.int32)
+        emitted, self._slots, self._cache = programs.step(
+            self._params, self._config, self._slots, self._cache, self._pages_a_layer, rows
+        )
+        return emitted
 
     def _give(self, slot: int, running: _Running, token: int, log_probability: float) -> Token:
         reason = None
@@ -244,9 +260,11 @@ class Engine:
     def _leave(self, slot: int) -> None:
         self._pool.give_back(self._running.pop(slot).lease)
 
+    def _entering(self) -> list[int]:
+        return [] if self._prefill is None else [entry.slot for entry in self._prefill.entries]
+
     def _free_slots(self) -> list[int]:
-        entering = [] if self._prefill is None else self._prefill.entries
-        taken = set(self._running) | {entry.slot for entry in entering}
+        taken = {*self._running, *self._entering()}
         return [slot for slot in range(self._slot_count) if slot not in taken]
 
     def _prefill_some(self) -> None:
@@ -379,6 +397,5 @@ class Engine:
                 self._run_layers(prefill, self._config.num_layers)
             self._slots = admit(self._slots, np.int32(0), self._empty)
             self._slots = release(self._slots, np.int32(0))
-            _, self._slots, self._cache = programs.step(
-                self._params, self._config, self._slots, self._cache, self._pages_a_layer
-            )
+            for width in self._step_widths:
+                self._run_step(range(width))

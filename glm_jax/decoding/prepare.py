@@ -6,6 +6,7 @@ from glm_jax.errors import UserError
 from glm_jax.kernels.quantized_matmul import cpu
 from glm_jax.kernels.quantized_matmul.api import is_quantized
 from glm_jax.kernels.quantized_matmul.api import prepare as prepare_weight
+from glm_jax.model.offload import OffloadedLayers
 from glm_jax.model.params import GLMParams, map_linears, unstack_layers
 from glm_jax.quantization import Scheme, quantize
 
@@ -33,16 +34,18 @@ def prepare(
 
     Raises:
       PrecisionError: one of these was asked for, and this is not one CPU device with the
-        kernel built, or the kernel does not take the embedding's shape.
+        kernel built and all weights, or the kernel does not take the embedding's shape.
     """
     device, *others = jax.tree.leaves(params)[0].devices()
     is_one_cpu = device.platform == "cpu" and not others
-    if (activation_bits or embedding_bits) and not (is_one_cpu and cpu.is_available()):
+    is_offloaded = isinstance(params.layers, OffloadedLayers)
+    can_narrow = is_one_cpu and cpu.is_available() and not is_offloaded
+    if (activation_bits or embedding_bits) and not can_narrow:
         raise PrecisionError(
-            "activations and embedding in few bits are for one CPU device, and its kernel built: "
-            "leave out activation_bits and embedding_bits"
+            "activations and embedding in few bits are for one CPU device, its kernel built, "
+            "and all weights in its memory: leave out activation_bits and embedding_bits"
         )
-    if device.platform != "cpu":
+    if device.platform != "cpu" or is_offloaded:
         return params
     params = unstack_layers(params)
     if not is_one_cpu:

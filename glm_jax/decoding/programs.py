@@ -13,7 +13,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from glm_jax.config import GLMConfig
-from glm_jax.decoding.slots import Slots, choose
+from glm_jax.decoding.slots import Slots, choose, put_back
 from glm_jax.model import glm
 from glm_jax.model.layers import rotary_factors
 from glm_jax.model.paged_cache import PagedKVCache, Paging
@@ -70,16 +70,32 @@ def prefill_layers(
     jax.jit, static_argnames=("config", "pages_a_layer"), donate_argnames=("slots", "cache")
 )
 def step(
-    params: GLMParams, config: GLMConfig, slots: Slots, cache: PagedKVCache, pages_a_layer: int
-) -> tuple[tuple[Int[Array, " slots"], Float[Array, " slots"]], Slots, PagedKVCache]:
+    params: GLMParams,
+    config: GLMConfig,
+    slots: Slots,
+    cache: PagedKVCache,
+    pages_a_layer: int,
+    numbers: Int[Any, " rows"] | None = None,
+) -> tuple[tuple[Int[Array, " rows"], Float[Array, " rows"]], Slots, PagedKVCache]:
     """The next token of every active slot.
 
     Args:
       pages_a_layer: of a device where layers share an array, else 0.
+      numbers: of the slots that run, each once, every active one among them; None runs all.
 
     Returns:
-      Tokens (-1 for slots without) and log-probabilities; then slots and pages.
+      Tokens (-1 for slots without) and log-probabilities of what ran; then slots and pages.
     """
+    if numbers is None:
+        return _step(params, config, slots, cache, pages_a_layer)
+    some: Slots = jax.tree.map(lambda x: x[numbers], slots)
+    emitted, some, cache = _step(params, config, some, cache, pages_a_layer)
+    return emitted, put_back(slots, numbers, some), cache
+
+
+def _step(
+    params: GLMParams, config: GLMConfig, slots: Slots, cache: PagedKVCache, pages_a_layer: int
+) -> tuple[tuple[Array, Array], Slots, PagedKVCache]:
     page_size = jax.tree.leaves(cache)[0].shape[2]
     active = slots.is_active
     page = jnp.take_along_axis(slots.table, slots.index[:, None] // page_size, axis=1)

@@ -140,6 +140,15 @@ def release(slots: Slots, number: Int[ArrayLike, ""]) -> Slots:
     return released
 
 
+def put_back(slots: Slots, numbers: Int[Any, " rows"], some: Slots) -> Slots:
+    """Slots of which those of these numbers have done a step: what `choose` changes."""
+    changes = ("is_active", "token", "index", "position_id", "tokens")
+    changed: Slots = slots.replace(  # type: ignore[attr-defined]
+        **{name: getattr(slots, name).at[numbers].set(getattr(some, name)) for name in changes}
+    )
+    return changed
+
+
 def choose(
     logits: Float[Array, "slots vocab"], slots: Slots
 ) -> tuple[Int[Array, " slots"], Float[Array, " slots"], Slots]:

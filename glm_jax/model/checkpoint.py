@@ -4,14 +4,13 @@ A folder is written under another name and renamed when whole, so that a path ei
 holds a complete model or nothing.
 """
 
-import functools
+import math
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from glm_jax import config as glm_config
@@ -19,8 +18,10 @@ from glm_jax import processes
 from glm_jax.config import ConfigError, GLMConfig
 from glm_jax.model import params as glm_params
 from glm_jax.model import parts
+from glm_jax.model.offload import device_bytes
 from glm_jax.model.params import KERNEL_AXES, GLMParams, LayerParams, LinearParams
 from glm_jax.model.parts import CheckpointError
+from glm_jax.model.stacking import Part, stacked
 from glm_jax.quantization import QuantizedArray, Scheme
 
 CONFIG_FILE = "config.json"
@@ -112,6 +113,7 @@ def restore(
     mesh: Mesh | None = None,
     dtype: str | None = None,
     quantization: str | None = None,
+    weight_memory_limit: float | None = None,
 ) -> tuple[GLMConfig, GLMParams]:
     """Reads a model onto a mesh; each device reads its own slices.
 
@@ -125,6 +127,8 @@ def restore(
         by default.
       quantization: quantises a float model after reading: "int8", "int4", or with options
         such as "int4,group=128,zero_point" (`Scheme.parse`).
+      weight_memory_limit: GiB of weights that a device may hold; blocks beyond it wait in its
+        host's memory (`OffloadedLayers`). While a part is read, it comes on top.
 
     Returns:
       The config, and the parameters with layers stacked.
@@ -133,6 +137,7 @@ def restore(
       CheckpointError: no complete model there, or one quantised in another way.
       QuantizationError: `quantization` says nothing known, or groups do not divide.
       MeshError: the shapes do not divide over the mesh.
+      OffloadError: the limit leaves no room for two blocks.
     """
     scheme = None if quantization is None else Scheme.parse(quantization)
     config = load_config(path)
@@ -140,16 +145,19 @@ def restore(
     ranges = parts.layer_ranges(folder, config.num_layers)
     described = _abstract(config, mesh)
     rest = parts.read_part(folder, parts.EMBEDDING, parts.embedding_tree(described))
-    layers: Any = None
-    for first, end in ranges:
+    rest = rest if dtype is None else glm_params.cast_params(rest, dtype)
+
+    def read(first: int, end: int) -> Any:
         part = restore_layers(folder, config, first, end, mesh)
         if scheme is not None:
             part = _quantize_restored(part, scheme, path)
-        part = part if dtype is None else glm_params.cast_params(part, dtype)
-        layers = part if len(ranges) == 1 else _put(layers, part, first, config.num_layers)
+        return part if dtype is None else glm_params.cast_params(part, dtype)
+
+    read_parts = (Part(first, end, read(first, end)) for first, end in ranges)
+    limit = math.inf if weight_memory_limit is None else weight_memory_limit
+    layers = stacked(read_parts, config.num_layers, device_bytes(rest), limit)
     if dtype is not None:
         config = config.replace(param_dtype=dtype, compute_dtype=dtype)
-        rest = glm_params.cast_params(rest, dtype)
     return config, GLMParams(layers=layers, **rest)
 
 
@@ -164,26 +172,6 @@ def restore_layers(
     target = _abstract_layers(folder, config, first, end, mesh)
     layers: LayerParams = parts.read_part(folder, parts.layers_part(first, end), target)
     return layers
-
-
-def _put(layers: Any, part: Any, first: int, count: int) -> Any:
-    """Writes some layers into the stack of all, which is made for the first of them."""
-
-    def empty(x: jax.Array) -> jax.Array:
-        shape = (count, *x.shape[1:])
-        return jnp.zeros(shape, x.dtype, device=x.sharding)
-
-    if layers is None:
-        layers = jax.tree.map(empty, part)
-    return jax.tree.map(lambda stack, x: _put_one(stack.sharding)(stack, x, first), layers, part)
-
-
-@functools.cache
-def _put_one(sharding: jax.sharding.Sharding) -> Any:
-    def put(stack: jax.Array, x: jax.Array, first: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(stack, x, first, 0)
-
-    return jax.jit(put, donate_argnums=0, out_shardings=sharding)
 
 
 def _quantize_restored(layers: LayerParams, scheme: Scheme, path: Any) -> LayerParams:

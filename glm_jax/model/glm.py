@@ -36,6 +36,7 @@ from glm_jax.model.layers import (
     rotary_factors,
     weight_dropout,
 )
+from glm_jax.model.offload import OffloadedLayers, fetch
 from glm_jax.model.paged_cache import PagedCache, PagedKVCache, Paging
 from glm_jax.model.params import GLMParams, LayerParams
 from glm_jax.model.visibility import Visibility
@@ -227,7 +228,7 @@ def run_unrolled(
 
 
 def run_looped(
-    layers: LayerParams,
+    layers: LayerParams | OffloadedLayers,
     config: GLMConfig,
     x: Float[Array, "batch seq embed"],
     rotary: Rotary,
@@ -239,21 +240,60 @@ def run_looped(
 ) -> tuple[Float[Array, "batch seq embed"], Any]:
     """Stacked blocks from `first` to `end` (exclusive), and the cache of all of them.
 
-    The cache rides in the carry, so that it is updated in place and not restacked.
+    The cache rides in the carry, so that it is updated in place and not restacked. Of blocks
+    that wait in hosts' memory the next one is on its way while one runs.
     """
-
-    def step(index: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
-        x, cache = carry
-        take = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
-        layer = jax.tree.map(take, layers)
-        if isinstance(cache, PagedCache):
-            assert isinstance(start, Paging)
-            return block(x, layer, config, rotary, visible, cache, start.of_layer(index))
-        layer_cache = None if cache is None else jax.tree.map(take, cache)
-        x, layer_cache = block(x, layer, config, rotary, visible, layer_cache, start)
-        if cache is not None:
-            cache = jax.tree.map(lambda c, new: c.at[index].set(new), cache, layer_cache)
-        return x, cache
-
+    run = functools.partial(_run_one, config=config, rotary=rotary, visible=visible, start=start)
+    if isinstance(layers, OffloadedLayers):
+        return _run_offloaded(run, layers, (x, cache), first, end)
+    step = lambda index, carry: run(_take(layers, index), index, carry)
     carried: tuple[Array, Any] = jax.lax.fori_loop(first, end, step, (x, cache))
     return carried
+
+
+def _take(stack: Any, index: Array) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack)
+
+
+def _run_one(
+    layer: LayerParams,
+    index: Array,
+    carry: tuple[Array, Any],
+    *,
+    config: GLMConfig,
+    rotary: Rotary,
+    visible: Visible,
+    start: Start | None,
+) -> tuple[Array, Any]:
+    x, cache = carry
+    if isinstance(cache, PagedCache):
+        assert isinstance(start, Paging)
+        return block(x, layer, config, rotary, visible, cache, start.of_layer(index))
+    layer_cache = None if cache is None else _take(cache, index)
+    x, layer_cache = block(x, layer, config, rotary, visible, layer_cache, start)
+    if cache is not None:
+        cache = jax.tree.map(lambda c, new: c.at[index].set(new), cache, layer_cache)
+    return x, cache
+
+
+def _run_offloaded(
+    run: Any, layers: OffloadedLayers, carry: Any, first: int | Array, end: int | Array
+) -> Any:
+    kept, last = layers.resident_count, layers.streamed_count - 1
+    within = lambda bound, low, high: (
+        min(max(bound, low), high) if isinstance(bound, int) else jnp.clip(bound, low, high)
+    )
+    if layers.resident is not None:
+        resident = layers.resident
+        step = lambda index, carry: run(_take(resident, index), index, carry)
+        bounds = within(first, 0, kept), within(end, 0, kept)
+        carry = jax.lax.fori_loop(*bounds, step, carry)
+    begin, stop = (within(bound - kept, 0, last + 1) for bound in (first, end))
+
+    def step_ahead(index: Array, carried: Any) -> Any:
+        layer, carry = carried
+        following = fetch(layers.streamed, jnp.minimum(index + 1, last))
+        return following, run(layer, index + kept, carry)
+
+    fetched = fetch(layers.streamed, within(begin, 0, last))
+    return jax.lax.fori_loop(begin, stop, step_ahead, (fetched, carry))[1]

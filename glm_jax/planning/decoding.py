@@ -13,9 +13,17 @@ from glm_jax.decoding.packing import pack_prompts
 from glm_jax.decoding.slots import empty_slot, empty_slots
 from glm_jax.evaluation.scoring import log_probabilities
 from glm_jax.model import params as glm_params
+from glm_jax.model.offload import (
+    DEVICE_MEMORY,
+    HOST_MEMORY,
+    OffloadedLayers,
+    device_bytes,
+    is_streamed,
+    resident_count,
+)
 from glm_jax.model.paged_cache import PAGE_AXES, init_paged_cache, row_shards
 from glm_jax.model.params import KERNEL_AXES, GLMParams, LinearParams
-from glm_jax.planning.topology import compiling_for
+from glm_jax.planning.topology import compiling_for, in_memory
 from glm_jax.quantization import QuantizedArray, Scheme
 from glm_jax.sharding import activation_sharding
 
@@ -30,6 +38,7 @@ def lower_engine(
     slots: int,
     prefill_width: int,
     max_length: int | None = None,
+    weight_memory_limit: float | None = None,
 ) -> dict[str, Any]:
     """A step of all slots and a prefill through all layers, lowered for a mesh's devices.
 
@@ -38,6 +47,7 @@ def lower_engine(
       slots: requests that run together, each with pages for `max_length` tokens (the model's
         positions by default).
       prefill_width: tokens of prompts at once.
+      weight_memory_limit: as of `abstract_params`.
 
     Returns:
       Lowered programs under the names "step" and "prefill".
@@ -45,7 +55,7 @@ def lower_engine(
     length = max_length or config.max_sequence_length
     shards = row_shards(mesh)
     cache, pages = abstract_cache(config, mesh, slots, length)
-    params = abstract_params(config, mesh, quantization)
+    params = abstract_params(config, mesh, quantization, weight_memory_limit)
     row = empty_slot(config, length, 1 << (-(-length // PAGE_SIZE) - 1).bit_length())
     described = jax.tree.map(
         lambda x: _place(mesh, x, ("batch", *(None,) * (x.ndim - 1))),
@@ -57,6 +67,8 @@ def lower_engine(
     hidden = jax.ShapeDtypeStruct((shards, prefill_width, config.hidden_size), config.compute_dtype)
     x = _place(mesh, hidden, ("batch", "seq", "embed"))
     bounds = {"first": np.int32(0), "end": np.int32(config.num_layers)}
+    if isinstance(params.layers, OffloadedLayers):
+        described, cache, pack, x = in_memory((described, cache, pack, x), DEVICE_MEMORY)
     with compiling_for(mesh):
         step = programs.step.lower(params, config, described, cache, pages)
         prefill = programs.prefill_layers.lower(params.layers, config, x, pack, cache, **bounds)
@@ -96,11 +108,48 @@ def _place(mesh: Mesh, x: jax.ShapeDtypeStruct, axes: Any) -> jax.ShapeDtypeStru
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=activation_sharding(mesh, axes))
 
 
-def abstract_params(config: GLMConfig, mesh: Mesh, quantization: str | None) -> GLMParams:
-    """Shapes, dtypes and shardings of a model's parameters on a mesh."""
+def abstract_params(
+    config: GLMConfig,
+    mesh: Mesh,
+    quantization: str | None,
+    weight_memory_limit: float | None = None,
+) -> GLMParams:
+    """Shapes, dtypes and shardings of a model's parameters on a mesh.
+
+    Args:
+      weight_memory_limit: GiB of weights a device; blocks beyond it lie in hosts' memory.
+
+    Raises:
+      OffloadError: the limit leaves no room for two blocks.
+    """
     floats = glm_params.abstract(config, mesh)
-    if quantization is None:
-        return floats
+    params = floats if quantization is None else _narrow(floats, config, mesh, quantization)
+    if weight_memory_limit is None:
+        return params
+    layers: Any = params.layers
+    rest = device_bytes(params) - device_bytes(layers)
+    kept = resident_count(rest, layers, config.num_layers, weight_memory_limit)
+    if kept == config.num_layers:
+        return params
+    resident = None if kept == 0 else in_memory(_of_count(layers, kept), DEVICE_MEMORY)
+    streamed = jax.tree.map(
+        lambda x: in_memory(x, HOST_MEMORY if is_streamed(x) else DEVICE_MEMORY),
+        _of_count(layers, config.num_layers - kept),
+    )
+    offloaded: GLMParams = in_memory(params, DEVICE_MEMORY).replace(
+        layers=OffloadedLayers(resident, streamed)
+    )
+    return offloaded
+
+
+def _of_count(layers: Any, count: int) -> Any:
+    """Described layers, so many."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=x.sharding), layers
+    )
+
+
+def _narrow(floats: GLMParams, config: GLMConfig, mesh: Mesh, quantization: str) -> GLMParams:
     scheme = Scheme.parse(quantization)
     specs: Any = glm_params.specs(config).layers
 

@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 
 from glm_jax.config import GLMConfig
 from glm_jax.errors import UserError
+from glm_jax.model.offload import DEVICE_MEMORY, OffloadedLayers, device_bytes
+from glm_jax.model.params import GLMParams
 from glm_jax.planning import topology
 from glm_jax.planning.decoding import (
     abstract_cache,
@@ -48,6 +50,8 @@ class Question:
       cache: dtype of keys and values, that of computing by default.
       recipe: of training.
       accumulation: micro-batches of `batch` rows to a train step.
+      weight_memory_limit: GiB of weights a device, in decode and prefill; blocks beyond it
+        are streamed from hosts' memory.
     """
 
     model: GLMConfig
@@ -59,6 +63,7 @@ class Question:
     cache: str | None = None
     recipe: Recipe | None = None
     accumulation: int = 1
+    weight_memory_limit: float | None = None
 
     @property
     def devices(self) -> int:
@@ -72,6 +77,7 @@ class Plan:
     Attributes:
       weights, cache, optimizer, other, temporaries: bytes a device; `other` is what else goes
         in and out.
+      streamed: bytes of weights a device that wait in its host's memory.
       room: bytes that a device has.
       exchanges: those of a step.
       work: a step's, of a device.
@@ -82,6 +88,7 @@ class Plan:
     optimizer: int
     other: int
     temporaries: int
+    streamed: int
     room: int
     exchanges: tuple[Exchange, ...]
     work: Work
@@ -110,6 +117,11 @@ def make_plan(question: Question, hardware: ConfigDict) -> Plan:
     quantization = question.precision if question.precision.startswith("int") else None
     dtype = question.precision if quantization is None else _compute_dtype(hardware)
     model = question.model.replace(compute_dtype=dtype, cache_dtype=question.cache)
+    if question.weight_memory_limit is not None:
+        if question.job not in ("decode", "prefill"):
+            raise PlanError(f"weight_memory_limit is for decode and prefill, not {question.job}")
+        if "host_bandwidth" not in hardware:
+            raise PlanError(f"{hardware.device_kind}: its file says no host_bandwidth")
     if question.job != "train":  # which keeps parameters as its config says
         model = model.replace(param_dtype=dtype)
     try:
@@ -139,6 +151,7 @@ def _compile(question: Question, model: GLMConfig, mesh: Mesh, quantization: str
             slots=question.batch,
             prefill_width=question.length,
             max_length=question.length,
+            weight_memory_limit=question.weight_memory_limit,
         )
         return lowered["step" if question.job == "decode" else "prefill"].compile()
     if question.job == "evaluate":
@@ -165,21 +178,25 @@ def _measure(
 ) -> Plan:
     taken: Memory = memory(compiled)
     found = exchanges(compiled.as_text(), model.num_layers)
-    cache = optimizer = 0
+    cache = optimizer = streamed = 0
     if question.job == "train":
         assert question.recipe is not None
         state = abstract_state(model, question.recipe, mesh)
         weights = device_bytes(state.params)
         optimizer = device_bytes(state.opt_state)
     else:
-        weights = device_bytes(abstract_params(model, mesh, quantization))
+        limit = question.weight_memory_limit
+        params = abstract_params(model, mesh, quantization, limit)
+        weights = device_bytes(params)
+        streamed = _host_bytes(params)
     if question.job in ("decode", "prefill"):
         cache = device_bytes(abstract_cache(model, mesh, question.batch, question.length)[0])
     arguments = taken.arguments + taken.outputs - taken.reused
     work = Work(
         flops=_flops(question, model) / question.devices,
-        memory_bytes=_memory_bytes(question, weights, cache, optimizer),
+        memory_bytes=_memory_bytes(question, weights + streamed, cache, optimizer),
         link_bytes=link_bytes(found, question.devices),
+        host_bytes=streamed,
     )
     return Plan(
         weights=weights,
@@ -187,6 +204,7 @@ def _measure(
         optimizer=optimizer,
         other=max(0, arguments - weights - cache - optimizer),
         temporaries=taken.temporaries,
+        streamed=streamed,
         room=hardware.memory_bytes,
         exchanges=tuple(found),
         work=work,
@@ -194,12 +212,12 @@ def _measure(
     )
 
 
-def device_bytes(tree: Any) -> int:
-    """Bytes of a tree of described arrays on one device."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
+def _host_bytes(params: GLMParams) -> int:
+    """Bytes of a device's part of the blocks that wait in its host's memory."""
+    if not isinstance(params.layers, OffloadedLayers):
+        return 0
+    everywhere = topology.in_memory(params, DEVICE_MEMORY)
+    return device_bytes(everywhere) - device_bytes(params)
 
 
 def _flops(question: Question, model: GLMConfig) -> float:

@@ -39,6 +39,8 @@ def table(tried: Tried, described: ConfigDict) -> str:
         "a device holds:",
     ]
     rows += [f"  {name:<12}{getattr(plan, name) / _GIB:>10.2f} GiB" for name in _HELD]
+    if plan.streamed:
+        rows.append(f"  {'on its host':<12}{plan.streamed / _GIB:>10.2f} GiB of weights")
     rows.append("exchanges a step:")
     rows += [
         f"  {kind:<20}{count:>6}{size / 2**20:>10.1f} MiB a device"

@@ -7,11 +7,12 @@ JAX_PLATFORMS=cpu, and for TPUs TPU_SKIP_MDS_QUERY=1.
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 # The same for all GPUs of compute capability 7.0 to 9.0 (the CUDA guide's tables).
@@ -89,6 +90,22 @@ def compiling_for(mesh: Mesh) -> Iterator[None]:
     default = mock.patch("jax.extend.backend.get_default_device", return_value=device)
     with jax.set_mesh(mesh), default:
         yield
+
+
+def in_memory(tree: Any, kind: str) -> Any:
+    """Described arrays in a kind of memory, to lower within `compiling_for`.
+
+    Devices that are not here may list no memories, and a sharding over them then drops a
+    memory's name; one over a mesh without devices keeps it.
+    """
+
+    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding: Any = x.sharding
+        mesh = sharding.mesh.abstract_mesh  # its own where it is one
+        there = NamedSharding(mesh, sharding.spec, memory_kind=kind)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there)
+
+    return jax.tree.map(place, tree)
 
 
 def _chips(shape: str) -> int:

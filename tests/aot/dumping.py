@@ -9,7 +9,8 @@ DUMP = Path(tempfile.mkdtemp(prefix="glm_jax_aot_"))
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # by the workers of one run
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={DUMP}"
+_FLAGS = f"--xla_dump_to={DUMP} --xla_gpu_enable_latency_hiding_scheduler=true"  # as launchers
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 
 
 def pytest_unconfigure() -> None:

@@ -13,7 +13,7 @@ import pytest
 from running import Started, arguments, environment, free_port
 
 KILLS = 20
-STEPS = {1: 2000, 2: 240}  # by processes: several seconds of either
+STEPS = {1: 600, 2: 200}  # by processes: several seconds of either
 
 
 @pytest.fixture
@@ -22,11 +22,11 @@ def text(tmp_path, corpus):
     return tmp_path
 
 
-def _start(folder, tokenizer, workdir, count):
+def _start(folder, tokenizer, workdir, count, steps=None):
     mesh = "1,1,1" if count == 1 else "2,2,2"
     command = [
         sys.executable, "-m", "launch.train",
-        *arguments(folder, tokenizer, workdir, mesh, f"--config.steps={STEPS[count]}"),
+        *arguments(folder, tokenizer, workdir, mesh, f"--config.steps={steps or STEPS[count]}"),
     ]  # fmt: skip
     variables = environment(8 // count if count > 1 else 1)
     if count == 1:
@@ -45,7 +45,14 @@ def _lines(workdir):
 
 
 def _last_step(workdir):
-    return max((line["step"] for line in _lines(workdir)), default=0)
+    """By the end of the file alone: this is asked many times a second."""
+    try:
+        with (workdir / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 2000))
+            lines = [line for line in file.read().splitlines() if line.endswith(b"}")]
+    except FileNotFoundError:
+        return 0
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def _finish(started):
@@ -63,7 +70,7 @@ def _until(moment, started, workdir):
         if kind == "step" and _last_step(workdir) >= value:
             time.sleep(more)
             return
-        assert time.monotonic() - began < 200, "no progress"
+        assert time.monotonic() - began < 600, "no progress"
         time.sleep(0.02)
 
 
@@ -122,7 +129,7 @@ def test_without_room_the_last_checkpoint_stays(text, tokenizer):
 
 def test_memory_stays_flat_over_a_long_run(text, tokenizer):
     """Resident memory after 1600 steps is what it was after 800, to a tenth."""
-    [started] = _start(text, tokenizer, text / "run", 1)
+    [started] = _start(text, tokenizer, text / "run", 1, 1700)
     sizes = {}
     while started.is_running():
         step = _last_step(text / "run")
