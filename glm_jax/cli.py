@@ -64,7 +64,7 @@ def set_up_compiler() -> None:
     Programs lie in JAX_COMPILATION_CACHE_DIR, or else in the user's cache folder, by kind of
     processor: those for a CPU run on no other kind.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder = home / "glm_jax" / f"programs_{_processor()}"
         jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -11,6 +11,7 @@ LAYERS = {
     "glm_jax.files": 0,
     "glm_jax.config": 1,
     "glm_jax.processes": 1,
+    "glm_jax.supervision": 1,
     "glm_jax.sharding": 2,
     "glm_jax.quantization": 2,
     "glm_jax.kernels": 3,

@@ -18,6 +18,8 @@ def get_config() -> ConfigDict:
             "matrix_flops": 3.12e14,  # float16 products, float32 sums, per second
             "link_bandwidth": 300000000000,  # bytes per second: NVLink, one way
             "host_bandwidth": 32000000000,  # bytes per second: PCIe 4.0 x16, one way
+            "devices_per_host": 8,
+            "network_bandwidth": 25000000000,  # a GPU, of InfiniBand HDR (DGX A100)
             "multiprocessors": 108,
             "threads_per_multiprocessor": 2048,
             "shared_memory_per_multiprocessor": 167936,

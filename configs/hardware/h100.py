@@ -18,6 +18,8 @@ def get_config() -> ConfigDict:
             "matrix_flops": 9.89e14,  # float16 products, float32 sums, per second
             "link_bandwidth": 450000000000,  # bytes per second: NVLink, one way
             "host_bandwidth": 64000000000,  # bytes per second: PCIe 5.0 x16, one way
+            "devices_per_host": 8,
+            "network_bandwidth": 50000000000,  # a GPU, of InfiniBand NDR (DGX H100)
             "multiprocessors": 132,
             "threads_per_multiprocessor": 2048,
             "shared_memory_per_multiprocessor": 233472,

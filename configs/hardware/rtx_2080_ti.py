@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
             "matrix_flops": 5.38e13,  # float16 products, float32 sums, per second
             "link_bandwidth": 16000000000,  # bytes per second: PCIe 3.0 x16, one way
             "host_bandwidth": 16000000000,  # bytes per second: PCIe 3.0 x16, one way
+            "devices_per_host": 8,
             "multiprocessors": 68,
             "threads_per_multiprocessor": 1024,
             "shared_memory_per_multiprocessor": 65536,

@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
             "matrix_flops": 7.1e13,  # float16 products, float32 sums, per second
             "link_bandwidth": 32000000000,  # bytes per second: PCIe 4.0 x16, one way
             "host_bandwidth": 32000000000,  # bytes per second: PCIe 4.0 x16, one way
+            "devices_per_host": 8,
             "multiprocessors": 82,
             "threads_per_multiprocessor": 1536,
             "shared_memory_per_multiprocessor": 102400,

@@ -18,6 +18,8 @@ def get_config() -> ConfigDict:
             "matrix_flops": 1.25e14,  # float16 products, float32 sums, per second
             "link_bandwidth": 150000000000,  # bytes per second: NVLink, one way
             "host_bandwidth": 16000000000,  # bytes per second: PCIe 3.0 x16, one way
+            "devices_per_host": 8,
+            "network_bandwidth": 6250000000,  # a GPU, of 4 InfiniBand EDR (DGX-1)
             "multiprocessors": 80,
             "threads_per_multiprocessor": 2048,
             "shared_memory_per_multiprocessor": 98304,

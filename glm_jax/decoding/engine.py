@@ -129,11 +129,10 @@ class Engine:
         self._prefill: _Prefill | None = None
 
     def _widths_of_steps(self) -> list[int]:
-        """Slots that a step may run: on a CPU each row costs its share of the products,
-        elsewhere little beside reading weights, and more programs would gain nothing."""
+        """Slots that a step may run: only a CPU saves by rows what more programs cost."""
         is_one_cpu = self._is_unrolled and self._mesh is None
-        halves = [1 << i for i in range((self._slot_count - 1).bit_length())]
-        return [*(halves if is_one_cpu else []), self._slot_count]
+        halves = range((self._slot_count - 1).bit_length() if is_one_cpu else 0)
+        return [*(1 << i for i in halves), self._slot_count]
 
     def _make_state(self) -> None:
         size, longest = self._settings.page_size, self.max_length

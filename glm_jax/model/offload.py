@@ -145,7 +145,7 @@ class HostStack:
                 for device, buffer in buffers.items()
             ]
             shape = (self._count, *leaf.shape[1:])
-            placed = sharding.with_memory_kind(kind)
+            placed: Any = sharding if kind is None else sharding.with_memory_kind(kind)
             stacks.append(jax.make_array_from_single_device_arrays(shape, placed, pieces))
         stacked: LayerParams = jax.tree.unflatten(self._structure, stacks)
         return stacked

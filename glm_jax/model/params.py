@@ -73,10 +73,11 @@ class GLMParams:
     Attributes:
       word_embeddings: [vocab, embed], also the output projection; or, made ready for the
         CPU kernel, a `TiledArray` [embed, vocab].
+      layers: stacked `LayerParams`, a tuple of them, or `OffloadedLayers`.
     """
 
     word_embeddings: Any
-    layers: LayerParams | tuple[LayerParams, ...]
+    layers: Any
     final_layernorm: LayerNormParams
 
 

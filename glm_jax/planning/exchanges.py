@@ -7,6 +7,8 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 
+import numpy as np
+
 _KINDS = "all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute"
 _EXCHANGE = re.compile(rf"= (?P<type>.*?) (?P<kind>{_KINDS})(?P<start>-start)?\(")
 _ARRAY = re.compile(r"(\w+?)\[([\d,]*)\]")
@@ -15,6 +17,8 @@ _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .*
 _WHILE = re.compile(r" while\(.*body=%?(?P<body>[\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":"(?P<n>\d+)"')
 _CALLED = re.compile(r"(?:to_apply|calls|called_computations|branch_computations)=\{?%?([^}\s,]+)")
+_LISTED_GROUP = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+_COUNTED_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
@@ -26,11 +30,13 @@ class Exchange:
       kind: all-reduce, all-gather, reduce-scatter, all-to-all or collective-permute.
       bytes: of its result, on a device.
       times: how often it runs.
+      group: the devices of one group that exchange, in order; empty where all do.
     """
 
     kind: str
     bytes: int
     times: int
+    group: tuple[int, ...] = ()
 
 
 def exchanges(text: str, loops: int) -> list[Exchange]:
@@ -49,10 +55,10 @@ def exchanges(text: str, loops: int) -> list[Exchange]:
             for called, count in _calls(lines, loops):
                 times[called] = times.get(called, 0) + times[name] * count
     return [
-        Exchange(kind, size, times[name])
+        dataclasses.replace(exchange, times=times[name])
         for name, (_, lines) in bodies.items()
         if name in times
-        for kind, size in in_lines(lines)
+        for exchange in in_lines(lines)
     ]
 
 
@@ -85,8 +91,8 @@ def _calls(lines: list[str], loops: int) -> Iterator[tuple[str, int]]:
             yield name.lstrip("%"), 1
 
 
-def in_lines(lines: list[str]) -> Iterator[tuple[str, int]]:
-    """Kind, and bytes of the result, of each exchange that stands in a text."""
+def in_lines(lines: list[str]) -> Iterator[Exchange]:
+    """Each exchange that stands in a text, once."""
     for line in lines:
         match = _EXCHANGE.search(line)
         if match is None:
@@ -96,7 +102,21 @@ def in_lines(lines: list[str]) -> Iterator[tuple[str, int]]:
             for dtype, sizes in _ARRAY.findall(match["type"])
         ]
         # An asynchronous one's type has its operands, then its results.
-        yield match["kind"], sum(arrays[len(arrays) // 2 :] if match["start"] else arrays)
+        size = sum(arrays[len(arrays) // 2 :] if match["start"] else arrays)
+        yield Exchange(match["kind"], size, 1, _group(line))
+
+
+def _group(line: str) -> tuple[int, ...]:
+    listed = _LISTED_GROUP.search(line)
+    if listed is not None:
+        return tuple(map(int, listed[1].split(",")))
+    counted = _COUNTED_GROUPS.search(line)
+    if counted is None:
+        return ()
+    numbers = lambda text: [int(part) for part in text.split(",")]
+    ids = np.arange(math.prod(numbers(counted[3]))).reshape(numbers(counted[3]))
+    ids = ids.transpose(numbers(counted[4])) if counted[4] else ids
+    return tuple(ids.reshape(int(counted[1]), int(counted[2]))[0].tolist())
 
 
 def by_kind(found: Iterable[Exchange]) -> dict[str, tuple[int, int]]:
@@ -109,11 +129,38 @@ def by_kind(found: Iterable[Exchange]) -> dict[str, tuple[int, int]]:
     return counted
 
 
-def link_bytes(found: Iterable[Exchange], devices: int) -> int:
-    """Bytes that a device sends where exchanges go round a ring.
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """Bytes that a device sends in a step.
 
-    An all-reduce sends its result twice but for one part of `devices`; the others once.
+    Attributes:
+      link: by its links to others of its host.
+      network: between hosts.
     """
-    share = (devices - 1) / devices
-    factors = {"all-reduce": 2 * share, "reduce-scatter": devices * share}
-    return round(sum(e.times * e.bytes * factors.get(e.kind, share) for e in found))
+
+    link: int
+    network: int
+
+
+def sent(found: Iterable[Exchange], devices: int, a_host: int) -> Sent:
+    """What a device sends where exchanges go round a ring, hosts after one another.
+
+    An all-reduce sends its result twice but for its own part; a reduce-scatter's parts are
+    each as large as the result; the others send it once. Between hosts the devices of one
+    that are in the ring share the way.
+
+    Args:
+      a_host: devices of a host, numbered one after another.
+    """
+    link = network = 0.0
+    for exchange in found:
+        group = exchange.group or tuple(range(devices))
+        share = (len(group) - 1) / len(group)
+        factors = {"all-reduce": 2 * share, "reduce-scatter": len(group) * share}
+        size = exchange.times * exchange.bytes * factors.get(exchange.kind, share)
+        beside = sum(device // a_host == group[0] // a_host for device in group)
+        if beside < len(group):
+            network += size / beside
+        if beside > 1:
+            link += size
+    return Sent(round(link), round(network))

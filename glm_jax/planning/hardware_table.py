@@ -19,6 +19,7 @@ class Case:
     Attributes:
       hardware: a file of configs/hardware.
       cache: dtype of keys and values, that of computing by default.
+      limit: GiB of weights that a device holds; the others wait on its host.
       published: seconds that the original took for 2048 tokens, and with what.
     """
 
@@ -27,11 +28,13 @@ class Case:
     precision: str
     cache: str | None = None
     published: str = ""
+    limit: float | None = None
 
 
 CASES = (
     Case("a100_40gb", 8, "float16", published="179.22 (SAT)"),
     Case("v100", 8, "int8"),
+    Case("v100", 8, "float16", limit=24),
     Case("rtx_3090", 8, "int8"),
     Case("rtx_3090", 4, "int4", "int8", "150 (FasterTransformer)"),
     Case("rtx_2080_ti", 8, "int4", "int8"),
@@ -53,6 +56,7 @@ def plan_case(case: Case, model: GLMConfig, described: ConfigDict) -> Plan:
     """
     mesh = (1, 1, case.devices)
     asked = Question(model, "decode", case.precision, mesh, 1, _LENGTH, case.cache)
+    asked = dataclasses.replace(asked, weight_memory_limit=case.limit)
     return make_plan(asked, described)
 
 
@@ -71,12 +75,14 @@ def lines(model: GLMConfig, find: Callable[[str], ConfigDict]) -> Iterator[str]:
         described = find(case.hardware)
         plan = plan_case(case, model, described)
         rest = plan.other + plan.temporaries
-        cache = f" ({case.cache} cache)" if case.cache else ""
+        also = f" ({case.cache} cache)" if case.cache else ""
+        if plan.streamed:
+            also = f" ({plan.streamed / _GIB:.1f} GiB a device on its host)"
         parts = " + ".join(f"{size / _GIB:.1f}" for size in (plan.weights, plan.cache, rest))
         seconds = plan.roofline.seconds
         cells = (
             f"{case.devices} x {described.device_kind}",
-            f"{case.precision}{cache}",
+            f"{case.precision}{also}",
             f"{parts} = {plan.total / _GIB:.1f}",
             f"{plan.room / _GIB:.0f}",
             f"{1 - plan.total / plan.room:.0%}",

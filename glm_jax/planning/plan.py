@@ -7,7 +7,6 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -22,7 +21,7 @@ from glm_jax.planning.decoding import (
     lower_engine,
     lower_scoring,
 )
-from glm_jax.planning.exchanges import Exchange, exchanges, link_bytes
+from glm_jax.planning.exchanges import Exchange, exchanges, sent
 from glm_jax.planning.programs import Memory, compile_train_step, memory
 from glm_jax.planning.roofline import Roofline, Work, roofline
 from glm_jax.sharding import make_mesh
@@ -109,8 +108,9 @@ def make_plan(question: Question, hardware: ConfigDict) -> Plan:
     Raises:
       PlanError: the platform's compiler is not installed, or refuses the program.
     """
+    hosts = -(-question.devices // topology.devices_a_host(hardware))
     try:
-        devices = topology.devices(hardware, question.devices)
+        devices = topology.devices(hardware, question.devices, hosts)
     except (RuntimeError, ValueError) as error:
         raise PlanError(f"{hardware.device_kind}: {_first_line(error)}") from error
     mesh = make_mesh(question.mesh, devices)
@@ -192,10 +192,14 @@ def _measure(
     if question.job in ("decode", "prefill"):
         cache = device_bytes(abstract_cache(model, mesh, question.batch, question.length)[0])
     arguments = taken.arguments + taken.outputs - taken.reused
+    ways = sent(found, question.devices, topology.devices_a_host(hardware))
+    if ways.network and "network_bandwidth" not in hardware:
+        raise PlanError(f"{hardware.device_kind}: its file says no network_bandwidth")
     work = Work(
         flops=_flops(question, model) / question.devices,
         memory_bytes=_memory_bytes(question, weights + streamed, cache, optimizer),
-        link_bytes=link_bytes(found, question.devices),
+        link_bytes=ways.link,
+        network_bytes=ways.network,
         host_bytes=streamed,
     )
     return Plan(

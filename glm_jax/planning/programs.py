@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glm_jax.config import GLMConfig
-from glm_jax.planning.exchanges import Exchange, by_kind, in_lines
+from glm_jax.planning.exchanges import by_kind, in_lines
 from glm_jax.planning.topology import compiling_for
 from glm_jax.sharding import activation_spec
 from glm_jax.training.recipe import Recipe
@@ -71,5 +71,4 @@ def memory(compiled: Any) -> Memory:
 def collectives(compiled: Any) -> dict[str, tuple[int, int]]:
     """Exchanges that the text of a program has, by kind: how many, and bytes a device of
     their results. What stands in a loop counts once."""
-    found = in_lines(compiled.as_text().splitlines())
-    return by_kind(Exchange(kind, size, times=1) for kind, size in found)
+    return by_kind(in_lines(compiled.as_text().splitlines()))

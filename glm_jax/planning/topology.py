@@ -52,6 +52,11 @@ def target_config(hardware: ConfigDict) -> str:
     )
 
 
+def devices_a_host(hardware: ConfigDict) -> int:
+    """Devices that exchange without a network: GPUs of a server, TPUs of a slice."""
+    return int(hardware.get("devices_per_host", 1 << 30))
+
+
 def devices(hardware: ConfigDict, count: int = 1, hosts: int = 1) -> list[jax.Device]:
     """`count` devices of a kind, to make a mesh of and compile for.
 

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from glm_jax.planning.exchanges import Exchange, by_kind, exchanges, link_bytes
+from glm_jax.planning.exchanges import Exchange, Sent, by_kind, exchanges, sent
 from glm_jax.planning.roofline import Work, roofline
 from glm_jax.sharding import make_mesh
 
@@ -60,18 +60,52 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 """
     found = exchanges(text, loops=70)
     assert set(found) == {
-        Exchange("all-reduce", 128, 70),
+        Exchange("all-reduce", 128, 70, (0, 1)),
         Exchange("all-gather", 256, 1),
         Exchange("all-reduce", 32, 1),
     }
     assert by_kind(found) == {"all-reduce": (71, 70 * 128 + 32), "all-gather": (1, 256)}
     ring = functools.partial(pytest.approx, abs=1)
-    assert link_bytes(found, 8) == ring((70 * 128 + 32) * 2 * 7 / 8 + 256 * 7 / 8)
+    together = sent(found, 8, a_host=8)
+    assert together.network == 0
+    assert together.link == ring(70 * 128 * 2 * 1 / 2 + 32 * 2 * 7 / 8 + 256 * 7 / 8)
 
 
-def test_the_slowest_of_three_is_the_roofline():
+@pytest.mark.parametrize(
+    ("groups", "group"),
+    [
+        ("{{0,2,4},{1,3,5}}", (0, 2, 4)),
+        ("[2,3]<=[6]", (0, 1, 2)),
+        ("[2,3]<=[3,2]T(1,0)", (0, 2, 4)),
+        ("[4,2]<=[2,2,2]T(0,2,1)", (0, 2)),
+    ],
+)
+def test_who_exchanges_with_whom(groups, group):
+    """As XLA writes it: listed, or counted off after a transposition."""
+    text = f"""
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  %r = f32[8]{{0}} all-reduce(%z), replica_groups={groups}, to_apply=%add
+}}
+"""
+    assert exchanges(text, 1) == [Exchange("all-reduce", 32, 1, group)]
+
+
+def test_hosts_exchange_by_the_network():
+    gather = lambda *group: [Exchange("all-gather", 1200, 1, group)]
+    assert sent(gather(0, 1, 2, 3), 16, a_host=4) == Sent(900, 0)
+    # One device of each of three hosts, then two of each of two, who share the way.
+    assert sent(gather(0, 4, 8), 16, a_host=4) == Sent(0, 800)
+    assert sent(gather(0, 1, 4, 5), 16, a_host=4) == Sent(900, 450)
+    scatter = [Exchange("reduce-scatter", 100, 2, (0, 4, 8))]
+    assert sent(scatter, 16, a_host=4) == Sent(0, 2 * 100 * 2)
+
+
+def test_the_slowest_is_the_roofline():
     hardware = ConfigDict({"matrix_flops": 1e12, "memory_bandwidth": 1e9, "link_bandwidth": 1e8})
+    hardware.host_bandwidth, hardware.network_bandwidth = 1e7, 1e6
     found = roofline(Work(flops=1e12, memory_bytes=5e9, link_bytes=1e8), hardware)
     assert (found.compute, found.memory, found.link) == (1, 5, 1)
     assert found.seconds == 5
     assert found.limit == "memory"
+    slow = roofline(Work(1e12, 5e9, 1e8, network_bytes=6e6, host_bytes=9e7), hardware)
+    assert (slow.network, slow.host, slow.limit) == (6, 9, "host")

@@ -1,0 +1,97 @@
+"""Blocks that wait in hosts' memory give what blocks on the devices give."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import glm_jax
+from glm_jax.decoding.completion import Request
+from glm_jax.decoding.engine import Engine, EngineSettings
+from glm_jax.decoding.prepare import PrecisionError, prepare
+from glm_jax.decoding.prompt import Prompt
+from glm_jax.model import params as glm_params
+from glm_jax.model.checkpoint import save_model
+from glm_jax.model.offload import HOST_MEMORY, OffloadedLayers, OffloadError, device_bytes
+from glm_jax.sharding import make_mesh
+
+LAYERS = 6
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tiny_model):
+    config = tiny_model[0].replace(num_layers=LAYERS)
+    folder = tmp_path_factory.mktemp("offload") / "model"
+    save_model(folder, config, glm_params.init(config, jax.random.key(3)))
+    return folder
+
+
+def _limit(params, resident):
+    """GiB for so many resident blocks, and two in flight."""
+    of_layers = device_bytes(params.layers)
+    streamed = device_bytes([x for x in jax.tree.leaves(params.layers) if x.ndim > 2]) // LAYERS
+    rest = device_bytes(params) - LAYERS * streamed
+    assert rest < of_layers
+    return (rest + (resident + 2) * streamed) / GIB
+
+
+def _logits(config, params):
+    tokens = jnp.arange(24).reshape(2, 12) % 200
+    positions = jnp.arange(12)[None].repeat(2, 0)
+    mask = jnp.tril(jnp.ones((2, 12, 12), bool))
+    return np.asarray(
+        jax.jit(glm_jax.forward, static_argnums=1)(params, config, tokens, positions, mask)
+    )
+
+
+def _answer(config, params, budget=None):
+    engine = Engine(params, config, EngineSettings(2, 40, page_size=8, prefill_budget=budget))
+    prompts = [Prompt((5, 6, 7, 8, config.special_tokens.gmask), None), Prompt((9, 241), None)]
+    requests = [Request(prompt, max_tokens=9, end_tokens=()) for prompt in prompts]
+    return sorted((c.ticket, tuple(c.tokens)) for c in engine.run(requests))
+
+
+@pytest.mark.parametrize("mesh", [None, (1, 1, 4), (2, 2, 2)])
+@pytest.mark.parametrize(("quantization", "resident"), [(None, 0), (None, 2), ("int4", 3)])
+def test_streamed_blocks_give_the_same_logits_and_tokens(saved, mesh, quantization, resident):
+    devices = None if mesh is None else make_mesh(mesh)
+    config, params = glm_jax.restore(saved, devices, quantization=quantization)
+    limit = _limit(params, resident)
+    _, offloaded = glm_jax.restore(
+        saved, devices, quantization=quantization, weight_memory_limit=limit
+    )
+    layers = offloaded.layers
+    assert isinstance(layers, OffloadedLayers)
+    assert (layers.resident_count, layers.streamed_count) == (resident, LAYERS - resident)
+    kinds = {x.ndim > 2: x.sharding.memory_kind for x in jax.tree.leaves(layers.streamed)}
+    assert kinds == {True: HOST_MEMORY, False: "device"}
+    assert device_bytes(offloaded) <= limit * GIB
+    with jax.set_mesh(devices) if devices is not None else jax.default_device(None):
+        np.testing.assert_allclose(
+            _logits(config, offloaded), _logits(config, params), rtol=1e-5, atol=1e-5
+        )
+    assert _answer(config, offloaded) == _answer(config, params)
+
+
+def test_a_prefill_cut_by_layers_streams_too(saved):
+    config, params = glm_jax.restore(saved)
+    _, offloaded = glm_jax.restore(saved, weight_memory_limit=_limit(params, 2))
+    assert _answer(config, offloaded, budget=3) == _answer(config, params)
+
+
+def test_a_limit_that_all_fits_into_changes_nothing(saved):
+    _, params = glm_jax.restore(saved, weight_memory_limit=1.0)
+    assert isinstance(params.layers, glm_params.LayerParams)
+
+
+def test_a_limit_below_two_blocks_is_refused(saved):
+    with pytest.raises(OffloadError, match=r"weight_memory_limit=1e-06: at least 0\.0\d GiB"):
+        glm_jax.restore(saved, weight_memory_limit=1e-6)
+
+
+def test_few_bits_of_activations_need_all_weights(saved):
+    _, params = glm_jax.restore(saved)
+    _, offloaded = glm_jax.restore(saved, weight_memory_limit=_limit(params, 0))
+    with pytest.raises(PrecisionError, match="all weights"):
+        prepare(offloaded, activation_bits=8)
