@@ -50,8 +50,8 @@ def go_on_supervised(name: str) -> None:
 
 
 def _supervise(name: str, child: int, reader: int) -> int:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: os.kill(child, received))
+    signal.signal(signal.SIGTERM, lambda received, _: os.kill(child, received))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the child too
     passed_on, held = _pass_on(reader)
     _, raw = os.waitpid(child, 0)
     status = os.waitstatus_to_exitcode(raw)

@@ -84,6 +84,19 @@ class Started:
         return output
 
 
+def start_joined(command, count, devices=8, heartbeat=10):
+    """A launcher as `count` processes over gloo, with all devices among them."""
+    more = [f"--num_processes={count}", f"--heartbeat_seconds={heartbeat}"]
+    more += [f"--coordinator=127.0.0.1:{free_port()}"] if count > 1 else []
+    return [
+        Started(
+            [sys.executable, "-m", *command, *more, f"--process_id={number}"],
+            environment(devices // count),
+        )
+        for number in range(count)
+    ]
+
+
 def losses(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["loss"] for line in lines}
