@@ -84,6 +84,7 @@ setup(
         "test": [
             "beartype",
             "hypothesis",
+            "kubernetes-validate",
             "mypy",
             "pytest",
             "pytest-xdist",

@@ -184,7 +184,7 @@ class _Conversion:
         count = glm_params.parameter_count(self._config)
         item = np.dtype(self._config.param_dtype).itemsize
         needed = count * (self._bits / 8 if self._bits else item)
-        there = sum(file.stat().st_size for file in self._folder.rglob("*") if file.is_file())
+        there = _bytes_below(self._folder)
         free = shutil.disk_usage(self.partial).free
         if free < needed - there:
             raise _no_room(self.partial, f"{free >> 20} MiB free of {int(needed - there) >> 20}")
@@ -306,6 +306,16 @@ class _Conversion:
             f"wrote {self._output}: {glm_params.parameter_count(self._config):,} parameters, "
             f"{kind}, from {len(self._checkpoint.shards)} shards"
         )
+
+
+def _bytes_below(folder: Path) -> int:
+    """Of all files in a folder, while other processes write and rename there."""
+    size = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                size += os.stat(os.path.join(parent, name)).st_size
+    return size
 
 
 def _quantized(kernel: np.ndarray, scheme: Scheme, axes: Any) -> QuantizedArray:

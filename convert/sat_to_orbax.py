@@ -9,7 +9,7 @@ import jax
 from absl import flags
 
 from convert.conversion import PIECES, Options, convert_shards, keep_freed_memory
-from glm_jax import cli
+from glm_jax import cli, processes
 from glm_jax.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
@@ -24,8 +24,8 @@ flags.DEFINE_enum("dtype", None, ["float16", "bfloat16", "float32"], "of floats;
 flags.DEFINE_string("quantization", None, "int8, int4, or such as int4,group=128")
 flags.DEFINE_bool("allow_non_finite", False, "take weights that are NaN or infinite")
 flags.DEFINE_bool("checksums", True, "hold what is read against the files' checksums")
-flags.DEFINE_integer("process_id", 0, "which of several processes this is", lower_bound=0)
-flags.DEFINE_integer("num_processes", 1, "how many share the work", lower_bound=1)
+flags.DEFINE_integer("process_id", None, "which of several processes this is", lower_bound=0)
+flags.DEFINE_integer("num_processes", None, "how many share the work", lower_bound=1)
 
 
 def main() -> None:
@@ -33,6 +33,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", PIECES)
     keep_freed_memory()
+    _, number, count = processes.place(None, FLAGS.num_processes, FLAGS.process_id, True)
     options = Options(
         num_heads=FLAGS.num_heads,
         max_sequence_length=FLAGS.max_sequence_length,
@@ -40,8 +41,8 @@ def main() -> None:
         quantization=FLAGS.quantization,
         allow_non_finite=FLAGS.allow_non_finite,
         is_checked=FLAGS.checksums,
-        process_id=FLAGS.process_id,
-        num_processes=FLAGS.num_processes,
+        process_id=number,
+        num_processes=count,
     )
     tokenizer = None if FLAGS.tokenizer is None else Tokenizer(FLAGS.tokenizer)
     convert_shards(FLAGS.input, Path(FLAGS.output), options, tokenizer)

@@ -102,28 +102,29 @@ def losses(workdir):
     return {line["step"]: line["loss"] for line in lines}
 
 
-def in_kubernetes(folder, tokenizer, workdir):
-    """The command and environment of the Job's pods, with this machine's values."""
-    service, job = yaml.safe_load_all((ROOT / "launch/kubernetes/train.yaml").read_text())
-    spec = job["spec"]
-    container = spec["template"]["spec"]["containers"][0]
+def in_kubernetes(folder, job, given, devices):
+    """A template's pods, with this machine's addresses and arguments."""
+    jobset = yaml.safe_load((ROOT / f"launch/kubernetes/{job}.yaml").read_text())
+    [workers] = jobset["spec"]["replicatedJobs"]
+    spec = workers["template"]["spec"]
+    [container] = spec["template"]["spec"]["containers"]
     variables = {entry["name"]: entry["value"] for entry in container["env"]}
-    name, port = service["metadata"]["name"], service["spec"]["ports"][0]["port"]
-    assert variables["GLM_JAX_COORDINATOR"] == f"{job['metadata']['name']}-0.{name}:{port}"
-    assert spec["template"]["spec"]["subdomain"] == name
     assert int(variables["GLM_JAX_NUM_PROCESSES"]) == spec["completions"] == spec["parallelism"]
-    variables["GLM_JAX_COORDINATOR"] = f"127.0.0.1:{free_port()}"
-    command = [sys.executable, *container["command"][1:]]
+    if "GLM_JAX_COORDINATOR" in variables:
+        # As a JobSet names its pods: set, job, number of the job, number of the pod.
+        name = jobset["metadata"]["name"]
+        address, port = variables["GLM_JAX_COORDINATOR"].split(":")
+        assert address == f"{name}-{workers['name']}-0-0.{name}"
+        assert int(port) > 1024
+        variables["GLM_JAX_COORDINATOR"] = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, *container["command"][1:], *given]
     return [
-        Started(
-            [*command, *arguments(folder, tokenizer, workdir, "2,2,2")],
-            environment(4, **variables, JOB_COMPLETION_INDEX=str(i)),
-        )
+        Started(command, environment(devices, **variables, JOB_COMPLETION_INDEX=str(i)))
         for i in range(spec["completions"])
     ]
 
 
-def in_slurm(folder, tokenizer, workdir):
+def in_slurm(folder, job, given, devices):
     """The batch script, with an srun that starts two tasks here."""
     programs = folder / "bin"
     programs.mkdir()
@@ -134,16 +135,15 @@ def in_slurm(folder, tokenizer, workdir):
     )
     for program in programs.iterdir():
         program.chmod(0o755)
-    script = ["bash", str(ROOT / "launch/slurm/train.sh")]
     variables = environment(
-        4,
+        devices,
         PATH=f"{programs}:{os.environ['PATH']}",
         SLURM_NTASKS="2",
         SLURM_JOB_NODELIST="node[1-2]",
         GLM_JAX_PORT=str(free_port()),
         GLM_JAX_PYTHON=sys.executable,
     )
-    return [Started([*script, *arguments(folder, tokenizer, workdir, "2,2,2")], variables)]
+    return [Started(["bash", str(ROOT / f"launch/slurm/{job}.sh"), *given], variables)]
 
 
 def assert_trains_as_one_process(start, folder, tokenizer):
@@ -151,7 +151,8 @@ def assert_trains_as_one_process(start, folder, tokenizer):
     command = [sys.executable, "-m", "launch.train"]
     mesh = arguments(folder, tokenizer, folder / "one", "1,1,1")
     Started([*command, *mesh], environment(1)).finish()
-    for process in start(folder, tokenizer, folder / "two"):
+    two = arguments(folder, tokenizer, folder / "two", "2,2,2")
+    for process in start(folder, "train", two, 4):
         process.finish()
     expected, got = losses(folder / "one"), losses(folder / "two")
     assert list(got) == list(expected)

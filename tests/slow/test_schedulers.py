@@ -1,10 +1,65 @@
 """Two local processes, started as the templates for Slurm and Kubernetes start them."""
 
+import json
+import sys
+
 import pytest
-from running import assert_trains_as_one_process, in_kubernetes, in_slurm
+from evaluation_folder import write_evaluation
+from running import Started, assert_trains_as_one_process, environment, in_kubernetes, in_slurm
+
+from convert.opening import open_model
+from convert.verify import compare
+from glm_jax.config import GLMConfig
+from launch.suites.convert import make_parts
+
+EXAMPLES = 20
+schedulers = pytest.mark.parametrize("start", [in_slurm, in_kubernetes])
 
 
-@pytest.mark.parametrize("start", [in_slurm, in_kubernetes])
+@schedulers
 def test_two_processes_train_as_one_does(tmp_path, corpus, tokenizer, start):
     (tmp_path / "text.txt").write_text("\n".join(corpus.sentences[:300]), encoding="utf-8")
     assert_trains_as_one_process(start, tmp_path, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer, corpus):
+    return write_evaluation(tmp_path_factory.mktemp("evaluation"), tokenizer, corpus, EXAMPLES)
+
+
+@schedulers
+def test_two_processes_decode_and_evaluate(folder, corpus, tmp_path, start):
+    source, answers, results = (tmp_path / x for x in ("in.jsonl", "answers", "results"))
+    texts = [question.text for question in corpus.questions[:40]]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    model, mesh = f"--checkpoint={folder}/model", "--mesh=2,1,1"
+    given = [model, f"--input={source}", f"--output={answers}", "--max_length=48", mesh]
+    for process in start(tmp_path, "decode", given, 1):
+        process.finish()
+    Started(
+        [sys.executable, "-m", "launch.decode", f"--output={answers}", "--merge"], environment(1)
+    ).finish()
+    merged = [json.loads(line) for line in (answers / "answers.jsonl").open(encoding="utf-8")]
+    assert [record["index"] for record in merged] == list(range(40))
+    assert not any("error" in record for record in merged)
+    assert len(list(answers.glob("part_*"))) > 1  # both took part
+
+    given = [model, f"--task={folder}/tasks", f"--data={folder}/data", f"--output={results}", mesh]
+    (tmp_path / "second").mkdir()
+    for process in start(tmp_path / "second", "evaluate", given, 1):
+        process.finish()
+    tasks = json.loads((results / "results.json").read_text())["tasks"]
+    assert {task["examples"] for task in tasks.values()} == {2 * EXAMPLES}
+
+
+@schedulers
+def test_two_processes_convert(tmp_path, start):
+    shape = GLMConfig(
+        num_layers=6, hidden_size=128, inner_hidden_size=256, num_heads=8, vocab_size=4096
+    )
+    make_parts(tmp_path / "downloads", shape, 2, 1 << 22)
+    given = [f"--input={tmp_path}/downloads", f"--output={tmp_path}/model"]
+    outputs = [process.finish() for process in start(tmp_path, "convert", given, 1)]
+    assert "wrote" in "".join(outputs)
+    differences = compare(open_model(tmp_path / "downloads"), open_model(tmp_path / "model"))
+    assert all(difference is None for difference in differences)

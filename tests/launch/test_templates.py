@@ -1,0 +1,119 @@
+"""Templates for Slurm and Kubernetes: what the schedulers would refuse. `tests/slow` runs them."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent.parent
+JOBS = ("train", "evaluate", "decode", "convert")
+# Of jobset.x-k8s.io/v1alpha2; a job's template is held against Kubernetes' own schema.
+JOBSET = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "properties": {
+        "apiVersion": {"const": "jobset.x-k8s.io/v1alpha2"},
+        "kind": {"const": "JobSet"},
+        "metadata": {
+            "type": "object",
+            "required": ["name"],
+            # The name becomes part of host names.
+            "properties": {"name": {"type": "string", "pattern": "^[a-z]([-a-z0-9]{0,40})$"}},
+        },
+        "spec": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["replicatedJobs"],
+            "properties": {
+                "failurePolicy": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {
+                        "maxRestarts": {"type": "integer", "minimum": 0},
+                        "restartStrategy": {"enum": ["Recreate", "BlockingRecreate"]},
+                    },
+                },
+                "replicatedJobs": {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": {
+                        "type": "object",
+                        "additionalProperties": False,
+                        "required": ["name", "template"],
+                        "properties": {
+                            "name": {"type": "string", "pattern": "^[a-z]([-a-z0-9]*)$"},
+                            "replicas": {"type": "integer", "minimum": 1},
+                            "template": {"type": "object", "required": ["spec"]},
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
+
+
+def _jobset(job):
+    return yaml.safe_load((ROOT / f"launch/kubernetes/{job}.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_kubernetes_would_take_it(job):
+    jobset = _jobset(job)
+    jsonschema.validate(jobset, JOBSET)
+    for replicated in jobset["spec"]["replicatedJobs"]:
+        template = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}}
+        kubernetes_validate.validate(template | replicated["template"], "1.34", strict=True)
+        spec = replicated["template"]["spec"]
+        # A job that begins anew as a whole must not begin pods anew; the others must.
+        is_together = "failurePolicy" in jobset["spec"]
+        expected = ("Never", 0) if is_together else ("OnFailure", 100)
+        assert (spec["template"]["spec"]["restartPolicy"], spec["backoffLimit"]) == expected
+
+
+def test_the_check_finds_what_is_wrong():
+    broken = _jobset("train")
+    broken["spec"]["replicatedJobs"][0]["replica"] = 1
+    with pytest.raises(jsonschema.ValidationError, match="replica"):
+        jsonschema.validate(broken, JOBSET)
+    spec = _jobset("train")["spec"]["replicatedJobs"][0]["template"]["spec"]
+    spec["template"]["spec"]["containers"][0]["imag"] = "x"
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": spec}
+    with pytest.raises(kubernetes_validate.ValidationError, match="imag"):
+        kubernetes_validate.validate(job, "1.34", strict=True)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_arguments_are_flags_of_the_launcher(job):
+    """Read from its source: importing all launchers would define flags twice."""
+    [workers] = _jobset(job)["spec"]["replicatedJobs"]
+    [container] = workers["template"]["spec"]["template"]["spec"]["containers"]
+    module = container["command"][2]
+    files = [ROOT / f"{module.replace('.', '/')}.py", ROOT / "launch/model_flags.py"]
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
+    known = set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", text))
+    for argument in container["args"]:
+        assert re.match(r"--(\w+)", argument)[1] in known, argument
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_slurm_scripts_are_sound(job):
+    script = ROOT / f"launch/slurm/{job}.sh"
+    assert script.stat().st_mode & 0o111
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    lines = script.read_text(encoding="utf-8").splitlines()
+    options = [line.split()[1] for line in lines if line.startswith("#SBATCH")]
+    known = {
+        "--job-name", "--ntasks-per-node", "--gpus-per-node", "--exclusive", "--signal",
+        "--requeue", "--open-mode",
+    }  # fmt: skip
+    assert {option.split("=")[0] for option in options} <= known
+    # Slurm reads none after the first command.
+    first = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
+    assert all(not line.startswith("#SBATCH") for line in lines[first:])
+    assert "--requeue" in options
