@@ -18,9 +18,10 @@ from glm_jax import processes
 from glm_jax.config import ConfigError, GLMConfig
 from glm_jax.model import params as glm_params
 from glm_jax.model import parts
-from glm_jax.model.offload import device_bytes
+from glm_jax.model.offload import HostStack, device_bytes
 from glm_jax.model.params import KERNEL_AXES, GLMParams, LayerParams, LinearParams
 from glm_jax.model.parts import CheckpointError
+from glm_jax.model.reading import reusing_memory
 from glm_jax.model.stacking import Part, stacked
 from glm_jax.quantization import QuantizedArray, Scheme
 
@@ -144,21 +145,45 @@ def restore(
     folder = Path(path).absolute() / PARAMS_FOLDER
     ranges = parts.layer_ranges(folder, config.num_layers)
     described = _abstract(config, mesh)
-    rest = parts.read_part(folder, parts.EMBEDDING, parts.embedding_tree(described))
-    rest = rest if dtype is None else glm_params.cast_params(rest, dtype)
+
+    def cast(part: Any) -> Any:
+        return part if dtype is None else glm_params.cast_params(part, dtype)
 
     def read(first: int, end: int) -> Any:
         part = restore_layers(folder, config, first, end, mesh)
-        if scheme is not None:
-            part = _quantize_restored(part, scheme, path)
-        return part if dtype is None else glm_params.cast_params(part, dtype)
+        return cast(part if scheme is None else _quantize_restored(part, scheme, path))
 
-    read_parts = (Part(first, end, read(first, end)) for first, end in ranges)
+    layers: Any
     limit = math.inf if weight_memory_limit is None else weight_memory_limit
-    layers = stacked(read_parts, config.num_layers, device_bytes(rest), limit)
+    with reusing_memory():
+        rest = cast(parts.read_part(folder, parts.EMBEDDING, parts.embedding_tree(described)))
+        is_as_stored = scheme is None and dtype is None and weight_memory_limit is None
+        if is_as_stored and _is_on_cpu(described):
+            layers = _read_into_stack(folder, config, ranges, mesh)
+        else:
+            read_parts = (Part(first, end, read(first, end)) for first, end in ranges)
+            layers = stacked(read_parts, config.num_layers, device_bytes(rest), limit)
     if dtype is not None:
         config = config.replace(param_dtype=dtype, compute_dtype=dtype)
     return config, GLMParams(layers=layers, **rest)
+
+
+def _is_on_cpu(described: GLMParams) -> bool:
+    sharding = described.word_embeddings.sharding
+    return next(iter(sharding.device_set)).platform == "cpu"
+
+
+def _read_into_stack(
+    folder: Path, config: GLMConfig, ranges: list[tuple[int, int]], mesh: Mesh | None
+) -> LayerParams:
+    """All layers as they are stored, each part read to its place in the stack."""
+    stack = HostStack(config.num_layers, False)
+    for first, end in ranges:
+        target = _abstract_layers(folder, config, first, end, mesh)
+        name = parts.layers_part(first, end)
+        # One after another: reading holds as much again in buffers.
+        parts.read_part_into(folder, name, target, stack.room(target, first))
+    return stack.finish()
 
 
 def restore_layers(

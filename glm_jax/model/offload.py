@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 from flax import struct
-from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, Int
 
 from glm_jax.errors import UserError
 from glm_jax.model.params import LayerParams
+from glm_jax.model.reading import Buffers, empty_buffers, placed
 
 DEVICE_MEMORY, HOST_MEMORY = "device", "pinned_host"
 # Blocks that are on a device while streamed ones run: that which runs, and the next.
@@ -105,47 +105,50 @@ def device_bytes(tree: Any) -> int:
 
 
 class HostStack:
-    """Blocks that come one after another, on their way into one stack in hosts' memory."""
+    """Blocks that come one after another, on their way into one stack that begins in hosts'
+    memory: streamed ones', or all of a model on CPUs."""
 
-    def __init__(self, count: int):
-        self._count = count
-        self._structure: Any = None
-        self._shardings: list[Sharding] = []
-        self._buffers: list[dict[jax.Device, np.ndarray]] = []  # of each leaf
+    def __init__(self, count: int, is_streamed: bool):
+        self._count, self._is_streamed = count, is_streamed
+        self._described: Any = None
+        self._buffers: Any = None  # a tree of `Buffers`
+
+    def room(self, layers: LayerParams, first: int) -> LayerParams:
+        """`Buffers` for stacked blocks (arrays or descriptions), from `first` on."""
+        if self._buffers is None:
+            self._described = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), layers
+            )
+            self._buffers = jax.tree.map(
+                lambda x: empty_buffers(x, (self._count, *x.shape[1:])), self._described
+            )
+
+        def part(leaf: Any, buffers: Buffers) -> Buffers:
+            end = first + leaf.shape[0]
+            return Buffers({d: b[first:end] for d, b in buffers.by_device.items()})
+
+        room: LayerParams = jax.tree.map(part, layers, self._buffers)
+        return room
 
     def put(self, layers: LayerParams, first: int) -> None:
         """Copies stacked blocks to where they belong, from `first` on."""
-        leaves, self._structure = jax.tree.flatten(layers)
-        if not self._buffers:
-            self._shardings = [leaf.sharding for leaf in leaves]
-            self._buffers = [self._empty(leaf) for leaf in leaves]
-        for leaf, buffers in zip(leaves, self._buffers, strict=True):
+
+        def copy(leaf: Array, buffers: Buffers) -> None:
             for shard in leaf.addressable_shards:
-                buffers[shard.device][first : first + len(leaf)] = np.asarray(shard.data)
+                buffers.by_device[shard.device][:] = np.asarray(shard.data)
 
-    def _empty(self, leaf: Array) -> dict[jax.Device, np.ndarray]:
-        return {
-            shard.device: np.empty((self._count, *shard.data.shape[1:]), leaf.dtype)
-            for shard in leaf.addressable_shards
-        }
+        jax.tree.map(copy, layers, self.room(layers, first))
 
-    def finish(self, layers: LayerParams) -> LayerParams:
-        """The stack.
-
-        Args:
-          layers: some of the blocks, for the shapes.
-        """
+    def finish(self) -> LayerParams:
+        """The stack."""
+        described, structure = jax.tree.flatten(self._described)
+        buffers = jax.tree.leaves(self._buffers)
+        self._buffers = None
         stacks = []
-        for leaf, sharding in zip(jax.tree.leaves(layers), self._shardings, strict=True):
-            # A leaf at a time, so that no more than one is there twice.
-            buffers = self._buffers.pop(0)
-            kind = HOST_MEMORY if is_streamed(leaf) else sharding.memory_kind
-            pieces = [
-                jax.device_put(buffer, SingleDeviceSharding(device, memory_kind=kind))
-                for device, buffer in buffers.items()
-            ]
+        for leaf in described:
+            # One after another, so that no more than one is there twice.
+            kind = HOST_MEMORY if self._is_streamed and is_streamed(leaf) else None
             shape = (self._count, *leaf.shape[1:])
-            placed: Any = sharding if kind is None else sharding.with_memory_kind(kind)
-            stacks.append(jax.make_array_from_single_device_arrays(shape, placed, pieces))
-        stacked: LayerParams = jax.tree.unflatten(self._structure, stacks)
+            stacks.append(placed(leaf, buffers.pop(0), shape, kind))
+        stacked: LayerParams = jax.tree.unflatten(structure, stacks)
         return stacked

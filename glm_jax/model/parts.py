@@ -16,6 +16,7 @@ from flax import serialization
 
 from glm_jax.errors import UserError
 from glm_jax.model.params import GLMParams
+from glm_jax.model.reading import empty_buffers, placed, read_into
 
 EMBEDDING = "embedding"
 _LAYERS = re.compile(r"layers_(\d{5})_(\d{5})")
@@ -98,6 +99,17 @@ def read_part(folder: Path, name: str, target: Any) -> Any:
     Raises:
       CheckpointError: an array is missing, or has another shape.
     """
+    buffers = jax.tree.map(empty_buffers, target)
+    read_part_into(folder, name, target, buffers)
+    return jax.tree.map(lambda x, b: placed(x, b, x.shape, None), target, buffers)
+
+
+def read_part_into(folder: Path, name: str, target: Any, buffers: Any) -> None:
+    """`read_part` to a place of the caller's.
+
+    Args:
+      buffers: a tree like `target`, of `Buffers`.
+    """
     expected = serialization.to_state_dict(target)
     found = dict(jax.tree_util.tree_leaves_with_path(part_metadata(folder, name)))
     for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
@@ -109,6 +121,4 @@ def read_part(folder: Path, name: str, target: Any) -> Any:
                 f"{folder / name}: {label} is {tuple(found[path].shape)}, its config says "
                 f"{tuple(leaf.shape)}"
             )
-    with ocp.StandardCheckpointer() as checkpointer:
-        state = checkpointer.restore(folder / name, expected)
-    return serialization.from_state_dict(target, state)
+    read_into(folder / name, expected, serialization.to_state_dict(buffers))

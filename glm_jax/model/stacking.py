@@ -34,25 +34,32 @@ def stacked(
       OffloadError: the limit leaves no room for two blocks.
     """
     kept = num_layers
-    resident: Any = None
-    host: HostStack | None = None
-    some: Any = None
+    resident: _DeviceStack | HostStack | None = None
+    streamed: HostStack | None = None
     for part in parts:
         if part.first == 0:
             kept = resident_count(rest, part.layers, num_layers, limit_gib)
-            host = None if kept == num_layers else HostStack(num_layers - kept)
             if part.end == num_layers == kept:
                 return part.layers
-        here = max(0, min(part.end, kept) - part.first)
-        if here:
-            resident = _put(resident, _cut(part.layers, 0, here), part.first, kept)
-        if host is not None and part.end > kept:
-            some = _cut(part.layers, here, part.end - part.first)
-            host.put(some, part.first + here - kept)
-    if host is None:
-        whole: LayerParams = resident
-        return whole
-    return OffloadedLayers(resident, host.finish(some))
+            streamed = None if kept == num_layers else HostStack(num_layers - kept, True)
+            resident = None if kept == 0 else _stack(part.layers, kept)
+        cut = min(max(kept - part.first, 0), part.end - part.first)
+        if resident is not None and cut:
+            resident.put(_cut(part.layers, 0, cut), part.first)
+        if streamed is not None and part.end > kept:
+            others = _cut(part.layers, cut, part.end - part.first)
+            streamed.put(others, part.first + cut - kept)
+    kept_layers = None if resident is None else resident.finish()
+    if streamed is not None:
+        return OffloadedLayers(kept_layers, streamed.finish())
+    assert kept_layers is not None
+    return kept_layers
+
+
+def _stack(layers: LayerParams, count: int) -> "_DeviceStack | HostStack":
+    devices = jax.tree.leaves(layers)[0].devices()
+    is_cpu = next(iter(devices)).platform == "cpu"
+    return HostStack(count, False) if is_cpu else _DeviceStack(count)
 
 
 def _cut(layers: LayerParams, first: int, end: int) -> Any:
@@ -61,16 +68,26 @@ def _cut(layers: LayerParams, first: int, end: int) -> Any:
     return jax.tree.map(lambda x: x[first:end], layers)
 
 
-def _put(layers: Any, part: Any, first: int, count: int) -> Any:
-    """Writes some layers into the stack of all, which is made for the first of them."""
+class _DeviceStack:
+    """Blocks that are written into their stack on the devices, in place."""
 
-    def empty(x: jax.Array) -> jax.Array:
-        shape = (count, *x.shape[1:])
-        return jnp.zeros(shape, x.dtype, device=x.sharding)
+    def __init__(self, count: int):
+        self._count = count
+        self._layers: Any = None
 
-    if layers is None:
-        layers = jax.tree.map(empty, part)
-    return jax.tree.map(lambda stack, x: _put_one(stack.sharding)(stack, x, first), layers, part)
+    def put(self, layers: LayerParams, first: int) -> None:
+        if self._layers is None:
+            self._layers = jax.tree.map(self._empty, layers)
+        self._layers = jax.tree.map(
+            lambda stack, x: _put_one(stack.sharding)(stack, x, first), self._layers, layers
+        )
+
+    def _empty(self, x: jax.Array) -> jax.Array:
+        return jnp.zeros((self._count, *x.shape[1:]), x.dtype, device=x.sharding)
+
+    def finish(self) -> LayerParams:
+        stacked: LayerParams = self._layers
+        return stacked
 
 
 @functools.cache
