@@ -19,6 +19,8 @@ _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":"(?P<n>\d+)"')
 _CALLED = re.compile(r"(?:to_apply|calls|called_computations|branch_computations)=\{?%?([^}\s,]+)")
 _LISTED_GROUP = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _COUNTED_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_NAMED_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]+)\] \{([^}]+)\}")
+_AXIS = re.compile(r"'(\w+)'(?:=(\d+))?")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
@@ -110,6 +112,13 @@ def _group(line: str) -> tuple[int, ...]:
     listed = _LISTED_GROUP.search(line)
     if listed is not None:
         return tuple(map(int, listed[1].split(",")))
+    named = _NAMED_GROUPS.search(line)
+    if named is not None:
+        axes = {name: int(size) for name, size in _AXIS.findall(named[1])}
+        ids = np.arange(math.prod(axes.values())).reshape(tuple(axes.values()))
+        members = [name for name, _ in _AXIS.findall(named[2])]
+        of_group = tuple(slice(None) if name in members else 0 for name in axes)
+        return tuple(ids[of_group].ravel().tolist())
     counted = _COUNTED_GROUPS.search(line)
     if counted is None:
         return ()

@@ -78,10 +78,12 @@ ENTRY %main (p: f32[8]) -> f32[8] {
         ("[2,3]<=[6]", (0, 1, 2)),
         ("[2,3]<=[3,2]T(1,0)", (0, 2, 4)),
         ("[4,2]<=[2,2,2]T(0,2,1)", (0, 2)),
+        ("mesh['axis_0'=3,'axis_1'=2] {'axis_0'}", (0, 2, 4)),
+        ("mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_1','axis_2'}", (0, 1, 2, 3)),
     ],
 )
 def test_who_exchanges_with_whom(groups, group):
-    """As XLA writes it: listed, or counted off after a transposition."""
+    """As XLA writes it: listed, counted off after a transposition, or by names of axes."""
     text = f"""
 ENTRY %main (p: f32[8]) -> f32[8] {{
   %r = f32[8]{{0}} all-reduce(%z), replica_groups={groups}, to_apply=%add
