@@ -15,7 +15,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m "not slow" --ignore=tests/aot
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 -s -m slow --ignore=tests/aot
+	$(BIN)/python -m pytest -n 2 --dist worksteal -s -m slow --ignore=tests/aot
 
 test-aot:
 	$(MAKE) VENV=$(AOT_VENV) $(AOT_VENV)/.aot

@@ -14,7 +14,7 @@ MODEL = GLMConfig(
 )
 # Bytes that the process has read, before and after, and its largest size.
 _SCRIPT = """
-import resource, sys
+import sys
 import jax
 from glm_jax import processes
 from glm_jax.model.checkpoint import restore
@@ -25,7 +25,10 @@ if count > 1:
     processes.join(coordinator, number, count)
 mesh = make_mesh((1, 1, count))
 read = lambda: int(open("/proc/self/io").readline().split()[1])
-peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+status = lambda: open("/proc/self/status").read().split("VmHWM:")[1].split()[0]
+peak = lambda: 1024 * int(status())
+jax.block_until_ready(jax.numpy.zeros(8) + 1)
+open("/proc/self/clear_refs", "w").write("5")  # the peak is what is there now
 before, small = read(), peak()
 _, params = restore(folder, mesh)
 jax.block_until_ready(params)
@@ -68,11 +71,9 @@ def test_each_of_eight_processes_reads_its_eighth(downloads, tmp_path):
 
 
 def test_few_bits_never_become_floats(downloads, tmp_path):
-    """In float16 the weights alone would be four times the folder's bytes."""
+    """A layer in float16 would be 100 MiB more."""
     size = _convert(downloads, tmp_path / "model", "--quantization=int4")
     [words] = _restore(tmp_path / "model", 1)
     grown = int(words[3])
-    layers = MODEL.num_layers * 12 * MODEL.hidden_size**2
     print(f"{size / 2**20:.0f} MiB stored, memory grew by {grown / 2**20:.0f}")
-    assert grown < 1.5 * size + (64 << 20)
-    assert grown < 2 * layers
+    assert 0.9 * size < grown < size + (110 << 20)
