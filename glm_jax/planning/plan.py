@@ -5,6 +5,7 @@ The job's own programs are compiled for devices that are not here; see `topology
 
 import dataclasses
 import math
+import time
 from typing import Any
 
 from jax.sharding import Mesh
@@ -22,7 +23,7 @@ from glm_jax.planning.decoding import (
     lower_scoring,
 )
 from glm_jax.planning.exchanges import Exchange, exchanges, sent
-from glm_jax.planning.programs import Memory, compile_train_step, memory
+from glm_jax.planning.programs import Memory, lower_train_step, memory
 from glm_jax.planning.roofline import Roofline, Work, roofline
 from glm_jax.sharding import make_mesh
 from glm_jax.training.recipe import Recipe
@@ -80,6 +81,8 @@ class Plan:
       room: bytes that a device has.
       exchanges: those of a step.
       work: a step's, of a device.
+      lowering, compiling: seconds that the compiler took here, of `decode` and `prefill` the
+        lowering of both.
     """
 
     weights: int
@@ -92,6 +95,8 @@ class Plan:
     exchanges: tuple[Exchange, ...]
     work: Work
     roofline: Roofline
+    lowering: float = 0.0
+    compiling: float = 0.0
 
     @property
     def total(self) -> int:
@@ -124,11 +129,16 @@ def make_plan(question: Question, hardware: ConfigDict) -> Plan:
             raise PlanError(f"{hardware.device_kind}: its file says no host_bandwidth")
     if question.job != "train":  # which keeps parameters as its config says
         model = model.replace(param_dtype=dtype)
+    began = time.monotonic()
+    lowered = _lower(question, model, mesh, quantization)
+    reached = time.monotonic()
     try:
-        compiled = _compile(question, model, mesh, quantization)
+        compiled = lowered.compile()
     except RuntimeError as error:  # XlaRuntimeError: no memory, mostly
         raise PlanError(f"{hardware.device_kind}: {_first_line(error)}") from error
-    return _measure(question, model, mesh, quantization, compiled, hardware)
+    ended = time.monotonic()
+    plan = _measure(question, model, mesh, quantization, compiled, hardware)
+    return dataclasses.replace(plan, lowering=reached - began, compiling=ended - reached)
 
 
 def _first_line(error: Exception) -> str:
@@ -142,7 +152,7 @@ def _compute_dtype(hardware: ConfigDict) -> str:
     return "float16"
 
 
-def _compile(question: Question, model: GLMConfig, mesh: Mesh, quantization: str | None) -> Any:
+def _lower(question: Question, model: GLMConfig, mesh: Mesh, quantization: str | None) -> Any:
     if question.job in ("decode", "prefill"):
         lowered = lower_engine(
             model,
@@ -153,12 +163,12 @@ def _compile(question: Question, model: GLMConfig, mesh: Mesh, quantization: str
             max_length=question.length,
             weight_memory_limit=question.weight_memory_limit,
         )
-        return lowered["step" if question.job == "decode" else "prefill"].compile()
+        return lowered["step" if question.job == "decode" else "prefill"]
     if question.job == "evaluate":
         rows, length = question.batch, question.length
-        return lower_scoring(model, mesh, quantization, rows=rows, length=length).compile()
+        return lower_scoring(model, mesh, quantization, rows=rows, length=length)
     assert question.recipe is not None
-    return compile_train_step(
+    return lower_train_step(
         model,
         question.recipe,
         mesh,

@@ -31,7 +31,7 @@ class Memory:
         return self.arguments + self.outputs - self.reused + self.temporaries
 
 
-def compile_train_step(
+def lower_train_step(
     model: GLMConfig,
     recipe: Recipe,
     mesh: Mesh,
@@ -40,7 +40,7 @@ def compile_train_step(
     micro_batch: int,
     sequence_length: int,
 ) -> Any:
-    """The train step of a run, compiled for the devices of `mesh`."""
+    """The train step of a run, lowered for the devices of `mesh`."""
     shape = (accumulation, micro_batch, sequence_length)
     sharding = NamedSharding(mesh, PartitionSpec(None, *activation_spec(("batch", "seq"))))
     integers = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
@@ -54,7 +54,7 @@ def compile_train_step(
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
     step: Any = compiled_train_step(model, recipe, 9, mesh)
     with compiling_for(mesh):
-        return step.lower(abstract_state(model, recipe, mesh), batch, key).compile()
+        return step.lower(abstract_state(model, recipe, mesh), batch, key)
 
 
 def memory(compiled: Any) -> Memory:

@@ -51,6 +51,7 @@ def table(tried: Tried, described: ConfigDict) -> str:
     times = dataclasses.asdict(plan.roofline)
     for (amount, value), (name, seconds) in zip(amounts.items(), times.items(), strict=True):
         rows.append(f"  {name:<10}{value:>12.3g} {amount:<14}{1e3 * seconds:>10.3f} ms")
+    rows.append(f"lowered in {plan.lowering:.1f} s, compiled in {plan.compiling:.1f} s here")
     rows.append("fits" if plan.fits else "does not fit")
     return "\n".join(rows)
 

@@ -19,7 +19,7 @@ def compiled():
     config.mesh = ",".join(map(str, (1, HOSTS, GPUS)))
     schedule = train_config.batch_schedule(config)
     assert schedule.final == 4224
-    return programs.compile_train_step(
+    lowered = programs.lower_train_step(
         train_config.model_config(config),
         train_config.recipe(config),
         make_mesh((1, HOSTS, GPUS), devices),
@@ -27,6 +27,7 @@ def compiled():
         micro_batch=schedule.micro_batch,
         sequence_length=config.data.sequence_length,
     )
+    return lowered.compile()
 
 
 def test_the_papers_step_fits(compiled, capsys):
