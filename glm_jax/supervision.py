@@ -35,7 +35,7 @@ def go_on_supervised(name: str) -> None:
     """
     reader, writer = os.pipe()
     sys.stdout.flush()
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+    with warnings.catch_warnings(action="ignore"):
         # Of threads that a fork leaves behind: the runtime has none before it is joined.
         child = os.fork()
     if child == 0:
