@@ -29,6 +29,7 @@ from glm_jax.model import params as glm_params
 from glm_jax.model import parts
 from glm_jax.model.checkpoint import CONFIG_FILE, PARAMS_FOLDER, finish_model, refuse_non_empty
 from glm_jax.model.params import KERNEL_AXES, LINEAR_NAMES, LayerParams, LinearParams
+from glm_jax.model.reading import aligned_empty
 from glm_jax.quantization import QuantizedArray, Scheme, quantize
 from glm_jax.sharding import make_mesh, parameter_sharding
 from glm_jax.tokenizer import Tokenizer
@@ -38,7 +39,6 @@ from glm_jax.tokenizer import Tokenizer
 PIECES = 16
 PROVENANCE_FILE = "provenance.json"
 _PLAN_FILE = "conversion.json"
-_LINE_BYTES = 64
 _SLICES = (32, 16, 8, 4, 2, 1)  # of a kernel's outputs
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names in malloc.h
 
@@ -221,7 +221,7 @@ class _Conversion:
             )
 
     def _embedding(self) -> dict[str, Any]:
-        table = self._cast(self._checkpoint.embedding(self._config, _aligned))
+        table = self._cast(self._checkpoint.embedding(self._config, aligned_empty))
         axes, count = glm_params.specs(self._config).word_embeddings.axes, self._mesh.size
         sharding = parameter_sharding(self._mesh, axes, table.shape)
         norm = self._checkpoint.final_layernorm()
@@ -359,18 +359,10 @@ class _Buffers:
         if self._next == len(LINEAR_NAMES):
             self._next = 0
         if self._next == len(self._taken):
-            self._taken.append(_aligned((size,), np.uint8))
+            self._taken.append(aligned_empty((size,), np.uint8))
         array: np.ndarray = self._taken[self._next].view(dtype).reshape(shape)
         self._next += 1
         return array
-
-
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array that begins on a cache line, which jax takes as it is."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.empty(size + _LINE_BYTES, np.uint8)
-    array: np.ndarray = raw[-raw.ctypes.data % _LINE_BYTES :][:size].view(dtype).reshape(shape)
-    return array
 
 
 def _storage_mesh(config: GLMConfig, bits: int | None) -> Mesh:
