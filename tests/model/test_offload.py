@@ -11,6 +11,7 @@ from glm_jax.decoding.engine import Engine, EngineSettings
 from glm_jax.decoding.prepare import PrecisionError, prepare
 from glm_jax.decoding.prompt import Prompt
 from glm_jax.model import params as glm_params
+from glm_jax.model import stacking
 from glm_jax.model.checkpoint import save_model
 from glm_jax.model.offload import HOST_MEMORY, OffloadedLayers, OffloadError, device_bytes
 from glm_jax.sharding import make_mesh
@@ -83,6 +84,16 @@ def test_a_prefill_cut_by_layers_streams_too(saved):
 def test_a_limit_that_all_fits_into_changes_nothing(saved):
     _, params = glm_jax.restore(saved, weight_memory_limit=1.0)
     assert isinstance(params.layers, glm_params.LayerParams)
+
+
+def test_blocks_are_stacked_on_devices_in_place(saved):
+    """As on GPUs and TPUs, which keep no stack on their host."""
+    _, params = glm_jax.restore(saved, make_mesh((1, 2, 4)))
+    stack = stacking._DeviceStack(LAYERS)
+    for first in range(0, LAYERS, 2):
+        part = jax.tree.map(lambda x, i=first: x[i : i + 2], params.layers)
+        stack.put(part, first)
+    jax.tree.map(np.testing.assert_array_equal, stack.finish(), params.layers)
 
 
 def test_a_limit_below_two_blocks_is_refused(saved):
