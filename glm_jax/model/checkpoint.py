@@ -179,10 +179,11 @@ def _read_into_stack(
     """All layers as they are stored, each part read to its place in the stack."""
     stack = HostStack(config.num_layers, False)
     for first, end in ranges:
-        target = _abstract_layers(folder, config, first, end, mesh)
         name = parts.layers_part(first, end)
-        # One after another: reading holds as much again in buffers.
-        parts.read_part_into(folder, name, target, stack.room(target, first))
+        metadata = parts.part_metadata(folder, name)
+        target = _abstract_layers(metadata, config, end - first, mesh)
+        # One after another: they share the disk, and buffers that are had again.
+        parts.read_part_into(folder, name, target, stack.room(target, first), metadata)
     return stack.finish()
 
 
@@ -194,8 +195,9 @@ def restore_layers(
     Args:
       folder: the model folder's `PARAMS_FOLDER`.
     """
-    target = _abstract_layers(folder, config, first, end, mesh)
-    layers: LayerParams = parts.read_part(folder, parts.layers_part(first, end), target)
+    name = parts.layers_part(first, end)
+    target = _abstract_layers(parts.part_metadata(folder, name), config, end - first, mesh)
+    layers: LayerParams = parts.read_part(folder, name, target)
     return layers
 
 
@@ -228,12 +230,12 @@ def _abstract(config: GLMConfig, mesh: Mesh | None) -> GLMParams:
 
 
 def _abstract_layers(
-    folder: Path, config: GLMConfig, first: int, end: int, mesh: Mesh | None
+    metadata: Any, config: GLMConfig, count: int, mesh: Mesh | None
 ) -> LayerParams:
-    """Some layers as they are stored: kernels quantised where the file's are."""
-    metadata = parts.part_metadata(folder, parts.layers_part(first, end))
+    """`count` layers as a part's metadata says they are stored: kernels quantised where the
+    file's are."""
     specs: Any = glm_params.specs(config).layers
-    some: Any = _abstract(config.replace(num_layers=end - first), mesh).layers
+    some: Any = _abstract(config.replace(num_layers=count), mesh).layers
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def stored_linear(name: str, linear: LinearParams) -> LinearParams:

@@ -1,6 +1,7 @@
 """A model of 4 GB read from its folder, beside a plain read of the same files."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -24,6 +25,8 @@ def restore_suite() -> Iterator[tuple[str, dict[str, Case]]]:
         source, folder = Path(place) / "downloads", Path(place) / "model"
         make_parts(source, config(_LAYERS), SHARDS, PART_BYTES)
         convert_shards(source, folder, Options())
+        shutil.rmtree(source)
+        os.sync()  # or the disk is busy with what was written while the first case runs
         files = [path for path in folder.rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files)
 
