@@ -6,6 +6,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 _KERNELS = "glm_jax/kernels"
+_SERVE = ["fastapi>=0.115", "prometheus_client>=0.20", "uvicorn>=0.30"]
 
 
 def kernel(name: str, library: str, *sources: str) -> Extension:
@@ -46,6 +47,7 @@ setup(
     package_data={
         "glm_jax.data.tables": ["*.tsv"],
         "glm_jax.kernels.quantized_matmul": ["blocks.json"],
+        "glm_jax.serving": ["page/*"],
     },
     cmdclass={"build_ext": BuildKernel},
     ext_modules=[
@@ -81,15 +83,21 @@ setup(
         "zstandard>=0.23",
     ],
     extras_require={
+        # For `launch.serve`.
+        "serve": _SERVE,
         "test": [
+            *_SERVE,
             "beartype",
             "hypothesis",
             "kubernetes-validate",
             "mypy",
+            "openai",
             "pytest",
             "pytest-xdist",
             "pyarrow",
             "ruff",
+            "schemathesis",
+            "selenium",
             "torch==2.13.0",
             "types-PyYAML",
             "types-tqdm",

@@ -20,6 +20,7 @@ LAYERS = {
     "glm_jax.data": 5,
     "glm_jax.training": 6,
     "glm_jax.decoding": 6,
+    "glm_jax.serving": 7,
     "glm_jax.planning": 8,
     "glm_jax.cli": 6,
     "glm_jax.evaluation": 7,

@@ -9,7 +9,8 @@ import bisect
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.decoding.prepare import prepare
-from glm_jax.decoding.prompt import Prompt, bucket, resolve
+from glm_jax.decoding.prompt import Prompt, Resolved, bucket, resolve
 from glm_jax.decoding.restrictions import repeated
 from glm_jax.decoding.sampling import SamplingError
 from glm_jax.decoding.steps import DecodeState, decode_step, prefill_prompts
@@ -26,6 +27,7 @@ from glm_jax.model.cache import init_cache
 from glm_jax.model.params import GLMParams
 from glm_jax.sharding import mesh_of
 
+_Result = TypeVar("_Result")
 _BANNED = -65504.0  # a logit that is never chosen; the original's
 
 
@@ -86,16 +88,41 @@ def beam_search(
     Raises:
       PromptError: special tokens unknown, or a prompt that leaves no room.
     """
-    [row], special, limit, ends = resolve([prompt], config, max_length, end_tokens, special_tokens)
+    resolved = resolve([prompt], config, max_length, end_tokens, special_tokens)
+    return finish(beam_steps(params, config, settings, resolved))
+
+
+def finish(steps: Generator[None, None, _Result]) -> _Result:
+    """What something that is done a step at a time comes to."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: _Result = end.value
+            return result
+
+
+def beam_steps(
+    params: GLMParams, config: GLMConfig, settings: BeamSearch, resolved: Resolved
+) -> Generator[None, None, list[Hypothesis]]:
+    """`beam_search` a token at a time, so that other work can go on between.
+
+    Args:
+      resolved: of one prompt, by `prompt.resolve`.
+    """
+    [row], special, limit, ends = resolved
     mesh = mesh_of(params)
     params = prepare(params)
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+    on_mesh = lambda: contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+    with on_mesh():
         cache = init_cache(config, 1, bucket(limit), isinstance(params.layers, tuple), mesh)
         logits, state = prefill_prompts(params, config, [row], special.sop, cache)
-        search = _Search((*row.context, special.sop), settings, ends, bucket(limit))
-        # Whatever ends, one continuation more than there are beams goes on.
-        count = (len(set(ends)) + 1) * settings.num_beams + 1
-        while True:
+    search = _Search((*row.context, special.sop), settings, ends, bucket(limit))
+    # Whatever ends, one continuation more than there are beams goes on.
+    count = (len(set(ends)) + 1) * settings.num_beams + 1
+    while True:
+        yield
+        with on_mesh():
             chosen = expand(
                 logits,
                 search.scores,

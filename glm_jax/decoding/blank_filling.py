@@ -2,15 +2,15 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 from glm_jax.config import GLMConfig, SpecialTokens
-from glm_jax.decoding.beams import BeamSearch, Hypothesis, beam_search
+from glm_jax.decoding.beams import BeamSearch, Hypothesis, beam_steps, finish
 from glm_jax.decoding.completion import Request
 from glm_jax.decoding.engine import Engine, EngineSettings
 from glm_jax.decoding.prepare import prepare
-from glm_jax.decoding.prompt import Prompt, PromptError, bucket
+from glm_jax.decoding.prompt import Prompt, PromptError, bucket, resolve
 from glm_jax.decoding.sampling import Sampling
 from glm_jax.model.params import GLMParams
 
@@ -89,10 +89,26 @@ class PartlyFilled:
             must not.
         """
         special = tokenizer.special_tokens
-        tokens = encode_prompt(tokenizer, text)
+        tokens = tokenizer.encode(text) if is_unidirectional else encode_prompt(tokenizer, text)
+        return cls.from_tokens(tokens, special, limit, is_unidirectional, left_truncate)
+
+    @classmethod
+    def from_tokens(
+        cls,
+        tokens: Sequence[int],
+        special: SpecialTokens,
+        limit: int,
+        is_unidirectional: bool = False,
+        left_truncate: int = 0,
+    ) -> "PartlyFilled":
+        """`begin` with a text's tokens, a blank among them unless it is unidirectional.
+
+        Raises:
+          PromptError: as `begin`.
+        """
         if is_unidirectional:
-            tokens = [*tokenizer.encode(text), special.gmask]
-            Prompt.unidirectional(tokens[:-1], special)
+            Prompt.unidirectional(tokens, special)
+            tokens = [*tokens, special.gmask]
         if left_truncate:
             tokens = tokens[max(0, len(tokens) + 1 + left_truncate - limit) :]
         masks = [m for m in (special.mask, special.smask, special.gmask) if m in tokens]
@@ -204,7 +220,7 @@ def fill(
         more.
     """
     ends = engine.special.end_tokens if template.end_tokens is None else template.end_tokens
-    stream = _Stream(on_tokens)
+    stream = TokenStream(on_tokens)
     while partly.has_blank:
         request = next_request(partly, template)
         engine.submit(request)
@@ -229,7 +245,7 @@ def next_request(partly: PartlyFilled, template: Request) -> Request:
     )
 
 
-class _Stream:
+class TokenStream:
     """Gives out tokens once, in order."""
 
     def __init__(self, on_tokens: OnTokens | None):
@@ -278,21 +294,27 @@ def fill_blanks_by_beams(
     Returns:
       A text and its last answer for each, best first.
     """
+    return finish(filling_by_beams(params, config, partly, settings, max_tokens, end_tokens))
+
+
+def filling_by_beams(
+    params: GLMParams,
+    config: GLMConfig,
+    partly: PartlyFilled,
+    settings: BeamSearch,
+    max_tokens: int | None = None,
+    end_tokens: Sequence[int] | None = None,
+) -> Generator[None, None, list[tuple[PartlyFilled, Hypothesis]]]:
+    """`fill_blanks_by_beams` a token at a time."""
     params = prepare(params)
     ends = partly.special.end_tokens if end_tokens is None else tuple(end_tokens)
     found = [(partly, Hypothesis((), 0.0))]
     while found[0][0].has_blank:
         best, _ = found[0]
         prompt = best.prompt()
-        answers = beam_search(
-            params,
-            config,
-            prompt,
-            settings,
-            max_length=min(best.limit, len(prompt) + (max_tokens or best.limit)),
-            end_tokens=ends,
-            special_tokens=best.special,
-        )
+        most = min(best.limit, len(prompt) + (max_tokens or best.limit))
+        resolved = resolve([prompt], config, most, ends, best.special)
+        answers = yield from beam_steps(params, config, settings, resolved)
         found = [(best.filled(answer.tokens, ends), answer) for answer in answers]
     return found
 

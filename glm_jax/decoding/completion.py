@@ -17,6 +17,8 @@ class Request:
       max_tokens: of the answer; None for as many as max_length leaves room for.
       seed: of sampling, from 0 to 2**32 - 1; the same gives the same tokens.
       end_tokens: that end the answer; None for eop and eos.
+      log_probabilities: of the answer's tokens are asked for.
+      alternatives: and the likeliest tokens of each place.
     """
 
     prompt: Prompt
@@ -25,6 +27,7 @@ class Request:
     seed: int = 0
     end_tokens: tuple[int, ...] | None = None
     log_probabilities: bool = False
+    alternatives: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +39,15 @@ class Token:
       log_probability: in nats; 0 where not asked for.
       finish_reason: "stop" after an end token, "length" where there is no more room; None
         while the request goes on.
+      alternatives: the likeliest tokens of this place with their log-probabilities, best
+        first; none where not asked for.
     """
 
     ticket: int
     token: int
     log_probability: float
     finish_reason: str | None
+    alternatives: tuple[tuple[int, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

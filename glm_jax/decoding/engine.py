@@ -24,7 +24,15 @@ from glm_jax.decoding.page_pool import Lease, PagePool
 from glm_jax.decoding.prepare import prepare
 from glm_jax.decoding.programs import Pack
 from glm_jax.decoding.prompt import PromptError, check_prompt
-from glm_jax.decoding.slots import Slots, admit, empty_slot, empty_slots, release, sampling_row
+from glm_jax.decoding.slots import (
+    Emitted,
+    admit,
+    empty_slot,
+    empty_slots,
+    release,
+    request_row,
+    sampling_row,
+)
 from glm_jax.model.paged_cache import init_paged_cache, row_shards
 from glm_jax.model.params import GLMParams
 from glm_jax.sharding import mesh_of
@@ -71,6 +79,7 @@ class _Running:
     lease: Lease
     left: int
     end_tokens: frozenset[int]
+    alternatives: bool
 
 
 @dataclasses.dataclass
@@ -179,6 +188,18 @@ class Engine:
           Its ticket.
 
         Raises:
+          As `check`.
+        """
+        self.check(request)
+        ticket = self._tickets
+        self._tickets += 1
+        (self._queue.appendleft if is_urgent else self._queue.append)((ticket, request))
+        return ticket
+
+    def check(self, request: Request) -> None:
+        """Whether `submit` takes a request; from any thread.
+
+        Raises:
           PromptError: the prompt leaves no room for an answer, or is no tokens.
           SamplingError: more banned sequences than there is room for.
         """
@@ -188,10 +209,6 @@ class Engine:
         if not 0 <= request.seed < 2**32:
             raise PromptError(f"seed={request.seed}: from 0 to 2**32 - 1")
         sampling_row(request.sampling, request.seed, self._config.vocab_size)
-        ticket = self._tickets
-        self._tickets += 1
-        (self._queue.appendleft if is_urgent else self._queue.append)((ticket, request))
-        return ticket
 
     def cancel(self, ticket: int) -> None:
         """Ends a request wherever it is; its slot is free for the next step."""
@@ -229,23 +246,22 @@ class Engine:
                 return []
             width = next(w for w in self._step_widths if w >= len(self._running))
             numbers = [*self._running, *self._free_slots(), *self._entering()][:width]
-            emitted = self._run_step(numbers)
-            tokens, log_probabilities = (x.tolist() for x in jax.device_get(emitted))
+            emitted = jax.device_get(self._run_step(numbers))
         given = []
         for place, (slot, running) in enumerate(list(self._running.items())):
             row = slot if width == self._slot_count else place
-            given.append(self._give(slot, running, tokens[row], log_probabilities[row]))
+            given.append(self._give(slot, running, emitted, row))
         return given
 
-    def _run_step(self, numbers: Sequence[int]) -> Any:
+    def _run_step(self, numbers: Sequence[int]) -> Emitted:
         rows = None if len(numbers) == self._slot_count else np.array(numbers, np.int32)
         emitted, self._slots, self._cache = programs.step(
             self._params, self._config, self._slots, self._cache, self._pages_a_layer, rows
         )
         return emitted
 
-    def _give(self, slot: int, running: _Running, token: int, log_probability: float) -> Token:
-        reason = None
+    def _give(self, slot: int, running: _Running, emitted: Emitted, row: int) -> Token:
+        token, reason = int(emitted.tokens[row]), None
         if token in running.end_tokens:
             reason = "stop"
         elif running.left == 1:
@@ -254,7 +270,12 @@ class Engine:
             self._running[slot] = dataclasses.replace(running, left=running.left - 1)
         else:
             self._leave(slot)
-        return Token(running.ticket, token, log_probability, reason)
+        log_probability = float(emitted.log_probabilities[row])
+        some: tuple[tuple[int, float], ...] = ()
+        if running.alternatives:
+            told = emitted.alternatives[row], emitted.alternative_log_probabilities[row]
+            some = tuple(zip(*(x.tolist() for x in told), strict=True))
+        return Token(running.ticket, token, log_probability, reason, some)
 
     def _leave(self, slot: int) -> None:
         self._pool.give_back(self._running.pop(slot).lease)
@@ -338,8 +359,7 @@ class Engine:
         if not self._is_unrolled:
             bounds = {"first": np.int32(first), "end": np.int32(end)}
             prefill.x, self._cache = run(layers, x=prefill.x, cache=self._cache, **bounds)
-        else:
-            # One layer is one program: it is compiled once for all of them.
+        else:  # one layer is one program: it is compiled once for all of them
             caches: Any = self._cache
             cache = list(caches)
             for i in range(first, end):
@@ -357,35 +377,13 @@ class Engine:
                 continue
             ends = entry.request.end_tokens
             ends = self.special.end_tokens if ends is None else ends
-            row = self._slot_row(entry, ends)
+            pages, sop = entry.lease.pages, self.special.sop
+            row = request_row(self._empty, entry.request, pages, entry.end, ends, sop)
             self._slots = admit(self._slots, np.int32(entry.slot), row)
             left = entry.end - len(entry.request.prompt)
-            running = _Running(entry.ticket, entry.lease, left, frozenset(ends))
-            self._running[entry.slot] = running
-
-    def _slot_row(self, entry: Entry, ends: Sequence[int]) -> Slots:
-        request: Request = entry.request
-        prompt, vocab = request.prompt, self._config.vocab_size
-        tokens, table = np.zeros_like(self._empty.tokens), np.zeros_like(self._empty.table)
-        tokens[: len(prompt)] = prompt.tokens(self.special.sop)
-        table[: len(entry.lease.pages)] = entry.lease.pages
-        is_end = np.zeros(vocab, bool)
-        is_end[list(ends)] = True
-        row: Slots = self._empty.replace(  # type: ignore[attr-defined]
-            is_active=np.bool_(True),
-            token=tokens[len(prompt) - 1],
-            index=np.int32(len(prompt) - 1),
-            position_id=np.int32(prompt.position_ids()[-1]),
-            position_step=np.int32(prompt.position_step),
-            first=np.int32(len(prompt)),
-            end=np.int32(entry.end),
-            tokens=tokens,
-            table=table,
-            **sampling_row(request.sampling, request.seed, vocab),
-            is_end=is_end,
-            wants_log_probability=np.bool_(request.log_probabilities),
-        )
-        return row
+            self._running[entry.slot] = _Running(
+                entry.ticket, entry.lease, left, frozenset(ends), entry.request.alternatives
+            )
 
     def warm_up(self) -> None:
         """Compiles all programs that requests of any kind will need."""

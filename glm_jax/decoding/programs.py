@@ -13,7 +13,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from glm_jax.config import GLMConfig
-from glm_jax.decoding.slots import Slots, choose, put_back
+from glm_jax.decoding.slots import Emitted, Slots, choose, put_back
 from glm_jax.model import glm
 from glm_jax.model.layers import rotary_factors
 from glm_jax.model.paged_cache import PagedKVCache, Paging
@@ -76,7 +76,7 @@ def step(
     cache: PagedKVCache,
     pages_a_layer: int,
     numbers: Int[Any, " rows"] | None = None,
-) -> tuple[tuple[Int[Array, " rows"], Float[Array, " rows"]], Slots, PagedKVCache]:
+) -> tuple[Emitted, Slots, PagedKVCache]:
     """The next token of every active slot.
 
     Args:
@@ -84,7 +84,7 @@ def step(
       numbers: of the slots that run, each once, every active one among them; None runs all.
 
     Returns:
-      Tokens (-1 for slots without) and log-probabilities of what ran; then slots and pages.
+      What it gives those that ran; then slots and pages.
     """
     if numbers is None:
         return _step(params, config, slots, cache, pages_a_layer)
@@ -95,7 +95,7 @@ def step(
 
 def _step(
     params: GLMParams, config: GLMConfig, slots: Slots, cache: PagedKVCache, pages_a_layer: int
-) -> tuple[tuple[Array, Array], Slots, PagedKVCache]:
+) -> tuple[Emitted, Slots, PagedKVCache]:
     page_size = jax.tree.leaves(cache)[0].shape[2]
     active = slots.is_active
     page = jnp.take_along_axis(slots.table, slots.index[:, None] // page_size, axis=1)
@@ -116,5 +116,5 @@ def _step(
         cache,
         paging,
     )
-    tokens, log_probabilities, slots = choose(glm.logits(params, config, hidden[:, 0]), slots)
-    return (tokens, log_probabilities), slots, cache
+    emitted, slots = choose(glm.logits(params, config, hidden[:, 0]), slots)
+    return emitted, slots, cache

@@ -77,15 +77,18 @@ class Prompt:
         return cls((special.gmask,), None, text)
 
 
+# Prompts, special tokens, the most tokens of a row, end tokens.
+Resolved = tuple[list[Prompt], SpecialTokens, int, tuple[int, ...]]
+
+
 def resolve(
     prompts: Sequence[Sequence[int] | Prompt],
     config: GLMConfig,
     max_length: int | None,
     end_tokens: Sequence[int] | None,
     special_tokens: SpecialTokens | None,
-) -> tuple[list[Prompt], SpecialTokens, int, tuple[int, ...]]:
-    """`generate`'s arguments with defaults put in: prompts, special tokens, the most tokens
-    of a row, and end tokens.
+) -> Resolved:
+    """`generate`'s arguments with defaults put in.
 
     Raises:
       PromptError: as `generate`.

@@ -1,6 +1,7 @@
 """The requests that run together, a slot each, and how their next tokens are chosen."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,12 +13,14 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, UInt32
 
 from glm_jax.config import GLMConfig
 from glm_jax.decoding import sampling as sampling_lib
+from glm_jax.decoding.completion import Request
 from glm_jax.decoding.restrictions import Restrictions, restrict
 from glm_jax.decoding.sampling import Sampling, SamplingError
 from glm_jax.sharding import activation_sharding
 
 # Room for banned sequences; static, so that no request needs a program of its own.
 MOST_SEQUENCES, LONGEST_SEQUENCE = 32, 8
+ALTERNATIVES = 5  # likeliest tokens that are told of a place
 
 
 @struct.dataclass
@@ -38,6 +41,7 @@ class Slots:
       is_restricted: whether the restrictions say anything.
       is_end: [vocab], tokens that end the answer.
       wants_log_probability: of its tokens.
+      wants_alternatives: the likeliest tokens of each place.
     """
 
     is_active: Bool[Any, "*slots"]
@@ -58,6 +62,24 @@ class Slots:
     restrictions: Any
     is_end: Bool[Any, "*slots vocab"]
     wants_log_probability: Bool[Any, "*slots"]
+    wants_alternatives: Bool[Any, "*slots"]
+
+
+@struct.dataclass
+class Emitted:
+    """What a step gives each slot.
+
+    Attributes:
+      tokens: -1 where there is none.
+      log_probabilities: nats; the model's, before any restriction or temperature. 0 where
+        none were asked for.
+      alternatives, alternative_log_probabilities: of the likeliest tokens, best first.
+    """
+
+    tokens: Int[Any, " slots"]
+    log_probabilities: Float[Any, " slots"]
+    alternatives: Int[Any, "slots some"]
+    alternative_log_probabilities: Float[Any, "slots some"]
 
 
 def empty_slot(config: GLMConfig, width: int, table_size: int) -> Slots:
@@ -71,7 +93,42 @@ def empty_slot(config: GLMConfig, width: int, table_size: int) -> Slots:
         **sampling_row(Sampling(), 0, vocab),
         is_end=np.zeros(vocab, bool),
         wants_log_probability=np.bool_(False),
+        wants_alternatives=np.bool_(False),
     )
+
+
+def request_row(
+    empty: Slots, request: Request, pages: Sequence[int], end: int, ends: Sequence[int], sop: int
+) -> Slots:
+    """The row of a request whose prompt is in the cache.
+
+    Args:
+      empty: an `empty_slot`.
+      end: the place that no token is generated for any more.
+      ends: tokens that end the answer.
+    """
+    prompt, vocab = request.prompt, len(empty.is_end)
+    tokens, table = np.zeros_like(empty.tokens), np.zeros_like(empty.table)
+    tokens[: len(prompt)] = prompt.tokens(sop)
+    table[: len(pages)] = pages
+    is_end = np.zeros(vocab, bool)
+    is_end[list(ends)] = True
+    row: Slots = empty.replace(  # type: ignore[attr-defined]
+        is_active=np.bool_(True),
+        token=tokens[len(prompt) - 1],
+        index=np.int32(len(prompt) - 1),
+        position_id=np.int32(prompt.position_ids()[-1]),
+        position_step=np.int32(prompt.position_step),
+        first=np.int32(len(prompt)),
+        end=np.int32(end),
+        tokens=tokens,
+        table=table,
+        **sampling_row(request.sampling, request.seed, vocab),
+        is_end=is_end,
+        wants_log_probability=np.bool_(request.log_probabilities),
+        wants_alternatives=np.bool_(request.alternatives),
+    )
+    return row
 
 
 def sampling_row(sampling: Sampling, seed: int, vocab: int) -> dict[str, Any]:
@@ -149,14 +206,10 @@ def put_back(slots: Slots, numbers: Int[Any, " rows"], some: Slots) -> Slots:
     return changed
 
 
-def choose(
-    logits: Float[Array, "slots vocab"], slots: Slots
-) -> tuple[Int[Array, " slots"], Float[Array, " slots"], Slots]:
-    """The next token of each slot (-1 where there is none), its log-probability, and slots
-    that run it next.
+def choose(logits: Float[Array, "slots vocab"], slots: Slots) -> tuple[Emitted, Slots]:
+    """The next token of each slot, and slots that run it next.
 
-    What no active slot asks for is not computed. Log-probabilities (nats) are the model's,
-    before any restriction or temperature; 0 where none were asked for.
+    What no active slot asks for is not computed.
     """
     length = slots.index + 1
     active = slots.is_active
@@ -166,15 +219,6 @@ def choose(
         lambda: sampling_lib.greedy(logits),
     )
     rows = jnp.arange(len(chosen))
-    log_probabilities = jax.lax.cond(
-        jnp.any(active & slots.wants_log_probability),
-        lambda: jnp.where(
-            slots.wants_log_probability,
-            logits[rows, chosen] - jax.nn.logsumexp(logits, axis=-1),
-            0,
-        ),
-        lambda: jnp.zeros(len(chosen)),
-    )
     goes_on = active & ~slots.is_end[rows, chosen] & (length + 1 < slots.end)
     moved = active.astype(jnp.int32)
     at = jnp.minimum(length, slots.tokens.shape[1] - 1)
@@ -186,7 +230,41 @@ def choose(
         position_id=slots.position_id + slots.position_step * moved,
         tokens=slots.tokens.at[rows, at].set(kept),
     )
-    return _everywhere(jnp.where(active, chosen, -1)), _everywhere(log_probabilities), changed
+    best, places = _alternatives(logits, slots)
+    emitted = Emitted(
+        tokens=jnp.where(active, chosen, -1),
+        log_probabilities=_log_probabilities(logits, chosen, slots),
+        alternatives=places,
+        alternative_log_probabilities=best,
+    )
+    return jax.tree.map(_everywhere, emitted), changed
+
+
+def _log_probabilities(logits: Array, chosen: Array, slots: Slots) -> Array:
+    def compute() -> Array:
+        of_chosen = logits[jnp.arange(len(chosen)), chosen]
+        wanted = of_chosen - jax.nn.logsumexp(logits, axis=-1)
+        return jnp.where(slots.wants_log_probability, wanted, 0)
+
+    is_any = jnp.any(slots.is_active & slots.wants_log_probability)
+    probabilities: Array = jax.lax.cond(is_any, compute, lambda: jnp.zeros(len(chosen)))
+    return probabilities
+
+
+def _alternatives(logits: Array, slots: Slots) -> tuple[Array, Array]:
+    """Log-probabilities and tokens of the likeliest, best first."""
+    shape = (len(logits), min(ALTERNATIVES, logits.shape[1]))
+
+    def compute() -> tuple[Array, Array]:
+        best, places = jax.lax.top_k(logits, shape[1])
+        return best - jax.nn.logsumexp(logits, axis=-1, keepdims=True), places.astype(jnp.int32)
+
+    found: tuple[Array, Array] = jax.lax.cond(
+        jnp.any(slots.is_active & slots.wants_alternatives),
+        compute,
+        lambda: (jnp.zeros(shape), jnp.zeros(shape, jnp.int32)),
+    )
+    return found
 
 
 def _choose_as_asked(logits: Array, slots: Slots) -> Array:

@@ -206,6 +206,16 @@ def test_log_probabilities_are_the_models(golden_float32):
     expected = jax.nn.log_softmax(logits)[np.arange(context, count - 1), tokens[context + 1 :]]
     np.testing.assert_allclose(answer.log_probabilities, expected, atol=1e-4)
 
+    engine = Engine(params, config)
+    engine.submit(dataclasses.replace(request, alternatives=True))
+    places = []
+    while not engine.is_idle:
+        places += [token.alternatives for token in engine.step()]
+    likeliest, tokens = jax.lax.top_k(jax.nn.log_softmax(logits)[context : count - 1], 5)
+    assert [[token for token, _ in place] for place in places] == tokens.tolist()
+    told = [[value for _, value in place] for place in places]
+    np.testing.assert_allclose(told, likeliest, atol=1e-4)
+
 
 def test_unidirectional_texts_are_seen_from_left_to_right(golden_float32, golden_special):
     """Greedy by the forward pass under a causal mask, [gMASK] and sop before the text."""

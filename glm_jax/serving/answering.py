@@ -1,0 +1,106 @@
+"""Answers over HTTP, whole or as events, given up when no one waits for them any more."""
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
+
+import anyio
+from fastapi import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from glm_jax.errors import UserError
+from glm_jax.serving.errors import BrokenError, described
+
+_GRACE = 30.0  # seconds more that a client has to read what it asked for
+
+
+class Run(Protocol):
+    """A request on its way."""
+
+    def chunks(self) -> AsyncIterator[dict[str, Any]]: ...
+
+    async def whole(self) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
+
+
+async def answer(request: Request, run: Run, is_stream: bool, seconds: float) -> Response:
+    """A run's answer, in the form that was asked for. The run is closed in any case."""
+    if is_stream:
+        return EventStream(_events(run), run.close, seconds + _GRACE)
+    try:
+        whole = await _while_waited_for(request, run.whole())
+    finally:
+        run.close()
+    # To one who has gone it makes no difference.
+    return Response(status_code=499) if whole is None else json_response(whole)
+
+
+def json_response(content: Any) -> Response:
+    """JSON as it is: what is made here needs no validation."""
+    return JSONResponse(content)
+
+
+async def _while_waited_for(request: Request, work: Any) -> dict[str, Any] | None:
+    """What work comes to, or None where the client goes away before."""
+    working, going = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({working, going}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, going):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _events(run: Run) -> AsyncIterator[str]:
+    """Server-sent events; what goes wrong on the way is one, too."""
+    try:
+        async for chunk in run.chunks():
+            yield _event(chunk)
+    except (UserError, BrokenError) as error:
+        status, content, _ = described(error)
+        if status == 500:
+            logging.getLogger(__name__).error("a stream broke off", exc_info=error)
+        yield _event(content)
+        return
+    yield "data: [DONE]\n\n"
+
+
+def _event(content: Any) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+class EventStream(StreamingResponse):
+    """Events that end, and free what they stand for, when the client goes away."""
+
+    def __init__(self, events: AsyncIterator[str], close: Callable[[], None], seconds: float):
+        # Proxies are not to hold events back.
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._close, self._seconds = close, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with anyio.move_on_after(self._seconds):  # one who reads nothing holds no slot
+                async with anyio.create_task_group() as group:
+
+                    async def send_all() -> None:
+                        await self.stream_response(send)
+                        group.cancel_scope.cancel()
+
+                    group.start_soon(send_all)
+                    await self.listen_for_disconnect(receive)
+                    group.cancel_scope.cancel()
+        finally:
+            self._close()

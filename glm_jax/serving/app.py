@@ -1,0 +1,163 @@
+"""The server's addresses."""
+
+from collections.abc import Sequence
+from importlib import resources
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.security import HTTPBearer
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from glm_jax.serving import schemas
+from glm_jax.serving.answering import answer, json_response
+from glm_jax.serving.completions import CompletionRun
+from glm_jax.serving.errors import add_handlers, refused
+from glm_jax.serving.filling import FillRun
+from glm_jax.serving.guards import Guard
+from glm_jax.serving.service import Service
+
+_PAGE = resources.files("glm_jax.serving") / "page"
+_PAGE_KINDS = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
+# The page takes nothing from elsewhere, and is shown in no other's frame.
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+_METRICS_KIND = "text/plain; version=0.0.4; charset=utf-8"
+
+_bearer = HTTPBearer(auto_error=False, description="A key of --api_keys, where there are any.")
+api = APIRouter(responses=schemas.ERRORS, dependencies=[Depends(_bearer)])
+open_to_all = APIRouter(responses=schemas.ERRORS)
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+ServiceOf = Annotated[Service, Depends(_service)]
+
+
+def make_app(service: Service, cors_origins: Sequence[str] = ()) -> FastAPI:
+    """A server of one model.
+
+    Args:
+      cors_origins: of pages whose scripts may ask; none by default.
+    """
+    app = FastAPI(
+        title="glm_jax",
+        version="1",
+        description="Completions and filled blanks of a GLM model.",
+        docs_url=None,  # these pages come from elsewhere
+        redoc_url=None,
+    )
+    app.state.service = service
+    app.include_router(api)
+    app.include_router(open_to_all)
+    add_handlers(app)
+    app.add_middleware(Guard, service=service)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+    return app
+
+
+def _json_or_events(model: Any) -> dict[int | str, dict[str, Any]]:
+    events = {"schema": {"type": "string"}}
+    content = {"text/event-stream": events}
+    return {200: {"model": model, "content": content, "description": "Whole, or as events."}}
+
+
+@api.post("/v1/completions", responses=_json_or_events(schemas.Completion))
+async def completions(
+    request: Request, wanted: schemas.CompletionRequest, service: ServiceOf
+) -> Response:
+    """Goes on from prompts, or fills the one blank of each."""
+    run = CompletionRun(service, wanted)
+    return await answer(request, run, bool(wanted.stream), service.limits.seconds)
+
+
+@api.post("/v1/fill", responses=_json_or_events(schemas.Filled))
+async def fill(request: Request, wanted: schemas.FillRequest, service: ServiceOf) -> Response:
+    """Fills the blanks of a text."""
+    run = FillRun(service, wanted)
+    return await answer(request, run, bool(wanted.stream), service.limits.seconds)
+
+
+@api.post("/tokenize", response_model=schemas.Tokens)
+async def tokenize(wanted: schemas.TokenizeRequest, service: ServiceOf) -> Response:
+    """Tokens of a text, masks among them, as they are: no blank is put at its end."""
+    tokens = service.worker.ready_model().tokenizer.encode(wanted.text)
+    return json_response({"tokens": tokens, "count": len(tokens)})
+
+
+def _described(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "glm_jax",
+    }
+
+
+@api.get("/v1/models", response_model=schemas.Models)
+async def models(service: ServiceOf) -> Response:
+    """The one model that is here."""
+    return json_response({"object": "list", "data": [_described(service)]})
+
+
+@api.get("/v1/models/{name}", response_model=schemas.Model)
+async def model(name: str, service: ServiceOf) -> Response:
+    """The model of a name."""
+    service.check_model(name)
+    return json_response(_described(service))
+
+
+@open_to_all.get("/health", response_model=schemas.Health)
+async def health(service: ServiceOf) -> Response:
+    """Whether the server is alive, though it may have no model yet."""
+    if service.worker.failure is not None:
+        raise refused(503, "the engine failed: the server's log says how")
+    return json_response({"status": "ok"})
+
+
+@open_to_all.get("/ready", response_model=schemas.Health)
+async def ready(service: ServiceOf) -> Response:
+    """Whether the model answers."""
+    if service.worker.failure is not None:
+        raise refused(503, "the engine failed: the server's log says how")
+    service.worker.ready_model()
+    return json_response({"status": "ok"})
+
+
+@open_to_all.get(
+    "/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+)
+async def metrics(service: ServiceOf) -> Response:
+    """For Prometheus."""
+    service.metrics.ready.set(service.worker.is_ready)
+    return Response(service.metrics.text(), headers={"Content-Type": _METRICS_KIND})
+
+
+@open_to_all.get("/", include_in_schema=False)
+async def page() -> Response:
+    return _page_file("index.html")
+
+
+@open_to_all.get("/page/{name}", include_in_schema=False)
+async def page_file(name: str) -> Response:
+    return _page_file(name)
+
+
+def _page_file(name: str) -> Response:
+    found = [file for file in _PAGE.iterdir() if file.name == name]
+    if not found:
+        raise refused(404, f"there is no {name!r} here")
+    kind = _PAGE_KINDS[name.rpartition(".")[2]]
+    return Response(found[0].read_bytes(), media_type=kind, headers=_PAGE_HEADERS)

@@ -1,0 +1,318 @@
+"""OpenAI's completions: prompts and how to go on from them in, answers out."""
+
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from glm_jax.decoding.beams import BeamSearch
+from glm_jax.decoding.blank_filling import PartlyFilled, filling_by_beams, next_request
+from glm_jax.decoding.completion import Request, Token
+from glm_jax.decoding.prompt import Prompt
+from glm_jax.serving.errors import refused
+from glm_jax.serving.metrics import AnswerTimes
+from glm_jax.serving.schemas import CompletionRequest
+from glm_jax.serving.service import Service, new_id, seed_of
+from glm_jax.serving.text_stream import Stops, TextStream
+from glm_jax.serving.worker import ServedModel
+
+_BLANK = "[MASK]"  # what stands for the middle of a prompt and a suffix
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prompt:
+    """A prompt with its one blank, and the text on both sides of it."""
+
+    partly: PartlyFilled
+    before: str
+    after: str
+
+    @property
+    def tokens_before(self) -> tuple[int, ...]:
+        return self.partly.tokens[: self.partly.position]
+
+
+class _Choice:
+    """An answer on its way."""
+
+    def __init__(self, index: int, prompt: _Prompt, request: CompletionRequest, times: AnswerTimes):
+        self.index, self.prompt = index, prompt
+        self.tokens = 0
+        self._special = prompt.partly.special
+        self._request, self._times = request, times
+        self._stops = Stops([request.stop] if isinstance(request.stop, str) else request.stop or [])
+        self._told: list[tuple[str, float, dict[str, float] | None]] = []
+        self._length = len(prompt.before) if request.echo else 0
+
+    def begin(self, model: ServedModel) -> None:
+        self._decode = model.tokenizer.decode
+        self._stream = TextStream(self._decode, self.prompt.tokens_before)
+
+    def opening(self) -> dict[str, Any] | None:
+        """The prompt, where it is to be repeated."""
+        if not self._request.echo:
+            return None
+        return self.piece(self.prompt.before, None)
+
+    def receive(self, token: Token) -> dict[str, Any] | None:
+        """A part of the answer, if there is anything to tell."""
+        self._times.token()
+        self.tokens += 1
+        # An end of the document is no text either.
+        is_end = token.token in (*self._special.end_tokens, self._special.eod)
+        raw = "" if is_end else self._stream.add(token.token)
+        reason = token.finish_reason
+        if reason is not None:
+            raw += self._stream.finish()
+        text = self._stops.add(raw)
+        if self._request.logprobs is not None and not is_end:
+            self._told.append((raw, token.log_probability, self._alternatives(token)))
+        if self._stops.has_stopped:
+            reason = "stop"
+        elif reason is not None:
+            text += self._stops.finish()
+        if reason is not None:
+            self._times.end()
+            text += self.prompt.after if self._request.echo else ""
+        return self.piece(text, reason) if text or reason or self._told else None
+
+    def _alternatives(self, token: Token) -> dict[str, float] | None:
+        if not self._request.logprobs:
+            return None
+        named: dict[str, float] = {}
+        for number, value in token.alternatives[: self._request.logprobs]:
+            text = self._decode([number])
+            if not text or "\ufffd" in text or text in named:
+                text = f"token_id:{number}"  # a part of a character, or a name that is taken
+            named[text] = round(value, 6)
+        return named
+
+    def piece(self, text: str, reason: str | None) -> dict[str, Any]:
+        """A part of the choice, as JSON."""
+        probabilities = None
+        if self._request.logprobs is not None:
+            probabilities = self._probabilities()
+        return {
+            "text": text,
+            "index": self.index,
+            "logprobs": probabilities,
+            "finish_reason": reason,
+        }
+
+    def _probabilities(self) -> dict[str, Any]:
+        offsets = []
+        for text, _, _ in self._told:
+            offsets.append(self._length)
+            self._length += len(text)
+        told, self._told = self._told, []
+        return {
+            "tokens": [text for text, _, _ in told],
+            "token_logprobs": [round(value, 6) for _, value, _ in told],
+            "top_logprobs": [top for _, _, top in told] if self._request.logprobs else None,
+            "text_offset": offsets,
+        }
+
+
+class CompletionRun:
+    """A completion request on its way; to be closed."""
+
+    def __init__(self, service: Service, request: CompletionRequest):
+        """Checks a request and hands it to the engine.
+
+        Raises:
+          HTTPException, UserError: it cannot be answered.
+        """
+        service.check_model(request.model)
+        self._service, self._request = service, request
+        model = service.worker.ready_model()
+        choice = service.choice(request, request.best_of, "best_of")
+        self._count = request.n or 1
+        self._check_beams(isinstance(choice, BeamSearch))
+        self._prompts = [self._begin_prompt(model, x) for x in _prompts(request)]
+        answers = len(self._prompts) * (1 if isinstance(choice, BeamSearch) else self._count)
+        if answers > service.worker.most_answers:
+            most = service.worker.most_answers
+            raise refused(400, f"{answers} answers: at most {most} in one request", "n")
+        self._choices = [
+            _Choice(i * self._count + j, prompt, request, AnswerTimes(service.metrics))
+            for i, prompt in enumerate(self._prompts)
+            for j in range(self._count)
+        ]
+        self._head = {
+            "id": new_id("cmpl"),
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.name,
+        }
+        self._exchange = service.worker.open(answers, service.limits.seconds)
+        try:
+            self._submit(model, choice)
+        except BaseException:
+            self.close()
+            raise
+        service.metrics.prompt_tokens.inc(self._prompt_tokens)
+
+    def _check_beams(self, is_search: bool) -> None:
+        request = self._request
+        best_of = request.best_of or self._count
+        if best_of < self._count:
+            raise refused(400, f"best_of={best_of} is less than n={self._count}", "best_of")
+        if not is_search:
+            return
+        for name in ("stream", "logprobs", "stop"):
+            if getattr(request, name) not in (None, False):
+                raise refused(400, f"{name} beside best_of={best_of}: leave out one", name)
+
+    def _begin_prompt(self, model: ServedModel, prompt: str | Sequence[int]) -> _Prompt:
+        limit, special = model.engine.max_length, model.tokenizer.special_tokens
+        is_unidirectional = bool(self._request.unidirectional)
+        if isinstance(prompt, str):
+            partly = PartlyFilled.begin(model.tokenizer, prompt, limit, is_unidirectional)
+        else:
+            masks = {special.mask, special.smask, special.gmask}
+            needs_blank = not (masks & set(prompt) or is_unidirectional)
+            tokens = [*prompt, special.gmask] if needs_blank else prompt
+            partly = PartlyFilled.from_tokens(tokens, special, limit, is_unidirectional)
+        blanks = partly.tokens.count(partly.mask)
+        if blanks > 1:
+            raise refused(400, f"{blanks} blanks: /v1/fill takes more than one", "prompt")
+        return _Prompt(partly, *_sides(model, partly, prompt))
+
+    def _submit(self, model: ServedModel, choice: Any) -> None:
+        request = self._request
+        most = request.max_tokens
+        if most == 0:
+            return
+        if isinstance(choice, BeamSearch):
+            for number, prompt in enumerate(self._prompts):
+                steps = filling_by_beams(model.params, model.config, prompt.partly, choice, most)
+                self._exchange.search(number, steps)
+            return
+        for answer in self._choices:
+            answer.begin(model)
+            number = answer.index % self._count
+            template = Request(
+                prompt=Prompt((), None),
+                sampling=choice,
+                max_tokens=most,
+                seed=seed_of(request.seed, number),
+                log_probabilities=request.logprobs is not None,
+                alternatives=bool(request.logprobs),
+            )
+            self._exchange.submit(answer.index, next_request(answer.prompt.partly, template))
+
+    def close(self) -> None:
+        self._exchange.close()
+
+    @property
+    def _prompt_tokens(self) -> int:
+        return sum(len(prompt.partly.tokens) for prompt in self._prompts)
+
+    @property
+    def usage(self) -> dict[str, int]:
+        generated = sum(choice.tokens for choice in self._choices)
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": generated,
+            "total_tokens": self._prompt_tokens + generated,
+        }
+
+    async def pieces(self) -> AsyncIterator[dict[str, Any]]:
+        """Parts of choices as they come."""
+        if self._request.max_tokens == 0:
+            for choice in self._choices:
+                opening = choice.opening()
+                whole = choice.prompt.before + choice.prompt.after if opening else ""
+                yield choice.piece(whole, "length")
+            return
+        if self._request.best_of not in (None, 1):
+            async for piece in self._found():
+                yield piece
+            return
+        for choice in self._choices:
+            if (opening := choice.opening()) is not None:
+                yield opening
+        running = {choice.index: choice for choice in self._choices}
+        while running:
+            index, token = await self._exchange.next()
+            told = self._choices[index].receive(token)
+            if told is not None:
+                yield told
+                if told["finish_reason"] is not None:
+                    del running[index]
+                    self._exchange.cancel(index)  # after a stop; else it has ended
+
+    async def _found(self) -> AsyncIterator[dict[str, Any]]:
+        """The answers of searches."""
+        for _ in self._prompts:
+            number, found = await self._exchange.next()
+            first = number * self._count
+            for choice, (partly, hypothesis) in zip(
+                self._choices[first : first + self._count], found, strict=False
+            ):
+                choice.tokens = len(hypothesis.tokens)
+                has_ended = hypothesis.tokens[-1:] and hypothesis.tokens[-1] in (
+                    partly.special.end_tokens
+                )
+                text = _behind(self._exchange.model, choice.prompt, partly.blanks[-1])
+                if self._request.echo:
+                    text = choice.prompt.before + text + choice.prompt.after
+                yield choice.piece(text, "stop" if has_ended else "length")
+
+    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+        """What a stream gives."""
+        options = self._request.stream_options
+        with_usage = options is not None and options.include_usage
+        async for piece in self.pieces():
+            chunk = self._head | {"choices": [piece]}
+            yield chunk | {"usage": None} if with_usage else chunk
+        if with_usage:
+            yield self._head | {"choices": [], "usage": self.usage}
+
+    async def whole(self) -> dict[str, Any]:
+        """All of the answer."""
+        texts: dict[int, dict[str, Any]] = {}
+        async for piece in self.pieces():
+            found = texts.setdefault(piece["index"], piece)
+            if found is piece:
+                continue
+            found["text"] += piece["text"]
+            found["finish_reason"] = piece["finish_reason"]
+            for name, values in (piece["logprobs"] or {}).items():
+                if values is not None:
+                    found["logprobs"][name] += values
+        choices = [texts[index] for index in sorted(texts)]
+        return self._head | {"choices": choices, "usage": self.usage}
+
+
+def _prompts(request: CompletionRequest) -> list[str | Sequence[int]]:
+    """The prompts of a request, one by one."""
+    given: Any = request.prompt
+    prompts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+    if request.suffix is None:
+        return prompts
+    if any(not isinstance(prompt, str) or "MASK]" in prompt for prompt in prompts):
+        raise refused(400, "suffix: its prompts are texts without blanks", "suffix")
+    return [f"{prompt}{_BLANK}{request.suffix}" for prompt in prompts]
+
+
+def _sides(
+    model: ServedModel, partly: PartlyFilled, prompt: str | Sequence[int]
+) -> tuple[str, str]:
+    """The text before and behind a blank; as it was given, where it was given as text."""
+    if isinstance(prompt, str):
+        for mask in ("[MASK]", "[sMASK]", "[gMASK]"):
+            if model.tokenizer.encode(mask) == [partly.mask] and mask in prompt:
+                before, _, after = prompt.partition(mask)
+                return before, after
+        return prompt, ""
+    decode, behind = model.tokenizer.decode, partly.tokens[partly.position + 1 :]
+    if behind and behind[-1] == partly.special.eos:
+        behind = behind[:-1]
+    return decode(partly.tokens[: partly.position]), decode(behind)
+
+
+def _behind(model: ServedModel, prompt: _Prompt, answer: Sequence[int]) -> str:
+    """The text of an answer where it stands."""
+    stream = TextStream(model.tokenizer.decode, prompt.tokens_before)
+    return "".join(map(stream.add, answer)) + stream.finish()

@@ -1,0 +1,97 @@
+"""Errors in the form in which OpenAI's interface gives them, whatever went wrong."""
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from glm_jax.errors import UserError
+
+_RETRY_SECONDS = 1
+
+
+class BusyError(UserError):
+    """More is asked for than there is room for in the queue."""
+
+
+class UnavailableError(UserError):
+    """No model yet, or no more."""
+
+
+class TooSlowError(UserError):
+    """A request whose time is over."""
+
+
+class BrokenError(Exception):
+    """The engine, or a search, ended by an error that no request is to blame for."""
+
+
+def body(message: str, kind: str, param: str | None = None, code: str | None = None) -> Any:
+    """An error's JSON."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def described(error: Exception) -> tuple[int, Any, dict[str, str]]:
+    """HTTP status, JSON and headers of an error."""
+    message = " ".join(str(error).split())
+    match error:
+        case BusyError():
+            headers = {"Retry-After": str(_RETRY_SECONDS)}
+            return 429, body(message, "rate_limit_error", code="queue_full"), headers
+        case UnavailableError():
+            headers = {"Retry-After": str(10 * _RETRY_SECONDS)}
+            return 503, body(message, "server_error", code="unavailable"), headers
+        case TooSlowError():
+            return 504, body(message, "server_error", code="timeout"), {}
+        case UserError():
+            return 400, body(message, "invalid_request_error"), {}
+        case StarletteHTTPException():
+            kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+            detail: dict[str, Any] = error.detail if isinstance(error.detail, dict) else {}
+            message = detail.get("message", str(error.detail))
+            content = body(message, kind, detail.get("param"), detail.get("code"))
+            return error.status_code, content, dict(error.headers or {})
+    return 500, body("the server failed; its log says how", "server_error"), {}
+
+
+def refused(status: int, message: str, param: str | None = None, code: str | None = None) -> Any:
+    """What to raise for a request that is refused."""
+    return HTTPException(status, {"message": message, "param": param, "code": code})
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Has all errors of an app answered in this form."""
+    for kind in (UserError, BrokenError, StarletteHTTPException, Exception):
+        app.add_exception_handler(kind, _answer)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+
+
+async def _answer(request: Request, error: Exception) -> JSONResponse:
+    status, content, headers = described(error)
+    if status in (404, 405) and content["error"]["code"] is None:
+        content["error"]["message"] += f": {request.method} {request.url.path}"
+    if status == 500:
+        logging.getLogger(__name__).error("%s %s", request.method, request.url.path, exc_info=error)
+    return JSONResponse(content, status, headers)
+
+
+async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    found = [item | {"place": _place(item)} for item in error.errors()]
+    param = found[0]["place"][0] if found[0]["place"] else None
+    # What may have several forms has an error for each; the wrong kind is the least telling.
+    of_param = [item for item in found if item["place"][:1] == found[0]["place"][:1]]
+    telling = [item for item in of_param if not item["type"].endswith("_type")] or of_param
+    reasons = dict.fromkeys(item["msg"] for item in telling)
+    message = f"{param or 'the body'}: " + "; or: ".join(reasons)
+    if "json" not in request.headers.get("content-type", ""):
+        message = "JSON is due: send it with 'Content-Type: application/json'"
+    return JSONResponse(body(message, "invalid_request_error", param), 400)
+
+
+def _place(item: Any) -> list[str]:
+    """Where in the body an error is."""
+    return [] if item["type"] == "json_invalid" else [str(part) for part in item["loc"][1:]]

@@ -1,0 +1,160 @@
+"""Blanks of a text, filled from left to right."""
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from glm_jax.decoding.beams import BeamSearch
+from glm_jax.decoding.blank_filling import (
+    PartlyFilled,
+    TokenStream,
+    filling_by_beams,
+    next_request,
+)
+from glm_jax.decoding.completion import Request
+from glm_jax.decoding.prompt import Prompt
+from glm_jax.serving.metrics import AnswerTimes
+from glm_jax.serving.schemas import FillRequest
+from glm_jax.serving.service import Service, new_id, seed_of
+from glm_jax.serving.text_stream import TextStream
+
+
+class FillRun:
+    """A text on its way to be filled; to be closed."""
+
+    def __init__(self, service: Service, request: FillRequest):
+        """Checks a request, and hands its first blank to the engine.
+
+        Raises:
+          HTTPException, UserError: it cannot be answered.
+        """
+        service.check_model(request.model)
+        self._service, self._request = service, request
+        model = service.worker.ready_model()
+        choice = service.choice(request, request.num_beams, "num_beams")
+        self._tokenizer = model.tokenizer
+        self._ends = model.tokenizer.special_tokens.end_tokens
+        self._partly = PartlyFilled.begin(
+            model.tokenizer, request.text, model.engine.max_length, bool(request.unidirectional)
+        )
+        self._prompt_tokens = len(self._partly.tokens)
+        self._completion_tokens = 0
+        self._reasons: list[str] = []
+        self._pieces: list[dict[str, Any]] = []
+        self._text = TextStream(model.tokenizer.decode)
+        self._stream = TokenStream(self._show)
+        self._is_search = isinstance(choice, BeamSearch)
+        self._exchange = service.worker.open(1, service.limits.seconds)
+        try:
+            self._submit(model, choice)
+        except BaseException:
+            self.close()
+            raise
+        service.metrics.prompt_tokens.inc(self._prompt_tokens)
+
+    def _submit(self, model: Any, choice: Any) -> None:
+        if isinstance(choice, BeamSearch):
+            most = self._request.max_tokens
+            steps = filling_by_beams(model.params, model.config, self._partly, choice, most)
+            self._exchange.search(0, steps)
+            return
+        seed = seed_of(self._request.seed)
+        self._template = Request(Prompt((), None), choice, self._request.max_tokens, seed)
+        if self._partly.has_blank:
+            self._submit_blank(is_urgent=False)
+
+    def _submit_blank(self, is_urgent: bool) -> None:
+        # A text that was begun goes before those that wait.
+        request = next_request(self._partly, self._template)
+        self._exchange.submit(len(self._reasons), request, is_urgent)
+
+    def close(self) -> None:
+        self._exchange.close()
+
+    def _show(self, tokens: Sequence[int], is_blank: bool) -> None:
+        """Takes tokens of the text whose place is certain."""
+        text = "".join(map(self._text.add, tokens))
+        if text:
+            number = len(self._partly.blanks) if is_blank else None
+            self._pieces.append({"text": text, "blank": number})
+
+    async def _fill(self) -> AsyncIterator[dict[str, Any]]:
+        """Fills all blanks, and gives pieces of the text as they come."""
+        while self._partly.has_blank:
+            answer: list[int] = []
+            times = AnswerTimes(self._service.metrics)
+            reason: str | None = None
+            while reason is None:
+                _, token = await self._exchange.next()
+                times.token()
+                answer.append(token.token)
+                reason = token.finish_reason
+                self._stream.show(self._partly, self._partly.kept(answer, self._ends))
+                for piece in self._take():
+                    yield piece
+            times.end()
+            self._completion_tokens += len(answer)
+            self._reasons.append(reason)
+            self._partly = self._partly.filled(answer, self._ends)
+            if self._partly.has_blank:
+                self._submit_blank(is_urgent=True)
+        self._stream.finish(self._partly)
+        for piece in self._take():
+            yield piece
+        if rest := self._text.finish():
+            yield {"text": rest, "blank": None}
+
+    def _take(self) -> list[dict[str, Any]]:
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+    async def _search(self) -> AsyncIterator[dict[str, Any]]:
+        _, found = await self._exchange.next()
+        partly, hypothesis = found[0]
+        self._completion_tokens = sum(len(blank) for blank in partly.blanks)
+        has_ended = bool(hypothesis.tokens) and hypothesis.tokens[-1] in self._ends
+        self._reasons = ["stop"] * len(partly.blanks)
+        if partly.blanks and not has_ended:
+            self._reasons[-1] = "length"
+        self._partly = partly
+        for piece in self._finished()["pieces"]:
+            yield piece
+
+    def _finished(self) -> dict[str, Any]:
+        filled = self._partly.finished(self._tokenizer)
+        numbers = iter(range(len(filled.blanks)))
+        pieces = [
+            {"text": text, "blank": next(numbers) if is_blank else None}
+            for text, is_blank in filled.pieces
+        ]
+        reasons = [*self._reasons, *["length"] * (len(filled.blanks) - len(self._reasons))]
+        return {
+            "id": new_id("fill"),
+            "object": "fill",
+            "created": int(time.time()),
+            "model": self._service.name,
+            "text": filled.text,
+            "blanks": [
+                {"text": text, "finish_reason": reason}
+                for text, reason in zip(filled.blanks, reasons, strict=True)
+            ],
+            "pieces": [piece for piece in pieces if piece["text"] or piece["blank"] is not None],
+            "usage": {
+                "prompt_tokens": self._prompt_tokens,
+                "completion_tokens": self._completion_tokens,
+                "total_tokens": self._prompt_tokens + self._completion_tokens,
+            },
+        }
+
+    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+        """What a stream gives: pieces, then the whole."""
+        async for piece in self._search() if self._is_search else self._fill():
+            yield {"object": "fill.piece", **piece}
+        yield self._finished()
+
+    async def whole(self) -> dict[str, Any]:
+        """All of the answer."""
+        last: dict[str, Any] = {}
+        async for chunk in self.chunks():
+            last = chunk
+        return last

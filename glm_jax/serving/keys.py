@@ -1,0 +1,40 @@
+"""Keys of those who may ask."""
+
+import hashlib
+import hmac
+from pathlib import Path
+
+from glm_jax.errors import UserError
+
+
+class KeysError(UserError):
+    """A file of keys that cannot be used."""
+
+
+class Keys:
+    """Keys of which a request must bring one."""
+
+    def __init__(self, keys: list[str]):
+        # Digests are all of one length, so that comparing them tells nothing of a key's.
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    @classmethod
+    def read(cls, file: str) -> "Keys":
+        """Keys of a file, one a line; empty lines and those that begin with # do not count.
+
+        Raises:
+          KeysError: the file cannot be read, or has none.
+        """
+        try:
+            lines = Path(file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise KeysError(f"--api_keys={file}: {error}") from error
+        keys = [key for line in lines if (key := line.strip()) and not key.startswith("#")]
+        if not keys:
+            raise KeysError(f"--api_keys={file}: no key in it, so that no one could ask")
+        return cls(keys)
+
+    def has(self, key: str) -> bool:
+        """Whether a key is one of them, in a time that does not depend on which."""
+        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0

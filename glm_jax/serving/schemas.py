@@ -1,0 +1,194 @@
+"""What clients send and get, as JSON; the OpenAPI document is made of this."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_STOPS = 4
+_LARGE = 1_000_000
+
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+Text = Annotated[str, Field(max_length=16_000_000)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Count = Annotated[int, Field(ge=0, le=_LARGE)]
+Some = Annotated[int, Field(ge=1, le=_LARGE)]
+Temperature = Annotated[float, Field(ge=0, le=2)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(gt=0, le=100)]
+Exponent = Annotated[float, Field(ge=-10, le=10)]
+Zero = Annotated[float, Field(ge=0, le=0)]
+
+
+class _Strict(BaseModel):
+    """JSON of just these fields, and just these kinds."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+
+
+class _Choosing(_Strict):
+    """How tokens are chosen, beyond what OpenAI's interface has."""
+
+    top_k: Count | None = Field(None, description="keep only the k likeliest tokens; 0 keeps all")
+    repetition_penalty: Penalty | None = None
+    no_repeat_ngram: Count | None = Field(
+        None, description="n tokens in a row never come twice; 0 for none"
+    )
+    min_tokens: Count | None = Field(None, description="before an answer may end")
+    banned_texts: list[Stop] | None = Field(
+        None, max_length=32, description="that come in no answer"
+    )
+    length_penalty: Exponent | None = Field(
+        None, description="of beam search; higher favours longer answers"
+    )
+    unidirectional: bool | None = Field(
+        None, description="the prompt, without blanks, is seen from left to right"
+    )
+
+
+class CompletionRequest(_Choosing):
+    """OpenAI's completion request. A prompt may have one blank, [MASK], [sMASK] or [gMASK]; one
+    without is written on from."""
+
+    model: Name
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1)]
+        | Annotated[list[Token], Field(min_length=1)]
+        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]
+    )
+    suffix: Text | None = Field(None, description="text behind the blank that is filled")
+    max_tokens: Count | None = 16
+    temperature: Temperature | None = 1.0
+    top_p: Probability | None = 1.0
+    n: Annotated[int, Field(ge=1, le=128)] | None = 1
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = Field(
+        None, description="above 1: beam search of this width, of which the n best are given"
+    )
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: bool | None = False
+    stop: Stop | Annotated[list[Stop], Field(max_length=_STOPS)] | None = None
+    seed: Seed | None = None
+    presence_penalty: Zero | None = 0.0
+    frequency_penalty: Zero | None = 0.0
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    user: Annotated[str, Field(max_length=1024)] | None = None
+
+
+class FillRequest(_Choosing):
+    """A text whose blanks are to be filled from left to right, each [MASK]; without any each
+    [sMASK], without these a [gMASK], which is put at the end of a text without a mask."""
+
+    text: Text
+    model: Name | None = None
+    max_tokens: Some | None = Field(None, description="of each blank; what there is room for")
+    temperature: Temperature | None = Field(0.0, description="0 takes the likeliest token")
+    top_p: Probability | None = 1.0
+    num_beams: Some | None = Field(None, description="above 1: beam search")
+    stream: bool | None = False
+    seed: Seed | None = None
+
+
+class TokenizeRequest(_Strict):
+    text: Text
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class LogProbabilities(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    text: str
+    index: int
+    logprobs: LogProbabilities | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class Completion(BaseModel):
+    """An answer; of a stream, a part of it, ended by one with a finish_reason."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class Blank(BaseModel):
+    text: str
+    finish_reason: Literal["stop", "length"]
+
+
+class Piece(BaseModel):
+    """A run of the whole text; `blank` is the number of the blank that it fills, or null."""
+
+    text: str
+    blank: int | None
+
+
+class Filled(BaseModel):
+    """A text with its blanks filled. A stream gives pieces first, and this at its end."""
+
+    id: str
+    object: Literal["fill"]
+    created: int
+    model: str
+    text: str
+    blanks: list[Blank]
+    pieces: list[Piece]
+    usage: Usage
+
+
+class Tokens(BaseModel):
+    tokens: list[int]
+    count: int
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class Models(BaseModel):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Health(BaseModel):
+    status: Literal["ok", "failed", "loading", "draining"]
+
+
+class ErrorContent(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    error: ErrorContent
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": Error, "description": "What is wrong with the request, in one line."},
+    "5XX": {"model": Error, "description": "What is wrong with the server, in one line."},
+}

@@ -1,0 +1,163 @@
+"""A server from its start to its end: it listens, loads, answers, and drains."""
+
+import asyncio
+import contextlib
+import dataclasses
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+
+import uvicorn
+
+from glm_jax.errors import UserError
+from glm_jax.serving.app import make_app
+from glm_jax.serving.keys import Keys
+from glm_jax.serving.metrics import Metrics
+from glm_jax.serving.service import DEFAULT_LIMITS, Limits, Service
+from glm_jax.serving.worker import ServedModel, Worker
+
+_BACKLOG = 2048
+_IDLE_SECONDS = 75  # until a connection that asks nothing is closed
+
+
+class ServerError(UserError):
+    """An address that cannot be had."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Serving:
+    """How to serve.
+
+    Attributes:
+      name: the model's, as clients ask for it.
+      port: 0 for any that is free.
+      max_waiting: answers that may wait for a slot.
+      cors_origins: of pages whose scripts may ask.
+      drain_seconds: that requests have to end when the server is to go down.
+    """
+
+    name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_waiting: int = 256
+    limits: Limits = DEFAULT_LIMITS
+    keys: Keys | None = None
+    cors_origins: Sequence[str] = ()
+    drain_seconds: float = 600.0
+
+
+class _Uvicorn(uvicorn.Server):
+    """Signals are ours: uvicorn would end by them, with their exit status."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Server:
+    """A server of one model.
+
+    Attributes:
+      service: its parts.
+    """
+
+    def __init__(self, load: Callable[[], ServedModel], serving: Serving):
+        """
+        Args:
+          load: makes the model; in a thread.
+        """
+        metrics = Metrics()
+        self._failed = asyncio.Event()
+        worker = Worker(load, serving.max_waiting, metrics, self._failed.set)
+        self.service = Service(worker, serving.name, metrics, serving.limits, serving.keys)
+        config = uvicorn.Config(
+            make_app(self.service, serving.cors_origins),
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            backlog=_BACKLOG,
+            timeout_keep_alive=_IDLE_SECONDS,
+            timeout_graceful_shutdown=max(1, round(serving.drain_seconds)),
+            server_header=False,
+        )
+        self._uvicorn = _Uvicorn(config)
+
+    def drain(self) -> None:
+        """Takes no one new and ends when all who are there are answered; told twice, at once."""
+        worker = self.service.worker
+        self._uvicorn.force_exit = worker.is_draining
+        self._uvicorn.should_exit = True
+        worker.is_draining = True
+
+    async def run(self, listening: socket.socket) -> None:
+        """Serves until drained.
+
+        Raises:
+          Exception: what loading, or the engine, failed by.
+        """
+        worker = self.service.worker
+        worker.start()
+        watching = asyncio.create_task(self._drain_when_failed())
+        await self._uvicorn.serve([listening])
+        watching.cancel()
+        if worker.failure is not None:
+            raise worker.failure
+        await worker.stop()
+
+    async def _drain_when_failed(self) -> None:
+        await self._failed.wait()
+        self.drain()
+
+
+def serve(load: Callable[[], ServedModel], serving: Serving) -> None:
+    """Serves until SIGTERM or SIGINT; then no one new is taken, and who is there is answered.
+
+    The address answers at once, `/ready` when the model is there.
+
+    Args:
+      load: makes the model; in a thread.
+
+    Raises:
+      ServerError: the address cannot be had.
+      Exception: what `load`, or the engine, failed by.
+    """
+    with bound_socket(serving.host, serving.port) as listening:
+        asyncio.run(_serve(load, serving, listening))
+
+
+async def _serve(
+    load: Callable[[], ServedModel], serving: Serving, listening: socket.socket
+) -> None:
+    server = Server(load, serving)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.drain)
+    host, port = listening.getsockname()[:2]
+    print(f"serving {serving.name} on http://{host}:{port}", flush=True)
+    await server.run(listening)
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """Where a server listens.
+
+    Args:
+      port: 0 for any that is free.
+
+    Raises:
+      ServerError: the address cannot be had.
+    """
+    try:
+        [(family, _, _, _, address), *_] = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        listening = socket.socket(family)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            listening.listen(_BACKLOG)
+        except OSError:
+            listening.close()
+            raise
+    except OSError as error:
+        raise ServerError(f"--host={host} --port={port}: {error.strerror}: name another") from error
+    return listening

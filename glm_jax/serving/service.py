@@ -1,0 +1,110 @@
+"""What the parts of a server share."""
+
+import dataclasses
+import secrets
+import time
+from typing import Any
+
+from glm_jax.decoding.beams import BeamSearch
+from glm_jax.decoding.requests import TextRequest
+from glm_jax.decoding.sampling import Sampling
+from glm_jax.serving.errors import refused
+from glm_jax.serving.keys import Keys
+from glm_jax.serving.metrics import Metrics
+from glm_jax.serving.schemas import CompletionRequest, FillRequest
+from glm_jax.serving.worker import Worker
+
+# Settings that requests have by the names that the engine has them by.
+_OUR_SETTINGS = (
+    "top_k",
+    "repetition_penalty",
+    "no_repeat_ngram",
+    "min_tokens",
+    "banned_texts",
+    "length_penalty",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a request may ask for.
+
+    Attributes:
+      seconds: until its answer is whole.
+      body_bytes: of its JSON.
+      beams: of a search; 1 for no searches.
+    """
+
+    seconds: float = 600.0
+    body_bytes: int = 1 << 20
+    beams: int = 4
+
+
+DEFAULT_LIMITS = Limits()
+
+
+@dataclasses.dataclass(frozen=True)
+class Service:
+    """A server's parts.
+
+    Attributes:
+      name: the model's, as clients ask for it.
+    """
+
+    worker: Worker
+    name: str
+    metrics: Metrics
+    limits: Limits = DEFAULT_LIMITS
+    keys: Keys | None = None
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    def check_model(self, name: str | None) -> None:
+        """Refuses a request for another model."""
+        if name not in (None, self.name):
+            message = f"the model {name!r} is not here: ask for {self.name!r}"
+            raise refused(404, message, "model", "model_not_found")
+
+    def choice(
+        self, request: CompletionRequest | FillRequest, beams: int | None, beams_name: str
+    ) -> Sampling | BeamSearch:
+        """How a request's tokens are chosen.
+
+        Raises:
+          HTTPException: settings that do not go together.
+          UserError: settings out of range.
+        """
+        beams = beams or 1
+        if beams > self.limits.beams:
+            message = f"{beams_name}={beams}: this server takes at most {self.limits.beams}"
+            raise refused(400, message, beams_name)
+        given = {name: getattr(request, name) for name in _OUR_SETTINGS}
+        given = {name: value for name, value in given.items() if value is not None}
+        if beams == 1:
+            given |= _sampling(request)
+        else:
+            for name in ("temperature", "top_p", "seed"):
+                if name in request.model_fields_set and getattr(request, name) not in (None, 0, 1):
+                    message = f"{name} beside {beams_name}={beams}: a search takes no such setting"
+                    raise refused(400, message, name)
+            given["num_beams"] = beams
+        encode = self.worker.ready_model().tokenizer.encode
+        return TextRequest().with_fields(given).choice(encode)
+
+
+def _sampling(request: CompletionRequest | FillRequest) -> dict[str, Any]:
+    """Temperature and top_p as the engine has them: it takes 0 to keep all tokens."""
+    temperature, top_p = request.temperature, request.top_p
+    if temperature is None:
+        temperature = type(request).model_fields["temperature"].default
+    if top_p == 0:  # only the likeliest token
+        return {"temperature": 0.0}
+    return {"temperature": float(temperature), "top_p": 0.0 if top_p in (None, 1) else top_p}
+
+
+def seed_of(seed: int | None, number: int = 0) -> int:
+    """The engine's seed for an answer of a request."""
+    return (secrets.randbits(32) if seed is None else seed + number) % 2**32
+
+
+def new_id(kind: str) -> str:
+    return f"{kind}-{secrets.token_hex(12)}"

@@ -1,0 +1,80 @@
+"""Text of an answer while its tokens come: whole characters, and no further than a stop."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+_INCOMPLETE = "\ufffd"  # what bytes of a character decode to before its last has come
+_CONTEXT = 8  # tokens before: enough that a first word keeps its blank
+
+
+class TextStream:
+    """Text that will not change any more.
+
+    What is given for each token joins to what all tokens decode to behind those before.
+    """
+
+    def __init__(self, decode: Callable[[Iterable[int]], str], before: Sequence[int] = ()):
+        """
+        Args:
+          decode: a tokenizer's.
+          before: tokens that the answer stands behind.
+        """
+        self._decode = decode
+        self._window = list(before[-_CONTEXT:])
+        self._known = len(self._window)  # tokens of the window whose text was given
+        self._text = decode(self._window)
+
+    def add(self, token: int) -> str:
+        """The text that a token makes certain."""
+        self._window.append(token)
+        text = self._decode(self._window)
+        if text.endswith(_INCOMPLETE) or not text.startswith(self._text):
+            return ""
+        return self._give(text)
+
+    def finish(self) -> str:
+        """What was still open, whole characters or not."""
+        text = self._decode(self._window)
+        return self._give(text) if len(self._window) > self._known else ""
+
+    def _give(self, text: str) -> str:
+        new = text[len(self._text) :]
+        # The next token is decoded behind those of this piece, which keeps the work small.
+        if self._known:
+            del self._window[: self._known]
+        self._known = len(self._window)
+        self._text = self._decode(self._window)
+        return new
+
+
+class Stops:
+    """Cuts a text off before the first of some strings."""
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = stops
+        self._held = ""
+        self.has_stopped = False
+
+    def add(self, text: str) -> str:
+        """As much of the text so far, and not given yet, as no stop can begin in."""
+        self._held += text
+        found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if found:
+            self.has_stopped = True
+            return self._take(min(found))
+        return self._take(len(self._held) - self._possible())
+
+    def finish(self) -> str:
+        """What was held back, where no stop came of it."""
+        return "" if self.has_stopped else self._take(len(self._held))
+
+    def _take(self, count: int) -> str:
+        text, self._held = self._held[:count], self._held[count:]
+        return text
+
+    def _possible(self) -> int:
+        """Characters at the end that a stop may begin with."""
+        longest = max((len(stop) - 1 for stop in self._stops), default=0)
+        for count in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-count:]) for stop in self._stops):
+                return count
+        return 0

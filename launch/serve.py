@@ -1,0 +1,84 @@
+"""Serves a model: OpenAI's completions, blanks of a text, and a page to try both.
+
+    python -m launch.serve --checkpoint=DIR --mesh=1,1,8 --port=8000
+    curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+        -d '{"model": "glm", "prompt": "The capital of France is [MASK].", "temperature": 0}'
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from glm_jax import cli
+from glm_jax.decoding.engine import Engine, EngineSettings
+from glm_jax.errors import UserError
+from glm_jax.sharding import parse_mesh
+from glm_jax.tokenizer import Tokenizer
+from launch.model_flags import define_model_flags, load_model
+
+try:
+    from glm_jax.serving.keys import Keys
+    from glm_jax.serving.server import Serving, serve
+    from glm_jax.serving.service import Limits
+    from glm_jax.serving.worker import ServedModel
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error.name} is missing: pip install 'glm_jax[serve]'") from error
+
+FLAGS = flags.FLAGS
+define_model_flags()
+flags.mark_flag_as_required("checkpoint")
+flags.DEFINE_string("name", None, "the model's, as clients ask for it; its folder's by default")
+flags.DEFINE_string("host", "127.0.0.1", "address to listen on; 0.0.0.0 for every one")
+flags.DEFINE_integer("port", 8000, "0 for any that is free", lower_bound=0, upper_bound=65535)
+flags.DEFINE_string("api_keys", None, "a file of keys, one a line, of which a request needs one")
+flags.DEFINE_multi_string("cors_origin", [], "of pages whose scripts may ask; may be given often")
+flags.DEFINE_integer("slots", 16, "answers that are made together", lower_bound=1)
+flags.DEFINE_integer(
+    "cache_tokens", None, "of all running requests; 512 a slot by default", lower_bound=1
+)
+flags.DEFINE_integer("prefill_width", 512, "tokens of prompts at once", lower_bound=32)
+flags.DEFINE_integer(
+    "prefill_budget", 512, "tokens of prompts between two steps of those that run", lower_bound=1
+)
+flags.DEFINE_integer("max_waiting", 256, "answers that may wait for a slot", lower_bound=0)
+flags.DEFINE_integer("max_beams", 4, "of a search; 1 for no searches", lower_bound=1)
+flags.DEFINE_integer("max_body_bytes", 1 << 20, "of a request", lower_bound=1024)
+flags.DEFINE_float("request_seconds", 600, "until an answer must be whole", lower_bound=1)
+flags.DEFINE_float("drain_seconds", 600, "that requests have to end after SIGTERM", lower_bound=1)
+
+
+def load() -> ServedModel:
+    """The model of the flags, behind an engine."""
+    tokenizer = Tokenizer(FLAGS.tokenizer or FLAGS.checkpoint)
+    config, params = load_model(None if FLAGS.mesh is None else parse_mesh(FLAGS.mesh))
+    settings = EngineSettings(
+        slots=FLAGS.slots,
+        max_length=FLAGS.max_length,
+        cache_tokens=FLAGS.cache_tokens,
+        prefill_width=FLAGS.prefill_width,
+        prefill_budget=FLAGS.prefill_budget,
+    )
+    engine = Engine(params, config, settings, tokenizer.special_tokens)
+    return ServedModel(engine, params, config, tokenizer)
+
+
+def main() -> None:
+    if not Path(FLAGS.checkpoint).is_dir():
+        raise UserError(f"--checkpoint={FLAGS.checkpoint}: there is no such folder")
+    serve(
+        load,
+        Serving(
+            name=FLAGS.name or Path(FLAGS.checkpoint).resolve().name,
+            host=FLAGS.host,
+            port=FLAGS.port,
+            max_waiting=FLAGS.max_waiting,
+            limits=Limits(FLAGS.request_seconds, FLAGS.max_body_bytes, FLAGS.max_beams),
+            keys=None if FLAGS.api_keys is None else Keys.read(FLAGS.api_keys),
+            cors_origins=FLAGS.cors_origin,
+            drain_seconds=FLAGS.drain_seconds,
+        ),
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

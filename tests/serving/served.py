@@ -1,0 +1,89 @@
+"""A server in a thread, of a small model with random weights."""
+
+import asyncio
+import contextlib
+import threading
+import time
+
+import httpx2
+import jax
+
+from glm_jax.config import glm_config
+from glm_jax.decoding.engine import Engine, EngineSettings
+from glm_jax.decoding.prepare import prepare
+from glm_jax.model import params as glm_params
+from glm_jax.serving.server import Server, Serving, bound_socket
+from glm_jax.serving.worker import ServedModel
+
+NAME = "tiny"
+POSITIONS = 128
+SETTINGS = EngineSettings(slots=4, page_size=16, prefill_width=64, prefill_budget=64)
+
+
+def tiny_served(tokenizer, settings=SETTINGS):
+    """A model with the tokenizer's vocabulary."""
+    config = glm_config("tiny", vocab_size=4096, max_sequence_length=POSITIONS)
+    config = config.replace(special_tokens=tokenizer.special_tokens)
+    params = prepare(glm_params.init(config, jax.random.key(0)))
+    return ServedModel(Engine(params, config, settings), params, config, tokenizer)
+
+
+class Served:
+    """What runs.
+
+    Attributes:
+      url: of the server.
+      service: its parts.
+    """
+
+    def __init__(self, load, **serving):
+        self._listening = bound_socket("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
+        self.error = None
+        self._load, self._serving = load, Serving(NAME, **serving)
+        self._is_there = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+        self._thread.start()
+        self._is_there.wait()
+        self.service = self.server.service
+
+    async def _run(self):
+        self.server = Server(self._load, self._serving)
+        self._loop = asyncio.get_running_loop()
+        self._is_there.set()
+        try:
+            await self.server.run(self._listening)
+        except Exception as error:
+            self.error = error
+
+    def wait_ready(self):
+        while httpx2.get(self.url + "/ready").status_code != 200:
+            time.sleep(0.05)
+
+    def drain(self):
+        self._loop.call_soon_threadsafe(self.server.drain)
+
+    def join(self):
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        self._listening.close()
+
+
+@contextlib.contextmanager
+def running(load, **serving):
+    served = Served(load, **serving)
+    try:
+        served.wait_ready()
+        yield served
+    finally:
+        served.drain()
+        served.join()
+
+
+def wait_idle(served):
+    """Until no answer is being made; how many steps' time it took is not told."""
+    engine = served.service.worker.model.engine
+    deadline = time.monotonic() + 60
+    while not engine.is_idle or served.service.worker.open_exchanges:
+        assert time.monotonic() < deadline, "slots are still taken"
+        time.sleep(0.01)

@@ -1,0 +1,196 @@
+"""The official client gets what the engine gives."""
+
+import openai
+import pytest
+from served import NAME, running, tiny_served, wait_idle
+
+from glm_jax.decoding.beams import BeamSearch
+from glm_jax.decoding.blank_filling import PartlyFilled, fill_blanks_by_beams
+from glm_jax.decoding.completion import Request
+from glm_jax.decoding.engine import Engine, EngineSettings
+from glm_jax.decoding.sampling import Sampling
+
+PROMPT = "The capital of France is"
+SAMPLED = dict(temperature=1.0, top_k=50)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return tiny_served(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def served(model):
+    with running(lambda: model) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    with openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def complete(client):
+    def complete(**fields):
+        ours = {k: fields.pop(k) for k in ("top_k", "unidirectional") if k in fields}
+        return client.completions.create(model=NAME, extra_body=ours, **fields)
+
+    return complete
+
+
+def _expected(model, text, sampling, max_tokens, seed=0, **more):
+    """The engine's own tokens, and the text that they add behind the prompt."""
+    partly = PartlyFilled.begin(model.tokenizer, text, model.engine.max_length, **more)
+    engine = Engine(model.params, model.config, EngineSettings(slots=1))
+    request = Request(partly.prompt(), sampling, max_tokens, seed, log_probabilities=True)
+    [answer] = engine.run([request])
+    before = partly.tokens[: partly.position]
+    kept = [t for t in answer.tokens if t not in model.tokenizer.special_tokens.end_tokens]
+    decode = model.tokenizer.decode
+    return answer, decode([*before, *kept])[len(decode(before)) :]
+
+
+def test_models(client):
+    [model] = client.models.list()
+    assert model.id == NAME == client.models.retrieve(NAME).id
+    with pytest.raises(openai.NotFoundError, match="the model 'gpt' is not here"):
+        client.models.retrieve("gpt")
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_a_completion_is_the_engines(model, complete, seed):
+    sampling = Sampling(temperature=1.0, top_k=50)
+    answer, text = _expected(model, PROMPT, sampling, 12, seed)
+    got = complete(prompt=PROMPT, max_tokens=12, seed=seed, logprobs=0, **SAMPLED)
+    [choice] = got.choices
+    assert choice.text == text
+    assert choice.finish_reason == answer.finish_reason
+    told = choice.logprobs
+    assert told.token_logprobs == pytest.approx(answer.log_probabilities[: len(told.tokens)], 1e-3)
+    assert "".join(told.tokens) == text
+    assert told.text_offset == [len("".join(told.tokens[:i])) for i in range(len(told.tokens))]
+    assert got.usage.completion_tokens == len(answer.tokens)
+    assert got.usage.total_tokens == got.usage.prompt_tokens + got.usage.completion_tokens
+
+
+def test_a_stream_joins_to_the_whole(complete):
+    asked = dict(
+        prompt=[PROMPT, "日本的[MASK]是"], n=2, max_tokens=9, seed=1, logprobs=2, **SAMPLED
+    )
+    whole = complete(**asked)
+    texts, reasons, told = [""] * 4, [None] * 4, [[] for _ in range(4)]
+    options = {"include_usage": True}
+    for chunk in complete(**asked, stream=True, stream_options=options):
+        for choice in chunk.choices:
+            assert reasons[choice.index] is None
+            texts[choice.index] += choice.text
+            reasons[choice.index] = choice.finish_reason
+            told[choice.index] += choice.logprobs.tokens
+    assert texts == [choice.text for choice in whole.choices]
+    assert texts[0] != texts[1]  # of seeds 1 and 2
+    assert texts[2] != texts[3]
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+    assert told == [choice.logprobs.tokens for choice in whole.choices]
+    assert chunk.usage == whole.usage
+
+
+def test_alternatives_are_the_likeliest(complete):
+    [choice] = complete(prompt=PROMPT, max_tokens=4, temperature=0, logprobs=3).choices
+    for chosen, best in zip(
+        choice.logprobs.token_logprobs, choice.logprobs.top_logprobs, strict=True
+    ):
+        values = list(best.values())
+        assert len(values) == 3
+        assert values == sorted(values, reverse=True)
+        assert chosen == values[0]  # greedy
+
+
+def test_a_stop_ends_an_answer(complete, served):
+    [whole] = complete(prompt=PROMPT, max_tokens=20, seed=5, **SAMPLED).choices
+    stop = whole.text[len(whole.text) // 2 :][:3]
+    [cut] = complete(prompt=PROMPT, max_tokens=20, seed=5, stop=[stop, "never"], **SAMPLED).choices
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.finish_reason == "stop"
+    wait_idle(served)
+
+
+def test_echo_repeats_the_prompt(complete):
+    asked = dict(max_tokens=6, seed=2, **SAMPLED)
+    for prompt in ("France [MASK] here.", "France", "[gMASK]"):
+        before, _, after = prompt.partition("[MASK]")
+        before = before.replace("[gMASK]", "")
+        [plain] = complete(prompt=prompt, **asked).choices
+        [echoed] = complete(prompt=prompt, echo=True, **asked).choices
+        assert echoed.text == before + plain.text + after
+        stream = complete(prompt=prompt, echo=True, stream=True, **asked)
+        assert "".join(chunk.choices[0].text for chunk in stream) == echoed.text
+    [nothing] = complete(prompt="a [MASK] b", echo=True, max_tokens=0).choices
+    assert (nothing.text, nothing.finish_reason) == ("a  b", "length")
+
+
+def test_tokens_are_a_prompt(complete, model):
+    text = "The capital of [MASK] is Paris."
+    tokens = PartlyFilled.begin(model.tokenizer, text, 64).tokens
+    asked = dict(max_tokens=6, seed=2, **SAMPLED)
+    [by_text, by_tokens] = [complete(prompt=prompt, **asked) for prompt in (text, list(tokens))]
+    assert by_text.choices[0].text == by_tokens.choices[0].text
+    both = complete(prompt=[list(tokens), model.tokenizer.encode("France")], **asked)
+    assert both.choices[0].text == by_text.choices[0].text
+    assert len(both.choices) == 2
+
+
+def test_a_suffix_stands_behind_the_blank(complete):
+    asked = dict(max_tokens=6, seed=2, **SAMPLED)
+    assert (
+        complete(prompt="The capital of", suffix=" is Paris.", **asked).choices[0].text
+        == complete(prompt="The capital of[MASK] is Paris.", **asked).choices[0].text
+    )
+
+
+def test_unidirectional_prompts(complete, model):
+    sampling = Sampling(temperature=1.0, top_k=50)
+    _, text = _expected(model, PROMPT, sampling, 6, 2, is_unidirectional=True)
+    asked = dict(prompt=PROMPT, max_tokens=6, seed=2, **SAMPLED)
+    assert complete(unidirectional=True, **asked).choices[0].text == text
+
+
+def test_best_of_searches_by_beams(complete, model, served):
+    partly = PartlyFilled.begin(model.tokenizer, PROMPT, model.engine.max_length)
+    found = fill_blanks_by_beams(model.params, model.config, partly, BeamSearch(3), max_tokens=6)
+    before = model.tokenizer.decode(model.tokenizer.encode(PROMPT))
+    expected = [f.finished(model.tokenizer).text.removeprefix(before) for f, _ in found[:2]]
+    got = complete(prompt=PROMPT, best_of=3, n=2, max_tokens=6)
+    assert [choice.text for choice in got.choices] == expected
+    wait_idle(served)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
+        ({"temperature": 3}, "temperature", "less than or equal to 2"),
+        ({"n": 2, "best_of": 1}, "best_of", "best_of=1 is less than n=2"),
+        ({"best_of": 9}, "best_of", "at most 4"),
+        ({"best_of": 2, "temperature": 0.5}, "temperature", "a search takes no such setting"),
+        ({"best_of": 2, "stop": "x"}, "stop", "leave out one"),
+        ({"prompt": "[MASK] and [MASK]"}, "prompt", "2 blanks: /v1/fill"),
+        ({"prompt": "word " * 500}, None, "no room for an answer in 128"),
+        ({"prompt": [4000000]}, None, "token 4000000 is not in the vocabulary"),
+        ({"prompt": []}, "prompt", "at least 1"),
+        ({"prompt": 5}, "prompt", "valid string; or: Input should be a valid list"),
+        ({"stop": ["a"] * 5}, "stop", "at most 4"),
+        ({"presence_penalty": 1.0}, "presence_penalty", "less than or equal to 0"),
+        ({"extra_body": {"unheard_of": 1}}, "unheard_of", "Extra inputs are not permitted"),
+        ({"extra_body": {"temperature": "hot"}}, "temperature", "valid number"),
+        ({"extra_body": {"unidirectional": True}, "prompt": "a [MASK]"}, None, "unidirectional"),
+    ],
+)
+def test_what_cannot_be_answered(client, fields, param, message):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(**{"model": NAME, "prompt": PROMPT, "max_tokens": 2} | fields)
+    assert message in caught.value.message
+    assert "\n" not in caught.value.body["message"]
+    assert caught.value.body["type"] == "invalid_request_error"
+    assert caught.value.param == param

@@ -1,0 +1,305 @@
+"""What a server refuses, what it gives up, and how it ends."""
+
+import concurrent.futures
+import json
+import socket
+import threading
+import time
+
+import httpx2
+import pytest
+from served import NAME, Served, running, tiny_served, wait_idle
+
+from glm_jax.errors import UserError
+from glm_jax.serving.keys import Keys, KeysError
+from glm_jax.serving.server import ServerError, bound_socket
+from glm_jax.serving.service import Limits
+
+ASKED = {"model": NAME, "prompt": "The capital of", "temperature": 1.0, "max_tokens": 100}
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return tiny_served(tokenizer)
+
+
+@pytest.fixture
+def slow(model, monkeypatch):
+    """The model with steps of a twentieth of a second."""
+    real, steps = type(model.engine).step, []
+
+    def step(engine):
+        steps.append(time.monotonic())
+        time.sleep(0.05)
+        return real(engine)
+
+    monkeypatch.setattr(type(model.engine), "step", step)
+    return model, steps
+
+
+def _post(served, path="/v1/completions", **more):
+    return httpx2.post(served.url + path, **({"json": ASKED, "timeout": 60} | more))
+
+
+def _error(response, status):
+    assert response.status_code == status
+    [error] = response.json().values()
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "\n" not in error["message"]
+    return error
+
+
+def _first_event(lines):
+    return json.loads(next(line for line in lines if line)[6:])
+
+
+def test_a_full_queue_refuses(slow):
+    model, _ = slow
+    with running(lambda: model, max_waiting=2) as served:
+        room = model.engine.slots + 2
+        with concurrent.futures.ThreadPoolExecutor(room + 4) as pool:
+            responses = list(
+                pool.map(lambda _: _post(served, json=ASKED | {"max_tokens": 40}), range(room + 4))
+            )
+        refused = [r for r in responses if r.status_code == 429]
+        assert len(refused) == 4
+        assert sum(r.status_code == 200 for r in responses) == room
+        for response in refused:
+            assert "2 answers wait already" in _error(response, 429)["message"]
+            assert int(response.headers["Retry-After"]) >= 1
+        too_many = _post(served, json=ASKED | {"n": room + 1})
+        assert f"at most {room} in one request" in _error(too_many, 400)["message"]
+        wait_idle(served)
+        assert _post(served, json=ASKED | {"n": room, "max_tokens": 2}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_one_who_goes_away_frees_the_slot_within_a_step(slow, stream):
+    model, steps = slow
+    with running(lambda: model) as served:
+        address = served.url.removeprefix("http://").split(":")
+        content = json.dumps(ASKED | {"stream": stream}).encode()
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(content)}\r\n\r\n"
+        )
+        with socket.create_connection((address[0], int(address[1]))) as connection:
+            connection.sendall(head.encode() + content)
+            while not model.engine.running:
+                time.sleep(0.001)
+            time.sleep(0.12)
+            assert model.engine.running == 1
+        gone = time.monotonic()
+        while model.engine.running:
+            assert time.monotonic() < gone + 5
+            time.sleep(0.001)
+        # The step that was on its way, and that before which the word came.
+        assert sum(at > gone for at in steps) <= 1
+        wait_idle(served)
+
+
+def test_time_is_limited(slow):
+    model, _ = slow
+    with running(lambda: model, limits=Limits(seconds=1.0)) as served:
+        error = _error(_post(served), 504)
+        assert error["code"] == "timeout"
+        assert "within 1 seconds" in error["message"]
+        with httpx2.stream(
+            "POST", served.url + "/v1/completions", json=ASKED | {"stream": True}, timeout=60
+        ) as response:
+            lines = [line[6:] for line in response.iter_lines() if line]
+        assert "[DONE]" not in lines
+        assert json.loads(lines[-1])["error"]["code"] == "timeout"
+        wait_idle(served)
+
+
+def test_a_drained_server_answers_who_is_there(slow):
+    model, _ = slow
+    served = Served(lambda: model)
+    served.wait_ready()
+    with (
+        httpx2.Client(base_url=served.url, timeout=60) as other,
+        httpx2.stream(
+            "POST", served.url + "/v1/completions", json=ASKED | {"stream": True}, timeout=60
+        ) as response,
+    ):
+        assert other.get("/ready").status_code == 200
+        lines = response.iter_lines()
+        _first_event(lines)
+        served.drain()
+        time.sleep(0.3)
+        with pytest.raises(httpx2.TransportError):
+            _post(served)
+        rest = [line[6:] for line in lines if line]
+    assert rest[-1] == "[DONE]"
+    assert json.loads(rest[-2])["choices"][0]["finish_reason"]
+    served.join()
+    assert served.error is None
+
+
+def test_a_model_that_is_not_there_yet(model):
+    may_load = threading.Event()
+
+    def load():
+        may_load.wait()
+        return model
+
+    served = Served(load)
+    try:
+        assert httpx2.get(served.url + "/health").json() == {"status": "ok"}
+        assert "is being loaded" in _error(httpx2.get(served.url + "/ready"), 503)["message"]
+        refused = _post(served)
+        assert _error(refused, 503)["code"] == "unavailable"
+        assert refused.headers["Retry-After"]
+        assert "glm_ready 0.0" in httpx2.get(served.url + "/metrics").text
+        may_load.set()
+        served.wait_ready()
+        assert "glm_ready 1.0" in httpx2.get(served.url + "/metrics").text
+    finally:
+        may_load.set()
+        served.drain()
+        served.join()
+
+
+def test_a_model_that_cannot_be_loaded():
+    def load():
+        raise UserError("no such model")
+
+    served = Served(load)
+    served.join()
+    assert str(served.error) == "no such model"
+
+
+def test_an_engine_that_fails(tokenizer, monkeypatch):
+    model = tiny_served(tokenizer)
+    served = Served(lambda: model)
+    served.wait_ready()
+
+    def step(engine):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(type(model.engine), "step", step)
+    error = _error(_post(served), 500)
+    assert "out of memory" not in error["message"]  # for the log, not for clients
+    served.join()
+    assert str(served.error) == "out of memory"
+
+
+def test_keys(model, tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# who may\nkey-one\n\n  key-two \n")
+    with running(lambda: model, keys=Keys.read(str(file))) as served:
+        asked = {"json": ASKED | {"max_tokens": 1}}
+        for key, status in ((None, 401), ("key", 401), ("key-one", 200), ("key-two", 200)):
+            headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+            response = _post(served, headers=headers, **asked)
+            assert response.status_code == status
+            if status == 401:
+                assert _error(response, 401)["code"] == "invalid_api_key"
+        assert _post(served, headers={"Authorization": "Basic key-one"}, **asked).status_code == 401
+        assert httpx2.get(served.url + "/v1/models").status_code == 401
+        assert _post(served, "/tokenize", json={"text": "a"}).status_code == 401
+        for path in ("/", "/page/page.js", "/health", "/ready", "/metrics", "/openapi.json"):
+            assert httpx2.get(served.url + path).status_code == 200, path
+    (tmp_path / "none").write_text("# nothing\n")
+    with pytest.raises(KeysError, match="no key in it"):
+        Keys.read(str(tmp_path / "none"))
+    with pytest.raises(KeysError, match="No such file"):
+        Keys.read(str(tmp_path / "missing"))
+
+
+def test_sizes_are_limited(model):
+    with running(lambda: model, limits=Limits(body_bytes=2000)) as served:
+        large = json.dumps(ASKED | {"prompt": "a" * 2000}).encode()
+        headers = {"Content-Type": "application/json"}
+        error = _error(_post(served, json=None, content=large, headers=headers), 413)
+        assert "over 2000 bytes" in error["message"]
+        pieces = lambda: iter([large[:1000], large[1000:]])  # of no length that is said before
+        _error(_post(served, json=None, content=pieces(), headers=headers), 413)
+        assert _post(served).status_code == 200
+
+
+def test_bodies_that_are_no_requests(model):
+    with running(lambda: model) as served:
+        headers = {"Content-Type": "application/json"}
+        for content in (
+            b"",
+            b"{",
+            b"[]",
+            b"\xff",
+            b'{"a":' * 5000,
+            b'{"max_tokens": 1' + b"0" * 5000 + b"}",
+        ):
+            _error(_post(served, json=None, content=content, headers=headers), 400)
+        plain = _post(served, json=None, content=b"{}", headers={"Content-Type": "text/plain"})
+        assert "application/json" in _error(plain, 400)["message"]
+        nan = b'{"model": "tiny", "prompt": "a", "temperature": NaN}'
+        _error(_post(served, json=None, content=nan, headers=headers), 400)
+        surrogate = b'{"model": "tiny", "prompt": "\\ud800"}'
+        _error(_post(served, json=None, content=surrogate, headers=headers), 400)
+        assert _error(httpx2.get(served.url + "/v1/nothing"), 404)["message"].endswith(
+            "/v1/nothing"
+        )
+        _error(httpx2.get(served.url + "/v1/completions"), 405)
+
+
+def test_other_pages_may_ask_only_where_they_are_named(model):
+    origin = "https://example.org"
+    ask = {
+        "Origin": origin,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    with running(lambda: model) as served:
+        response = httpx2.options(served.url + "/v1/fill", headers=ask)
+        assert "access-control-allow-origin" not in response.headers
+    with running(lambda: model, cors_origins=[origin]) as served:
+        response = httpx2.options(served.url + "/v1/fill", headers=ask)
+        assert response.headers["access-control-allow-origin"] == origin
+        other = httpx2.options(
+            served.url + "/v1/fill", headers=ask | {"Origin": "https://other.org"}
+        )
+        assert "access-control-allow-origin" not in other.headers
+
+
+def test_metrics(model):
+    with running(lambda: model) as served:
+        for _ in range(3):
+            answered = _post(served, json=ASKED | {"max_tokens": 5}).json()
+        _post(served, json={})
+        wait_idle(served)
+        text = httpx2.get(served.url + "/metrics").text
+        found = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(found["glm_generated_tokens_total"]) == 15
+    prompt = answered["usage"]["prompt_tokens"]
+    assert float(found["glm_prompt_tokens_total"]) == 3 * prompt
+    completions = 'endpoint="/v1/completions"'
+    assert float(found[f'glm_requests_total{{{completions},status="200"}}']) == 3
+    assert float(found[f'glm_requests_total{{{completions},status="400"}}']) == 1
+    assert float(found[f"glm_request_seconds_count{{{completions}}}"]) == 4
+    assert float(found["glm_time_to_first_token_seconds_count"]) == 3
+    assert float(found["glm_time_per_output_token_seconds_count"]) == 3
+    assert float(found["glm_slots"]) == model.engine.slots
+    assert float(found["glm_slots_running"]) == float(found["glm_queue_length"]) == 0
+    assert float(found["glm_tokens_per_second"]) == 1.5
+
+
+def test_a_search_that_fails_harms_no_other(model, monkeypatch):
+    def broken(*args):
+        yield
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("glm_jax.serving.completions.filling_by_beams", broken)
+    with running(lambda: model) as served:
+        asked = {"model": NAME, "prompt": "a", "best_of": 2, "max_tokens": 2}
+        _error(_post(served, json=asked), 500)
+        assert _post(served).status_code == 200
+
+
+def test_an_address_that_is_taken():
+    with bound_socket("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(ServerError, match=f"--port={port}: Address already in use"):
+            bound_socket("127.0.0.1", port)
+    with pytest.raises(ServerError, match=r"--host=no\.such\.host\.invalid"):
+        bound_socket("no.such.host.invalid", 0)
