@@ -27,8 +27,8 @@ _PAGE_HEADERS = {
 }
 _METRICS_KIND = "text/plain; version=0.0.4; charset=utf-8"
 
-_bearer = HTTPBearer(auto_error=False, description="A key of --api_keys, where there are any.")
-api = APIRouter(responses=schemas.ERRORS, dependencies=[Depends(_bearer)])
+_bearer = HTTPBearer(auto_error=False, description="A key of the server's.")
+api = APIRouter(responses=schemas.ERRORS)
 open_to_all = APIRouter(responses=schemas.ERRORS)
 
 
@@ -54,7 +54,8 @@ def make_app(service: Service, cors_origins: Sequence[str] = ()) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = service
-    app.include_router(api)
+    # `Guard` checks keys; the document says that it does.
+    app.include_router(api, dependencies=[] if service.keys is None else [Depends(_bearer)])
     app.include_router(open_to_all)
     add_handlers(app)
     app.add_middleware(Guard, service=service)

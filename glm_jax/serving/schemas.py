@@ -2,21 +2,30 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 _STOPS = 4
 _LARGE = 1_000_000
 
+
+def _whole(value: Any) -> Any:
+    """JSON has one kind of numbers: 2.0 is a whole one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_WHOLE = BeforeValidator(_whole)
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Text = Annotated[str, Field(max_length=16_000_000)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
-Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-Count = Annotated[int, Field(ge=0, le=_LARGE)]
-Some = Annotated[int, Field(ge=1, le=_LARGE)]
+Token = Annotated[int, Field(ge=0, le=2**31 - 1), _WHOLE]
+Seed = Annotated[int, Field(ge=1 - 2**53, le=2**53 - 1), _WHOLE]  # what JSON's numbers hold
+Count = Annotated[int, Field(ge=0, le=_LARGE), _WHOLE]
+Some = Annotated[int, Field(ge=1, le=_LARGE), _WHOLE]
+Choices = Annotated[int, Field(ge=1, le=128), _WHOLE]
+Alternatives = Annotated[int, Field(ge=0, le=5), _WHOLE]
 Temperature = Annotated[float, Field(ge=0, le=2)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-Penalty = Annotated[float, Field(gt=0, le=100)]
+Penalty = Annotated[float, Field(ge=0.01, le=100)]
 Exponent = Annotated[float, Field(ge=-10, le=10)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 
@@ -66,13 +75,13 @@ class CompletionRequest(_Choosing):
     max_tokens: Count | None = 16
     temperature: Temperature | None = 1.0
     top_p: Probability | None = 1.0
-    n: Annotated[int, Field(ge=1, le=128)] | None = 1
-    best_of: Annotated[int, Field(ge=1, le=128)] | None = Field(
+    n: Choices | None = 1
+    best_of: Choices | None = Field(
         None, description="above 1: beam search of this width, of which the n best are given"
     )
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    logprobs: Alternatives | None = None
     echo: bool | None = False
     stop: Stop | Annotated[list[Stop], Field(max_length=_STOPS)] | None = None
     seed: Seed | None = None

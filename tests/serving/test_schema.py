@@ -1,0 +1,40 @@
+"""What the OpenAPI document says holds for requests that are made of it, right and wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from served import running, tiny_served
+
+from glm_jax.decoding.engine import EngineSettings
+from glm_jax.serving.keys import Keys
+from glm_jax.serving.service import Limits
+
+
+def test_every_operation(tokenizer, tmp_path):
+    short = EngineSettings(slots=8, max_length=32, page_size=16, prefill_width=32)
+    model = tiny_served(tokenizer, short)
+    limits = Limits(seconds=60.0, beams=2)
+    with running(lambda: model, limits=limits, keys=Keys(["the-key"])) as served:
+        ran = subprocess.run(
+            [
+                str(Path(sys.executable).with_name("schemathesis")),
+                "run",
+                served.url + "/openapi.json",
+                "--header=Authorization: Bearer the-key",
+                "--checks=all",
+                # How many tokens a text has, and what goes with what, is in no schema.
+                "--exclude-checks=positive_data_acceptance",
+                "--phases=coverage,fuzzing",
+                "--max-examples=20",
+                "--workers=2",
+                "--generation-deterministic",
+                "--suppress-health-check=all",
+                "--no-color",
+            ],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+    assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
+    assert served.error is None
