@@ -35,6 +35,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m launch.benchmark --suite=train
 	$(BIN)/python -m launch.benchmark --suite=convert --rounds=3
 	$(BIN)/python -m launch.benchmark --suite=restore --rounds=3
+	$(BIN)/python -m launch.benchmark --suite=serve --rounds=3
 
 clean:
 	rm -rf $(VENV) $(AOT_VENV) build *.egg-info demo_output bench_output glm_jax/kernels/*/*.so convert/*.so

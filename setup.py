@@ -6,7 +6,13 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 _KERNELS = "glm_jax/kernels"
-_SERVE = ["fastapi>=0.115", "prometheus_client>=0.20", "uvicorn>=0.30"]
+_SERVE = [
+    "fastapi>=0.115",
+    "httptools>=0.6",
+    "prometheus_client>=0.20",
+    "uvicorn>=0.30",
+    "uvloop>=0.19",
+]
 
 
 def kernel(name: str, library: str, *sources: str) -> Extension:

@@ -18,7 +18,7 @@ from absl import flags
 from matplotlib import pyplot
 
 from glm_jax import cli
-from launch.suites import convert, decode, evaluate, products, restore, train
+from launch.suites import convert, decode, evaluate, products, restore, serve, train
 from launch.suites.case import Case
 
 FLAGS = flags.FLAGS
@@ -29,6 +29,7 @@ _SUITES = {
     "decode_step": products.decode_step_suite,
     "kernels": products.kernels_suite,
     "restore": restore.restore_suite,
+    "serve": serve.serve_suite,
     "train": train.train_suite,
 }
 _PAUSE = 0.02  # seconds

@@ -6,11 +6,17 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+import httpx2
+import jax
 import numpy as np
 import yaml
 
+from glm_jax.config import glm_config
+from glm_jax.model import params as glm_params
+from glm_jax.model.checkpoint import save_model
 from glm_jax.training import watching
 
 ROOT = Path(__file__).parent.parent
@@ -158,6 +164,42 @@ def assert_trains_as_one_process(start, folder, tokenizer):
     assert list(got) == list(expected)
     np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-3)
     assert (folder / "two" / "model" / "config.json").is_file()
+
+
+class ServerProcess:
+    """`launch.serve` in a process of its own.
+
+    Attributes:
+      url: where it is.
+    """
+
+    def __init__(self, *given, devices=1):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "launch.serve", "--port=0", *given],
+            cwd=ROOT,
+            env=environment(devices),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_ready(self):
+        first = self.process.stdout.readline()
+        assert first.startswith("serving "), first
+        self.url = first.split()[-1]
+        deadline = time.monotonic() + _HANGS
+        while httpx2.get(self.url + "/ready").status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def save_tiny(folder, tokenizer):
+    """Writes a model folder with random weights."""
+    config = glm_config("tiny", vocab_size=4096, max_sequence_length=128)
+    config = config.replace(special_tokens=tokenizer.special_tokens)
+    params = glm_params.init(config, jax.random.key(0))
+    save_model(folder, config, params, tokenizer.files)
+    return config, params
 
 
 class StopError(Exception):

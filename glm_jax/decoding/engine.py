@@ -124,8 +124,7 @@ class Engine:
                 f"max_length={self.max_length} is past the model's {config.max_sequence_length} "
                 "positions"
             )
-        self._config, self._settings = config, settings
-        self._mesh = mesh_of(params)
+        self._config, self._settings, self._mesh = config, settings, mesh_of(params)
         self._params = prepare(params)
         self._shards = row_shards(self._mesh)
         self._is_unrolled = isinstance(self._params.layers, tuple)
@@ -153,8 +152,12 @@ class Engine:
         table_size = 1 << (-(-longest // size) - 1).bit_length()
         self._empty = empty_slot(self._config, longest, table_size)
         with self._on_mesh():
-            self._slots = empty_slots(self._empty, self._slot_count, self._mesh)
-            self._cache = init_paged_cache(self._config, pages, size, self._is_unrolled, self._mesh)
+            slots = empty_slots(self._empty, self._slot_count, self._mesh)
+            cache = init_paged_cache(self._config, pages, size, self._is_unrolled, self._mesh)
+        if self._mesh is None:  # at a place that is named, as all steps will leave them
+            [device] = jax.tree.leaves(self._params)[0].devices()
+            slots, cache = jax.device_put((slots, cache), device)
+        self._slots, self._cache = slots, cache
 
     def _on_mesh(self) -> Any:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
@@ -270,12 +273,11 @@ class Engine:
             self._running[slot] = dataclasses.replace(running, left=running.left - 1)
         else:
             self._leave(slot)
-        log_probability = float(emitted.log_probabilities[row])
         some: tuple[tuple[int, float], ...] = ()
         if running.alternatives:
             told = emitted.alternatives[row], emitted.alternative_log_probabilities[row]
             some = tuple(zip(*(x.tolist() for x in told), strict=True))
-        return Token(running.ticket, token, log_probability, reason, some)
+        return Token(running.ticket, token, float(emitted.log_probabilities[row]), reason, some)
 
     def _leave(self, slot: int) -> None:
         self._pool.give_back(self._running.pop(slot).lease)

@@ -87,11 +87,9 @@ async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
     telling = [item for item in of_param if not item["type"].endswith("_type")] or of_param
     reasons = dict.fromkeys(item["msg"] for item in telling)
     message = f"{param or 'the body'}: " + "; or: ".join(reasons)
-    if "json" not in request.headers.get("content-type", ""):
-        message = "JSON is due: send it with 'Content-Type: application/json'"
     return JSONResponse(body(message, "invalid_request_error", param), 400)
 
 
 def _place(item: Any) -> list[str]:
     """Where in the body an error is."""
-    return [] if item["type"] == "json_invalid" else [str(part) for part in item["loc"][1:]]
+    return [str(part) for part in item["loc"]]

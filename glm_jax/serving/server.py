@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 
 import uvicorn
+import uvloop
 
 from glm_jax.errors import UserError
 from glm_jax.serving.app import make_app
@@ -122,7 +123,7 @@ def serve(load: Callable[[], ServedModel], serving: Serving) -> None:
       Exception: what `load`, or the engine, failed by.
     """
     with bound_socket(serving.host, serving.port) as listening:
-        asyncio.run(_serve(load, serving, listening))
+        uvloop.run(_serve(load, serving, listening))
 
 
 async def _serve(
@@ -150,7 +151,8 @@ def bound_socket(host: str, port: int) -> socket.socket:
         [(family, _, _, _, address), *_] = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        listening = socket.socket(family)
+        # asyncio has small writes leave at once only where the protocol is named.
+        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind(address)

@@ -38,11 +38,12 @@ class TextStream:
 
     def _give(self, text: str) -> str:
         new = text[len(self._text) :]
-        # The next token is decoded behind those of this piece, which keeps the work small.
-        if self._known:
-            del self._window[: self._known]
+        # The next token is decoded behind those of this piece, which keeps the work small;
+        # without text of its own a piece would not keep the blank of a word behind it.
+        piece = self._window[self._known :]
+        alone = self._decode(piece)
+        self._window, self._text = (piece, alone) if alone else (self._window, text)
         self._known = len(self._window)
-        self._text = self._decode(self._window)
         return new
 
 

@@ -5,6 +5,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import gc
 import queue
 import threading
 from collections.abc import Callable, Generator
@@ -239,6 +240,8 @@ class Worker:
         try:
             model = self._load()
             model.engine.warm_up()
+            gc.collect()
+            gc.freeze()  # or what stays for ever is looked through again and again
             self.model = model
             while self._take_commands(model.engine):
                 arrived = self._step(model.engine)

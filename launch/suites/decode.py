@@ -39,7 +39,7 @@ def decode_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     activations in 8 bits, else they are floats.
     """
     config = glm_config("1b", max_sequence_length=_LENGTH)
-    int4 = _int4(config)
+    int4 = make_int4(config)
     a8 = with_integer_activations(int4)
     yield "one prompt: a token after the first", _one_prompt(config, int4, a8)
     yield "one prompt: a token of prompt and answer together", _whole(config, a8)
@@ -53,16 +53,23 @@ def decode_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     for batch in (1, BATCH):
         yield f"overhead: a step of batch {batch}", _overhead(config, a8, batch)
     del int4, a8
-    part = config.replace(
+    part = part_of_model()
+    title = f"200 prompts of 16 to 512 tokens, answers of 4 to 200, 1/{_MIXED_PART} of the model"
+    yield title, _mixed(part, with_integer_activations(make_int4(part)))
+
+
+def part_of_model() -> GLMConfig:
+    """The 1B model with an eighth of its layers and words, all widths as they are."""
+    config = glm_config("1b", max_sequence_length=_LENGTH)
+    return config.replace(
         num_layers=config.num_layers // _MIXED_PART,
         vocab_size=config.vocab_size // _MIXED_PART,
         special_tokens=SpecialTokens(*range(9)),
     )
-    title = f"200 prompts of 16 to 512 tokens, answers of 4 to 200, 1/{_MIXED_PART} of the model"
-    yield title, _mixed(part, with_integer_activations(_int4(part)))
 
 
-def _int4(config: GLMConfig) -> GLMParams:
+def make_int4(config: GLMConfig) -> GLMParams:
+    """Random weights in INT4, the embedding too."""
     params = glm_params.init(config, jax.random.key(0))
     quantized = glm_params.quantize_params(params, Scheme(4, search=False))
     del params  # 4.5 GB

@@ -114,8 +114,12 @@ def test_a_cache_in_less_precision_changes_scores_a_little(tiny_model, dtype, to
     assert 0 < difference < tolerance
 
 
-def test_nothing_is_compiled_after_warm_up(tiny_model):
+@pytest.mark.parametrize("is_placed", [False, True])
+def test_nothing_is_compiled_after_warm_up(tiny_model, is_placed):
+    """Nor where parameters were put on their device, as `restore` does."""
     config, params = tiny_model
+    if is_placed:
+        params = jax.device_put(params, jax.devices()[0])
     engine = Engine(params, config, dataclasses.replace(SMALL, prefill_budget=30))
     jitted = (programs.embed, programs.prefill_layers, programs.step, admit, release)
     engine.warm_up()

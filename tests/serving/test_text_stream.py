@@ -16,6 +16,9 @@ def test_parts_join_to_what_all_tokens_decode_to(tokenizer, seed):
     rng = np.random.default_rng(seed)
     before = rng.integers(0, tokenizer.vocab_size, rng.integers(0, 20)).tolist()
     answer = rng.integers(0, tokenizer.vocab_size, 60).tolist()
+    # Tokens without text, bytes and words with a blank before them, after each other.
+    few = [0, 1, 2, 3, 200, 201, *tokenizer.encode("The capital of France is\n Paris")]
+    answer += rng.choice(few, 60).tolist()
     stream = TextStream(tokenizer.decode, before)
     parts = [stream.add(token) for token in answer] + [stream.finish()]
     whole = tokenizer.decode([*before, *answer])
