@@ -183,7 +183,7 @@ class Models(BaseModel):
 
 
 class Health(BaseModel):
-    status: Literal["ok", "failed", "loading", "draining"]
+    status: Literal["ok"]
 
 
 class ErrorContent(BaseModel):

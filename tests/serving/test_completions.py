@@ -2,7 +2,7 @@
 
 import openai
 import pytest
-from served import NAME, running, tiny_served, wait_idle
+from served import NAME, wait_idle
 
 from glm_jax.decoding.beams import BeamSearch
 from glm_jax.decoding.blank_filling import PartlyFilled, fill_blanks_by_beams
@@ -12,17 +12,6 @@ from glm_jax.decoding.sampling import Sampling
 
 PROMPT = "The capital of France is"
 SAMPLED = dict(temperature=1.0, top_k=50)
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return tiny_served(tokenizer)
-
-
-@pytest.fixture(scope="module")
-def served(model):
-    with running(lambda: model) as served:
-        yield served
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +168,7 @@ def test_best_of_searches_by_beams(complete, model, served):
         ({"prompt": "word " * 500}, None, "no room for an answer in 128"),
         ({"prompt": [4000000]}, None, "token 4000000 is not in the vocabulary"),
         ({"prompt": []}, "prompt", "at least 1"),
-        ({"prompt": 5}, "prompt", "valid string; or: Input should be a valid list"),
+        ({"prompt": 5}, "prompt", "valid string; or: Input should be a valid array"),
         ({"stop": ["a"] * 5}, "stop", "at most 4"),
         ({"presence_penalty": 1.0}, "presence_penalty", "less than or equal to 0"),
         ({"extra_body": {"unheard_of": 1}}, "unheard_of", "Extra inputs are not permitted"),

@@ -4,7 +4,7 @@ import json
 
 import httpx2
 import pytest
-from served import NAME, running, tiny_served, wait_idle
+from served import NAME, wait_idle
 
 from glm_jax.decoding.beams import BeamSearch
 from glm_jax.decoding.blank_filling import PartlyFilled, fill_blanks, fill_blanks_by_beams
@@ -17,17 +17,6 @@ TEXTS = (
     "One [sMASK] two [gMASK]",
     "[MASK][MASK]",
 )
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return tiny_served(tokenizer)
-
-
-@pytest.fixture(scope="module")
-def served(model):
-    with running(lambda: model) as served:
-        yield served
 
 
 @pytest.fixture(scope="module")

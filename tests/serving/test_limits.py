@@ -18,25 +18,6 @@ from glm_jax.serving.service import Limits
 ASKED = {"model": NAME, "prompt": "The capital of", "temperature": 1.0, "max_tokens": 100}
 
 
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return tiny_served(tokenizer)
-
-
-@pytest.fixture
-def slow(model, monkeypatch):
-    """The model with steps of a twentieth of a second."""
-    real, steps = type(model.engine).step, []
-
-    def step(engine):
-        steps.append(time.monotonic())
-        time.sleep(0.05)
-        return real(engine)
-
-    monkeypatch.setattr(type(model.engine), "step", step)
-    return model, steps
-
-
 def _post(served, path="/v1/completions", **more):
     return httpx2.post(served.url + path, **({"json": ASKED, "timeout": 60} | more))
 
@@ -53,8 +34,7 @@ def _first_event(lines):
     return json.loads(next(line for line in lines if line)[6:])
 
 
-def test_a_full_queue_refuses(slow):
-    model, _ = slow
+def test_a_full_queue_refuses(model, slow_steps):
     with running(lambda: model, max_waiting=2) as served:
         room = model.engine.slots + 2
         with concurrent.futures.ThreadPoolExecutor(room + 4) as pool:
@@ -74,8 +54,7 @@ def test_a_full_queue_refuses(slow):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_one_who_goes_away_frees_the_slot_within_a_step(slow, stream):
-    model, steps = slow
+def test_one_who_goes_away_frees_the_slot_within_a_step(model, slow_steps, stream):
     with running(lambda: model) as served:
         address = served.url.removeprefix("http://").split(":")
         content = json.dumps(ASKED | {"stream": stream}).encode()
@@ -94,12 +73,11 @@ def test_one_who_goes_away_frees_the_slot_within_a_step(slow, stream):
             assert time.monotonic() < gone + 5
             time.sleep(0.001)
         # The step that was on its way, and that before which the word came.
-        assert sum(at > gone for at in steps) <= 1
+        assert sum(at > gone for at in slow_steps) <= 1
         wait_idle(served)
 
 
-def test_time_is_limited(slow):
-    model, _ = slow
+def test_time_is_limited(model, slow_steps):
     with running(lambda: model, limits=Limits(seconds=1.0)) as served:
         error = _error(_post(served), 504)
         assert error["code"] == "timeout"
@@ -113,8 +91,7 @@ def test_time_is_limited(slow):
         wait_idle(served)
 
 
-def test_a_drained_server_answers_who_is_there(slow):
-    model, _ = slow
+def test_a_drained_server_answers_who_is_there(model, slow_steps):
     served = Served(lambda: model)
     served.wait_ready()
     with (

@@ -9,7 +9,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
-from served import NAME, running, tiny_served
+from served import NAME
 
 _BROWSER, _DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -27,17 +27,6 @@ _OPTIONS = (
     "--disable-sync",
     "--lang=en",
 )
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return tiny_served(tokenizer)
-
-
-@pytest.fixture(scope="module")
-def served(model):
-    with running(lambda: model) as served:
-        yield served
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +78,7 @@ def _is_done(browser):
     return _at(browser, "figures").text != "" and not _at(browser, "stop").is_enabled()
 
 
-def test_a_blank_is_filled_while_one_looks(page, model, monkeypatch):
-    real = type(model.engine).step
-
-    def step(engine):
-        time.sleep(0.1)
-        return real(engine)
-
-    monkeypatch.setattr(type(model.engine), "step", step)
+def test_a_blank_is_filled_while_one_looks(page, model, slow_steps):
     _write(page, "The capital of [MASK] is [MASK].")
     marks = page.find_elements(By.CSS_SELECTOR, "#marked mark")
     assert [mark.get_attribute("textContent") for mark in marks] == ["[MASK]", "[MASK]"]
@@ -144,14 +126,7 @@ def test_all_by_keyboard_and_in_chinese(page):
     Select(_at(page, "language")).select_by_value("en")
 
 
-def test_an_answer_is_stopped(page, model, monkeypatch):
-    real = type(model.engine).step
-
-    def step(engine):
-        time.sleep(0.1)
-        return real(engine)
-
-    monkeypatch.setattr(type(model.engine), "step", step)
+def test_an_answer_is_stopped(page, model, slow_steps):
     _write(page, "The currency of Poland is")
     _set(page, "max_tokens", "100")
     _at(page, "text").send_keys(Keys.CONTROL, Keys.ENTER)
