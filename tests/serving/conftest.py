@@ -18,13 +18,14 @@ def served(model):
 
 
 @pytest.fixture
-def slow_steps(model, monkeypatch):
-    """Every step takes a twentieth of a second more; when each began."""
+def slow_steps(model, monkeypatch, request):
+    """Every step takes a twentieth of a second more, or what is asked for; when each began."""
+    pause = getattr(request, "param", 0.05)
     real, steps = type(model.engine).step, []
 
     def step(engine):
         steps.append(time.monotonic())
-        time.sleep(0.05)
+        time.sleep(pause)
         return real(engine)
 
     monkeypatch.setattr(type(model.engine), "step", step)
