@@ -36,5 +36,6 @@ def test_every_operation(tokenizer, tmp_path):
             text=True,
             cwd=tmp_path,
         )
+    print(ran.stdout[-400:])
     assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
     assert served.error is None
