@@ -43,8 +43,9 @@ class _LeanRoute(APIRoute):
         kind = typing.get_type_hints(endpoint)["wanted"]
 
         async def handle(request: Request) -> Response:
-            if "json" not in request.headers.get("content-type", ""):
-                # Other kinds can be sent by any page that a browser shows.
+            # Any page that a browser shows can send other kinds, with any parameters behind them.
+            sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if sent != "application/json":
                 message = "JSON is due: send it with 'Content-Type: application/json'"
                 raise refused(400, message)
             try:
@@ -166,8 +167,6 @@ async def health(service: ServiceOf) -> Response:
 @open_to_all.get("/ready", response_model=schemas.Health)
 async def ready(service: ServiceOf) -> Response:
     """Whether the model answers."""
-    if service.worker.failure is not None:
-        raise refused(503, "the engine failed: the server's log says how")
     service.worker.ready_model()
     return json_response({"status": "ok"})
 

@@ -78,7 +78,7 @@ class Exchange:
     def cancel(self, key: int) -> None:
         """Ends what is asked for under a number."""
         ask = self._asks.pop(key, None)
-        if ask is not None:
+        if ask is not None and not ask.is_done:
             ask.is_done = True
             self._worker.tell(lambda: self._worker.end(ask))
 
@@ -117,8 +117,7 @@ class Exchange:
     def close(self) -> None:
         """Gives the place back; may be called again."""
         for key in list(self._asks):
-            if not self._asks[key].is_done:
-                self.cancel(key)
+            self.cancel(key)
         self._worker.forget(self)
 
 
@@ -135,7 +134,7 @@ class Worker:
         load: Callable[[], ServedModel],
         max_waiting: int,
         metrics: Metrics,
-        on_failure: Callable[[], None] = lambda: None,
+        on_failure: Callable[[], None],
     ):
         """
         Args:
@@ -144,7 +143,7 @@ class Worker:
           on_failure: called on the event loop when the thread has failed.
         """
         self.model: ServedModel | None = None
-        self.failure: BaseException | None = None
+        self.failure: Exception | None = None
         self.is_draining = False
         self._load, self._max_waiting, self._metrics = load, max_waiting, metrics
         self._on_failure = on_failure
@@ -167,7 +166,9 @@ class Worker:
 
     @property
     def is_ready(self) -> bool:
-        return self.model is not None and self.failure is None and not self.is_draining
+        with contextlib.suppress(UnavailableError):
+            return bool(self.ready_model())
+        return False
 
     @property
     def most_answers(self) -> int:
@@ -182,8 +183,10 @@ class Worker:
     def ready_model(self) -> ServedModel:
         """
         Raises:
-          UnavailableError: there is none yet, or the server goes down.
+          UnavailableError: there is none yet or no more, or the server goes down.
         """
+        if self.failure is not None:
+            raise UnavailableError("the engine failed: the server's log says how")
         if self.is_draining:
             raise UnavailableError("the server is going down: ask another one")
         if self.model is None:

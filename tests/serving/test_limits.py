@@ -11,6 +11,7 @@ import pytest
 from served import NAME, Served, running, tiny_served, wait_idle
 
 from glm_jax.errors import UserError
+from glm_jax.serving.errors import UnavailableError
 from glm_jax.serving.keys import Keys, KeysError
 from glm_jax.serving.server import ServerError, bound_socket
 from glm_jax.serving.service import Limits
@@ -158,6 +159,8 @@ def test_an_engine_that_fails(tokenizer, monkeypatch):
 
     monkeypatch.setattr(type(model.engine), "step", step)
     error = _error(_post(served), 500)
+    with pytest.raises(UnavailableError, match="the engine failed"):
+        served.service.worker.open(1, 1.0)
     assert "out of memory" not in error["message"]  # for the log, not for clients
     served.join()
     assert str(served.error) == "out of memory"
@@ -209,8 +212,11 @@ def test_bodies_that_are_no_requests(model):
             b'{"max_tokens": 1' + b"0" * 5000 + b"}",
         ):
             _error(_post(served, json=None, content=content, headers=headers), 400)
-        plain = _post(served, json=None, content=b"{}", headers={"Content-Type": "text/plain"})
-        assert "application/json" in _error(plain, 400)["message"]
+        # What a browser lets any page send.
+        for kind in ("text/plain", "text/plain; x=json", "multipart/form-data; boundary=json"):
+            sent = json.dumps(ASKED).encode()
+            plain = _post(served, json=None, content=sent, headers={"Content-Type": kind})
+            assert "application/json" in _error(plain, 400)["message"]
         nan = b'{"model": "tiny", "prompt": "a", "temperature": NaN}'
         _error(_post(served, json=None, content=nan, headers=headers), 400)
         surrogate = b'{"model": "tiny", "prompt": "\\ud800"}'
