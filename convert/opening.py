@@ -78,7 +78,7 @@ class _Folder:
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), metadata
         )
-        rest = parts.read_part(self._params, parts.EMBEDDING, target)
+        rest = parts.read_part(self._params, parts.EMBEDDING, target, metadata)
         # It lies beside the embedding, which is not read for it again.
         norm = rest["final_layernorm"]
         self._norm = LayerNormParams(np.asarray(norm["scale"]), np.asarray(norm["bias"]))

@@ -4,6 +4,7 @@ This is the only place that knows mesh axes. Everything else names logical axes:
 batch, seq, embed, heads, head_dim, mlp, vocab, layers, group.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -186,6 +187,11 @@ def fitting_activation_spec(shape: Sequence[int], axes: LogicalAxes) -> Partitio
         if shape[i] % math.prod(mesh.shape[name] for name in names):
             spec[i] = None
     return PartitionSpec(*spec)
+
+
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Has programs run on a mesh, or on a single device where there is none."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def mesh_of(tree: Any) -> Mesh | None:

@@ -6,7 +6,6 @@ the length that of context, sop and answer together.
 """
 
 import bisect
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Generator, Sequence
@@ -25,7 +24,7 @@ from glm_jax.decoding.sampling import SamplingError
 from glm_jax.decoding.steps import DecodeState, decode_step, prefill_prompts
 from glm_jax.model.cache import init_cache
 from glm_jax.model.params import GLMParams
-from glm_jax.sharding import mesh_of
+from glm_jax.sharding import mesh_of, on_mesh
 
 _Result = TypeVar("_Result")
 _BANNED = -65504.0  # a logit that is never chosen; the original's
@@ -113,8 +112,7 @@ def beam_steps(
     [row], special, limit, ends = resolved
     mesh = mesh_of(params)
     params = prepare(params)
-    on_mesh = lambda: contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
-    with on_mesh():
+    with on_mesh(mesh):
         cache = init_cache(config, 1, bucket(limit), isinstance(params.layers, tuple), mesh)
         logits, state = prefill_prompts(params, config, [row], special.sop, cache)
     search = _Search((*row.context, special.sop), settings, ends, bucket(limit))
@@ -122,7 +120,7 @@ def beam_steps(
     count = (len(set(ends)) + 1) * settings.num_beams + 1
     while True:
         yield
-        with on_mesh():
+        with on_mesh(mesh):
             chosen = expand(
                 logits,
                 search.scores,

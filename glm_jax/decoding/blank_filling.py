@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 from glm_jax.config import GLMConfig, SpecialTokens
-from glm_jax.decoding.beams import BeamSearch, Hypothesis, beam_steps, finish
+from glm_jax.decoding.beams import BeamSearch, Hypothesis, beam_steps
 from glm_jax.decoding.completion import Request
 from glm_jax.decoding.engine import Engine, EngineSettings
 from glm_jax.decoding.prepare import prepare
@@ -276,27 +276,6 @@ class TokenStream:
         self._given = max(self._given, len(tokens))
 
 
-def fill_blanks_by_beams(
-    params: GLMParams,
-    config: GLMConfig,
-    partly: PartlyFilled,
-    settings: BeamSearch,
-    *,
-    max_tokens: int | None = None,
-    end_tokens: Sequence[int] | None = None,
-) -> list[tuple[PartlyFilled, Hypothesis]]:
-    """Fills all blanks by beam search. Each takes its best answer but the last, which has as
-    many as there are beams.
-
-    Args:
-      max_tokens: of each blank; None for as many as there is room for.
-
-    Returns:
-      A text and its last answer for each, best first.
-    """
-    return finish(filling_by_beams(params, config, partly, settings, max_tokens, end_tokens))
-
-
 def filling_by_beams(
     params: GLMParams,
     config: GLMConfig,
@@ -305,7 +284,15 @@ def filling_by_beams(
     max_tokens: int | None = None,
     end_tokens: Sequence[int] | None = None,
 ) -> Generator[None, None, list[tuple[PartlyFilled, Hypothesis]]]:
-    """`fill_blanks_by_beams` a token at a time."""
+    """Fills all blanks by beam search, a token at a time; `finish` does it at once. Each takes
+    its best answer but the last, which has as many as there are beams.
+
+    Args:
+      max_tokens: of each blank; None for as many as there is room for.
+
+    Returns:
+      A text and its last answer for each, best first.
+    """
     params = prepare(params)
     ends = partly.special.end_tokens if end_tokens is None else tuple(end_tokens)
     found = [(partly, Hypothesis((), 0.0))]

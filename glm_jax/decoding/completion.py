@@ -18,7 +18,7 @@ class Request:
       seed: of sampling, from 0 to 2**32 - 1; the same gives the same tokens.
       end_tokens: that end the answer; None for eop and eos.
       log_probabilities: of the answer's tokens are asked for.
-      alternatives: and the likeliest tokens of each place.
+      alternatives: beside them, the likeliest tokens of each place.
     """
 
     prompt: Prompt

@@ -6,7 +6,6 @@ that `warm_up` compiles all there is to compile.
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import math
@@ -27,15 +26,15 @@ from glm_jax.decoding.prompt import PromptError, check_prompt
 from glm_jax.decoding.slots import (
     Emitted,
     admit,
+    check_sampling,
     empty_slot,
     empty_slots,
     release,
     request_row,
-    sampling_row,
 )
 from glm_jax.model.paged_cache import init_paged_cache, row_shards
 from glm_jax.model.params import GLMParams
-from glm_jax.sharding import mesh_of
+from glm_jax.sharding import mesh_of, on_mesh
 
 _TYPICAL_LENGTH = 512  # tokens of a request that the cache has room for by default, each slot
 
@@ -151,16 +150,13 @@ class Engine:
         self._pages_a_layer = 0 if self._is_unrolled else pages
         table_size = 1 << (-(-longest // size) - 1).bit_length()
         self._empty = empty_slot(self._config, longest, table_size)
-        with self._on_mesh():
+        with on_mesh(self._mesh):
             slots = empty_slots(self._empty, self._slot_count, self._mesh)
             cache = init_paged_cache(self._config, pages, size, self._is_unrolled, self._mesh)
         if self._mesh is None:  # at a place that is named, as all steps will leave them
             [device] = jax.tree.leaves(self._params)[0].devices()
             slots, cache = jax.device_put((slots, cache), device)
         self._slots, self._cache = slots, cache
-
-    def _on_mesh(self) -> Any:
-        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     @property
     def is_idle(self) -> bool:
@@ -211,7 +207,7 @@ class Engine:
             raise PromptError(f"max_tokens={request.max_tokens}: at least 1")
         if not 0 <= request.seed < 2**32:
             raise PromptError(f"seed={request.seed}: from 0 to 2**32 - 1")
-        sampling_row(request.sampling, request.seed, self._config.vocab_size)
+        check_sampling(request.sampling, self._config.vocab_size)
 
     def cancel(self, ticket: int) -> None:
         """Ends a request wherever it is; its slot is free for the next step."""
@@ -220,7 +216,7 @@ class Engine:
             self._prefill.cancelled.add(ticket)
         for slot, running in list(self._running.items()):
             if running.ticket == ticket:
-                with self._on_mesh():
+                with on_mesh(self._mesh):
                     self._slots = release(self._slots, np.int32(slot))
                 self._leave(slot)
 
@@ -243,7 +239,7 @@ class Engine:
 
     def step(self) -> list[Token]:
         """Prefills what may enter, then gives every running request a token."""
-        with self._on_mesh():
+        with on_mesh(self._mesh):
             self._prefill_some()
             if not self._running:
                 return []
@@ -390,7 +386,7 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles all programs that requests of any kind will need."""
         longest = max(self._settings.prefill_width, self.max_length)
-        with self._on_mesh():
+        with on_mesh(self._mesh):
             for width in widths(longest):
                 prefill = _Prefill([], self._pack([], width))
                 self._run_layers(prefill, self._config.num_layers)

@@ -8,24 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from glm_jax.config import GLMConfig
-from glm_jax.decoding.beams import BeamSearch
+from glm_jax.decoding.beams import BeamSearch, finish
 from glm_jax.decoding.blank_filling import (
     FilledText,
     OnTokens,
     PartlyFilled,
     TextCodec,
     fill,
-    fill_blanks_by_beams,
+    filling_by_beams,
 )
 from glm_jax.decoding.completion import Request
 from glm_jax.decoding.engine import Engine, EngineSettings
 from glm_jax.decoding.prepare import prepare
 from glm_jax.decoding.prompt import Prompt, PromptError
 from glm_jax.decoding.sampling import Sampling
+from glm_jax.decoding.text_stream import TextStream
 from glm_jax.model.params import GLMParams
 
 _GREEN_UNDERLINED, _PLAIN = "\x1b[32;4m", "\x1b[0m"
-_INCOMPLETE = "\ufffd"  # what bytes of a character decode to before its last has come
 _ASK = "text with [MASK], [sMASK] or [gMASK] (empty ends): "
 
 
@@ -165,9 +165,9 @@ def _filler(
 
     if isinstance(choice, BeamSearch):
         most = strategy.max_tokens
-        return lambda text, _: fill_blanks_by_beams(
-            params, config, begin(text), choice, max_tokens=most
-        )[0][0]
+        return lambda text, _: finish(filling_by_beams(params, config, begin(text), choice, most))[
+            0
+        ][0]
     engine = Engine(params, config, EngineSettings(1, limit), special)
     request = Request(Prompt((), None), choice, strategy.max_tokens, strategy.seed)
     return lambda text, on_tokens: fill(engine, begin(text), request, on_tokens)
@@ -177,17 +177,14 @@ class _Typing:
     """Prints a text while its tokens come."""
 
     def __init__(self, tokenizer: TextCodec, output: Any, label: str):
-        self._tokenizer, self._output = tokenizer, output
-        self._tokens: list[int] = []
+        self._stream, self._output = TextStream(tokenizer.decode), output
         self._shown = ""
         self._print(label)
 
     def show(self, tokens: Sequence[int], is_blank: bool) -> None:
-        self._tokens += tokens
-        text = self._tokenizer.decode(self._tokens)
-        if text.startswith(self._shown) and not text.endswith(_INCOMPLETE):
-            self._print(_coloured(text[len(self._shown) :], is_blank))
-            self._shown = text
+        text = "".join(map(self._stream.add, tokens))
+        self._print(_coloured(text, is_blank))
+        self._shown += text
 
     def finish(self, filled: FilledText) -> None:
         """Ends the line; a text that did not come out as it was typed is printed anew."""

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from glm_jax.config import GLMConfig
-from glm_jax.decoding.beams import BeamSearch
+from glm_jax.decoding.beams import BeamSearch, finish
 from glm_jax.decoding.blank_filling import (
     PartlyFilled,
     TextCodec,
-    fill_blanks_by_beams,
+    filling_by_beams,
     next_request,
 )
 from glm_jax.decoding.completion import Completion, Request, Token, completion
@@ -152,9 +152,8 @@ class Job:
 
     def _search(self, line: Line, partly: PartlyFilled, settings: BeamSearch) -> Record:
         assert line.request is not None
-        found = fill_blanks_by_beams(
-            self._params, self._config, partly, settings, max_tokens=line.request.max_tokens
-        )
+        most = line.request.max_tokens
+        found = finish(filling_by_beams(self._params, self._config, partly, settings, most))
         ends = self._engine.special.end_tokens
         beams = []
         for partly, hypothesis in found:

@@ -41,7 +41,7 @@ class Slots:
       is_restricted: whether the restrictions say anything.
       is_end: [vocab], tokens that end the answer.
       wants_log_probability: of its tokens.
-      wants_alternatives: the likeliest tokens of each place.
+      wants_alternatives: beside it, the likeliest tokens of each place.
     """
 
     is_active: Bool[Any, "*slots"]
@@ -131,26 +131,30 @@ def request_row(
     return row
 
 
-def sampling_row(sampling: Sampling, seed: int, vocab: int) -> dict[str, Any]:
-    """A request's fields of `Slots` that say how its tokens are chosen.
-
+def check_sampling(sampling: Sampling, vocab: int) -> None:
+    """
     Raises:
       SamplingError: more, or longer, banned sequences than a slot has room for, or a token
         that is not in the vocabulary.
     """
-    banned = np.zeros(vocab, bool)
-    sequences = np.full((MOST_SEQUENCES, LONGEST_SEQUENCE), -1, np.int32)
     named = [*sampling.banned_tokens, *(t for s in sampling.banned_sequences for t in s)]
     outside = [token for token in named if not 0 <= token < vocab]
     if outside:
         raise SamplingError(f"banned token {outside[0]} is not in the vocabulary")
-    banned[list(sampling.banned_tokens)] = True
     if len(sampling.banned_sequences) > MOST_SEQUENCES or any(
         len(sequence) > LONGEST_SEQUENCE for sequence in sampling.banned_sequences
     ):
         raise SamplingError(
             f"banned sequences: at most {MOST_SEQUENCES}, of at most {LONGEST_SEQUENCE} tokens"
         )
+
+
+def sampling_row(sampling: Sampling, seed: int, vocab: int) -> dict[str, Any]:
+    """A request's fields of `Slots` that say how its tokens are chosen, which
+    `check_sampling` lets pass."""
+    banned = np.zeros(vocab, bool)
+    sequences = np.full((MOST_SEQUENCES, LONGEST_SEQUENCE), -1, np.int32)
+    banned[list(sampling.banned_tokens)] = True
     for row, sequence in zip(sequences, sampling.banned_sequences, strict=False):
         row[-len(sequence) :] = sequence
     return dict(
@@ -230,40 +234,32 @@ def choose(logits: Float[Array, "slots vocab"], slots: Slots) -> tuple[Emitted, 
         position_id=slots.position_id + slots.position_step * moved,
         tokens=slots.tokens.at[rows, at].set(kept),
     )
-    best, places = _alternatives(logits, slots)
-    emitted = Emitted(
-        tokens=jnp.where(active, chosen, -1),
-        log_probabilities=_log_probabilities(logits, chosen, slots),
-        alternatives=places,
-        alternative_log_probabilities=best,
-    )
+    emitted = Emitted(jnp.where(active, chosen, -1), *_told(logits, chosen, slots))
     return jax.tree.map(_everywhere, emitted), changed
 
 
-def _log_probabilities(logits: Array, chosen: Array, slots: Slots) -> Array:
-    def compute() -> Array:
-        of_chosen = logits[jnp.arange(len(chosen)), chosen]
-        wanted = of_chosen - jax.nn.logsumexp(logits, axis=-1)
-        return jnp.where(slots.wants_log_probability, wanted, 0)
-
-    is_any = jnp.any(slots.is_active & slots.wants_log_probability)
-    probabilities: Array = jax.lax.cond(is_any, compute, lambda: jnp.zeros(len(chosen)))
-    return probabilities
-
-
-def _alternatives(logits: Array, slots: Slots) -> tuple[Array, Array]:
-    """Log-probabilities and tokens of the likeliest, best first."""
+def _told(logits: Array, chosen: Array, slots: Slots) -> tuple[Array, Array, Array]:
+    """Log-probabilities of what was chosen; the likeliest tokens and theirs, best first."""
     shape = (len(logits), min(ALTERNATIVES, logits.shape[1]))
+    is_asked = slots.is_active & slots.wants_log_probability
 
-    def compute() -> tuple[Array, Array]:
+    def likeliest() -> tuple[Array, Array]:
         best, places = jax.lax.top_k(logits, shape[1])
-        return best - jax.nn.logsumexp(logits, axis=-1, keepdims=True), places.astype(jnp.int32)
+        return places.astype(jnp.int32), best
 
-    found: tuple[Array, Array] = jax.lax.cond(
-        jnp.any(slots.is_active & slots.wants_alternatives),
-        compute,
-        lambda: (jnp.zeros(shape), jnp.zeros(shape, jnp.int32)),
-    )
+    def compute() -> tuple[Array, Array, Array]:
+        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        of_chosen = logits[jnp.arange(len(chosen)), chosen] - normaliser
+        places, best = jax.lax.cond(
+            jnp.any(is_asked & slots.wants_alternatives),
+            likeliest,
+            lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape)),
+        )
+        told = jnp.where(slots.wants_log_probability, of_chosen, 0)
+        return told, places, best - normaliser[:, None]
+
+    nothing = lambda: (jnp.zeros(shape[0]), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
+    found: tuple[Array, Array, Array] = jax.lax.cond(jnp.any(is_asked), compute, nothing)
     return found
 
 

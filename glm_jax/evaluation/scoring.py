@@ -1,6 +1,5 @@
 """Log-probabilities of tokens, many sequences at a time."""
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -19,7 +18,7 @@ from glm_jax.model import glm
 from glm_jax.model.paged_cache import row_shards
 from glm_jax.model.params import GLMParams
 from glm_jax.model.visibility import Visibility
-from glm_jax.sharding import constrain, mesh_of
+from glm_jax.sharding import constrain, mesh_of, on_mesh
 
 _CHUNK = 256  # places whose scores of the whole vocabulary are there at once
 _LEAST_WIDTH = 512
@@ -104,7 +103,7 @@ class Scorer:
     def _run(self, batch: Batch) -> tuple[Array, Array]:
         self.padding.run += batch.tokens.size
         self.padding.filled += batch.filled
-        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+        with on_mesh(self._mesh):
             return log_probabilities(
                 self._params,
                 self._config,

@@ -156,7 +156,9 @@ def restore(
     layers: Any
     limit = math.inf if weight_memory_limit is None else weight_memory_limit
     with reusing_memory():
-        rest = cast(parts.read_part(folder, parts.EMBEDDING, parts.embedding_tree(described)))
+        metadata = parts.part_metadata(folder, parts.EMBEDDING)
+        target = parts.embedding_tree(described)
+        rest = cast(parts.read_part(folder, parts.EMBEDDING, target, metadata))
         is_as_stored = scheme is None and dtype is None and weight_memory_limit is None
         if is_as_stored and _is_on_cpu(described):
             layers = _read_into_stack(folder, config, ranges, mesh)
@@ -196,8 +198,9 @@ def restore_layers(
       folder: the model folder's `PARAMS_FOLDER`.
     """
     name = parts.layers_part(first, end)
-    target = _abstract_layers(parts.part_metadata(folder, name), config, end - first, mesh)
-    layers: LayerParams = parts.read_part(folder, name, target)
+    metadata = parts.part_metadata(folder, name)
+    target = _abstract_layers(metadata, config, end - first, mesh)
+    layers: LayerParams = parts.read_part(folder, name, target, metadata)
     return layers
 
 

@@ -95,17 +95,18 @@ def part_metadata(folder: Path, name: str) -> Any:
     return metadata.tree
 
 
-def read_part(folder: Path, name: str, target: Any) -> Any:
+def read_part(folder: Path, name: str, target: Any, metadata: Any) -> Any:
     """The arrays of a part, as `target` describes them; each device reads its own slices.
 
     Args:
       target: `jax.ShapeDtypeStruct` leaves with shardings.
+      metadata: the part's.
 
     Raises:
       CheckpointError: an array is missing, or has another shape.
     """
     buffers = jax.tree.map(empty_buffers, target)
-    read_part_into(folder, name, target, buffers, part_metadata(folder, name))
+    read_part_into(folder, name, target, buffers, metadata)
     return jax.tree.map(lambda x, b: placed(x, b, x.shape, None), target, buffers)
 
 

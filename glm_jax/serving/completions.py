@@ -9,11 +9,11 @@ from glm_jax.decoding.beams import BeamSearch
 from glm_jax.decoding.blank_filling import PartlyFilled, filling_by_beams, next_request
 from glm_jax.decoding.completion import Request, Token
 from glm_jax.decoding.prompt import Prompt
+from glm_jax.decoding.text_stream import Stops, TextStream
 from glm_jax.serving.errors import refused
 from glm_jax.serving.metrics import AnswerTimes
 from glm_jax.serving.schemas import CompletionRequest
 from glm_jax.serving.service import Service, new_id, seed_of
-from glm_jax.serving.text_stream import Stops, TextStream
 from glm_jax.serving.worker import ServedModel
 
 _BLANK = "[MASK]"  # what stands for the middle of a prompt and a suffix

@@ -13,10 +13,10 @@ from glm_jax.decoding.blank_filling import (
 )
 from glm_jax.decoding.completion import Request
 from glm_jax.decoding.prompt import Prompt
+from glm_jax.decoding.text_stream import TextStream
 from glm_jax.serving.metrics import AnswerTimes
 from glm_jax.serving.schemas import FillRequest
 from glm_jax.serving.service import Service, new_id, seed_of
-from glm_jax.serving.text_stream import TextStream
 
 
 class FillRun:

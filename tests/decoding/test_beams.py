@@ -7,8 +7,8 @@ import pytest
 from conftest import GOLDEN
 from stub_tokenizer import WordTokenizer
 
-from glm_jax.decoding.beams import BeamSearch, beam_search
-from glm_jax.decoding.blank_filling import PartlyFilled, fill_blanks_by_beams
+from glm_jax.decoding.beams import BeamSearch, beam_search, finish
+from glm_jax.decoding.blank_filling import PartlyFilled, filling_by_beams
 from glm_jax.decoding.prompt import Prompt
 from glm_jax.decoding.sampling import SamplingError
 
@@ -51,7 +51,8 @@ def test_filling_equals_the_original(golden_float32, golden_special, case):
     tokenizer = WordTokenizer(golden_special)
     partly = PartlyFilled.begin(tokenizer, case["text"], case["out_seq_length"])
     settings = BeamSearch(3, 1.0, no_repeat_ngram=3)
-    found = fill_blanks_by_beams(params, config, partly, settings, end_tokens=case["end_tokens"])
+    steps = filling_by_beams(params, config, partly, settings, end_tokens=case["end_tokens"])
+    found = finish(steps)
     found = [each.finished(tokenizer) for each, _ in found]
     assert [filled.text for filled in found] == case["answers"]
     assert [filled.blanks[-1] for filled in found] == [blanks[-1] for blanks in case["blanks"]]

@@ -4,11 +4,13 @@ import openai
 import pytest
 from served import NAME, wait_idle
 
-from glm_jax.decoding.beams import BeamSearch
-from glm_jax.decoding.blank_filling import PartlyFilled, fill_blanks_by_beams
+from glm_jax.decoding.beams import BeamSearch, finish
+from glm_jax.decoding.blank_filling import PartlyFilled, filling_by_beams
 from glm_jax.decoding.completion import Request
 from glm_jax.decoding.engine import Engine, EngineSettings
 from glm_jax.decoding.sampling import Sampling
+
+pytest_plugins = ["serving_fixtures"]
 
 PROMPT = "The capital of France is"
 SAMPLED = dict(temperature=1.0, top_k=50)
@@ -147,7 +149,7 @@ def test_unidirectional_prompts(complete, model):
 
 def test_best_of_searches_by_beams(complete, model, served):
     partly = PartlyFilled.begin(model.tokenizer, PROMPT, model.engine.max_length)
-    found = fill_blanks_by_beams(model.params, model.config, partly, BeamSearch(3), max_tokens=6)
+    found = finish(filling_by_beams(model.params, model.config, partly, BeamSearch(3), 6))
     before = model.tokenizer.decode(model.tokenizer.encode(PROMPT))
     expected = [f.finished(model.tokenizer).text.removeprefix(before) for f, _ in found[:2]]
     got = complete(prompt=PROMPT, best_of=3, n=2, max_tokens=6)

@@ -6,9 +6,11 @@ import httpx2
 import pytest
 from served import NAME, wait_idle
 
-from glm_jax.decoding.beams import BeamSearch
-from glm_jax.decoding.blank_filling import PartlyFilled, fill_blanks, fill_blanks_by_beams
+from glm_jax.decoding.beams import BeamSearch, finish
+from glm_jax.decoding.blank_filling import PartlyFilled, fill_blanks, filling_by_beams
 from glm_jax.decoding.sampling import Sampling
+
+pytest_plugins = ["serving_fixtures"]
 
 TEXTS = (
     "The capital of [MASK] is [MASK].",
@@ -58,9 +60,8 @@ def test_blanks_are_the_librarys(client, model, text):
 def test_beams(client, model, served):
     text = TEXTS[0]
     partly = PartlyFilled.begin(model.tokenizer, text, model.engine.max_length)
-    [(best, _), *_] = fill_blanks_by_beams(
-        model.params, model.config, partly, BeamSearch(2), max_tokens=4
-    )
+    steps = filling_by_beams(model.params, model.config, partly, BeamSearch(2), 4)
+    [(best, _), *_] = finish(steps)
     asked = {"text": text, "num_beams": 2, "max_tokens": 4}
     assert client.post("/v1/fill", json=asked).json()["text"] == (
         best.finished(model.tokenizer).text

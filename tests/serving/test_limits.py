@@ -16,6 +16,8 @@ from glm_jax.serving.keys import Keys, KeysError
 from glm_jax.serving.server import ServerError, bound_socket
 from glm_jax.serving.service import Limits
 
+pytest_plugins = ["serving_fixtures"]
+
 ASKED = {"model": NAME, "prompt": "The capital of", "temperature": 1.0, "max_tokens": 100}
 
 

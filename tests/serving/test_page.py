@@ -11,6 +11,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 from served import NAME
 
+pytest_plugins = ["serving_fixtures"]
+
 _BROWSER, _DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
     not (_BROWSER and _DRIVER), reason="Debian's chromium and chromium-driver are not installed"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm_jax.serving.text_stream import Stops, TextStream
+from glm_jax.decoding.text_stream import Stops, TextStream
 
 
 @pytest.mark.parametrize("seed", range(20))
