@@ -15,18 +15,20 @@ from absl import flags
 from glm_jax import cli
 from glm_jax.decoding.answers import merge
 from glm_jax.decoding.batch import Batch, Share, run_batch
-from glm_jax.decoding.engine import EngineSettings
 from glm_jax.tokenizer import Tokenizer
 from launch.model_flags import (
     MODEL_IDENTITY,
+    define_engine_flags,
     define_model_flags,
     define_strategy_flags,
+    engine_settings,
     load_model,
     strategy,
 )
 
 FLAGS = flags.FLAGS
 define_model_flags()
+define_engine_flags()
 define_strategy_flags()
 cli.define_process_flags()
 flags.DEFINE_string("input", None, "JSON lines (.jsonl, .json), else a text each line")
@@ -36,11 +38,6 @@ flags.DEFINE_bool("log_probabilities", False, "of all generated tokens, in the a
 flags.DEFINE_enum(
     "too_long", "error", ["error", "truncate"], "a text without room: leave out its first tokens?"
 )
-flags.DEFINE_integer("slots", 16, "requests that run together", lower_bound=1)
-flags.DEFINE_integer(
-    "cache_tokens", None, "of all running requests; 512 a slot by default", lower_bound=1
-)
-flags.DEFINE_integer("prefill_width", 512, "tokens of prompts at once", lower_bound=32)
 flags.register_multi_flags_validator(
     ["checkpoint", "input", "merge"],
     lambda given: given["merge"] or (given["checkpoint"] and given["input"]),
@@ -61,9 +58,7 @@ def main() -> None:
         defaults=strategy().with_fields({"log_probabilities": FLAGS.log_probabilities}),
         seed=FLAGS.seed,
         truncates=FLAGS.too_long == "truncate",
-        settings=EngineSettings(
-            FLAGS.slots, FLAGS.max_length, FLAGS.cache_tokens, prefill_width=FLAGS.prefill_width
-        ),
+        settings=engine_settings(),
     )
     batch.claim({name: getattr(FLAGS, name) for name in MODEL_IDENTITY})
     config, params = load_model(share.mesh)

@@ -4,6 +4,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 from glm_jax.config import GLMConfig
+from glm_jax.decoding.engine import EngineSettings
 from glm_jax.decoding.prepare import prepare
 from glm_jax.decoding.requests import TextRequest
 from glm_jax.model.checkpoint import restore
@@ -73,6 +74,30 @@ def _is_scheme(text: str | None) -> bool:
         return text is None or bool(Scheme.parse(text))
     except QuantizationError as error:
         raise flags.ValidationError(str(error)) from error
+
+
+def define_engine_flags() -> None:
+    """How much is done at once."""
+    flags.DEFINE_integer("slots", 16, "requests that run together", lower_bound=1)
+    flags.DEFINE_integer(
+        "cache_tokens", None, "of all running requests; 512 a slot by default", lower_bound=1
+    )
+    flags.DEFINE_integer("prefill_width", 512, "tokens of prompts at once", lower_bound=32)
+
+
+def engine_settings(prefill_budget: int | None = None) -> EngineSettings:
+    """An engine's settings by the flags.
+
+    Args:
+      prefill_budget: as of `EngineSettings`.
+    """
+    return EngineSettings(
+        slots=FLAGS.slots,
+        max_length=FLAGS.max_length,
+        cache_tokens=FLAGS.cache_tokens,
+        prefill_width=FLAGS.prefill_width,
+        prefill_budget=prefill_budget,
+    )
 
 
 def define_strategy_flags() -> None:

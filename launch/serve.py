@@ -10,11 +10,16 @@ from pathlib import Path
 from absl import flags
 
 from glm_jax import cli
-from glm_jax.decoding.engine import Engine, EngineSettings
-from glm_jax.errors import UserError
+from glm_jax.decoding.engine import Engine
+from glm_jax.model.checkpoint import load_config
 from glm_jax.sharding import parse_mesh
 from glm_jax.tokenizer import Tokenizer
-from launch.model_flags import define_model_flags, load_model
+from launch.model_flags import (
+    define_engine_flags,
+    define_model_flags,
+    engine_settings,
+    load_model,
+)
 
 try:
     from glm_jax.serving.keys import Keys
@@ -26,17 +31,13 @@ except ModuleNotFoundError as error:
 
 FLAGS = flags.FLAGS
 define_model_flags()
+define_engine_flags()
 flags.mark_flag_as_required("checkpoint")
 flags.DEFINE_string("name", None, "the model's, as clients ask for it; its folder's by default")
 flags.DEFINE_string("host", "127.0.0.1", "address to listen on; 0.0.0.0 for every one")
 flags.DEFINE_integer("port", 8000, "0 for any that is free", lower_bound=0, upper_bound=65535)
 flags.DEFINE_string("api_keys", None, "a file of keys, one a line, of which a request needs one")
 flags.DEFINE_multi_string("cors_origin", [], "of pages whose scripts may ask; may be given often")
-flags.DEFINE_integer("slots", 16, "answers that are made together", lower_bound=1)
-flags.DEFINE_integer(
-    "cache_tokens", None, "of all running requests; 512 a slot by default", lower_bound=1
-)
-flags.DEFINE_integer("prefill_width", 512, "tokens of prompts at once", lower_bound=32)
 flags.DEFINE_integer(
     "prefill_budget", 512, "tokens of prompts between two steps of those that run", lower_bound=1
 )
@@ -51,20 +52,13 @@ def load() -> ServedModel:
     """The model of the flags, behind an engine."""
     tokenizer = Tokenizer(FLAGS.tokenizer or FLAGS.checkpoint)
     config, params = load_model(None if FLAGS.mesh is None else parse_mesh(FLAGS.mesh))
-    settings = EngineSettings(
-        slots=FLAGS.slots,
-        max_length=FLAGS.max_length,
-        cache_tokens=FLAGS.cache_tokens,
-        prefill_width=FLAGS.prefill_width,
-        prefill_budget=FLAGS.prefill_budget,
-    )
+    settings = engine_settings(FLAGS.prefill_budget)
     engine = Engine(params, config, settings, tokenizer.special_tokens)
     return ServedModel(engine, params, config, tokenizer)
 
 
 def main() -> None:
-    if not Path(FLAGS.checkpoint).is_dir():
-        raise UserError(f"--checkpoint={FLAGS.checkpoint}: there is no such folder")
+    load_config(FLAGS.checkpoint)  # before anyone is answered
     serve(
         load,
         Serving(

@@ -5,7 +5,7 @@ import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Protocol
+from typing import Any
 
 import anyio
 from fastapi import Request
@@ -14,35 +14,21 @@ from starlette.types import Receive, Scope, Send
 
 from glm_jax.errors import UserError
 from glm_jax.serving.errors import BrokenError, described
+from glm_jax.serving.run import Run
 
 _GRACE = 30.0  # seconds more that a client has to read what it asked for
 
 
-class Run(Protocol):
-    """A request on its way."""
-
-    def chunks(self) -> AsyncIterator[dict[str, Any]]: ...
-
-    async def whole(self) -> dict[str, Any]: ...
-
-    def close(self) -> None: ...
-
-
-async def answer(request: Request, run: Run, is_stream: bool, seconds: float) -> Response:
+async def answer(request: Request, run: Run, is_stream: bool) -> Response:
     """A run's answer, in the form that was asked for. The run is closed in any case."""
     if is_stream:
-        return EventStream(_events(run), run.close, seconds + _GRACE)
+        return EventStream(_events(run), run.close, run.service.limits.seconds + _GRACE)
     try:
         whole = await _while_waited_for(request, run.whole())
     finally:
         run.close()
     # To one who has gone it makes no difference.
-    return Response(status_code=499) if whole is None else json_response(whole)
-
-
-def json_response(content: Any) -> Response:
-    """JSON as it is: what is made here needs no validation."""
-    return JSONResponse(content)
+    return Response(status_code=499) if whole is None else JSONResponse(whole)
 
 
 async def _while_waited_for(request: Request, work: Any) -> dict[str, Any] | None:

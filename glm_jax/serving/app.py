@@ -11,10 +11,10 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from pydantic import ValidationError
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from glm_jax.serving import schemas
-from glm_jax.serving.answering import answer, json_response
+from glm_jax.serving.answering import answer
 from glm_jax.serving.completions import CompletionRun
 from glm_jax.serving.errors import add_handlers, refused
 from glm_jax.serving.filling import FillRun
@@ -114,15 +114,13 @@ async def completions(
     request: Request, wanted: schemas.CompletionRequest, service: ServiceOf
 ) -> Response:
     """Goes on from prompts, or fills the one blank of each."""
-    run = CompletionRun(service, wanted)
-    return await answer(request, run, bool(wanted.stream), service.limits.seconds)
+    return await answer(request, CompletionRun(service, wanted), bool(wanted.stream))
 
 
 @asking.post("/v1/fill", responses=_json_or_events(schemas.Filled))
 async def fill(request: Request, wanted: schemas.FillRequest, service: ServiceOf) -> Response:
     """Fills the blanks of a text."""
-    run = FillRun(service, wanted)
-    return await answer(request, run, bool(wanted.stream), service.limits.seconds)
+    return await answer(request, FillRun(service, wanted), bool(wanted.stream))
 
 
 @asking.post("/tokenize", response_model=schemas.Tokens)
@@ -131,7 +129,7 @@ async def tokenize(
 ) -> Response:
     """Tokens of a text, masks among them, as they are: no blank is put at its end."""
     tokens = service.worker.ready_model().tokenizer.encode(wanted.text)
-    return json_response({"tokens": tokens, "count": len(tokens)})
+    return JSONResponse({"tokens": tokens, "count": len(tokens)})
 
 
 def _described(service: Service) -> dict[str, Any]:
@@ -146,14 +144,14 @@ def _described(service: Service) -> dict[str, Any]:
 @api.get("/v1/models", response_model=schemas.Models)
 async def models(service: ServiceOf) -> Response:
     """The one model that is here."""
-    return json_response({"object": "list", "data": [_described(service)]})
+    return JSONResponse({"object": "list", "data": [_described(service)]})
 
 
 @api.get("/v1/models/{name}", response_model=schemas.Model)
 async def model(name: str, service: ServiceOf) -> Response:
     """The model of a name."""
     service.check_model(name)
-    return json_response(_described(service))
+    return JSONResponse(_described(service))
 
 
 @open_to_all.get("/health", response_model=schemas.Health)
@@ -161,14 +159,14 @@ async def health(service: ServiceOf) -> Response:
     """Whether the server is alive, though it may have no model yet."""
     if service.worker.failure is not None:
         raise refused(503, "the engine failed: the server's log says how")
-    return json_response({"status": "ok"})
+    return JSONResponse({"status": "ok"})
 
 
 @open_to_all.get("/ready", response_model=schemas.Health)
 async def ready(service: ServiceOf) -> Response:
     """Whether the model answers."""
     service.worker.ready_model()
-    return json_response({"status": "ok"})
+    return JSONResponse({"status": "ok"})
 
 
 @open_to_all.get(

@@ -1,8 +1,7 @@
 """OpenAI's completions: prompts and how to go on from them in, answers out."""
 
 import dataclasses
-import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 from glm_jax.decoding.beams import BeamSearch
@@ -12,8 +11,9 @@ from glm_jax.decoding.prompt import Prompt
 from glm_jax.decoding.text_stream import Stops, TextStream
 from glm_jax.serving.errors import refused
 from glm_jax.serving.metrics import AnswerTimes
+from glm_jax.serving.run import Run
 from glm_jax.serving.schemas import CompletionRequest
-from glm_jax.serving.service import Service, new_id, seed_of
+from glm_jax.serving.service import Service, seed_of
 from glm_jax.serving.worker import ServedModel
 
 _BLANK = "[MASK]"  # what stands for the middle of a prompt and a suffix
@@ -27,15 +27,18 @@ class _Prompt:
     before: str
     after: str
 
-    @property
-    def tokens_before(self) -> tuple[int, ...]:
-        return self.partly.tokens[: self.partly.position]
-
 
 class _Choice:
     """An answer on its way."""
 
-    def __init__(self, index: int, prompt: _Prompt, request: CompletionRequest, times: AnswerTimes):
+    def __init__(
+        self,
+        index: int,
+        prompt: _Prompt,
+        request: CompletionRequest,
+        decode: Callable[[Iterable[int]], str],
+        times: AnswerTimes,
+    ):
         self.index, self.prompt = index, prompt
         self.tokens = 0
         self._special = prompt.partly.special
@@ -43,10 +46,9 @@ class _Choice:
         self._stops = Stops([request.stop] if isinstance(request.stop, str) else request.stop or [])
         self._told: list[tuple[str, float, dict[str, float] | None]] = []
         self._length = len(prompt.before) if request.echo else 0
-
-    def begin(self, model: ServedModel) -> None:
-        self._decode = model.tokenizer.decode
-        self._stream = TextStream(self._decode, self.prompt.tokens_before)
+        self._decode = decode
+        before = prompt.partly.tokens[: prompt.partly.position]
+        self._stream = TextStream(decode, before)
 
     def opening(self) -> dict[str, Any] | None:
         """The prompt, where it is to be repeated."""
@@ -113,8 +115,8 @@ class _Choice:
         }
 
 
-class CompletionRun:
-    """A completion request on its way; to be closed."""
+class CompletionRun(Run):
+    """A completion request on its way."""
 
     def __init__(self, service: Service, request: CompletionRequest):
         """Checks a request and hands it to the engine.
@@ -122,48 +124,38 @@ class CompletionRun:
         Raises:
           HTTPException, UserError: it cannot be answered.
         """
-        service.check_model(request.model)
-        self._service, self._request = service, request
-        model = service.worker.ready_model()
+        super().__init__(service, "text_completion", request.model)
+        self._request, self._count = request, request.n or 1
         choice = service.choice(request, request.best_of, "best_of")
-        self._count = request.n or 1
-        self._check_beams(isinstance(choice, BeamSearch))
-        self._prompts = [self._begin_prompt(model, x) for x in _prompts(request)]
-        answers = len(self._prompts) * (1 if isinstance(choice, BeamSearch) else self._count)
-        if answers > service.worker.most_answers:
-            most = service.worker.most_answers
+        self._is_search = isinstance(choice, BeamSearch)
+        self._check_beams()
+        self._prompts = [self._begin_prompt(x) for x in _prompts(request)]
+        answers = len(self._prompts) * (1 if self._is_search else self._count)
+        most = service.worker.most_answers
+        if answers > most:
             raise refused(400, f"{answers} answers: at most {most} in one request", "n")
+        decode, times = self.model.tokenizer.decode, lambda: AnswerTimes(service.metrics)
         self._choices = [
-            _Choice(i * self._count + j, prompt, request, AnswerTimes(service.metrics))
+            _Choice(i * self._count + j, prompt, request, decode, times())
             for i, prompt in enumerate(self._prompts)
             for j in range(self._count)
         ]
-        self._head = {
-            "id": new_id("cmpl"),
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": service.name,
-        }
-        self._exchange = service.worker.open(answers, service.limits.seconds)
-        try:
-            self._submit(model, choice)
-        except BaseException:
-            self.close()
-            raise
-        service.metrics.prompt_tokens.inc(self._prompt_tokens)
+        prompt_tokens = sum(len(prompt.partly.tokens) for prompt in self._prompts)
+        self.open(answers, prompt_tokens, lambda: self._submit(choice))
 
-    def _check_beams(self, is_search: bool) -> None:
+    def _check_beams(self) -> None:
         request = self._request
         best_of = request.best_of or self._count
         if best_of < self._count:
             raise refused(400, f"best_of={best_of} is less than n={self._count}", "best_of")
-        if not is_search:
+        if not self._is_search:
             return
         for name in ("stream", "logprobs", "stop"):
             if getattr(request, name) not in (None, False):
                 raise refused(400, f"{name} beside best_of={best_of}: leave out one", name)
 
-    def _begin_prompt(self, model: ServedModel, prompt: str | Sequence[int]) -> _Prompt:
+    def _begin_prompt(self, prompt: str | Sequence[int]) -> _Prompt:
+        model = self.model
         limit, special = model.engine.max_length, model.tokenizer.special_tokens
         is_unidirectional = bool(self._request.unidirectional)
         if isinstance(prompt, str):
@@ -178,18 +170,17 @@ class CompletionRun:
             raise refused(400, f"{blanks} blanks: /v1/fill takes more than one", "prompt")
         return _Prompt(partly, *_sides(model, partly, prompt))
 
-    def _submit(self, model: ServedModel, choice: Any) -> None:
-        request = self._request
+    def _submit(self, choice: Any) -> None:
+        request, model = self._request, self.model
         most = request.max_tokens
         if most == 0:
             return
         if isinstance(choice, BeamSearch):
             for number, prompt in enumerate(self._prompts):
                 steps = filling_by_beams(model.params, model.config, prompt.partly, choice, most)
-                self._exchange.search(number, steps)
+                self.exchange.search(number, steps)
             return
         for answer in self._choices:
-            answer.begin(model)
             number = answer.index % self._count
             template = Request(
                 prompt=Prompt((), None),
@@ -199,23 +190,7 @@ class CompletionRun:
                 log_probabilities=request.logprobs is not None,
                 alternatives=bool(request.logprobs),
             )
-            self._exchange.submit(answer.index, next_request(answer.prompt.partly, template))
-
-    def close(self) -> None:
-        self._exchange.close()
-
-    @property
-    def _prompt_tokens(self) -> int:
-        return sum(len(prompt.partly.tokens) for prompt in self._prompts)
-
-    @property
-    def usage(self) -> dict[str, int]:
-        generated = sum(choice.tokens for choice in self._choices)
-        return {
-            "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": generated,
-            "total_tokens": self._prompt_tokens + generated,
-        }
+            self.exchange.submit(answer.index, next_request(answer.prompt.partly, template))
 
     async def pieces(self) -> AsyncIterator[dict[str, Any]]:
         """Parts of choices as they come."""
@@ -225,7 +200,7 @@ class CompletionRun:
                 whole = choice.prompt.before + choice.prompt.after if opening else ""
                 yield choice.piece(whole, "length")
             return
-        if self._request.best_of not in (None, 1):
+        if self._is_search:
             async for piece in self._found():
                 yield piece
             return
@@ -234,18 +209,18 @@ class CompletionRun:
                 yield opening
         running = {choice.index: choice for choice in self._choices}
         while running:
-            index, token = await self._exchange.next()
+            index, token = await self.exchange.next()
             told = self._choices[index].receive(token)
             if told is not None:
                 yield told
                 if told["finish_reason"] is not None:
                     del running[index]
-                    self._exchange.cancel(index)  # after a stop; else it has ended
+                    self.exchange.cancel(index)  # after a stop; else it has ended
 
     async def _found(self) -> AsyncIterator[dict[str, Any]]:
         """The answers of searches."""
         for _ in self._prompts:
-            number, found = await self._exchange.next()
+            number, found = await self.exchange.next()
             first = number * self._count
             for choice, (partly, hypothesis) in zip(
                 self._choices[first : first + self._count], found, strict=False
@@ -254,20 +229,25 @@ class CompletionRun:
                 has_ended = hypothesis.tokens[-1:] and hypothesis.tokens[-1] in (
                     partly.special.end_tokens
                 )
-                text = _behind(self._exchange.model, choice.prompt, partly.blanks[-1])
+                runs = partly.finished(self.model.tokenizer).pieces
+                text = "".join(run for run, is_blank in runs if is_blank)
                 if self._request.echo:
                     text = choice.prompt.before + text + choice.prompt.after
                 yield choice.piece(text, "stop" if has_ended else "length")
+
+    @property
+    def _generated(self) -> int:
+        return sum(choice.tokens for choice in self._choices)
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
         """What a stream gives."""
         options = self._request.stream_options
         with_usage = options is not None and options.include_usage
         async for piece in self.pieces():
-            chunk = self._head | {"choices": [piece]}
+            chunk = self.head() | {"choices": [piece]}
             yield chunk | {"usage": None} if with_usage else chunk
         if with_usage:
-            yield self._head | {"choices": [], "usage": self.usage}
+            yield self.head() | {"choices": [], "usage": self.usage(self._generated)}
 
     async def whole(self) -> dict[str, Any]:
         """All of the answer."""
@@ -282,7 +262,7 @@ class CompletionRun:
                 if values is not None:
                     found["logprobs"][name] += values
         choices = [texts[index] for index in sorted(texts)]
-        return self._head | {"choices": choices, "usage": self.usage}
+        return self.head() | {"choices": choices, "usage": self.usage(self._generated)}
 
 
 def _prompts(request: CompletionRequest) -> list[str | Sequence[int]]:
@@ -300,19 +280,11 @@ def _sides(
     model: ServedModel, partly: PartlyFilled, prompt: str | Sequence[int]
 ) -> tuple[str, str]:
     """The text before and behind a blank; as it was given, where it was given as text."""
+    decode = model.tokenizer.decode
     if isinstance(prompt, str):
-        for mask in ("[MASK]", "[sMASK]", "[gMASK]"):
-            if model.tokenizer.encode(mask) == [partly.mask] and mask in prompt:
-                before, _, after = prompt.partition(mask)
-                return before, after
-        return prompt, ""
-    decode, behind = model.tokenizer.decode, partly.tokens[partly.position + 1 :]
+        before, _, after = prompt.partition(decode([partly.mask]))
+        return before, after
+    behind = partly.tokens[partly.position + 1 :]
     if behind and behind[-1] == partly.special.eos:
         behind = behind[:-1]
     return decode(partly.tokens[: partly.position]), decode(behind)
-
-
-def _behind(model: ServedModel, prompt: _Prompt, answer: Sequence[int]) -> str:
-    """The text of an answer where it stands."""
-    stream = TextStream(model.tokenizer.decode, prompt.tokens_before)
-    return "".join(map(stream.add, answer)) + stream.finish()

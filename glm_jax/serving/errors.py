@@ -57,9 +57,21 @@ def described(error: Exception) -> tuple[int, Any, dict[str, str]]:
     return 500, body("the server failed; its log says how", "server_error"), {}
 
 
-def refused(status: int, message: str, param: str | None = None, code: str | None = None) -> Any:
+def refused(
+    status: int,
+    message: str,
+    param: str | None = None,
+    code: str | None = None,
+    headers: dict[str, str] | None = None,
+) -> HTTPException:
     """What to raise for a request that is refused."""
-    return HTTPException(status, {"message": message, "param": param, "code": code})
+    return HTTPException(status, {"message": message, "param": param, "code": code}, headers)
+
+
+def error_response(error: Exception) -> JSONResponse:
+    """The answer to a request that an error ended."""
+    status, content, headers = described(error)
+    return JSONResponse(content, status, headers)
 
 
 def add_handlers(app: FastAPI) -> None:

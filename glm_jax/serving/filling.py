@@ -1,6 +1,5 @@
 """Blanks of a text, filled from left to right."""
 
-import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -15,12 +14,13 @@ from glm_jax.decoding.completion import Request
 from glm_jax.decoding.prompt import Prompt
 from glm_jax.decoding.text_stream import TextStream
 from glm_jax.serving.metrics import AnswerTimes
+from glm_jax.serving.run import Run
 from glm_jax.serving.schemas import FillRequest
-from glm_jax.serving.service import Service, new_id, seed_of
+from glm_jax.serving.service import Service, seed_of
 
 
-class FillRun:
-    """A text on its way to be filled; to be closed."""
+class FillRun(Run):
+    """A text on its way to be filled."""
 
     def __init__(self, service: Service, request: FillRequest):
         """Checks a request, and hands its first blank to the engine.
@@ -28,35 +28,27 @@ class FillRun:
         Raises:
           HTTPException, UserError: it cannot be answered.
         """
-        service.check_model(request.model)
-        self._service, self._request = service, request
-        model = service.worker.ready_model()
+        super().__init__(service, "fill", request.model)
+        self._request = request
+        tokenizer, limit = self.model.tokenizer, self.model.engine.max_length
         choice = service.choice(request, request.num_beams, "num_beams")
-        self._tokenizer = model.tokenizer
-        self._ends = model.tokenizer.special_tokens.end_tokens
+        self._ends = tokenizer.special_tokens.end_tokens
         self._partly = PartlyFilled.begin(
-            model.tokenizer, request.text, model.engine.max_length, bool(request.unidirectional)
+            tokenizer, request.text, limit, bool(request.unidirectional)
         )
-        self._prompt_tokens = len(self._partly.tokens)
+        self._times = AnswerTimes(service.metrics)
         self._completion_tokens = 0
         self._reasons: list[str] = []
         self._pieces: list[dict[str, Any]] = []
-        self._text = TextStream(model.tokenizer.decode)
+        self._text = TextStream(tokenizer.decode)
         self._stream = TokenStream(self._show)
         self._is_search = isinstance(choice, BeamSearch)
-        self._exchange = service.worker.open(1, service.limits.seconds)
-        try:
-            self._submit(model, choice)
-        except BaseException:
-            self.close()
-            raise
-        service.metrics.prompt_tokens.inc(self._prompt_tokens)
+        self.open(1, len(self._partly.tokens), lambda: self._submit(choice))
 
-    def _submit(self, model: Any, choice: Any) -> None:
+    def _submit(self, choice: Any) -> None:
         if isinstance(choice, BeamSearch):
-            most = self._request.max_tokens
-            steps = filling_by_beams(model.params, model.config, self._partly, choice, most)
-            self._exchange.search(0, steps)
+            params, config, most = self.model.params, self.model.config, self._request.max_tokens
+            self.exchange.search(0, filling_by_beams(params, config, self._partly, choice, most))
             return
         seed = seed_of(self._request.seed)
         self._template = Request(Prompt((), None), choice, self._request.max_tokens, seed)
@@ -66,10 +58,7 @@ class FillRun:
     def _submit_blank(self, is_urgent: bool) -> None:
         # A text that was begun goes before those that wait.
         request = next_request(self._partly, self._template)
-        self._exchange.submit(len(self._reasons), request, is_urgent)
-
-    def close(self) -> None:
-        self._exchange.close()
+        self.exchange.submit(len(self._reasons), request, is_urgent)
 
     def _show(self, tokens: Sequence[int], is_blank: bool) -> None:
         """Takes tokens of the text whose place is certain."""
@@ -82,22 +71,21 @@ class FillRun:
         """Fills all blanks, and gives pieces of the text as they come."""
         while self._partly.has_blank:
             answer: list[int] = []
-            times = AnswerTimes(self._service.metrics)
             reason: str | None = None
             while reason is None:
-                _, token = await self._exchange.next()
-                times.token()
+                _, token = await self.exchange.next()
+                self._times.token()
                 answer.append(token.token)
                 reason = token.finish_reason
                 self._stream.show(self._partly, self._partly.kept(answer, self._ends))
                 for piece in self._take():
                     yield piece
-            times.end()
             self._completion_tokens += len(answer)
             self._reasons.append(reason)
             self._partly = self._partly.filled(answer, self._ends)
             if self._partly.has_blank:
                 self._submit_blank(is_urgent=True)
+        self._times.end()
         self._stream.finish(self._partly)
         for piece in self._take():
             yield piece
@@ -109,7 +97,7 @@ class FillRun:
         return pieces
 
     async def _search(self) -> AsyncIterator[dict[str, Any]]:
-        _, found = await self._exchange.next()
+        _, found = await self.exchange.next()
         partly, hypothesis = found[0]
         self._completion_tokens = sum(len(blank) for blank in partly.blanks)
         has_ended = bool(hypothesis.tokens) and hypothesis.tokens[-1] in self._ends
@@ -121,29 +109,21 @@ class FillRun:
             yield piece
 
     def _finished(self) -> dict[str, Any]:
-        filled = self._partly.finished(self._tokenizer)
+        filled = self._partly.finished(self.model.tokenizer)
         numbers = iter(range(len(filled.blanks)))
         pieces = [
             {"text": text, "blank": next(numbers) if is_blank else None}
             for text, is_blank in filled.pieces
         ]
         reasons = [*self._reasons, *["length"] * (len(filled.blanks) - len(self._reasons))]
-        return {
-            "id": new_id("fill"),
-            "object": "fill",
-            "created": int(time.time()),
-            "model": self._service.name,
+        return self.head() | {
             "text": filled.text,
             "blanks": [
                 {"text": text, "finish_reason": reason}
                 for text, reason in zip(filled.blanks, reasons, strict=True)
             ],
             "pieces": [piece for piece in pieces if piece["text"] or piece["blank"] is not None],
-            "usage": {
-                "prompt_tokens": self._prompt_tokens,
-                "completion_tokens": self._completion_tokens,
-                "total_tokens": self._prompt_tokens + self._completion_tokens,
-            },
+            "usage": self.usage(self._completion_tokens),
         }
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:

@@ -3,10 +3,9 @@
 import time
 
 from fastapi import HTTPException
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from glm_jax.serving.errors import body, described, refused
+from glm_jax.serving.errors import error_response, refused
 from glm_jax.serving.service import Service
 
 _OPEN = ("/", "/health", "/ready", "/metrics", "/openapi.json")
@@ -34,7 +33,7 @@ class Guard:
         refusal = self._refusal(scope)
         try:
             if refusal is not None:
-                await refusal(scope, receive, sending)
+                await error_response(refusal)(scope, receive, sending)
             else:
                 await self._app(scope, self._limited(receive), sending)
         finally:
@@ -44,7 +43,7 @@ class Guard:
             metrics.requests.labels(endpoint, str(status)).inc()
             metrics.request_seconds.labels(endpoint).observe(time.perf_counter() - began)
 
-    def _refusal(self, scope: Scope) -> JSONResponse | None:
+    def _refusal(self, scope: Scope) -> HTTPException | None:
         headers = dict(scope["headers"])
         path, keys = scope["path"], self._service.keys
         is_open = path in _OPEN or path.startswith("/page/") or scope["method"] == "OPTIONS"
@@ -52,18 +51,16 @@ class Guard:
             given = headers.get(b"authorization", b"").decode("latin-1")
             if not (given.startswith(_BEARER) and keys.has(given.removeprefix(_BEARER))):
                 message = "no valid API key: send one as 'Authorization: Bearer KEY'"
-                content = body(message, "invalid_request_error", code="invalid_api_key")
-                return JSONResponse(content, 401, {"WWW-Authenticate": "Bearer"})
+                more = {"WWW-Authenticate": "Bearer"}
+                return refused(401, message, code="invalid_api_key", headers=more)
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._service.limits.body_bytes:
-            status, content, more = described(self._too_large())
-            return JSONResponse(content, status, more)
+            return self._too_large()
         return None
 
     def _too_large(self) -> HTTPException:
         most = self._service.limits.body_bytes
-        error: HTTPException = refused(413, f"the request is over {most} bytes: send less")
-        return error
+        return refused(413, f"the request is over {most} bytes: send less")
 
     def _limited(self, receive: Receive) -> Receive:
         """A body that says no length is counted as it comes."""

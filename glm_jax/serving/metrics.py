@@ -28,7 +28,9 @@ class Metrics:
         )
         self._rate.set_function(self._tokens_per_second)
         self.prompt_tokens = Counter("glm_prompt_tokens", "Tokens of prompts.", **register)
-        self._generated = Counter("glm_generated_tokens", "Tokens of answers.", **register)
+        self._generated = Counter(
+            "glm_generated_tokens", "Tokens of answers, but of searches.", **register
+        )
         self.requests = Counter(
             "glm_requests", "Requests that were answered.", ["endpoint", "status"], **register
         )
@@ -53,18 +55,20 @@ class Metrics:
         )
         self._recent: collections.deque[tuple[float, int]] = collections.deque()
 
-    def observe(self, engine: Engine, searches: int, tokens: int) -> None:
-        """After a step: how full the engine is, and how many tokens it gave."""
+    def observe_load(self, engine: Engine, searches: int) -> None:
+        """How full the engine is."""
         self._waiting.set(engine.waiting)
         self._running.set(engine.running)
         self._slots.set(engine.slots)
         self._searches.set(searches)
-        if tokens:
-            self._generated.inc(tokens)
-            now = time.monotonic()
-            self._recent.append((now, tokens))
-            while self._recent[0][0] < now - _WINDOW:
-                self._recent.popleft()
+
+    def count_tokens(self, count: int) -> None:
+        """Tokens that a step of the engine gave."""
+        self._generated.inc(count)
+        now = time.monotonic()
+        self._recent.append((now, count))
+        while self._recent[0][0] < now - _WINDOW:
+            self._recent.popleft()
 
     def _tokens_per_second(self) -> float:
         since = time.monotonic() - _WINDOW

@@ -15,7 +15,6 @@ def _whole(value: Any) -> Any:
 
 _WHOLE = BeforeValidator(_whole)
 Name = Annotated[str, Field(min_length=1, max_length=256)]
-Text = Annotated[str, Field(max_length=16_000_000)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Token = Annotated[int, Field(ge=0, le=2**31 - 1), _WHOLE]
 Seed = Annotated[int, Field(ge=1 - 2**53, le=2**53 - 1), _WHOLE]  # what JSON's numbers hold
@@ -66,12 +65,12 @@ class CompletionRequest(_Choosing):
 
     model: Name
     prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1)]
+        str
+        | Annotated[list[str], Field(min_length=1)]
         | Annotated[list[Token], Field(min_length=1)]
         | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]
     )
-    suffix: Text | None = Field(None, description="text behind the blank that is filled")
+    suffix: str | None = Field(None, description="text behind the blank that is filled")
     max_tokens: Count | None = 16
     temperature: Temperature | None = 1.0
     top_p: Probability | None = 1.0
@@ -95,7 +94,7 @@ class FillRequest(_Choosing):
     """A text whose blanks are to be filled from left to right, each [MASK]; without any each
     [sMASK], without these a [gMASK], which is put at the end of a text without a mask."""
 
-    text: Text
+    text: str
     model: Name | None = None
     max_tokens: Some | None = Field(None, description="of each blank; what there is room for")
     temperature: Temperature | None = Field(0.0, description="0 takes the likeliest token")
@@ -106,7 +105,7 @@ class FillRequest(_Choosing):
 
 
 class TokenizeRequest(_Strict):
-    text: Text
+    text: str
 
 
 class Usage(BaseModel):

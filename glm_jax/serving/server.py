@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import dataclasses
+import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import uvicorn
@@ -123,12 +125,17 @@ def serve(load: Callable[[], ServedModel], serving: Serving) -> None:
       Exception: what `load`, or the engine, failed by.
     """
     with bound_socket(serving.host, serving.port) as listening:
-        uvloop.run(_serve(load, serving, listening))
+        still_loads = uvloop.run(_serve(load, serving, listening))
+    if still_loads:
+        # Ending as usual would break off a thread in the middle of compiling, and abort.
+        sys.stdout.flush()
+        os._exit(0)
 
 
 async def _serve(
     load: Callable[[], ServedModel], serving: Serving, listening: socket.socket
-) -> None:
+) -> bool:
+    """Serves; whether the model was still being loaded at the end."""
     server = Server(load, serving)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -136,6 +143,7 @@ async def _serve(
     host, port = listening.getsockname()[:2]
     print(f"serving {serving.name} on http://{host}:{port}", flush=True)
     await server.run(listening)
+    return server.service.worker.is_alive
 
 
 def bound_socket(host: str, port: int) -> socket.socket:

@@ -160,9 +160,15 @@ class Worker:
         self._thread.start()
 
     async def stop(self) -> None:
-        """Ends the thread after its present step."""
+        """Ends the thread after its present step; one that still loads is not waited for."""
         self._inbox.put(None)
-        await asyncio.to_thread(self._thread.join)
+        if self.model is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread still runs."""
+        return self._thread.is_alive()
 
     @property
     def is_ready(self) -> bool:
@@ -248,7 +254,6 @@ class Worker:
             self.model = model
             while self._take_commands(model.engine):
                 arrived = self._step(model.engine)
-                self._metrics.observe(model.engine, len(self._searches), len(arrived))
                 if arrived:
                     self._call(functools.partial(self._deliver, arrived))
         except Exception as error:
@@ -263,8 +268,7 @@ class Worker:
         """Does what was told; waits where there is nothing else to do. False at the end."""
         while True:
             is_idle = engine.is_idle and not self._searches
-            if is_idle:
-                self._metrics.observe(engine, 0, 0)
+            self._metrics.observe_load(engine, len(self._searches))
             try:
                 command = self._inbox.get(block=is_idle)
             except queue.Empty:
@@ -275,7 +279,9 @@ class Worker:
 
     def _step(self, engine: Engine) -> list[tuple[_Ask, Any]]:
         arrived: list[tuple[_Ask, Any]] = []
-        for token in engine.step():
+        tokens = engine.step()
+        self._metrics.count_tokens(len(tokens))
+        for token in tokens:
             arrived.append((self._asks[token.ticket], token))
             if token.finish_reason is not None:
                 del self._asks[token.ticket]

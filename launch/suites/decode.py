@@ -30,6 +30,7 @@ BATCH = 16
 _LENGTH = 1024  # positions: the longest prompt and answer of the mixed load
 # The whole model takes this many times as long for the mixed load: an hour on two cores.
 _MIXED_PART = 8
+SPECIAL = 9  # tokens of its model; those after them are text
 
 
 def decode_suite() -> Iterator[tuple[str, dict[str, Case]]]:
@@ -64,7 +65,7 @@ def part_of_model() -> GLMConfig:
     return config.replace(
         num_layers=config.num_layers // _MIXED_PART,
         vocab_size=config.vocab_size // _MIXED_PART,
-        special_tokens=SpecialTokens(*range(9)),
+        special_tokens=SpecialTokens(*range(SPECIAL)),
     )
 
 
@@ -76,10 +77,11 @@ def make_int4(config: GLMConfig) -> GLMParams:
     return prepare(quantized, embedding_bits=4)
 
 
-def _prompt(config: GLMConfig, length: int, seed: int = 0) -> Prompt:
+def random_prompt(config: GLMConfig, length: int, seed: int = 0) -> Prompt:
+    """Random text, written on from."""
     special = config.special_tokens
     assert special is not None
-    tokens = np.random.default_rng(seed).integers(0, config.vocab_size, length - 1)
+    tokens = np.random.default_rng(seed).integers(SPECIAL, config.vocab_size, length - 1)
     return Prompt((*tokens.tolist(), special.gmask), None)
 
 
@@ -90,7 +92,7 @@ def _answers_case(config: GLMConfig, params: GLMParams, batch: int, whole: bool 
 
     def begin() -> None:
         for seed in range(batch):
-            prompt = _prompt(config, PROMPT, seed)
+            prompt = random_prompt(config, PROMPT, seed)
             engine.submit(Request(prompt, max_tokens=ANSWER, end_tokens=()))
         if not whole:
             engine.step()
@@ -125,7 +127,7 @@ def _torch_case(config: GLMConfig, whole: bool) -> dict[str, Case]:
     if torch is None:
         return {}
     peer = torch_glm.build(config).eval()
-    tokens = torch.tensor([_prompt(config, PROMPT).context])
+    tokens = torch.tensor([random_prompt(config, PROMPT).context])
     state: dict[str, Any] = {}
 
     def prefill() -> None:
@@ -158,7 +160,7 @@ def _llama_case(config: GLMConfig, whole: bool) -> dict[str, Case]:
     peer = _llama(config)
     if peer is None:
         return {}
-    tokens = list(_prompt(config, PROMPT).context)
+    tokens = list(random_prompt(config, PROMPT).context)
 
     def likeliest() -> int:
         logits = np.ctypeslib.as_array(peer._ctx.get_logits(), (config.vocab_size,))
@@ -183,7 +185,7 @@ def _overhead(config: GLMConfig, params: GLMParams, batch: int) -> dict[str, Cas
     """The same steps by the engine and by their program alone, whose cache has rows."""
     special = config.special_tokens
     assert special is not None
-    rows = [_prompt(config, PROMPT, seed) for seed in range(batch)]
+    rows = [random_prompt(config, PROMPT, seed) for seed in range(batch)]
     state: list[Any] = []
 
     def begin() -> None:
@@ -215,7 +217,7 @@ def _mixed(config: GLMConfig, params: GLMParams) -> dict[str, Case]:
     lengths = rng.integers(16, 512, 200).tolist()
     answers = rng.integers(4, 201, 200).tolist()
     requests = [
-        Request(_prompt(config, length, seed), max_tokens=answer, end_tokens=())
+        Request(random_prompt(config, length, seed), max_tokens=answer, end_tokens=())
         for seed, (length, answer) in enumerate(zip(lengths, answers, strict=True))
     ]
     longest = 512 + 1 + 200

@@ -15,19 +15,17 @@ from urllib.parse import urlsplit
 
 import httpx2
 import jax
-import numpy as np
 
 from glm_jax.config import GLMConfig, SpecialTokens, glm_config
 from glm_jax.decoding.completion import Request
 from glm_jax.decoding.engine import Engine, EngineSettings
 from glm_jax.decoding.prepare import prepare
-from glm_jax.decoding.prompt import Prompt
 from glm_jax.model import params as glm_params
 from glm_jax.model.params import GLMParams
 from glm_jax.serving.server import Serving, serve
 from glm_jax.serving.worker import ServedModel
 from launch.suites.case import Case
-from launch.suites.decode import make_int4, part_of_model
+from launch.suites.decode import SPECIAL, make_int4, part_of_model, random_prompt
 from launch.suites.products import with_integer_activations
 
 CLIENTS, EACH = 16, 3
@@ -35,14 +33,13 @@ PROMPT, ANSWER = 128, 64
 SETTINGS = EngineSettings(CLIENTS, PROMPT + 1 + ANSWER)
 _TIMES, _PAUSE = 50, 0.01
 _NAME = "model"
-_SPECIAL = 9  # tokens; those after them are text
 
 
 def serve_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     """Clients of one process ask a server in another one."""
     first_tokens: list[float] = []
     requests = [
-        Request(_prompt(part_of_model(), PROMPT, seed), max_tokens=ANSWER, end_tokens=())
+        Request(random_prompt(part_of_model(), PROMPT, seed), max_tokens=ANSWER, end_tokens=())
         for seed in range(CLIENTS * EACH)
     ]
     with _server("load") as url:
@@ -80,7 +77,7 @@ def _one_request(url: str, seconds: dict[str, list[float]]) -> dict[str, Case]:
     """
     served = _load("small")
     served.engine.warm_up()
-    request = Request(_prompt(served.config, 16), max_tokens=1, end_tokens=())
+    request = Request(random_prompt(served.config, 16), max_tokens=1, end_tokens=())
     where = urlsplit(url)
     connection = socket.create_connection((where.hostname, where.port))
     content = json.dumps(_asked(request, False)).encode()
@@ -108,13 +105,6 @@ def _one_request(url: str, seconds: dict[str, list[float]]) -> dict[str, Case]:
         "engine": Case(lambda: timed("engine", complete), _TIMES),
         "server": Case(lambda: timed("server", ask), _TIMES),
     }
-
-
-def _prompt(config: GLMConfig, length: int, seed: int = 0) -> Prompt:
-    special = config.special_tokens
-    assert special is not None
-    ordinary = np.random.default_rng(seed).integers(_SPECIAL, config.vocab_size, length - 1)
-    return Prompt((*ordinary.tolist(), special.gmask), None)
 
 
 def _asked(request: Request, stream: bool) -> dict[str, Any]:
@@ -174,7 +164,7 @@ def _part() -> tuple[GLMConfig, GLMParams]:
 
 def _small() -> tuple[GLMConfig, GLMParams]:
     config = glm_config("tiny", vocab_size=4096, max_sequence_length=PROMPT + 1 + ANSWER)
-    config = config.replace(special_tokens=SpecialTokens(*range(_SPECIAL)))
+    config = config.replace(special_tokens=SpecialTokens(*range(SPECIAL)))
     return config, prepare(glm_params.init(config, jax.random.key(0)))
 
 

@@ -45,11 +45,19 @@ def test_it_serves_and_drains(folder, mesh):
         process.kill()
 
 
+def test_it_ends_while_it_loads(folder):
+    process = ServerProcess(f"--checkpoint={folder}").process
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert process.stderr.read() == ""
+
+
 @pytest.mark.parametrize(
     ("flags", "status", "message"),
     [
         ([], 2, "checkpoint"),
-        (["--checkpoint=nowhere"], 1, "--checkpoint=nowhere: there is no such folder"),
+        (["--checkpoint=nowhere"], 1, "nowhere holds no model"),
         (["--checkpoint={folder}", "--mesh=1,1,3"], 1, "mesh"),
         (["--checkpoint={folder}", "--max_length=999"], 1, "past the model's 128 positions"),
         (["--checkpoint={folder}", "--api_keys=none"], 1, "--api_keys=none: "),

@@ -81,7 +81,7 @@ def running(load, **serving):
 
 
 def wait_idle(served):
-    """Until no answer is being made; how many steps' time it took is not told."""
+    """Until no answer is being made."""
     engine = served.service.worker.model.engine
     deadline = time.monotonic() + 60
     while not engine.is_idle or served.service.worker.open_exchanges:

@@ -142,6 +142,16 @@ def test_a_model_that_is_not_there_yet(model):
         served.join()
 
 
+def test_a_server_that_still_loads_ends_at_once():
+    may_end = threading.Event()
+    served = Served(may_end.wait)
+    served.drain()
+    served.join()  # though the model is not there
+    assert served.service.worker.is_alive
+    may_end.set()
+    assert served.error is None
+
+
 def test_a_model_that_cannot_be_loaded():
     def load():
         raise UserError("no such model")
