@@ -165,9 +165,8 @@ def _filler(
 
     if isinstance(choice, BeamSearch):
         most = strategy.max_tokens
-        return lambda text, _: finish(filling_by_beams(params, config, begin(text), choice, most))[
-            0
-        ][0]
+        steps = lambda text: filling_by_beams(params, config, begin(text), choice, most)
+        return lambda text, _: finish(steps(text))[0][0]
     engine = Engine(params, config, EngineSettings(1, limit), special)
     request = Request(Prompt((), None), choice, strategy.max_tokens, strategy.seed)
     return lambda text, on_tokens: fill(engine, begin(text), request, on_tokens)

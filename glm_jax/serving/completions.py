@@ -207,15 +207,16 @@ class CompletionRun(Run):
         for choice in self._choices:
             if (opening := choice.opening()) is not None:
                 yield opening
-        running = {choice.index: choice for choice in self._choices}
+        running = len(self._choices)
         while running:
             index, token = await self.exchange.next()
             told = self._choices[index].receive(token)
-            if told is not None:
-                yield told
-                if told["finish_reason"] is not None:
-                    del running[index]
-                    self.exchange.cancel(index)  # after a stop; else it has ended
+            if told is None:
+                continue
+            if told["finish_reason"] is not None:
+                running -= 1
+                self.exchange.cancel(index)  # of a stop the engine does not know
+            yield told
 
     async def _found(self) -> AsyncIterator[dict[str, Any]]:
         """The answers of searches."""
