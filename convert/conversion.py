@@ -27,7 +27,7 @@ from glm_jax.config import GLMConfig
 from glm_jax.errors import UserError, is_no_room
 from glm_jax.model import params as glm_params
 from glm_jax.model import parts
-from glm_jax.model.checkpoint import CONFIG_FILE, PARAMS_FOLDER, finish_model, refuse_non_empty
+from glm_jax.model.checkpoint import CONFIG_FILE, finish_model, refuse_non_empty
 from glm_jax.model.params import KERNEL_AXES, LINEAR_NAMES, LayerParams, LinearParams
 from glm_jax.model.reading import aligned_empty
 from glm_jax.quantization import QuantizedArray, Scheme, quantize
@@ -144,7 +144,7 @@ class _Conversion:
         self._checkpoint, self._config = checkpoint, config
         self._options, self._output = options, output.absolute()
         self.partial = self._output.with_name(self._output.name + ".partial")
-        self._folder = self.partial / PARAMS_FOLDER
+        self._folder = self.partial / parts.PARAMS_FOLDER
         self._bits = checkpoint.bits(config)
         if options.quantization is not None:
             self._bits = Scheme.parse(options.quantization).bits
@@ -158,7 +158,7 @@ class _Conversion:
         if not self.partial.exists():
             # Made beside and renamed: of several processes one makes it, with its plan.
             beside = self.partial.with_name(f"{self.partial.name}.{os.getpid()}")
-            (beside / PARAMS_FOLDER).mkdir(parents=True)
+            (beside / parts.PARAMS_FOLDER).mkdir(parents=True)
             text = json.dumps(plan, indent=1)
             (beside / _PLAN_FILE).write_text(text, encoding="utf-8")
             try:

@@ -18,7 +18,7 @@ from convert.sat_reader import SatCheckpoint
 from glm_jax import cli
 from glm_jax.config import GLMConfig
 from glm_jax.model import parts
-from glm_jax.model.checkpoint import CONFIG_FILE, PARAMS_FOLDER, load_config
+from glm_jax.model.checkpoint import CONFIG_FILE, load_config
 from glm_jax.model.params import parameter_count
 
 FLAGS = flags.FLAGS
@@ -33,7 +33,7 @@ def fitting_degrees(config: GLMConfig) -> list[int]:
 
 
 def _folder_rows(folder: Path, config: GLMConfig) -> Iterator[Row]:
-    params = folder.absolute() / PARAMS_FOLDER
+    params = folder.absolute() / parts.PARAMS_FOLDER
     ranges = parts.layer_ranges(params, config.num_layers)
     for name in (parts.EMBEDDING, *(parts.layers_part(*r) for r in ranges)):
         for path, leaf in jax.tree_util.tree_leaves_with_path(parts.part_metadata(params, name)):

@@ -16,7 +16,7 @@ from convert.errors import ConvertError
 from convert.sat_reader import SatCheckpoint
 from glm_jax.config import GLMConfig
 from glm_jax.model import parts
-from glm_jax.model.checkpoint import CONFIG_FILE, PARAMS_FOLDER, load_config, restore_layers
+from glm_jax.model.checkpoint import CONFIG_FILE, load_config, restore_layers
 from glm_jax.model.params import LINEAR_NAMES, LayerNormParams, LayerParams, LinearParams
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -52,7 +52,7 @@ def open_model(path: epath.PathLike, num_heads: int | None = None) -> OpenModel:
       ConvertError, CheckpointError: it is none of them, or not whole.
     """
     folder = Path(path)
-    if (folder / CONFIG_FILE).exists() and (folder / PARAMS_FOLDER).is_dir():
+    if (folder / CONFIG_FILE).exists() and (folder / parts.PARAMS_FOLDER).is_dir():
         return _Folder(folder)
     if (folder / SAFETENSORS_INDEX).exists():
         return _Safetensors(folder)
@@ -62,7 +62,7 @@ def open_model(path: epath.PathLike, num_heads: int | None = None) -> OpenModel:
 class _Folder:
     def __init__(self, folder: Path):
         self.config = load_config(folder)
-        self._params = folder.absolute() / PARAMS_FOLDER
+        self._params = folder.absolute() / parts.PARAMS_FOLDER
         self._ranges = parts.layer_ranges(self._params, self.config.num_layers)
         kernel = parts.part_metadata(self._params, parts.layers_part(*self._ranges[0]))
         stored = kernel["query_key_value"]["kernel"]

@@ -7,7 +7,13 @@ from glm_jax.kernels.quantized_matmul import cpu
 from glm_jax.kernels.quantized_matmul.api import is_quantized
 from glm_jax.kernels.quantized_matmul.api import prepare as prepare_weight
 from glm_jax.model.offload import OffloadedLayers
-from glm_jax.model.params import GLMParams, map_linears, unstack_layers
+from glm_jax.model.params import (
+    AdaptedKernel,
+    GLMParams,
+    LinearParams,
+    map_linears,
+    unstack_layers,
+)
 from glm_jax.quantization import Scheme, quantize
 
 _EMBEDDING_GROUP = 128  # inputs that share a scale, of an embedding in 4 bits
@@ -50,10 +56,7 @@ def prepare(
     params = unstack_layers(params)
     if not is_one_cpu:
         return params
-    params = map_linears(
-        lambda _, linear: linear.replace(kernel=prepare_weight(linear.kernel, activation_bits)),  # type: ignore[attr-defined]
-        params,
-    )
+    params = map_linears(lambda _, linear: _prepared(linear, activation_bits), params)
     table = params.word_embeddings
     if not is_quantized(table):
         table = table.T
@@ -69,6 +72,16 @@ def prepare(
         table = tiled if is_tiled else params.word_embeddings
     prepared: GLMParams = params.replace(word_embeddings=table)  # type: ignore[attr-defined]
     return prepared
+
+
+def _prepared(linear: LinearParams, activation_bits: int | None) -> LinearParams:
+    kernel = linear.kernel
+    if isinstance(kernel, AdaptedKernel):
+        frozen = prepare_weight(kernel.frozen, activation_bits)
+        kernel = kernel.replace(frozen=frozen)  # type: ignore[attr-defined]
+    else:
+        kernel = prepare_weight(kernel, activation_bits)
+    return LinearParams(kernel, linear.bias)
 
 
 def _embedding_scheme(bits: int, inputs: int) -> Scheme:

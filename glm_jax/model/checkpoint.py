@@ -16,17 +16,17 @@ from jax.sharding import Mesh
 from glm_jax import config as glm_config
 from glm_jax import processes
 from glm_jax.config import ConfigError, GLMConfig
+from glm_jax.model import adapters, parts
 from glm_jax.model import params as glm_params
-from glm_jax.model import parts
+from glm_jax.model.adapter_files import load_adapter, model_identity
 from glm_jax.model.offload import HostStack, device_bytes
 from glm_jax.model.params import KERNEL_AXES, GLMParams, LayerParams, LinearParams
-from glm_jax.model.parts import CheckpointError
+from glm_jax.model.parts import PARAMS_FOLDER, CheckpointError
 from glm_jax.model.reading import reusing_memory
 from glm_jax.model.stacking import Part, stacked
 from glm_jax.quantization import QuantizedArray, Scheme
 
 CONFIG_FILE = "config.json"
-PARAMS_FOLDER = "params"
 _PART_BYTES = 4 << 30
 
 
@@ -115,6 +115,7 @@ def restore(
     dtype: str | None = None,
     quantization: str | None = None,
     weight_memory_limit: float | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> tuple[GLMConfig, GLMParams]:
     """Reads a model onto a mesh; each device reads its own slices.
 
@@ -130,12 +131,15 @@ def restore(
         such as "int4,group=128,zero_point" (`Scheme.parse`).
       weight_memory_limit: GiB of weights that a device may hold; blocks beyond it wait in its
         host's memory (`OffloadedLayers`). While a part is read, it comes on top.
+      adapter: a folder of adapters that were trained on this model; they stay beside its
+        kernels, which may be quantised.
 
     Returns:
       The config, and the parameters with layers stacked.
 
     Raises:
-      CheckpointError: no complete model there, or one quantised in another way.
+      CheckpointError: no complete model there, or one quantised in another way; no adapters,
+        or another model's.
       QuantizationError: `quantization` says nothing known, or groups do not divide.
       MeshError: the shapes do not divide over the mesh.
       OffloadError: the limit leaves no room for two blocks.
@@ -167,7 +171,12 @@ def restore(
             layers = stacked(read_parts, config.num_layers, device_bytes(rest), limit)
     if dtype is not None:
         config = config.replace(param_dtype=dtype, compute_dtype=dtype)
-    return config, GLMParams(layers=layers, **rest)
+    params = GLMParams(layers=layers, **rest)
+    if adapter is not None:
+        chosen, pairs = load_adapter(adapter, config, model_identity(Path(path), config), mesh)
+        pairs = glm_params.cast_params(pairs, config.compute_dtype)
+        params = adapters.attach(params, pairs, chosen.scale)
+    return config, params
 
 
 def _is_on_cpu(described: GLMParams) -> bool:

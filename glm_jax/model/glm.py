@@ -15,7 +15,6 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Int32
 
 from glm_jax.config import GLMConfig
 from glm_jax.kernels.attention.api import attention
-from glm_jax.kernels.attention.dropout import WeightDropout
 from glm_jax.kernels.paged_attention.api import paged_attention
 from glm_jax.kernels.quantized_matmul.api import (
     TiledArray,
@@ -148,12 +147,12 @@ def block(
     """One transformer block with DeepNorm residuals (arXiv:2210.02414, section 2.1)."""
     alpha = jnp.asarray(config.residual_scale, x.dtype)
     h = layer_norm(x, layer.input_layernorm, config.layernorm_epsilon)
-    dropped = weight_dropout(dropout, 2)
-    attended, cache = _self_attention(h, layer, config, rotary, visible, cache, start, dropped)
+    attended, cache = _self_attention(h, layer, config, rotary, visible, cache, start, dropout)
     x = constrain(h * alpha + drop(attended, dropout, 0), HIDDEN_AXES)
     h = layer_norm(x, layer.post_attention_layernorm, config.layernorm_epsilon)
-    inner = constrain(linear(h, layer.dense_h_to_4h), ("batch", "seq", None, "mlp"))
-    narrow = linear(geglu(inner), layer.dense_4h_to_h)
+    inner = linear(h, layer.dense_h_to_4h, dropout, 5)
+    inner = constrain(inner, ("batch", "seq", None, "mlp"))
+    narrow = linear(geglu(inner), layer.dense_4h_to_h, dropout, 6)
     x = constrain(h * alpha + drop(narrow, dropout, 1), HIDDEN_AXES)
     return x, cache
 
@@ -166,9 +165,9 @@ def _self_attention(
     visible: Visible,
     cache: AnyCache | None,
     start: Start | None,
-    dropout: WeightDropout | None,
+    dropout: Dropout | None,
 ) -> tuple[Float[Array, "batch seq embed"], AnyCache | None]:
-    fused = linear(h, layer.query_key_value)
+    fused = linear(h, layer.query_key_value, dropout, 3)
     fused = constrain(fused, ("batch", "seq", "heads", None, "head_dim"))
     query, key, value = (fused[:, :, :, i] for i in range(3))
     query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
@@ -203,10 +202,10 @@ def _self_attention(
             config.softmax_dtype,
             keys.key_scales,
             keys.value_scales,
-            dropout,
+            weight_dropout(dropout, 2),
         )
     merged = attended.reshape(*attended.shape[:2], math.prod(attended.shape[2:]))
-    return linear(merged, layer.dense), cache
+    return linear(merged, layer.dense, dropout, 4), cache
 
 
 def run_unrolled(

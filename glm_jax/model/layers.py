@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from glm_jax.config import GLMConfig
 from glm_jax.kernels.attention.dropout import WeightDropout
 from glm_jax.kernels.quantized_matmul.api import is_quantized, quantized_matmul
-from glm_jax.model.params import LayerNormParams, LinearParams
+from glm_jax.model.params import AdaptedKernel, LayerNormParams, LinearParams, LowRank
 
 
 def layer_norm(
@@ -33,11 +33,13 @@ class Dropout:
 
     Attributes:
       attention_rate: the share of attention's weights.
+      adapter_rate: the share of what adapters take.
     """
 
     key: Any
     rate: float = struct.field(pytree_node=False)
     attention_rate: float = struct.field(pytree_node=False, default=0.0)
+    adapter_rate: float = struct.field(pytree_node=False, default=0.0)
 
     def of_layer(self, index: Int[Array, ""] | int) -> "Dropout":
         return self.replace(key=jax.random.fold_in(self.key, index))  # type: ignore[attr-defined]
@@ -53,22 +55,45 @@ def weight_dropout(dropout: Dropout | None, place: int) -> WeightDropout | None:
 
 def drop(x: Float[Array, "..."], dropout: Dropout | None, place: int) -> Float[Array, "..."]:
     """x with dropout, what is kept enlarged by as much; `place` tells uses of a key apart."""
-    if dropout is None or dropout.rate == 0:
+    return x if dropout is None else _drop(x, dropout.rate, dropout.key, place)
+
+
+def _drop(x: Array, rate: float, key: Array, place: int) -> Array:
+    if rate == 0:
         return x
-    kept = 1 - dropout.rate
-    is_kept = jax.random.bernoulli(jax.random.fold_in(dropout.key, place), kept, x.shape)
+    kept = 1 - rate
+    is_kept = jax.random.bernoulli(jax.random.fold_in(key, place), kept, x.shape)
     return jnp.where(is_kept, x / kept, 0).astype(x.dtype)
 
 
-def linear(x: Float[Array, "..."], params: LinearParams) -> Float[Array, "..."]:
+def linear(
+    x: Float[Array, "..."], params: LinearParams, dropout: Dropout | None = None, place: int = 0
+) -> Float[Array, "..."]:
     """x [..., inputs] times a kernel [inputs, *outputs], float or quantised, plus bias.
 
     Accumulates in float32 and rounds once, to x's dtype.
+
+    Args:
+      dropout: of what the kernel's adapter takes, if it has one; `place` as of `drop`.
     """
     kernel = params.kernel
+    if isinstance(kernel, AdaptedKernel):
+        taken = x if dropout is None else _drop(x, dropout.adapter_rate, dropout.key, place)
+        wide = _linear(x, kernel.frozen, params.bias) + kernel.scale * _low_rank(taken, kernel.pair)
+    else:
+        wide = _linear(x, kernel, params.bias)
+    return wide.astype(x.dtype)
+
+
+def _linear(x: Array, kernel: Any, bias: Array) -> Array:
     if is_quantized(kernel):
-        return quantized_matmul(x, kernel, params.bias).astype(x.dtype)
-    return (_product(x, kernel.astype(x.dtype)) + params.bias).astype(x.dtype)
+        return quantized_matmul(x, kernel, bias)
+    return _product(x, kernel.astype(x.dtype)) + bias
+
+
+def _low_rank(x: Array, pair: LowRank) -> Array:
+    down, up = pair.down.astype(x.dtype), pair.up.astype(x.dtype)
+    return _product(_product(x, down).astype(x.dtype), up)
 
 
 @jax.custom_vjp

@@ -31,10 +31,35 @@ class LayerNormParams:
 
 @struct.dataclass
 class LinearParams:
-    """kernel: [inputs, *outputs], float or a QuantizedArray; bias: [*outputs]."""
+    """kernel: [inputs, *outputs], float, a QuantizedArray, or either in an AdaptedKernel;
+    bias: [*outputs]."""
 
     kernel: Any
     bias: Any
+
+
+@struct.dataclass
+class LowRank:
+    """A pair of matrices: down [inputs, rank], up [rank, *outputs]."""
+
+    down: Any
+    up: Any
+
+
+@struct.dataclass
+class Adapters:
+    """Pairs by the linear's name, layers stacked as kernels are; see `model.adapters`."""
+
+    pairs: dict[str, LowRank]
+
+
+@struct.dataclass
+class AdaptedKernel:
+    """Stands for frozen + scale * down up, of which no one writes out the sum."""
+
+    frozen: Any
+    pair: LowRank
+    scale: float = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -95,16 +120,16 @@ def _is_spec(leaf: Any) -> bool:
     return isinstance(leaf, ParamSpec)
 
 
-def _constant(value: float) -> Initializer:
+def constant(value: float) -> Initializer:
     return lambda key, shape, dtype: jnp.full(shape, value, dtype)
 
 
-def _normal(stddev: float) -> Initializer:
+def normal(stddev: float) -> Initializer:
     return lambda key, shape, dtype: (stddev * jax.random.normal(key, shape)).astype(dtype)
 
 
 def _xavier(fan_in: int, fan_out: int, gain: float) -> Initializer:
-    return _normal(gain * math.sqrt(2.0 / (fan_in + fan_out)))
+    return normal(gain * math.sqrt(2.0 / (fan_in + fan_out)))
 
 
 def _query_key_value(hidden: int, value_gain: float) -> Initializer:
@@ -132,20 +157,20 @@ def specs(config: GLMConfig) -> GLMParams:
         shape = (*tuple(size for size, _ in stack), hidden)
         axes = (*tuple(axis for _, axis in stack), None)
         return LayerNormParams(
-            scale=ParamSpec(shape, dtype, axes, _constant(1.0)),
-            bias=ParamSpec(shape, dtype, axes, _constant(0.0)),
+            scale=ParamSpec(shape, dtype, axes, constant(1.0)),
+            bias=ParamSpec(shape, dtype, axes, constant(0.0)),
         )
 
     def linear(name: str, sizes: tuple[int, ...], initializer: Initializer) -> LinearParams:
         axes = KERNEL_AXES[name]
         return LinearParams(
             kernel=ParamSpec((layers, *sizes), dtype, ("layers", *axes), initializer),
-            bias=ParamSpec((layers, *sizes[1:]), dtype, ("layers", *axes[1:]), _constant(0.0)),
+            bias=ParamSpec((layers, *sizes[1:]), dtype, ("layers", *axes[1:]), constant(0.0)),
         )
 
     return GLMParams(
         word_embeddings=ParamSpec(
-            (config.vocab_size, hidden), dtype, ("vocab", "embed"), _normal(0.02)
+            (config.vocab_size, hidden), dtype, ("vocab", "embed"), normal(0.02)
         ),
         layers=LayerParams(
             input_layernorm=layernorm((layers, "layers")),
@@ -163,12 +188,17 @@ def specs(config: GLMConfig) -> GLMParams:
 
 def logical_axes(config: GLMConfig, is_stacked: bool = True) -> GLMParams:
     """The tree of each array's logical axes, layers stacked or as a tuple."""
-    axes: GLMParams = jax.tree.map(lambda spec: spec.axes, specs(config), is_leaf=_is_spec)
+    axes: GLMParams = axes_of(specs(config))
     if is_stacked:
         return axes
     layer = jax.tree.map(lambda a: a[1:], axes.layers, is_leaf=lambda a: type(a) is tuple)
     apart: GLMParams = axes.replace(layers=(layer,) * config.num_layers)  # type: ignore[attr-defined]
     return apart
+
+
+def axes_of(tree: Any) -> Any:
+    """Of a tree of `ParamSpec` leaves their logical axes."""
+    return jax.tree.map(lambda spec: spec.axes, tree, is_leaf=_is_spec)
 
 
 def parameter_count(config: GLMConfig) -> int:
@@ -179,29 +209,38 @@ def parameter_count(config: GLMConfig) -> int:
 
 def abstract(config: GLMConfig, mesh: Mesh | None = None) -> GLMParams:
     """The float tree as `jax.ShapeDtypeStruct`, with shardings where a mesh is given."""
+    tree: GLMParams = abstract_of(specs(config), mesh)
+    return tree
+
+
+def abstract_of(tree: Any, mesh: Mesh | None) -> Any:
+    """`abstract` of a tree of `ParamSpec` leaves."""
 
     def build(spec: ParamSpec) -> jax.ShapeDtypeStruct:
         sharding = None if mesh is None else parameter_sharding(mesh, spec.axes, spec.shape)
         return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
 
-    tree: GLMParams = jax.tree.map(build, specs(config), is_leaf=_is_spec)
-    return tree
+    return jax.tree.map(build, tree, is_leaf=_is_spec)
 
 
 def init(config: GLMConfig, key: PRNGKeyArray, mesh: Mesh | None = None) -> GLMParams:
     """Fresh parameters, made where they will live: the same values on every mesh."""
-    tree = specs(config)
+    made: GLMParams = init_of(specs(config), key, mesh)
+    return made
+
+
+def init_of(tree: Any, key: PRNGKeyArray, mesh: Mesh | None) -> Any:
+    """`init` of a tree of `ParamSpec` leaves."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=_is_spec)
 
-    def build(key: PRNGKeyArray) -> GLMParams:
+    def build(key: PRNGKeyArray) -> Any:
         keys = jax.random.split(key, len(leaves))
         arrays = [s.initializer(k, s.shape, s.dtype) for s, k in zip(leaves, keys, strict=True)]
-        made: GLMParams = jax.tree.unflatten(structure, arrays)
-        return made
+        return jax.tree.unflatten(structure, arrays)
 
     if mesh is None:
         return jax.jit(build)(key)
-    shardings = jax.tree.map(lambda a: a.sharding, abstract(config, mesh))
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_of(tree, mesh))
     return jax.jit(build, out_shardings=shardings)(key)
 
 

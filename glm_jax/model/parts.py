@@ -18,6 +18,7 @@ from glm_jax.errors import UserError
 from glm_jax.model.params import GLMParams
 from glm_jax.model.reading import empty_buffers, placed, read_into
 
+PARAMS_FOLDER = "params"  # of a model folder
 EMBEDDING = "embedding"
 _LAYERS = re.compile(r"layers_(\d{5})_(\d{5})")
 # A reader copies each chunk once more, to where it belongs: cheap while it is in the processor's

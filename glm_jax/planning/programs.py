@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glm_jax.config import GLMConfig
+from glm_jax.model.params import GLMParams
 from glm_jax.planning.exchanges import by_kind, in_lines
 from glm_jax.planning.topology import compiling_for
 from glm_jax.sharding import activation_spec
@@ -39,8 +40,13 @@ def lower_train_step(
     accumulation: int,
     micro_batch: int,
     sequence_length: int,
+    frozen: GLMParams | None = None,
 ) -> Any:
-    """The train step of a run, lowered for the devices of `mesh`."""
+    """The train step of a run, lowered for the devices of `mesh`.
+
+    Args:
+      frozen: the model beside adapters, described, where the recipe has these.
+    """
     shape = (accumulation, micro_batch, sequence_length)
     sharding = NamedSharding(mesh, PartitionSpec(None, *activation_spec(("batch", "seq"))))
     integers = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
@@ -54,7 +60,7 @@ def lower_train_step(
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
     step: Any = compiled_train_step(model, recipe, 9, mesh)
     with compiling_for(mesh):
-        return step.lower(abstract_state(model, recipe, mesh), batch, key)
+        return step.lower(abstract_state(model, recipe, mesh), frozen, batch, key)
 
 
 def memory(compiled: Any) -> Memory:

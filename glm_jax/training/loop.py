@@ -41,16 +41,39 @@ class DivergedError(UserError):
     """Steps that stay bad whatever data is passed over."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is trained, how, and what becomes of it.
+
+    Attributes:
+      config: the experiment's.
+      tokenizer: of its data.
+      model, recipe: the config's, once and for all.
+      mesh: where it runs.
+      begin: gives the state of a run that begins.
+      finish: keeps what was learnt, once the run has ended.
+      frozen: the model beside the adapters that are trained, None where all of it is.
+      identity: of the model that the run began with, plain JSON; another's does not go on.
+    """
+
+    config: ConfigDict
+    tokenizer: Tokenizer
+    model: GLMConfig
+    recipe: Recipe
+    mesh: Mesh
+    begin: Callable[[], TrainState]
+    finish: Callable[[TrainState], None]
+    frozen: Any = None
+    identity: Any = None
+
+
 @dataclasses.dataclass
 class Run:
     """What the steps of a run share; `consumed` counts rows that were drawn from the data,
     those of skipped steps too."""
 
-    config: ConfigDict
-    model: GLMConfig
-    recipe: Recipe
+    job: Job
     schedule: BatchSchedule
-    mesh: Mesh
     batches: MeshBatches
     checkpoints: RunCheckpoints
     watcher: Watcher
@@ -60,12 +83,43 @@ class Run:
     restores: int = 0
     is_profiling: bool = False
 
+    @property
+    def config(self) -> ConfigDict:
+        return self.job.config
+
 
 def train(config: ConfigDict, workdir: Path, profiled: range = range(0)) -> list[dict[str, Any]]:
+    """Trains a model from nothing; see `run_job`.
+
+    Writes at the end the model folder `workdir/model`.
+
+    Raises:
+      ConfigError, TokenizerError, MeshError: what was asked for cannot be.
+    """
+    train_config.check(config)
+    tokenizer = Tokenizer(config.data.tokenizer)
+    model = _model_for(config, tokenizer)
+    recipe, mesh = train_config.recipe(config), parse_mesh(config.mesh)
+    job = Job(
+        config, tokenizer, model, recipe, mesh,
+        begin=lambda: init_state(model, recipe, jax.random.key(config.seed), mesh),
+        finish=lambda state: save_trained(workdir, model, state, tokenizer),
+    )  # fmt: skip
+    return run_job(job, workdir, profiled)
+
+
+def save_trained(workdir: Path, model: GLMConfig, state: TrainState, tokenizer: Tokenizer) -> None:
+    """Writes a whole model that was trained, unless that was done before."""
+    if not (workdir / MODEL_FOLDER).exists():
+        params: Any = stack_layers(state.params)  # type: ignore[arg-type]
+        save_model(workdir / MODEL_FOLDER, model, params, tokenizer.files)
+
+
+def run_job(job: Job, workdir: Path, profiled: range = range(0)) -> list[dict[str, Any]]:
     """Trains until all rows were seen, going on from the newest checkpoint in `workdir`.
 
     Writes `workdir/checkpoints`, `metrics.jsonl`, TensorBoard scalars in
-    `workdir/tensorboard`, and at the end the model folder `workdir/model`.
+    `workdir/tensorboard`, and at the end what the job makes of it.
 
     Args:
       profiled: steps of which `workdir/profile` gets a trace.
@@ -74,40 +128,38 @@ def train(config: ConfigDict, workdir: Path, profiled: range = range(0)) -> list
       The logged metrics of this call, one dictionary a logged step.
 
     Raises:
-      ConfigError, DataError, TokenizerError, MeshError: what was asked for cannot be.
+      ConfigError, DataError: what was asked for cannot be.
       SavingError, InterruptedRunError, DivergedError: the run stopped; what it saved stays.
     """
-    train_config.check(config)
-    tokenizer = Tokenizer(config.data.tokenizer)
-    model = _model_for(config, tokenizer)
-    recipe, schedule = train_config.recipe(config), train_config.batch_schedule(config)
-    mesh = parse_mesh(config.mesh)
-    mixture = open_mixture(config.data, config, tokenizer, schedule.micro_batch)
+    config, model, recipe, mesh = job.config, job.model, job.recipe, job.mesh
+    schedule = train_config.batch_schedule(config)
+    mixture = open_mixture(config.data, config, job.tokenizer, schedule.micro_batch)
     evaluation = None
     if config.evaluation.every:
-        evaluation = open_mixture(config.evaluation, config, tokenizer, schedule.micro_batch)
+        evaluation = open_mixture(config.evaluation, config, job.tokenizer, schedule.micro_batch)
     batches = MeshBatches(mixture, mesh)
     workdir.mkdir(parents=True, exist_ok=True)
     with _closing(RunCheckpoints(workdir / "checkpoints", *_saving(config))) as checkpoints:
-        data_state: Any
-        state, data_state = checkpoints.restore_latest(model, recipe, mesh) or (
-            init_state(model, recipe, jax.random.key(config.seed), mesh),
-            {"consumed": 0, "streams": batches.get_state()},
+        place: dict[str, Any]
+        state, place = checkpoints.restore_latest(model, recipe, mesh) or (
+            job.begin(),
+            {"consumed": 0, "streams": batches.get_state(), "model": job.identity},
         )
-        batches.set_state(data_state["streams"])
+        if place.get("model") != job.identity:
+            raise ConfigError(
+                f"{workdir} is a run of another model or precision: go on with the checkpoint "
+                "that it began with, or name another workdir"
+            )
+        batches.set_state(place["streams"])
         peak = config.peak_flops or watching.measured_peak_flops(model.compute_dtype)
         done, step = int(state.samples), int(state.step)
         peak *= mesh.size
         with _closing(Watcher(workdir, recipe.total_samples, done, step, peak)) as watcher:
-            run = Run(
-                config, model, recipe, schedule, mesh, batches, checkpoints, watcher,
-                evaluation, data_state["consumed"], profiled,
-            )  # fmt: skip
+            consumed = place.get("consumed", 0)
+            run = Run(job, schedule, batches, checkpoints, watcher, evaluation, consumed, profiled)
             with jax.set_mesh(mesh):
                 state = _steps(run, state, workdir)
-    if not (workdir / MODEL_FOLDER).exists():
-        params = stack_layers(state.params)
-        save_model(workdir / MODEL_FOLDER, model, params, tokenizer.files)
+    job.finish(state)
     return watcher.history
 
 
@@ -135,13 +187,14 @@ def _saving(config: ConfigDict) -> tuple[int, float, int, int]:
 def _steps(run: Run, state: TrainState, workdir: Path) -> TrainState:
     key = jax.random.key(run.config.seed + 1)
     groups = len(run.batches.groups)
-    train_step = compiled_train_step(run.model, run.recipe, groups, run.mesh)
+    job = run.job
+    train_step = compiled_train_step(job.model, job.recipe, groups, job.mesh)
     drawn = _draw(run, run.consumed)
     with _termination() as must_stop:
-        while int(state.samples) < run.recipe.total_samples:
+        while int(state.samples) < job.recipe.total_samples:
             batch, place = drawn
             with _profile(run, int(state.step) + 1, workdir):
-                state, metrics = train_step(state, batch, key)
+                state, metrics = train_step(state, job.frozen, batch, key)
                 # Made while the devices are at work.
                 drawn = _draw(run, place["consumed"])
                 values = watching.plain(jax.device_get(metrics), run.batches.groups)
@@ -171,7 +224,7 @@ def _after(
 ) -> TrainState:
     """Logs, evaluates and saves what is due after a step, or goes back after bad ones."""
     step = int(state.step)
-    is_last = int(state.samples) >= run.recipe.total_samples
+    is_last = int(state.samples) >= run.job.recipe.total_samples
     if values["is_skipped"]:
         run.watcher.log(step, values)
         run.watcher.tell(
@@ -180,7 +233,9 @@ def _after(
         )
         return _restored(run, state, int(values["bad_steps"]))
     if step % run.config.log_every == 0 or is_last:
-        flops = watching.flops_per_token(run.model, run.config.data.sequence_length)
+        flops = watching.flops_per_token(
+            run.job.model, run.config.data.sequence_length, run.job.frozen is not None
+        )
         run.watcher.log(step, values, flops)
     elif values["is_spike"]:
         run.watcher.log(step, values)
@@ -195,7 +250,9 @@ def _after(
 
 def _save(run: Run, state: TrainState, place: dict[str, Any]) -> None:
     streams = processes.gather(place["streams"])
-    run.checkpoints.save(int(state.step), state, place | {"streams": streams})
+    run.checkpoints.save(
+        int(state.step), state, place | {"streams": streams, "model": run.job.identity}
+    )
 
 
 def _restored(run: Run, state: TrainState, bad_steps: int) -> TrainState:
@@ -203,7 +260,7 @@ def _restored(run: Run, state: TrainState, bad_steps: int) -> TrainState:
     stability = run.config.stability
     if not stability.restore_after or bad_steps < stability.restore_after:
         return state
-    restored = run.checkpoints.restore_latest(run.model, run.recipe, run.mesh)
+    restored = run.checkpoints.restore_latest(run.job.model, run.job.recipe, run.job.mesh)
     if restored is None or run.restores >= stability.most_restores:
         why = "before the first checkpoint" if restored is None else "after every restore"
         raise DivergedError(
@@ -220,11 +277,14 @@ def _restored(run: Run, state: TrainState, bad_steps: int) -> TrainState:
 
 def evaluate(run: Run, state: TrainState) -> dict[str, float]:
     """Mean loss of held-out samples by dataset and kind, the same samples every time."""
-    batches = MeshBatches(run.evaluation, run.mesh)
+    job = run.job
+    batches = MeshBatches(run.evaluation, job.mesh)
     groups = len(batches.groups)
     losses, counts = np.zeros(groups), np.zeros(groups)
     for _ in range(run.config.evaluation.batches):
-        sums = evaluation_step(state.params, batches.next(1), run.model, run.recipe, groups)
+        sums = evaluation_step(
+            state.params, job.frozen, batches.next(1), job.model, job.recipe, groups
+        )
         losses += np.asarray(sums["group_losses"])
         counts += np.asarray(sums["group_counts"])
     total = {"evaluation_loss": float(losses.sum() / max(counts.sum(), 1.0))}

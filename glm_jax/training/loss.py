@@ -40,11 +40,15 @@ def cross_entropy(
 
 
 def _forward(
-    hidden: Array, table: Array, targets: Array, weights: Array, chunk: int, z_loss: float
+    hidden: Any, table: Any, targets: Any, weights: Any, chunk: int, z_loss: float
 ) -> tuple[Sums, Any]:
-    sums, gradients = _run(hidden, table, targets, weights, chunk, z_loss, True)
+    """Arguments are values, and whether they are differentiated by; so is a frozen table not."""
+    sums, gradients = _run(
+        hidden.value, table.value, targets.value, weights.value, chunk, z_loss, True,
+        table.perturbed,
+    )  # fmt: skip
     assert gradients is not None
-    empty = (jnp.zeros((0,), hidden.dtype), jnp.zeros((0,), table.dtype))
+    empty = (jnp.zeros((0,), hidden.value.dtype), jnp.zeros((0,), table.value.dtype))
     return sums, (*gradients, *empty)
 
 
@@ -53,13 +57,13 @@ def _backward(chunk: int, z_loss: float, kept: Any, cotangents: Any) -> tuple[An
     factor = cotangents[0]
     return (
         (of_hidden * factor).astype(hidden.dtype),
-        (of_table * factor).astype(table.dtype),
+        None if of_table is None else (of_table * factor).astype(table.dtype),
         None,
         None,
     )
 
 
-cross_entropy.defvjp(_forward, _backward)
+cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _run(
@@ -70,7 +74,8 @@ def _run(
     chunk: int,
     z_loss: float,
     with_gradients: bool,
-) -> tuple[Sums, tuple[Array, Array] | None]:
+    of_table_too: bool = False,
+) -> tuple[Sums, tuple[Array, Array | None] | None]:
     batch, length, _ = hidden.shape
     count = length // chunk if length % chunk == 0 else 1
     narrow = table.astype(hidden.dtype)
@@ -89,12 +94,13 @@ def _run(
         if not with_gradients:
             return (total, of_table), (losses, hits)
         of_h = _product("bsv,ve->bse", of_logits, narrow)
-        # [embed, vocab], for which h is turned and not the larger gradient of logits.
-        of_table = of_table + _product("bse,bsv->ev", h, of_logits)
+        if of_table_too:
+            # [embed, vocab], for which h is turned and not the larger gradient of logits.
+            of_table = of_table + _product("bse,bsv->ev", h, of_logits)
         return (total, of_table), (losses, hits, of_h)
 
-    start = jnp.zeros(table.shape[::-1] if with_gradients else (), jnp.float32)
-    if with_gradients:
+    start = jnp.zeros(table.shape[::-1] if of_table_too else (), jnp.float32)
+    if of_table_too:
         start = constrain(start, (None, "vocab"))
     parts = tuple(map(split, (hidden, targets, weights)))
     if count == 1:
@@ -103,7 +109,9 @@ def _run(
     else:
         (total, of_table), outputs = jax.lax.scan(step, (jnp.zeros(()), start), parts)
     losses, hits, *of_hidden = [join(x) for x in outputs]
-    return (total, (losses, hits)), (of_hidden[0], of_table.T) if with_gradients else None
+    if not with_gradients:
+        return (total, (losses, hits)), None
+    return (total, (losses, hits)), (of_hidden[0], of_table.T if of_table_too else None)
 
 
 def _chunk(

@@ -3,7 +3,12 @@
 import dataclasses
 
 from glm_jax.config import ConfigError
+from glm_jax.model.adapters import AdapterConfig
 from glm_jax.model.training import REMAT_POLICIES
+
+# How the optimiser keeps the means of gradients and of their squares: as floats, as 8-bit
+# integers with scales, or squares alone by rows and columns.
+MOMENTS = ("float32", "int8", "factored")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +21,8 @@ class Recipe:
         from the initial rate up to the peak over this share of the samples, then a cosine
         down to the fraction of the peak.
       beta1, beta2, epsilon, weight_decay: of AdamW; biases and layernorms do not decay.
+      moments: one of `MOMENTS`.
+      offload_moments: keeps them in hosts' memory, and a block's at a time on the devices.
       gradient_clip: global norm that gradients are scaled down to.
       dropout: share of activations: the embedding's and both outputs of a block.
       attention_dropout: share of attention's weights.
@@ -31,6 +38,7 @@ class Recipe:
       skip_factor: a step whose gradient norm is above this multiple of the running median
         is skipped; 0 skips only what is not finite.
       spike_loss: nats above the running median from which a loss is marked as a spike.
+      adapter: what is trained beside frozen parameters; None to train all of these.
     """
 
     total_samples: int
@@ -42,6 +50,8 @@ class Recipe:
     beta2: float = 0.95
     epsilon: float = 1e-8
     weight_decay: float = 0.1
+    moments: str = "float32"
+    offload_moments: bool = False
     gradient_clip: float = 1.0
     dropout: float = 0.1
     attention_dropout: float = 0.1
@@ -55,10 +65,13 @@ class Recipe:
     median_window: int = 64
     skip_factor: float = 10.0
     spike_loss: float = 1.0
+    adapter: AdapterConfig | None = None
 
     def __post_init__(self) -> None:
         if self.remat not in REMAT_POLICIES:
             raise ConfigError(f"optimizer.remat={self.remat!r}: one of {REMAT_POLICIES}")
+        if self.moments not in MOMENTS:
+            raise ConfigError(f"optimizer.moments={self.moments!r}: one of {MOMENTS}")
         for name in ("warmup_fraction", "embedding_gradient"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: from 0 to 1")

@@ -10,11 +10,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from glm_jax.config import GLMConfig
-from glm_jax.model import params as glm_params
-from glm_jax.model.params import GLMParams, stack_layers, unstack_layers
+from glm_jax.model.params import Adapters, GLMParams, stack_layers, unstack_layers
+from glm_jax.training import trainable
 from glm_jax.training.optimizer import make_optimizer
 from glm_jax.training.recipe import Recipe
 from glm_jax.training.stability import Monitor, init_monitor
+from glm_jax.training.trainable import Trainable
 
 
 @struct.dataclass
@@ -37,31 +38,47 @@ class TrainState:
     Attributes:
       step: updates that were made, int32 [].
       samples: rows that they were made of, int32 [].
-      params: float; layers as `abstract_state` says.
+      params: what is trained; layers as `abstract_state` says.
       opt_state: optax's, sharded as the parameters are.
       monitor: what steps are held against.
     """
 
     step: Any  # arrays, or what describes them
     samples: Any
-    params: GLMParams
+    params: Trainable
     opt_state: Any
     monitor: Monitor
 
 
 def init_state(config: GLMConfig, recipe: Recipe, key: PRNGKeyArray, mesh: Mesh) -> TrainState:
     """Fresh parameters on the mesh, and optimiser state sharded as they are."""
+    return start_state(trainable.init(config, recipe, key, mesh), config, recipe, mesh)
+
+
+def start_state(params: Any, config: GLMConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
+    """The state of a run that begins with given parameters, layers stacked."""
     target = abstract_state(config, recipe, mesh)
     shardings = jax.tree.map(lambda a: a.sharding, target)
 
-    def rest(params: GLMParams) -> TrainState:
-        return _lay_out(_state(params, recipe), target)
+    def begin(params: Trainable) -> TrainState:
+        return _lay_out(_state(_own(params, mesh), recipe), target)
 
-    params = glm_params.init(config, key, mesh)
-    return jax.jit(rest, out_shardings=shardings)(params)
+    state: TrainState = jax.jit(begin, out_shardings=shardings)(params)
+    return state
 
 
-def _state(params: GLMParams, recipe: Recipe) -> TrainState:
+def _own(tree: Any, mesh: Mesh) -> Any:
+    """In buffers that belong to jax alone, as what is donated to a step must: a CPU's arrays
+    may lie in memory of others."""
+    return jax.tree.map(jnp.copy, tree) if _is_cpu(mesh) else tree
+
+
+def _is_cpu(mesh: Mesh) -> bool:
+    platform: str = mesh.devices.flat[0].platform
+    return platform == "cpu"
+
+
+def _state(params: Trainable, recipe: Recipe) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         samples=jnp.zeros((), jnp.int32),
@@ -74,11 +91,12 @@ def _state(params: GLMParams, recipe: Recipe) -> TrainState:
 def abstract_state(config: GLMConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state that steps take and give.
 
-    On CPU its layers are a tuple: to slice them from a stack and to stack the new ones
-    took 3 % of a step. Elsewhere they are stacked, as in `abstract_saved_state`.
+    On CPU the layers of a whole model are a tuple: to slice them from a stack and to stack
+    the new ones took 3 % of a step. Else they are stacked, as in `abstract_saved_state`.
     """
     saved = abstract_saved_state(config, recipe, mesh)
-    if mesh.devices.flat[0].platform != "cpu":
+    is_plain = recipe.adapter is None and recipe.moments == "float32"
+    if not _is_cpu(mesh) or not is_plain:
         return saved
 
     def layer_of(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -94,7 +112,12 @@ def abstract_state(config: GLMConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
 
 def saved_form(state: TrainState) -> TrainState:
     """A state as `abstract_saved_state` describes it."""
-    return _stacked(state) if isinstance(state.params.layers, tuple) else state
+    return state if is_stacked(state) else _stacked(state)
+
+
+def is_stacked(state: TrainState) -> bool:
+    """Whether its layers are, or what describes them."""
+    return isinstance(state.params, Adapters) or not isinstance(state.params.layers, tuple)
 
 
 @jax.jit
@@ -105,16 +128,20 @@ def _stacked(state: TrainState) -> TrainState:
 def step_form(saved: TrainState, target: TrainState) -> TrainState:
     """A saved state, in buffers of its own, as `abstract_state` describes it in `target`."""
     shardings = jax.tree.map(lambda a: a.sharding, target)
-
-    def copied(state: TrainState) -> TrainState:
-        return _lay_out(jax.tree.map(jnp.copy, state), target)
-
-    return jax.jit(copied, out_shardings=shardings)(saved)
+    mesh = target.step.sharding.mesh
+    # Given up where it is jax's own: a device has no room for it twice.
+    given_up = () if _is_cpu(mesh) else (0,)
+    lay_out = jax.jit(
+        lambda saved: _lay_out(_own(saved, mesh), target),
+        donate_argnums=given_up,
+        out_shardings=shardings,
+    )
+    state: TrainState = lay_out(saved)
+    return state
 
 
 def _lay_out(state: TrainState, target: TrainState) -> TrainState:
-    is_apart = isinstance(target.params.layers, tuple)
-    return _map_params(unstack_layers if is_apart else stack_layers, state)
+    return _map_params(stack_layers if is_stacked(target) else unstack_layers, state)
 
 
 def _map_params(function: Callable[[GLMParams], GLMParams], state: TrainState) -> TrainState:
@@ -127,7 +154,7 @@ def _map_params(function: Callable[[GLMParams], GLMParams], state: TrainState) -
 
 def abstract_saved_state(config: GLMConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of a state in a checkpoint: layers are stacked."""
-    params = glm_params.abstract(config, mesh)
+    params = trainable.abstract(config, recipe, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     by_path = {
         _names(path): leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -137,11 +164,23 @@ def abstract_saved_state(config: GLMConfig, recipe: Recipe, mesh: Mesh) -> Train
         # Moments stand under the parameter's own path, behind the optimiser's.
         names = _names(path)
         matches = (by_path[names[i:]] for i in range(len(names)) if names[i:] in by_path)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=next(matches, whole))
+        sharding = _fitting(next(matches, whole), leaf.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     shapes = jax.eval_shape(lambda params: _state(params, recipe), params)
     state: TrainState = jax.tree_util.tree_map_with_path(place, shapes)
     return state
+
+
+def _fitting(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """A parameter's sharding for what the optimiser keeps of it, in the parameter's shape or
+    a smaller one."""
+    if len(sharding.spec) > len(shape):
+        return NamedSharding(sharding.mesh, PartitionSpec())
+    sizes = sharding.mesh.shape
+    fits = lambda axis, size: axis is None or size % sizes[axis] == 0
+    axes = [a if fits(a, n) else None for a, n in zip(sharding.spec, shape, strict=False)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes))
 
 
 def _names(path: Any) -> tuple[str, ...]:

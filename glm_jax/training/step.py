@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from glm_jax.config import GLMConfig
-from glm_jax.model import params as glm_params
 from glm_jax.model.layers import Dropout
 from glm_jax.model.params import GLMParams, unstack_layers
 from glm_jax.model.training import training_hidden
@@ -21,7 +20,8 @@ from glm_jax.training.loss import cross_entropy
 from glm_jax.training.optimizer import learning_rate, make_optimizer
 from glm_jax.training.recipe import Recipe
 from glm_jax.training.stability import embedding_factor, judge, shrink_gradient
-from glm_jax.training.state import Batch, TrainState, abstract_state
+from glm_jax.training.state import Batch, TrainState, abstract_state, is_stacked
+from glm_jax.training.trainable import Trainable, logical_axes, whole_model
 
 Metrics = dict[str, Array]
 
@@ -70,30 +70,29 @@ def loss_sums(
 
 def _gradients(
     state: TrainState,
+    frozen: GLMParams | None,
     batch: Batch,
     config: GLMConfig,
     recipe: Recipe,
     groups: int,
     key: PRNGKeyArray,
-) -> tuple[GLMParams, Metrics]:
+) -> tuple[Trainable, Metrics]:
     """Gradients of the mean loss, times the loss scale, over all micro-batches; and sums."""
     accumulation = batch.tokens.shape[0]
     scale = state.monitor.loss_scale / jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
     factor = embedding_factor(recipe, state.samples)
 
-    def scaled(params: GLMParams, part: Batch, index: Array | int) -> tuple[Array, Metrics]:
-        table = shrink_gradient(params.word_embeddings, factor)
-        params = params.replace(word_embeddings=table)  # type: ignore[attr-defined]
-        dropout = None
-        if recipe.dropout > 0 or recipe.attention_dropout > 0:
-            own_key = jax.random.fold_in(key, index)
-            dropout = Dropout(own_key, recipe.dropout, recipe.attention_dropout)
+    def scaled(trained: Trainable, part: Batch, index: Array | int) -> tuple[Array, Metrics]:
+        params = whole_model(trained, frozen, recipe)
+        if recipe.adapter is None:
+            table = shrink_gradient(params.word_embeddings, factor)
+            params = params.replace(word_embeddings=table)  # type: ignore[attr-defined]
+        dropout = _dropout(recipe, jax.random.fold_in(key, index))
         total, sums = loss_sums(params, config, part, recipe, groups, dropout)
         return total * scale, sums
 
     gradient = jax.grad(scaled, has_aux=True)
-    is_stacked = not isinstance(state.params.layers, tuple)
-    axes = glm_params.logical_axes(config, is_stacked)
+    axes = logical_axes(config, recipe, is_stacked(state))
     if accumulation == 1:
         return gradient(state.params, jax.tree.map(lambda x: x[0], batch), 0)
 
@@ -111,10 +110,17 @@ def _gradients(
     return gradients, sums
 
 
+def _dropout(recipe: Recipe, key: PRNGKeyArray) -> Dropout | None:
+    of_adapters = 0.0 if recipe.adapter is None else recipe.adapter.dropout
+    if not (recipe.dropout or recipe.attention_dropout or of_adapters):
+        return None
+    return Dropout(key, recipe.dropout, recipe.attention_dropout, of_adapters)
+
+
 @functools.cache
 def compiled_train_step(
     config: GLMConfig, recipe: Recipe, groups: int, mesh: Mesh
-) -> Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Any, Batch, PRNGKeyArray], tuple[TrainState, Metrics]]:
     """`train_step` for a mesh, to be called under it; the old state's memory is reused.
 
     The new state lies as the old one did: what the compiler would choose for it may be
@@ -127,6 +133,7 @@ def compiled_train_step(
 
 def train_step(
     state: TrainState,
+    frozen: GLMParams | None,
     batch: Batch,
     key: PRNGKeyArray,
     config: GLMConfig,
@@ -136,6 +143,7 @@ def train_step(
     """One update, or none where the gradient is not to be trusted.
 
     Args:
+      frozen: the model beside the adapters that are trained, None where all of it is.
       batch: [accumulation, batch, seq].
       key: of dropout; the state's step is folded in.
       groups: see `loss_sums`.
@@ -148,7 +156,7 @@ def train_step(
     """
     # A step that is tried again after one was skipped drops other activations.
     key = jax.random.fold_in(jax.random.fold_in(key, state.step), state.monitor.skipped)
-    gradients, sums = _gradients(state, batch, config, recipe, groups, key)
+    gradients, sums = _gradients(state, frozen, batch, config, recipe, groups, key)
     if recipe.loss_scaling:
         gradients = jax.tree.map(lambda g: g / state.monitor.loss_scale, gradients)
     counted = jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
@@ -183,9 +191,15 @@ def train_step(
 
 @functools.partial(jax.jit, static_argnames=("config", "recipe", "groups"))
 def evaluation_step(
-    params: GLMParams, batch: Batch, config: GLMConfig, recipe: Recipe, groups: int
+    trained: Trainable,
+    frozen: GLMParams | None,
+    batch: Batch,
+    config: GLMConfig,
+    recipe: Recipe,
+    groups: int,
 ) -> Metrics:
     """Sums of losses and counts by group, [groups] each, of one batch [1, batch, seq]."""
     part = jax.tree.map(lambda x: x[0], batch)
+    params = whole_model(trained, frozen, recipe)
     _, sums = loss_sums(params, config, part, recipe, groups)
     return {name: sums[name] for name in ("group_losses", "group_counts")}

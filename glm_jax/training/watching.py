@@ -22,12 +22,16 @@ METRICS_FILE = "metrics.jsonl"
 _PEAK_SIZE = 2048
 
 
-def flops_per_token(config: GLMConfig, sequence_length: int) -> float:
+def flops_per_token(config: GLMConfig, sequence_length: int, is_frozen: bool = False) -> float:
     """Operations that training takes for a token: six a parameter of the products, and
-    attention over the whole sequence; recomputation does not count."""
+    attention over the whole sequence; recomputation does not count.
+
+    Args:
+      is_frozen: parameters have no gradients: four a parameter.
+    """
     weights = glm_params.parameter_count(config)
     attention = 2 * config.num_layers * config.hidden_size * sequence_length
-    return 6.0 * (weights + attention)
+    return (4.0 if is_frozen else 6.0) * weights + 6.0 * attention
 
 
 def measured_peak_flops(dtype: str) -> float:

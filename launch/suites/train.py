@@ -77,7 +77,7 @@ def _step_case(model: GLMConfig) -> Case:
 
     def step() -> object:
         with jax.set_mesh(mesh):
-            holder[0], metrics = train_step(holder[0], batch, jax.random.key(1))
+            holder[0], metrics = train_step(holder[0], None, batch, jax.random.key(1))
         return metrics
 
     return Case(step)

@@ -156,7 +156,7 @@ def _step(state, batch, recipe, mesh=None, config=CONFIG):
     mesh = mesh or make_mesh((1, 1, 1))
     with jax.set_mesh(mesh):
         step = compiled_train_step(config, recipe, 3, mesh)
-        return step(jax.tree.map(jnp.copy, state), batch, jax.random.key(7))
+        return step(jax.tree.map(jnp.copy, state), None, batch, jax.random.key(7))
 
 
 def _state(recipe, mesh=None, config=CONFIG):

@@ -55,34 +55,14 @@ def quantized_matmul(
     is_one = isinstance(weight, TiledArray) or weight.contraction_axis == -len(weight.shape)
     if not is_one or weight.shape[0] != x.shape[-1]:
         raise ValueError(f"activations {x.shape} cannot multiply a weight {weight.shape}")
-    if isinstance(weight, QuantizedArray) and sharded.applies(weight):
-        return sharded.matmul(_product, x, weight, bias)
-    return _product(x, weight, bias)
-
-
-def _product(x: Array, weight: Weight, bias: Array | None) -> Array:
-    """The same on one device."""
-    outputs = weight.shape[1:]
-    if isinstance(weight, QuantizedArray):
-        weight = _flatten(weight)
-    rows = x.reshape(-1, x.shape[-1])
-    product = _matmul(rows, weight, None if bias is None else bias.reshape(-1))
-    return product.reshape(*x.shape[:-1], *outputs)
-
-
-def _flatten(weight: QuantizedArray) -> QuantizedArray:
-    """[K, *outputs] as [K, N]."""
-    outputs = math.prod(weight.shape[1:])
-    flat: QuantizedArray = jax.tree.map(lambda a: a.reshape(a.shape[0], outputs), weight)
-    return flat.replace(contraction_axis=-2, axes=None)  # type: ignore[attr-defined]
+    return _matmul(x, weight, bias)
 
 
 @jax.custom_vjp
 def _matmul(x: Array, weight: Weight, bias: Array | None) -> Array:
-    if isinstance(weight, TiledArray):
-        product = cpu.matmul(x, weight).reshape(len(x), -1)
-        return product if bias is None else product + bias.astype(jnp.float32)
-    return backends.matmul(x, weight, bias)
+    if isinstance(weight, QuantizedArray) and sharded.applies(weight):
+        return sharded.matmul(_product, x, weight, bias)
+    return _product(x, weight, bias)
 
 
 def _forward(x: Array, weight: Weight, bias: Array | None) -> tuple[Array, Any]:
@@ -93,9 +73,43 @@ def _forward(x: Array, weight: Weight, bias: Array | None) -> tuple[Array, Any]:
 
 def _backward(kept: Any, gradient: Array) -> tuple[Array, None, Array | None]:
     weight, x, bias = kept
-    transposed = cpu.transposed_matmul if isinstance(weight, TiledArray) else xla.transposed_matmul
-    of_bias = None if bias is None else jnp.sum(gradient, axis=0).astype(bias.dtype)
-    return transposed(gradient, weight, x.dtype).astype(x.dtype), None, of_bias
+    leading = tuple(range(gradient.ndim - len(weight.shape) + 1))
+    of_bias = None if bias is None else jnp.sum(gradient, axis=leading).astype(bias.dtype)
+    # Narrow from here on: what devices exchange for it is half of the bytes.
+    narrow = gradient.astype(x.dtype)
+    if isinstance(weight, QuantizedArray) and sharded.applies(weight):
+        return sharded.transposed_matmul(_transposed, narrow, weight), None, of_bias
+    return _transposed(narrow, weight), None, of_bias
 
 
 _matmul.defvjp(_forward, _backward)
+
+
+def _product(x: Array, weight: Weight, bias: Array | None) -> Array:
+    """x times weight plus bias on one device."""
+    rows = x.reshape(-1, x.shape[-1])
+    bias = None if bias is None else bias.reshape(-1)
+    if isinstance(weight, TiledArray):
+        product = cpu.matmul(rows, weight).reshape(len(rows), -1)
+        product = product if bias is None else product + bias.astype(jnp.float32)
+    else:
+        product = backends.matmul(rows, _flatten(weight), bias)
+    return product.reshape(*x.shape[:-1], *weight.shape[1:])
+
+
+def _transposed(gradient: Array, weight: Weight) -> Array:
+    """gradient [..., *outputs] times the transpose of weight on one device, [..., K]."""
+    inputs, *outputs = weight.shape
+    rows = gradient.reshape(-1, math.prod(outputs))
+    if isinstance(weight, TiledArray):
+        product = cpu.transposed_matmul(rows, weight)
+    else:
+        product = xla.transposed_matmul(rows, _flatten(weight))
+    return product.reshape(*gradient.shape[: gradient.ndim - len(outputs)], inputs)
+
+
+def _flatten(weight: QuantizedArray) -> QuantizedArray:
+    """[K, *outputs] as [K, N]."""
+    outputs = math.prod(weight.shape[1:])
+    flat: QuantizedArray = jax.tree.map(lambda a: a.reshape(a.shape[0], outputs), weight)
+    return flat.replace(contraction_axis=-2, axes=None)  # type: ignore[attr-defined]

@@ -133,28 +133,26 @@ def matmul(x: Float[Array, "..."], weight: TiledArray, widest: int = cpu_library
 
 
 def transposed_matmul(
-    gradient: Float[Array, "rows outputs"], weight: TiledArray, dtype: jnp.dtype
+    gradient: Float[Array, "rows outputs"], weight: TiledArray
 ) -> Float[Array, "rows inputs"]:
     """gradient [rows, N] times the transpose of weight [K, *outputs], strip by strip.
 
-    Args:
-      dtype: what the weight and the gradient are rounded to before the product.
-
     Returns:
-      float32 [rows, K].
+      [rows, K] in the gradient's dtype, to which weights are rounded too; sums are float32.
     """
     strips = len(weight.values)
     padded = jnp.pad(gradient, ((0, 0), (0, strips * _STRIP - gradient.shape[1])))
-    columns = padded.reshape(-1, strips, _STRIP).swapaxes(0, 1).astype(dtype)
+    columns = padded.reshape(-1, strips, _STRIP).swapaxes(0, 1)
 
     def step(total: Array, strip: tuple[Array, Array]) -> tuple[Array, None]:
         part, index = strip
         outputs = index * _STRIP + jnp.arange(_STRIP)
-        weights = take_outputs(weight, outputs).astype(dtype)
+        weights = take_outputs(weight, outputs).astype(gradient.dtype)
         return total + jnp.matmul(part, weights, preferred_element_type=jnp.float32), None
 
     start = jnp.zeros((len(gradient), weight.shape[0]), jnp.float32)
-    return jax.lax.scan(step, start, (columns, jnp.arange(strips)))[0]
+    total: Array = jax.lax.scan(step, start, (columns, jnp.arange(strips)))[0]
+    return total.astype(gradient.dtype)
 
 
 def take_outputs(

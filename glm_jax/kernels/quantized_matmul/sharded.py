@@ -14,6 +14,7 @@ from glm_jax.quantization import QuantizedArray
 from glm_jax.sharding import parameter_spec
 
 Product = Callable[[Array, QuantizedArray, Array | None], Array]
+Transposed = Callable[[Array, QuantizedArray], Array]
 
 
 def applies(weight: QuantizedArray) -> bool:
@@ -41,21 +42,9 @@ def matmul(
     Returns:
       float32 [..., *outputs], outputs divided as the weight's are.
     """
-    assert weight.axes is not None
-    mesh = jax.sharding.get_abstract_mesh()
-    inputs, *outputs = parameter_spec(mesh.shape, weight.axes, weight.values.shape)
-    weight = _with_groups_for(weight, 1 if inputs is None else mesh.shape[inputs])
-    group_axis = inputs if weight.groups > 1 else None
-    values_spec = PartitionSpec(inputs, *outputs)
-    scales_spec = PartitionSpec(group_axis, *outputs)
-    weight_spec = weight.replace(  # type: ignore[attr-defined]
-        values=values_spec,
-        scales=scales_spec,
-        zero_points=None if weight.zero_points is None else scales_spec,
-    )
-    batch = [None] * (x.ndim - 1)
-    if batch and "data" in mesh.shape and x.shape[0] % mesh.shape["data"] == 0:
-        batch[0] = "data"  # type: ignore[call-overload]
+    weight, weight_spec = _divided(weight)
+    inputs, *outputs = weight_spec.values
+    batch = _batch_axes(x.shape[:-1])
 
     def local(x: Array, weight: QuantizedArray, bias: Array | None) -> Array:
         if inputs is None:
@@ -63,8 +52,7 @@ def matmul(
         total = jax.lax.psum(product(x, weight, None), inputs)
         return total if bias is None else total + bias.astype(jnp.float32)
 
-    run: Any = functools.partial(jax.shard_map, check_vma=False)
-    divided: Array = run(
+    divided: Array = _shard_map(
         local,
         in_specs=(
             PartitionSpec(*batch, inputs),
@@ -74,6 +62,65 @@ def matmul(
         out_specs=PartitionSpec(*batch, *outputs),
     )(x, weight, bias)
     return divided
+
+
+def transposed_matmul(
+    product: Transposed, gradient: Float[Array, "..."], weight: QuantizedArray
+) -> Float[Array, "..."]:
+    """gradient [..., *outputs] times the transpose of weight, as `matmul` divides it.
+
+    Where devices hold other outputs of the weight their results are summed, in the
+    gradient's dtype.
+
+    Args:
+      product: multiplies on one device.
+
+    Returns:
+      [..., K], divided as the weight's inputs are.
+    """
+    weight, weight_spec = _divided(weight)
+    inputs, *outputs = weight_spec.values
+    batch = _batch_axes(gradient.shape[: gradient.ndim - len(outputs)])
+    summed = tuple(axis for axis in outputs if axis is not None)
+
+    def local(gradient: Array, weight: QuantizedArray) -> Array:
+        part = product(gradient, weight)
+        return jax.lax.psum(part, summed) if summed else part
+
+    divided: Array = _shard_map(
+        local,
+        in_specs=(PartitionSpec(*batch, *outputs), weight_spec),
+        out_specs=PartitionSpec(*batch, inputs),
+    )(gradient, weight)
+    return divided
+
+
+_shard_map: Any = functools.partial(jax.shard_map, check_vma=False)
+
+
+def _divided(weight: QuantizedArray) -> tuple[QuantizedArray, Any]:
+    """The weight, its groups split so that each part has whole ones, and the mesh axes of its
+    arrays in a tree like it."""
+    assert weight.axes is not None
+    mesh = jax.sharding.get_abstract_mesh()
+    inputs, *outputs = parameter_spec(mesh.shape, weight.axes, weight.values.shape)
+    weight = _with_groups_for(weight, 1 if inputs is None else mesh.shape[inputs])
+    scales_spec = PartitionSpec(inputs if weight.groups > 1 else None, *outputs)
+    spec = weight.replace(  # type: ignore[attr-defined]
+        values=PartitionSpec(inputs, *outputs),
+        scales=scales_spec,
+        zero_points=None if weight.zero_points is None else scales_spec,
+    )
+    return weight, spec
+
+
+def _batch_axes(leading: tuple[int, ...]) -> list[str | None]:
+    """Of activations' leading axes: rows are divided over data, where they can be."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes: list[str | None] = [None] * len(leading)
+    if leading and "data" in mesh.shape and leading[0] % mesh.shape["data"] == 0:
+        axes[0] = "data"
+    return axes
 
 
 def _with_groups_for(weight: QuantizedArray, parts: int) -> QuantizedArray:

@@ -33,26 +33,22 @@ def matmul(x: Float[Array, "rows inputs"], weight: QuantizedArray) -> Float[Arra
 
 
 def transposed_matmul(
-    gradient: Float[Array, "rows outputs"], weight: QuantizedArray, dtype: jnp.dtype
+    gradient: Float[Array, "rows outputs"], weight: QuantizedArray
 ) -> Float[Array, "rows inputs"]:
     """gradient [rows, N] times the transpose of weight [K, N], tile by tile of K.
 
-    Args:
-      dtype: what the weight and the gradient are rounded to before the product.
-
     Returns:
-      float32 [rows, K].
+      [rows, K] in the gradient's dtype, to which weights are rounded too; sums are float32.
     """
-    narrow = gradient.astype(dtype)
 
     def step(carry: None, tile: QuantizedArray) -> tuple[None, Array]:
         part = jax.lax.dot_general(
-            narrow,
-            dequantize(tile, dtype),
+            gradient,
+            dequantize(tile, gradient.dtype),
             (((1,), (1,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
-        return carry, part
+        return carry, part.astype(gradient.dtype)
 
     parts = jax.lax.scan(step, None, _tiles(weight))[1]
     return parts.swapaxes(0, 1).reshape(len(gradient), -1)

@@ -1,0 +1,130 @@
+"""Adapters on disk: `adapter.json`, and their arrays in Orbax; the model is not among them.
+
+They remember which model they were trained on, whatever precision it was held in, and are
+refused by any other.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from glm_jax import processes
+from glm_jax.config import ConfigError, GLMConfig
+from glm_jax.model import adapters as model_adapters
+from glm_jax.model import parts
+from glm_jax.model.adapters import AdapterConfig
+from glm_jax.model.params import Adapters, LayerNormParams
+from glm_jax.model.parts import PARAMS_FOLDER, CheckpointError
+
+ADAPTER_FILE = "adapter.json"
+_PART = "adapter"
+_SHAPE = ("num_layers", "hidden_size", "inner_hidden_size", "num_heads")
+
+
+def model_identity(folder: Path, config: GLMConfig) -> dict[str, Any]:
+    """What tells a model from others, in any precision: its shape, and a digest of its last
+    layernorm, which quantising leaves as it is.
+
+    Args:
+      folder: the model folder.
+    """
+    metadata = parts.part_metadata(folder / PARAMS_FOLDER, parts.EMBEDDING)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    described = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+        for name, x in metadata["final_layernorm"].items()
+    }
+    target = {"final_layernorm": described}
+    read = parts.read_part(folder.absolute() / PARAMS_FOLDER, parts.EMBEDDING, target, metadata)
+    return identity_of(config, LayerNormParams(**read["final_layernorm"]))
+
+
+def identity_of(config: GLMConfig, final_layernorm: LayerNormParams) -> dict[str, Any]:
+    """`model_identity` of a model that is in memory as it was stored."""
+    digest = hashlib.sha256()
+    for array in (final_layernorm.scale, final_layernorm.bias):
+        digest.update(np.asarray(array).astype(np.float32).tobytes())
+    shape: dict[str, Any] = {name: getattr(config, name) for name in _SHAPE}
+    return shape | {"final_layernorm": digest.hexdigest()}
+
+
+def save_adapter(
+    path: str | os.PathLike[str],
+    adapter: AdapterConfig,
+    adapters: Adapters,
+    identity: dict[str, Any],
+) -> None:
+    """Writes a folder of adapters; of several processes all call this.
+
+    Args:
+      identity: of the model that they belong to; see `model_identity`.
+
+    Raises:
+      CheckpointError: the folder holds something already.
+    """
+    target = Path(path).absolute()
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise CheckpointError(f"output {target} is not empty: remove it or name another folder")
+    partial = target.with_name(target.name + ".partial")
+    if processes.is_first():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    processes.wait("a place for the adapters")
+    parts.write_part(partial, _PART, adapters)
+    if processes.is_first():
+        about = dataclasses.asdict(adapter) | {"model": identity}
+        (partial / ADAPTER_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    processes.wait("the adapters are whole")
+
+
+def load_adapter(
+    path: str | os.PathLike[str], config: GLMConfig, identity: dict[str, Any], mesh: Mesh | None
+) -> tuple[AdapterConfig, Adapters]:
+    """Reads what `save_adapter` wrote, float32, layers stacked.
+
+    Args:
+      identity: of the model that they are to be attached to.
+      mesh: where they go, one device by default.
+
+    Raises:
+      CheckpointError: there are none, or they belong to another model.
+    """
+    folder = Path(path).absolute()
+    file = folder / ADAPTER_FILE
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        of_model = about.pop("model")
+        adapter = AdapterConfig.from_dict(about)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(
+            f"{path} holds no adapters ({ADAPTER_FILE} is missing): give the folder `adapter` of a "
+            "fine-tuning run's workdir"
+        ) from error
+    except (ValueError, KeyError, AttributeError, ConfigError) as error:
+        raise CheckpointError(f"{file}: {error!r}; save the adapters again") from error
+    if of_model != identity:
+        differs = next((n for n, v in identity.items() if of_model.get(n) != v), "model")
+        raise CheckpointError(
+            f"{path} belongs to another model than this one ({differs} differs): attach it to the "
+            "model that it was trained on"
+        )
+    described = model_adapters.abstract(config, adapter, mesh)
+    if mesh is None:
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        described = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), described
+        )
+    metadata = parts.part_metadata(folder, _PART)
+    adapters: Adapters = parts.read_part(folder, _PART, described, metadata)
+    return adapter, adapters

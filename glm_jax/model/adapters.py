@@ -1,0 +1,169 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685): what is trained beside kernels that stay.
+
+Of a kernel W the model computes with W + scale * down up, where down is [inputs, rank] and
+up [rank, *outputs]. W may be quantised: it is never changed, nor written out as floats.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray
+
+from glm_jax.config import ConfigError, GLMConfig
+from glm_jax.model import params as glm_params
+from glm_jax.model.offload import OffloadedLayers
+from glm_jax.model.params import (
+    KERNEL_AXES,
+    LINEAR_NAMES,
+    AdaptedKernel,
+    Adapters,
+    GLMParams,
+    LinearParams,
+    LowRank,
+    ParamSpec,
+    map_layer_linears,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """What adapters are made of.
+
+    Attributes:
+      rank: inner size of each pair of matrices.
+      alpha: the product of a pair is multiplied by alpha / rank.
+      dropout: share of an adapter's inputs that is left out in training.
+      targets: the linears that have one, of `LINEAR_NAMES`.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = LINEAR_NAMES
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise ConfigError(f"adapter.rank={self.rank!r}: a positive integer")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"adapter.dropout={self.dropout}: from 0 to less than 1")
+        unknown = [name for name in self.targets if name not in LINEAR_NAMES]
+        if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ConfigError(
+                f"adapter.targets={','.join(self.targets)}: some of {','.join(LINEAR_NAMES)}, "
+                "each once"
+            )
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> "AdapterConfig":
+        """Of plain values.
+
+        Raises:
+          ConfigError: unknown fields, or values out of range.
+        """
+        try:
+            return cls(**(dict(fields) | {"targets": tuple(fields["targets"])}))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"adapter: {error}") from error
+
+
+def specs(config: GLMConfig, adapter: AdapterConfig) -> Adapters:
+    """All pairs as `ParamSpec` leaves, layers stacked, in float32.
+
+    down begins with the variance of its inputs' mean, up with zeros, so that a model with
+    fresh adapters is the model.
+    """
+    layers: Any = glm_params.specs(config).layers
+    pairs = {}
+    for name in adapter.targets:
+        count, inputs, *outputs = getattr(layers, name).kernel.shape
+        of_inputs, *of_outputs = KERNEL_AXES[name]
+        pairs[name] = LowRank(
+            down=ParamSpec(
+                (count, inputs, adapter.rank),
+                "float32",
+                ("layers", of_inputs, None),
+                glm_params.normal(inputs**-0.5),
+            ),
+            up=ParamSpec(
+                (count, adapter.rank, *outputs),
+                "float32",
+                ("layers", None, *of_outputs),
+                glm_params.constant(0.0),
+            ),
+        )
+    return Adapters(pairs)
+
+
+def abstract(config: GLMConfig, adapter: AdapterConfig, mesh: Mesh | None = None) -> Adapters:
+    """The tree as `jax.ShapeDtypeStruct`, with shardings where a mesh is given."""
+    tree: Adapters = glm_params.abstract_of(specs(config, adapter), mesh)
+    return tree
+
+
+def logical_axes(config: GLMConfig, adapter: AdapterConfig) -> Adapters:
+    """The tree of each array's logical axes."""
+    axes: Adapters = glm_params.axes_of(specs(config, adapter))
+    return axes
+
+
+def init(
+    config: GLMConfig, adapter: AdapterConfig, key: PRNGKeyArray, mesh: Mesh | None = None
+) -> Adapters:
+    """Fresh adapters, made where they will live: the same values on every mesh."""
+    made: Adapters = glm_params.init_of(specs(config, adapter), key, mesh)
+    return made
+
+
+def attach(params: GLMParams, adapters: Adapters, scale: float) -> GLMParams:
+    """The model with adapters beside its kernels; layers stacked, a tuple, or offloaded."""
+    layers: Any = params.layers
+    if isinstance(layers, tuple):
+        changed: Any = tuple(
+            _attach(layer, _take(adapters, i), scale) for i, layer in enumerate(layers)
+        )
+    elif isinstance(layers, OffloadedLayers):
+        kept = layers.resident_count
+        resident = layers.resident
+        if resident is not None:
+            resident = _attach(resident, _take(adapters, slice(0, kept)), scale)
+        streamed = _attach(layers.streamed, _take(adapters, slice(kept, None)), scale)
+        changed = OffloadedLayers(resident, streamed)
+    else:
+        changed = _attach(layers, adapters, scale)
+    attached: GLMParams = params.replace(layers=changed)  # type: ignore[attr-defined]
+    return attached
+
+
+def _take(adapters: Adapters, place: int | slice) -> Adapters:
+    taken: Adapters = jax.tree.map(lambda x: x[place], adapters)
+    return taken
+
+
+def _attach(layers: Any, adapters: Adapters, scale: float) -> Any:
+    def change(name: str, linear: LinearParams) -> LinearParams:
+        pair = adapters.pairs.get(name)
+        if pair is None:
+            return linear
+        return LinearParams(AdaptedKernel(linear.kernel, pair, scale), linear.bias)
+
+    return map_layer_linears(change, layers)
+
+
+def merged_kernel(kernel: Any, pair: LowRank, scale: float) -> Any:
+    """kernel [inputs, *outputs] + scale * down up, computed in float32, in kernel's dtype."""
+    product = jnp.tensordot(
+        jnp.asarray(pair.down, jnp.float32), jnp.asarray(pair.up, jnp.float32), 1,
+        precision="highest",
+    )  # fmt: skip
+    return (jnp.asarray(kernel).astype(jnp.float32) + scale * product).astype(kernel.dtype)
