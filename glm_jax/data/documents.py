@@ -131,3 +131,23 @@ def tokenize(files: list[Path], tokenizer: Tokenizer, window: int) -> Dataset:
     if not records:
         raise DataError(f"{files[0]}: no text in the training files")
     return in_memory("text", records)
+
+
+def tokenize_instructions(files: list[Path], tokenizer: Tokenizer) -> Dataset:
+    """All instructions of some files of JSON lines, in memory; see `parse_instruction`.
+
+    Raises:
+      DataError: unreadable files, a line that is no instruction, or none at all.
+    """
+    records: list[Record] = []
+    for file in files:
+        with open_text(file) as stream:
+            for number, line in enumerate(stream, 1):
+                try:
+                    record = parse_instruction(line, tokenizer)
+                except ValueError as error:
+                    raise DataError(f"{file}:{number}: {error}") from error
+                records += [] if record is None else [record]
+    if not records:
+        raise DataError(f"{files[0]}: no instructions in the files")
+    return in_memory("pairs", records)

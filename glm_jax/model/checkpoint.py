@@ -109,6 +109,14 @@ def load_config(path: str | os.PathLike[str]) -> GLMConfig:
         raise CheckpointError(f"{file}: {error}") from error
 
 
+def is_quantized(path: str | os.PathLike[str], config: GLMConfig) -> bool:
+    """Whether a model folder holds its kernels as integers."""
+    folder = Path(path).absolute() / PARAMS_FOLDER
+    first = parts.layer_ranges(folder, config.num_layers)[0]
+    stored = parts.part_metadata(folder, parts.layers_part(*first))
+    return isinstance(stored["query_key_value"]["kernel"], dict)
+
+
 def restore(
     path: str | os.PathLike[str],
     mesh: Mesh | None = None,

@@ -13,7 +13,7 @@ from glm_jax.planning.exchanges import by_kind, in_lines
 from glm_jax.planning.topology import compiling_for
 from glm_jax.sharding import activation_spec
 from glm_jax.training.recipe import Recipe
-from glm_jax.training.state import Batch, abstract_state
+from glm_jax.training.state import Batch, abstract_state, state_shardings
 from glm_jax.training.step import compiled_train_step
 
 
@@ -59,8 +59,13 @@ def lower_train_step(
     whole = NamedSharding(mesh, PartitionSpec())
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
     step: Any = compiled_train_step(model, recipe, 9, mesh)
+    state = jax.tree.map(
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        abstract_state(model, recipe, mesh),
+        state_shardings(model, recipe, mesh),
+    )
     with compiling_for(mesh):
-        return step.lower(abstract_state(model, recipe, mesh), frozen, batch, key)
+        return step.lower(state, frozen, batch, key)
 
 
 def memory(compiled: Any) -> Memory:

@@ -1,11 +1,14 @@
 """The fields of an experiment, with defaults; configs/*.py set what differs."""
 
 import dataclasses
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from glm_jax.config import ConfigError, GLMConfig, glm_config
+from glm_jax.data.documents import KINDS_OF_FILES
 from glm_jax.data.objective import ObjectiveConfig
+from glm_jax.model.adapters import AdapterConfig
 from glm_jax.training.recipe import BatchSchedule, Recipe
 
 _OPTIMIZER = (
@@ -17,6 +20,8 @@ _OPTIMIZER = (
     "beta2",
     "epsilon",
     "weight_decay",
+    "moments",
+    "offload_moments",
     "gradient_clip",
     "dropout",
     "attention_dropout",
@@ -43,40 +48,45 @@ def default_config(size: str, **model_overrides: object) -> ConfigDict:
     """
     model = dataclasses.asdict(glm_config(size, **model_overrides))
     model.pop("special_tokens")  # they come with the tokenizer
+    fields = run_fields()
+    fields["data"]["sequence_length"] = model["max_sequence_length"]
+    return ConfigDict(dict(model=model, **fields))
+
+
+def run_fields() -> dict[str, Any]:
+    """All fields but those of the model."""
     recipe = dataclasses.asdict(Recipe(total_samples=1))
-    return ConfigDict(
-        dict(
-            model=model,
-            seed=0,
-            steps=1000,  # times data.batch_size are the rows of the run
-            mesh="1,1,1",
-            data=dict(
-                files="",  # text to tokenise in memory: comma-separated paths and patterns
-                mixture="",  # or prepared folders: data/en:0.6,data/zh:0.35,data/tasks:0.05
-                tokenizer="",  # folder that launch/train_tokenizer.py wrote
-                sequence_length=model["max_sequence_length"],
-                batch_size=8,
-                micro_batch_size=0,  # rows at once; 0 for the whole batch
-                initial_batch_size=0,  # from which the batch grows; 0 for no growth
-                ramp_fraction=0.025,  # of the run's rows, over which it grows
-                ramp_increment=0,  # by which it grows; 0 for the initial size
-                streams=0,  # that samples are dealt to; 0 for one a row
-                objective=dataclasses.asdict(ObjectiveConfig()),
-            ),
-            optimizer={name: recipe[name] for name in _OPTIMIZER},
-            stability={name: recipe[name] for name in _STABILITY}
-            | dict(
-                restore_after=10,  # skipped steps in a row; 0 for never
-                most_restores=5,  # without a checkpoint in between
-            ),
-            evaluation=dict(files="", mixture="", every=0, batches=8),
-            log_every=10,
-            checkpoint_every=500,
-            checkpoint_minutes=0.0,  # besides; 0 for steps alone
-            checkpoints_kept=2,
-            checkpoints_kept_every=0,  # steps of which one stays for good; 0 for none
-            peak_flops=0.0,  # of a device, for model FLOPs utilisation; 0 to measure it
-        )
+    return dict(
+        seed=0,
+        steps=1000,  # times data.batch_size are the rows of the run
+        mesh="1,1,1",
+        data=dict(
+            files="",  # to tokenise in memory: comma-separated paths and patterns
+            kind="text",  # of these files; or instructions: JSON lines, prompt and target
+            mixture="",  # or prepared folders: data/en:0.6,data/zh:0.35,data/tasks:0.05
+            tokenizer="",  # folder that launch/train_tokenizer.py wrote
+            sequence_length=2048,
+            batch_size=8,
+            micro_batch_size=0,  # rows at once; 0 for the whole batch
+            initial_batch_size=0,  # from which the batch grows; 0 for no growth
+            ramp_fraction=0.025,  # of the run's rows, over which it grows
+            ramp_increment=0,  # by which it grows; 0 for the initial size
+            streams=0,  # that samples are dealt to; 0 for one a row
+            objective=dataclasses.asdict(ObjectiveConfig()),
+        ),
+        optimizer={name: recipe[name] for name in _OPTIMIZER},
+        stability={name: recipe[name] for name in _STABILITY}
+        | dict(
+            restore_after=10,  # skipped steps in a row; 0 for never
+            most_restores=5,  # without a checkpoint in between
+        ),
+        evaluation=dict(files="", kind="text", mixture="", every=0, batches=8),
+        log_every=10,
+        checkpoint_every=500,
+        checkpoint_minutes=0.0,  # besides; 0 for steps alone
+        checkpoints_kept=2,
+        checkpoints_kept_every=0,  # steps of which one stays for good; 0 for none
+        peak_flops=0.0,  # of a device, for model FLOPs utilisation; 0 to measure it
     )
 
 
@@ -90,7 +100,16 @@ def recipe(config: ConfigDict) -> Recipe:
     """How an experiment trains; raises ConfigError for values out of range."""
     fields = {name: config.optimizer[name] for name in _OPTIMIZER}
     fields |= {name: config.stability[name] for name in _STABILITY}
+    if config.get("adapter", {}).get("rank"):
+        fields["adapter"] = adapter(config)
     return Recipe(total_samples=config.steps * config.data.batch_size, **fields)
+
+
+def adapter(config: ConfigDict) -> AdapterConfig:
+    """What a fine-tuning config trains; raises ConfigError for values out of range."""
+    fields = config.adapter.to_dict()
+    targets = tuple(name.strip() for name in fields.pop("targets").split(","))
+    return AdapterConfig(targets=targets, **fields)
 
 
 def batch_schedule(config: ConfigDict) -> BatchSchedule:
@@ -127,6 +146,9 @@ def check(config: ConfigDict) -> None:
         raise ConfigError(
             "evaluation.every is set: --config.evaluation.files=... or mixture=..., one of them"
         )
+    for source in (config.data, config.evaluation):
+        if source.kind not in KINDS_OF_FILES:
+            raise ConfigError(f"kind={source.kind!r}, of files: one of {KINDS_OF_FILES}")
     length, positions = config.data.sequence_length, config.model.max_sequence_length
     if not 8 <= length <= positions:
         raise ConfigError(f"data.sequence_length={length}: from 8 to the model's {positions}")

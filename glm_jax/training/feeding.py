@@ -46,6 +46,8 @@ def _datasets(
 ) -> tuple[list[Dataset], list[float]]:
     if source.files:
         files = documents.find_files(source.files)
+        if source.kind == "instructions":
+            return [documents.tokenize_instructions(files, tokenizer)], [1.0]
         return [documents.tokenize(files, tokenizer, pipeline.window_length(length))], [1.0]
     datasets, weights = [], []
     for part in source.mixture.split(","):
@@ -60,6 +62,21 @@ def _datasets(
             raise ConfigError(f"mixture={source.mixture!r}: {part!r} needs a folder and a weight")
         datasets.append(open_dataset(Path(folder), tokenizer))
     return datasets, weights
+
+
+def describe(mixture: Mixture, rows: int) -> str:
+    """What a run of so many rows sees of its data, in a line."""
+    length, weights = mixture.sequence_length, mixture.weights
+    told = []
+    for dataset, weight in zip(mixture.datasets, weights, strict=True):
+        seen = rows * length * weight / sum(weights) / dataset.tokens
+        line = f"{dataset.name}: {len(dataset.records)} records, {dataset.tokens} tokens, "
+        line += f"each seen about {seen:.2g} times"
+        if isinstance(dataset.records, list):
+            cut = sum(len(record.tokens) > length - 3 for record in dataset.records)
+            line += f"; {cut} too long for {length} tokens and cut" if cut else ""
+        told.append(line)
+    return "data: " + "; ".join(told)
 
 
 class MeshBatches:

@@ -24,7 +24,7 @@ from glm_jax.tokenizer import Tokenizer
 from glm_jax.training import config as train_config
 from glm_jax.training import watching
 from glm_jax.training.checkpoints import RunCheckpoints
-from glm_jax.training.feeding import MeshBatches, open_mixture
+from glm_jax.training.feeding import MeshBatches, describe, open_mixture
 from glm_jax.training.recipe import BatchSchedule, Recipe
 from glm_jax.training.state import Batch, TrainState, init_state
 from glm_jax.training.step import compiled_train_step, evaluation_step
@@ -98,7 +98,9 @@ def train(config: ConfigDict, workdir: Path, profiled: range = range(0)) -> list
     """
     train_config.check(config)
     tokenizer = Tokenizer(config.data.tokenizer)
-    model = _model_for(config, tokenizer)
+    model = train_config.model_config(config)
+    check_vocabulary(model, tokenizer)
+    model = model.replace(special_tokens=tokenizer.special_tokens)
     recipe, mesh = train_config.recipe(config), parse_mesh(config.mesh)
     job = Job(
         config, tokenizer, model, recipe, mesh,
@@ -157,6 +159,7 @@ def run_job(job: Job, workdir: Path, profiled: range = range(0)) -> list[dict[st
         with _closing(Watcher(workdir, recipe.total_samples, done, step, peak)) as watcher:
             consumed = place.get("consumed", 0)
             run = Run(job, schedule, batches, checkpoints, watcher, evaluation, consumed, profiled)
+            watcher.tell(describe(mixture, recipe.total_samples))
             with jax.set_mesh(mesh):
                 state = _steps(run, state, workdir)
     job.finish(state)
@@ -321,11 +324,10 @@ def _profile(run: Run, step: int, workdir: Path) -> Iterator[None]:
         run.is_profiling = False
 
 
-def _model_for(config: ConfigDict, tokenizer: Tokenizer) -> GLMConfig:
-    model = train_config.model_config(config)
+def check_vocabulary(model: GLMConfig, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError where a tokenizer gives ids that a model does not have."""
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(
             f"model.vocab_size={model.vocab_size} is less than the tokenizer's "
             f"{tokenizer.vocab_size}: --config.model.vocab_size=..."
         )
-    return model.replace(special_tokens=tokenizer.special_tokens)

@@ -5,17 +5,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from glm_jax.config import GLMConfig
+from glm_jax.model.offload import DEVICE_MEMORY, HOST_MEMORY, is_streamed
 from glm_jax.model.params import Adapters, GLMParams, stack_layers, unstack_layers
 from glm_jax.training import trainable
-from glm_jax.training.optimizer import make_optimizer
 from glm_jax.training.recipe import Recipe
 from glm_jax.training.stability import Monitor, init_monitor
 from glm_jax.training.trainable import Trainable
+from glm_jax.training.update import BlockMoments, init_moments
 
 
 @struct.dataclass
@@ -58,13 +60,36 @@ def init_state(config: GLMConfig, recipe: Recipe, key: PRNGKeyArray, mesh: Mesh)
 def start_state(params: Any, config: GLMConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
     """The state of a run that begins with given parameters, layers stacked."""
     target = abstract_state(config, recipe, mesh)
+    waiting = None
+    if recipe.offload_moments:
+        # Never on the devices, which may have no room for them.
+        waiting = jax.tree.map(_zeros, target.opt_state.layers)
+        target = _without_waiting(target)
     shardings = jax.tree.map(lambda a: a.sharding, target)
 
     def begin(params: Trainable) -> TrainState:
-        return _lay_out(_state(_own(params, mesh), recipe), target)
+        state = _state(_own(params, mesh), recipe)
+        return _lay_out(state if waiting is None else _without_waiting(state), target)
 
     state: TrainState = jax.jit(begin, out_shardings=shardings)(params)
-    return state
+    if waiting is None:
+        return state
+    moments = state.opt_state.replace(layers=waiting)
+    whole: TrainState = state.replace(opt_state=moments)  # type: ignore[attr-defined]
+    return whole
+
+
+def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """What every optimiser here begins with, made in the memory where it stays."""
+    sharding: Any = leaf.sharding
+    piece = np.zeros(sharding.shard_shape(leaf.shape), leaf.dtype)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda _: piece)
+
+
+def _without_waiting(state: TrainState) -> TrainState:
+    moments: BlockMoments = state.opt_state
+    less: TrainState = state.replace(opt_state=moments.replace(layers=()))  # type: ignore[attr-defined]
+    return less
 
 
 def _own(tree: Any, mesh: Mesh) -> Any:
@@ -83,7 +108,7 @@ def _state(params: Trainable, recipe: Recipe) -> TrainState:
         step=jnp.zeros((), jnp.int32),
         samples=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=make_optimizer(recipe).init(params),
+        opt_state=init_moments(params, recipe),
         monitor=init_monitor(recipe),
     )
 
@@ -95,7 +120,8 @@ def abstract_state(config: GLMConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
     the new ones took 3 % of a step. Else they are stacked, as in `abstract_saved_state`.
     """
     saved = abstract_saved_state(config, recipe, mesh)
-    is_plain = recipe.adapter is None and recipe.moments == "float32"
+    is_plain = recipe.moments == "float32" and not recipe.offload_moments
+    is_plain = is_plain and recipe.adapter is None
     if not _is_cpu(mesh) or not is_plain:
         return saved
 
@@ -156,20 +182,47 @@ def abstract_saved_state(config: GLMConfig, recipe: Recipe, mesh: Mesh) -> Train
     """Shapes, dtypes and shardings of a state in a checkpoint: layers are stacked."""
     params = trainable.abstract(config, recipe, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
-    by_path = {
-        _names(path): leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    by_path: dict[tuple[str, ...], NamedSharding] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = _names(path)
+        # Where each block has an optimiser of its own, its parameters' paths begin there.
+        by_path |= {names: leaf.sharding, names[1:]: leaf.sharding}
 
     def place(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-        # Moments stand under the parameter's own path, behind the optimiser's.
+        # Moments stand under the parameter's own path, behind the optimiser's; parts of one
+        # have a name after it.
         names = _names(path)
-        matches = (by_path[names[i:]] for i in range(len(names)) if names[i:] in by_path)
+        ends = [part for i in range(len(names)) for part in (names[i:], names[i:-1])]
+        matches = (by_path[part] for part in ends if part in by_path)
         sharding = _fitting(next(matches, whole), leaf.shape)
+        if recipe.offload_moments and _is_waiting(names, leaf):
+            sharding = sharding.with_memory_kind(HOST_MEMORY)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     shapes = jax.eval_shape(lambda params: _state(params, recipe), params)
     state: TrainState = jax.tree_util.tree_map_with_path(place, shapes)
     return state
+
+
+def _is_waiting(names: tuple[str, ...], leaf: Any) -> bool:
+    """Whether an array of a state lies in hosts' memory, where moments do."""
+    return names[:2] == ("opt_state", "layers") and is_streamed(leaf)
+
+
+def state_shardings(config: GLMConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
+    """Where a step leaves its state; also over devices that are compiled for without being
+    here, whose arrays forget their memory."""
+    state = abstract_state(config, recipe, mesh)
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        place: NamedSharding = leaf.sharding
+        if recipe.offload_moments:
+            kind = HOST_MEMORY if _is_waiting(_names(path), leaf) else DEVICE_MEMORY
+            return NamedSharding(mesh.abstract_mesh, place.spec, memory_kind=kind)
+        return place
+
+    shardings: TrainState = jax.tree_util.tree_map_with_path(sharding, state)
+    return shardings
 
 
 def _fitting(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:

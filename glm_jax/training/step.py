@@ -17,13 +17,15 @@ from glm_jax.model.training import training_hidden
 from glm_jax.model.visibility import Visibility
 from glm_jax.sharding import constrain, constrain_parameters, is_for_cpu
 from glm_jax.training.loss import cross_entropy
-from glm_jax.training.optimizer import learning_rate, make_optimizer
+from glm_jax.training.optimizer import clipping, learning_rate
 from glm_jax.training.recipe import Recipe
 from glm_jax.training.stability import embedding_factor, judge, shrink_gradient
-from glm_jax.training.state import Batch, TrainState, abstract_state, is_stacked
+from glm_jax.training.state import Batch, TrainState, is_stacked, state_shardings
 from glm_jax.training.trainable import Trainable, logical_axes, whole_model
+from glm_jax.training.update import Step, update
 
 Metrics = dict[str, Array]
+_ROUNDING = 2**30  # no micro-batch's number
 
 
 def loss_sums(
@@ -126,7 +128,7 @@ def compiled_train_step(
     The new state lies as the old one did: what the compiler would choose for it may be
     equivalent and yet another sharding, and compile the step once more.
     """
-    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, recipe, mesh))
+    shardings = state_shardings(config, recipe, mesh)
     step = functools.partial(train_step, config=config, recipe=recipe, groups=groups)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
@@ -157,29 +159,29 @@ def train_step(
     # A step that is tried again after one was skipped drops other activations.
     key = jax.random.fold_in(jax.random.fold_in(key, state.step), state.monitor.skipped)
     gradients, sums = _gradients(state, frozen, batch, config, recipe, groups, key)
-    if recipe.loss_scaling:
-        gradients = jax.tree.map(lambda g: g / state.monitor.loss_scale, gradients)
     counted = jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
-    loss, norm = sums.pop("loss") / counted, optax.global_norm(gradients)
+    scale = state.monitor.loss_scale
+    loss, norm = sums.pop("loss") / counted, optax.global_norm(gradients) / scale
     is_good, is_spike, monitor = judge(state.monitor, recipe, loss, norm)
-    updates, opt_state = make_optimizer(recipe).update(gradients, state.opt_state, state.params)
     rate = learning_rate(recipe, state.samples)
-    updates = jax.tree.map(lambda u: -rate * u, updates)
+    rounding = jax.random.fold_in(key, _ROUNDING)
+    shared = Step(clipping(norm, recipe) / scale, rate, is_good, rounding)
+    params, opt_state, update_norm = update(
+        state.params, gradients, state.opt_state, recipe, shared
+    )
     rows = batch.tokens.shape[0] * batch.tokens.shape[1]
-    moved = TrainState(
-        step=state.step + 1,
-        samples=state.samples + rows,
-        params=optax.apply_updates(state.params, updates),
+    after = TrainState(
+        step=state.step + is_good,
+        samples=state.samples + rows * is_good,
+        params=params,
         opt_state=opt_state,
         monitor=monitor,
     )
-    kept = state.replace(monitor=monitor)  # type: ignore[attr-defined]
-    after: TrainState = jax.tree.map(lambda new, old: jnp.where(is_good, new, old), moved, kept)
     metrics = {
         "loss": loss,
         "accuracy": sums.pop("hits") / counted,
         "gradient_norm": norm,
-        "update_norm": optax.global_norm(updates),
+        "update_norm": update_norm,
         "learning_rate": rate,
         "loss_scale": state.monitor.loss_scale,
         "is_skipped": ~is_good,

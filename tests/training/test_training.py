@@ -21,8 +21,9 @@ from glm_jax.training import watching
 from glm_jax.training.config import check, default_config
 from glm_jax.training.feeding import MeshBatches
 from glm_jax.training.loop import DivergedError, InterruptedRunError, train
-from glm_jax.training.optimizer import decay_mask, learning_rate, make_optimizer
+from glm_jax.training.optimizer import clipping, decay_mask, learning_rate
 from glm_jax.training.recipe import Recipe
+from glm_jax.training.update import Step, init_moments, update
 
 
 def test_loss_goes_down_and_the_model_restores(experiment, tmp_path):
@@ -179,15 +180,18 @@ def test_decay_spares_biases_and_layernorms(tiny_model):
 
 def test_adamw_step_equals_the_formula():
     recipe = Recipe(total_samples=1000, gradient_clip=0.5)
-    optimizer = make_optimizer(recipe)
     params = glm_params.LinearParams(jnp.array([2.0]), jnp.array([2.0]))
-    state = optimizer.init(params)
     gradient = glm_params.LinearParams(jnp.array([3.0]), jnp.array([4.0]))
-    updates, state = optimizer.update(gradient, state, params)
+    factor = clipping(optax.global_norm(gradient), recipe)
+    shared = Step(factor, jnp.float32(0.01), jnp.array(True), jax.random.key(0))
+    moments = init_moments(params, recipe)
+    moved, after, norm = update(params, gradient, moments, recipe, shared)
     # Clipped by 10; the first Adam update is the gradient's sign.
-    np.testing.assert_allclose(updates.kernel, 1 + 0.1 * 2.0, rtol=1e-4)
-    np.testing.assert_allclose(updates.bias, 1, rtol=1e-4)
-    assert float(optax.global_norm(state[1].mu)) == pytest.approx(0.1 * 0.5, rel=1e-4)
+    np.testing.assert_allclose(moved.kernel, 2 - 0.01 * (1 + 0.1 * 2.0), rtol=1e-4)
+    np.testing.assert_allclose(moved.bias, 2 - 0.01, rtol=1e-4)
+    assert float(norm) == pytest.approx(0.01 * np.hypot(1.2, 1), rel=1e-4)
+    assert float(optax.global_norm(after[0].mu)) == pytest.approx(0.1 * 0.5, rel=1e-4)
+    assert float(clipping(jnp.float32(0.3), recipe)) == 1
 
 
 def test_learning_rate_is_the_papers():

@@ -1,0 +1,140 @@
+"""Fine-tuning: a run that begins with a model, and trains adapters beside it or all of it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from glm_jax.config import ConfigError, GLMConfig
+from glm_jax.model.adapter_files import model_identity, save_adapter
+from glm_jax.model.adapters import AdapterConfig
+from glm_jax.model.checkpoint import is_quantized, load_config, restore
+from glm_jax.model.params import unstack_layers
+from glm_jax.sharding import parse_mesh
+from glm_jax.tokenizer import Tokenizer
+from glm_jax.training import config as train_config
+from glm_jax.training.loop import (
+    MODEL_FOLDER,
+    Job,
+    check_vocabulary,
+    run_job,
+    save_trained,
+)
+from glm_jax.training.state import TrainState, init_state, start_state
+
+ADAPTER_FOLDER = "adapter"
+_FORMATS = ("param_dtype", "compute_dtype")
+
+
+def default_config(**adapter: Any) -> ConfigDict:
+    """A fine-tuning experiment: its model, but for number formats, is the checkpoint's.
+
+    Args:
+      adapter: fields of `AdapterConfig` that differ; rank=0 to train all parameters.
+    """
+    fields = train_config.run_fields()
+    described = dataclasses.asdict(AdapterConfig()) | adapter
+    described["targets"] = ",".join(described["targets"])
+    config = ConfigDict(
+        dict(
+            model=dict(
+                param_dtype="float32",  # of parameters that are trained
+                compute_dtype="bfloat16",  # of activations, and of frozen floats
+            ),
+            quantization="",  # of a frozen float model: int8, int4, int4,group=128
+            adapter=described,
+            **fields,
+        )
+    )
+    config.data.kind = config.evaluation.kind = "instructions"
+    config.data.sequence_length = 1024
+    # It has learnt what dropout and a shrunken gradient were to help it learn.
+    config.optimizer.dropout = config.optimizer.attention_dropout = 0.0
+    config.stability.embedding_gradient = 1.0
+    config.optimizer.warmup_fraction = 0.03
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.remat = "blocks"
+    return config
+
+
+def finetune(
+    config: ConfigDict, checkpoint: Path, workdir: Path, profiled: range = range(0)
+) -> list[dict[str, Any]]:
+    """Trains a model further; see `loop.run_job`.
+
+    Writes at the end the adapters, `workdir/adapter`, or the whole model, `workdir/model`.
+
+    Args:
+      config: see `default_config`.
+      checkpoint: a model folder; a quantised one takes adapters alone.
+
+    Raises:
+      ConfigError, CheckpointError, QuantizationError, MeshError: what was asked for cannot be.
+    """
+    stored = load_config(checkpoint)
+    config = resolved(config, checkpoint, stored)
+    train_config.check(config)
+    tokenizer = Tokenizer(config.data.tokenizer)
+    check_vocabulary(stored, tokenizer)
+    model = stored.replace(**_formats(config))
+    recipe, mesh = train_config.recipe(config), parse_mesh(config.mesh)
+    identity = model_identity(checkpoint, stored)
+    if recipe.adapter is None:
+        if config.quantization or is_quantized(checkpoint, stored):
+            raise ConfigError(
+                "adapter.rank=0 trains all parameters, which integers are not: give a float "
+                "checkpoint and no quantization, or a rank"
+            )
+
+        def begin() -> TrainState:
+            _, params = restore(checkpoint, mesh, model.param_dtype)
+            return start_state(params, model, recipe, mesh)
+
+        job = Job(
+            config, tokenizer, model, recipe, mesh, begin,
+            finish=lambda state: save_trained(workdir, model, state, tokenizer),
+            identity=identity,
+        )  # fmt: skip
+        return run_job(job, workdir, profiled)
+    adapter, quantization = recipe.adapter, config.quantization or None
+
+    def finish(state: TrainState) -> None:
+        trained: Any = state.params
+        if not (workdir / ADAPTER_FOLDER).exists():
+            save_adapter(workdir / ADAPTER_FOLDER, adapter, trained, identity)
+
+    _, frozen = restore(checkpoint, mesh, model.compute_dtype, quantization)
+    if mesh.devices.flat[0].platform == "cpu":
+        frozen = unstack_layers(frozen)  # once, and not in every step
+    job = Job(
+        config, tokenizer, model, recipe, mesh,
+        begin=lambda: init_state(model, recipe, jax.random.key(config.seed), mesh),
+        finish=finish,
+        frozen=frozen,
+        identity=identity | {"quantization": quantization},
+    )  # fmt: skip
+    return run_job(job, workdir, profiled)
+
+
+def resolved(config: ConfigDict, checkpoint: Path, stored: GLMConfig) -> ConfigDict:
+    """A fine-tuning config with what the checkpoint says: the model, and where none is named
+    its tokenizer."""
+    whole = ConfigDict(config.to_dict())
+    model = dataclasses.asdict(stored) | _formats(config)
+    model.pop("special_tokens")
+    whole.model = ConfigDict(model)
+    whole.data.tokenizer = config.data.tokenizer or str(checkpoint)
+    return whole
+
+
+def _formats(config: ConfigDict) -> dict[str, str]:
+    return {name: config.model[name] for name in _FORMATS}
+
+
+def outcome(workdir: Path) -> str:
+    """What a finished run left, in words."""
+    if (workdir / ADAPTER_FOLDER).exists():
+        return f"the adapters are in {workdir / ADAPTER_FOLDER}"
+    return f"the model is in {workdir / MODEL_FOLDER}"

@@ -1,0 +1,43 @@
+"""Flags that launchers share which train."""
+
+from absl import flags
+from ml_collections import config_flags
+
+from glm_jax import cli
+
+FLAGS = flags.FLAGS
+
+
+def define_training_flags(example: str) -> None:
+    """An experiment, and where its run is kept.
+
+    Args:
+      example: a file of configs/ to name where none is given.
+    """
+    config_flags.DEFINE_config_file("config", None, "experiment, a file of configs/")
+    flags.DEFINE_string("workdir", None, "checkpoints, metrics and what was learnt", required=True)
+    flags.DEFINE_list("profile_steps", [], "FIRST,LAST: steps of which the workdir gets a trace")
+    cli.define_process_flags()
+    # A file that cannot be loaded raises here, at the first look into it.
+    flags.register_validator(
+        "config",
+        lambda config: config is not None and "model" in config,
+        f"give an experiment, such as {example}",
+    )
+    flags.register_validator(
+        "profile_steps",
+        lambda steps: not steps or (len(steps) == 2 and all(step.isdigit() for step in steps)),
+        "give the first step and the last, such as 10,12",
+    )
+
+
+def profiled_steps() -> range:
+    """The steps that `--profile_steps` names."""
+    first, last = map(int, FLAGS.profile_steps or (0, -1))
+    return range(first, last + 1)
+
+
+def last_step(history: list[dict[str, float]]) -> str:
+    """How a run ended, in words."""
+    logged = [line for line in history if "loss" in line]
+    return f"step {logged[-1]['step']}, loss {logged[-1]['loss']:.3f}; " if logged else ""
