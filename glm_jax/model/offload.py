@@ -51,16 +51,15 @@ def _count(layers: LayerParams) -> int:
     return int(layers.input_layernorm.scale.shape[0])
 
 
-def fetch(streamed: LayerParams, index: int | Int[Array, ""]) -> LayerParams:
-    """One of the streamed blocks, on its way to the devices."""
+def fetch(streamed: Any, index: int | Int[Array, ""]) -> Any:
+    """One of the streamed blocks, or of what is kept for each, on its way to the devices."""
 
     def one(stack: Array) -> Array:
         here = jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
         copied: Array = jax.device_put(here, jax.memory.Space.Device)
         return copied
 
-    layer: LayerParams = jax.tree.map(one, streamed)
-    return layer
+    return jax.tree.map(one, streamed)
 
 
 def is_streamed(stack: Any) -> bool:

@@ -72,6 +72,10 @@ class Recipe:
             raise ConfigError(f"optimizer.remat={self.remat!r}: one of {REMAT_POLICIES}")
         if self.moments not in MOMENTS:
             raise ConfigError(f"optimizer.moments={self.moments!r}: one of {MOMENTS}")
+        if self.offload_moments and self.adapter is not None:
+            raise ConfigError(
+                "optimizer.offload_moments is for all parameters; those of adapters are small"
+            )
         for name in ("warmup_fraction", "embedding_gradient"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: from 0 to 1")

@@ -43,7 +43,7 @@ def init_moments(params: Any, recipe: Recipe) -> Any:
 
 
 def _rest(params: GLMParams) -> GLMParams:
-    rest: GLMParams = params.replace(layers=())  # type: ignore[attr-defined]
+    rest: GLMParams = params.replace(layers=None)  # type: ignore[attr-defined]
     return rest
 
 
