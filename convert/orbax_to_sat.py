@@ -16,11 +16,17 @@ flags.DEFINE_string("output", None, "folder to write; must not hold anything", r
 flags.DEFINE_integer("shards", 8, "tensor-parallel shards to write")
 flags.DEFINE_string("iteration", "49300", "the name that `latest` gives")
 flags.DEFINE_enum("quantization", None, ["int8", "int4"], "of each shard's rows by themselves")
+flags.DEFINE_string("adapter", None, "folder of adapters to merge into a float model")
 
 
 def main() -> None:
     write_shards(
-        Path(FLAGS.input), Path(FLAGS.output), FLAGS.shards, FLAGS.iteration, FLAGS.quantization
+        Path(FLAGS.input),
+        Path(FLAGS.output),
+        FLAGS.shards,
+        FLAGS.iteration,
+        FLAGS.quantization,
+        None if FLAGS.adapter is None else Path(FLAGS.adapter),
     )
 
 

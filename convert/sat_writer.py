@@ -11,8 +11,9 @@ import numpy as np
 
 from convert import sat_layout
 from convert.errors import ConvertError
+from convert.merging import open_with
 from convert.numbers import cast
-from convert.opening import OpenModel, open_model
+from convert.opening import OpenModel
 from convert.torch_writer import TorchWriter
 from glm_jax.config import GLMConfig
 from glm_jax.model.checkpoint import refuse_non_empty
@@ -29,6 +30,7 @@ def write_shards(
     shards: int,
     iteration: str = "49300",
     quantization: str | None = None,
+    adapter: Path | None = None,
 ) -> None:
     """Writes `latest` and ITERATION/mp_rank_RR_model_states.pt, floats in float16.
 
@@ -38,6 +40,7 @@ def write_shards(
       source: a model in any form that `open_model` takes.
       quantization: "int8" or "int4": each shard's rows get scales of their own, as the
         original's converter does it. A quantised model keeps its integers.
+      adapter: a folder of adapters to merge into the kernels of a float model.
 
     Raises:
       ConvertError: sizes or groups that do not divide into the shards.
@@ -46,7 +49,7 @@ def write_shards(
     refuse_non_empty(output)
     if shards < 1:
         raise ConvertError(f"--shards={shards}: at least 1")
-    model = open_model(source)
+    model = open_with(source, adapter)
     config = model.config
     if config.vocab_size % shards or config.num_heads % shards:
         raise ConvertError(

@@ -1,6 +1,6 @@
 """GLM-130B in JAX: the public interface.
 
-config, params = glm_jax.restore(path, mesh=None, dtype=None, quantization=None)
+config, params = glm_jax.restore(path, mesh=None, dtype=None, quantization=None, adapter=None)
 logits = glm_jax.forward(params, config, tokens, position_ids, mask)
 answers = glm_jax.generate(params, config, prompts)
 filled = glm_jax.fill_blanks(params, config, tokenizer, "Paris is in [MASK].")

@@ -2,7 +2,8 @@
 
 Writes a bilingual corpus of facts, trains a tokenizer and a GLM model on it, exports the
 model as released-layout shards, converts those back, quantises, and evaluates all three
-precisions on facts in forms that were held out: to choose, to fill in, to predict.
+precisions on facts in forms that were held out: to choose, to fill in, to predict. Then
+teaches it a new relation by adapters.
 """
 
 import shutil
@@ -26,6 +27,7 @@ from glm_jax.evaluation.tasks import Model
 from glm_jax.model.checkpoint import refuse_non_empty, restore
 from glm_jax.tokenizer import train_tokenizer
 from glm_jax.training.loop import MODEL_FOLDER, train
+from launch.demo_finetuning import interval, teach
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("output", "demo_output", "folder to write; an earlier demo there is removed")
@@ -91,6 +93,7 @@ def main() -> None:
     print_table(results)
     baseline = facts.majority_accuracy(corpus.questions)
     print(f"filling in the commonest answer of a relation: {baseline:.1%}; choosing blindly: 25%")
+    teach(output / "converted", corpus, output / "finetuning")
     print(f"\nall of it took {time.perf_counter() - began:.0f} s")
 
 
@@ -105,8 +108,7 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
             [result] = tasks[task]["groups"][language]["files"].values()
             [(metric, number)] = result["metrics"].items()
             digits = 2 if metric == "BPB" else 1
-            value, low, high = (f"{number[name]:.{digits}f}" for name in ("value", "low", "high"))
-            cells.append(f"{value} ({low} to {high})")
+            cells.append(interval(number, digits))
         print(f"{precision:<10}" + "".join(f"{cell:>23}" for cell in cells))
     print("choose, fill: percent right; predict: bits per byte, less is better")
 

@@ -18,6 +18,7 @@ MODEL_IDENTITY = (
     "tokenizer",
     "dtype",
     "quantization",
+    "adapter",
     "activation_bits",
     "embedding_bits",
     "cache_dtype",
@@ -49,6 +50,7 @@ def define_model_flags() -> None:
         None,
         "quantises a float checkpoint: int8, int4, or int4,group=128,zero_point",
     )
+    flags.DEFINE_string("adapter", None, "a folder of adapters that were trained on it")
     flags.DEFINE_integer(
         "activation_bits", None, "8: integer products of INT8 and INT4, on one CPU", 8, 8
     )
@@ -141,7 +143,12 @@ def load_model(mesh: Mesh | None) -> tuple[GLMConfig, GLMParams]:
       UserError: there is none, or it is not to be had so.
     """
     config, params = restore(
-        FLAGS.checkpoint, mesh, FLAGS.dtype, FLAGS.quantization, FLAGS.weight_memory_limit
+        FLAGS.checkpoint,
+        mesh,
+        FLAGS.dtype,
+        FLAGS.quantization,
+        FLAGS.weight_memory_limit,
+        FLAGS.adapter,
     )
     config = config.replace(cache_dtype=FLAGS.cache_dtype)
     return config, prepare(params, FLAGS.activation_bits, FLAGS.embedding_bits)

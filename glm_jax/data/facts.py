@@ -72,6 +72,18 @@ _FORMS: dict[tuple[str, str], tuple[str, ...]] = {
         "表中第{answer}号是{subject}。",
         "{subject}原子有{answer}个质子。",
     ),
+    ("capital_continent", "en"): (
+        "The city of {subject} lies in {answer}.",
+        "{subject} is a capital in {answer}.",
+        "Whoever flies to {subject} lands in {answer}.",
+        "{answer} is where {subject} was built.",
+    ),
+    ("capital_continent", "zh"): (
+        "{subject}市在{answer}。",
+        "{subject}是{answer}的一个首都。",
+        "飞到{subject}的人在{answer}着陆。",
+        "{answer}有{subject}这座城市。",
+    ),
     ("sum", "en"): (
         "{subject} = {answer}",
         "Adding {subject} gives {answer}.",
@@ -86,7 +98,11 @@ _FORMS: dict[tuple[str, str], tuple[str, ...]] = {
     ),
 }
 LANGUAGES = ("en", "zh")
-RELATIONS = tuple(dict.fromkeys(relation for relation, _ in _FORMS))
+NEW_RELATION = (
+    "capital_continent"  # not in the corpus: to be learnt by a model that knows the others
+)
+RELATIONS = tuple(dict.fromkeys(name for name, _ in _FORMS if name != NEW_RELATION))
+_REQUESTS = {"en": "Say on which continent {subject} is.", "zh": "说说{subject}在哪个洲。"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +116,26 @@ class Question:
 
 
 @dataclasses.dataclass(frozen=True)
+class Instruction:
+    prompt: str
+    target: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Corpus:
+    """Attributes:
+    sentences: to learn from.
+    questions: of forms that are not among them.
+    blanks: the sentences as blanks to fill.
+    """
+
     sentences: tuple[str, ...]
     questions: tuple[Question, ...]
+    blanks: tuple[Instruction, ...] = ()
 
 
 def _facts() -> Iterator[tuple[str, str, str, str]]:
-    """(relation, language, subject, answer)."""
+    """(relation, language, subject, answer) of all relations but the new one."""
     for row in _table("countries.tsv"):
         for language in LANGUAGES:
             for relation in ("capital", "continent", "currency"):
@@ -134,18 +163,51 @@ def build_corpus(seed: int = 0, held_out: float = 0.3) -> Corpus:
       held_out: share of the facts of which one form is left out and asked for instead.
     """
     rng = random.Random(seed)
-    sentences, questions = [], []
+    sentences, questions, blanks = [], [], []
     for relation, language, subject, answer in _facts():
         forms = _FORMS[relation, language]
         hidden = rng.randrange(len(forms)) if rng.random() < held_out else None
         for i, form in enumerate(forms):
+            text = form.format(subject=subject, answer="[MASK]")
             if i == hidden:
-                text = form.format(subject=subject, answer="[MASK]")
                 questions.append(Question(text, answer, relation, language))
             else:
                 sentences.append(form.format(subject=subject, answer=answer))
+                blanks.append(Instruction(text, answer))
     rng.shuffle(sentences)
-    return Corpus(tuple(sentences), tuple(questions))
+    return Corpus(tuple(sentences), tuple(questions), tuple(blanks))
+
+
+def build_instructions(
+    seed: int = 0, held_out: float = 0.5
+) -> tuple[tuple[Instruction, ...], tuple[Question, ...]]:
+    """The new relation as instructions, and questions in forms that are not among them.
+
+    Of each capital and language a blank to fill in each form, but the one that is held out,
+    and a question that a whole sentence answers.
+
+    Args:
+      held_out: share of the facts of which one form is left out and asked for instead.
+    """
+    rng = random.Random(seed)
+    instructions, questions = [], []
+    for row in _table("countries.tsv"):
+        for language in LANGUAGES:
+            subject, answer = row[f"capital_{language}"], row[f"continent_{language}"]
+            forms = list(_FORMS[NEW_RELATION, language])
+            asked = rng.choice(forms) if rng.random() < held_out else None
+            for form in forms:
+                blank = form.format(subject=subject, answer="[MASK]")
+                if form == asked:
+                    questions.append(Question(blank, answer, NEW_RELATION, language))
+                else:
+                    instructions.append(Instruction(blank, answer))
+            said = next(form for form in forms if form != asked)
+            request = _REQUESTS[language].format(subject=subject)
+            sentence = said.format(subject=subject, answer=answer)
+            instructions.append(Instruction(request, sentence))
+    rng.shuffle(instructions)
+    return tuple(instructions), tuple(questions)
 
 
 def majority_accuracy(questions: tuple[Question, ...]) -> float:

@@ -30,8 +30,8 @@ _SLOTS = 32
 class HarnessModel(LM):
     """A model folder behind the harness's interface.
 
-    Args of `--model_args`: checkpoint, and tokenizer, mesh, dtype, quantization as the flags
-    of `launch.evaluate`; batch_tokens (4096) scored at once; max_gen_toks (256) of an answer.
+    Args of `--model_args`: checkpoint, and tokenizer, mesh, dtype, quantization, adapter as the
+    flags of `launch.evaluate`; batch_tokens (4096) scored at once; max_gen_toks (256) of an answer.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class HarnessModel(LM):
         mesh: str | None = None,
         dtype: str | None = None,
         quantization: str | None = None,
+        adapter: str | None = None,
         batch_tokens: int = 4096,
         max_gen_toks: int = 256,
         **harness: Any,
@@ -50,7 +51,7 @@ class HarnessModel(LM):
         if unknown:
             raise ValueError(f"--model_args: unknown: {', '.join(sorted(unknown))}")
         devices = None if mesh is None else parse_mesh(mesh.replace(";", ","))
-        config, params = restore(checkpoint, devices, dtype, quantization)
+        config, params = restore(checkpoint, devices, dtype, quantization, adapter=adapter)
         params = prepare(params)
         codec = Tokenizer(tokenizer or checkpoint)
         self._model = Model(params, config, codec, int(batch_tokens))

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from glm_jax.config import GLMConfig
 from glm_jax.errors import UserError
-from glm_jax.model.offload import DEVICE_MEMORY, OffloadedLayers, device_bytes
+from glm_jax.model.offload import DEVICE_MEMORY, device_bytes
 from glm_jax.model.params import GLMParams
 from glm_jax.planning import topology
 from glm_jax.planning.decoding import (
@@ -23,11 +23,10 @@ from glm_jax.planning.decoding import (
     lower_scoring,
 )
 from glm_jax.planning.exchanges import Exchange, exchanges, sent
-from glm_jax.planning.programs import Memory, lower_train_step, memory
+from glm_jax.planning.programs import Memory, described_state, lower_train_step, memory
 from glm_jax.planning.roofline import Roofline, Work, roofline
 from glm_jax.sharding import make_mesh
 from glm_jax.training.recipe import Recipe
-from glm_jax.training.state import abstract_state
 
 JOBS = ("decode", "prefill", "evaluate", "train")
 PRECISIONS = ("float16", "bfloat16", "int8", "int4")
@@ -43,7 +42,8 @@ class Question:
 
     Attributes:
       job: one of `JOBS`.
-      precision: of the weights; quantised ones are computed with in float16 or bfloat16.
+      precision: of the weights; quantised ones are computed with in float16 or bfloat16. Of
+        training that of computing, and of the weights beside adapters.
       mesh: sizes of data, fsdp and tensor.
       batch: requests that decode together, or rows.
       length: tokens of each, the model's positions by default.
@@ -69,6 +69,15 @@ class Question:
     def devices(self) -> int:
         return math.prod(self.mesh)
 
+    @property
+    def has_adapter(self) -> bool:
+        return self.recipe is not None and self.recipe.adapter is not None
+
+    @property
+    def offloads(self) -> bool:
+        """Whether moments wait on hosts."""
+        return self.recipe is not None and self.recipe.offload_moments
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -77,7 +86,8 @@ class Plan:
     Attributes:
       weights, cache, optimizer, other, temporaries: bytes a device; `other` is what else goes
         in and out.
-      streamed: bytes of weights a device that wait in its host's memory.
+      streamed: bytes a device that wait in its host's memory: of weights, in training of
+        moments.
       room: bytes that a device has.
       exchanges: those of a step.
       work: a step's, of a device.
@@ -122,12 +132,14 @@ def make_plan(question: Question, hardware: ConfigDict) -> Plan:
     quantization = question.precision if question.precision.startswith("int") else None
     dtype = question.precision if quantization is None else _compute_dtype(hardware)
     model = question.model.replace(compute_dtype=dtype, cache_dtype=question.cache)
-    if question.weight_memory_limit is not None:
-        if question.job not in ("decode", "prefill"):
-            raise PlanError(f"weight_memory_limit is for decode and prefill, not {question.job}")
-        if "host_bandwidth" not in hardware:
-            raise PlanError(f"{hardware.device_kind}: its file says no host_bandwidth")
-    if question.job != "train":  # which keeps parameters as its config says
+    limited = question.weight_memory_limit is not None
+    if limited and question.job not in ("decode", "prefill"):
+        raise PlanError(f"weight_memory_limit is for decode and prefill, not {question.job}")
+    if (limited or question.offloads) and "host_bandwidth" not in hardware:
+        raise PlanError(f"{hardware.device_kind}: its file says no host_bandwidth")
+    if quantization is not None and question.job == "train" and not question.has_adapter:
+        raise PlanError("integers are not trained: give adapter.rank, or a float precision")
+    if question.job != "train":  # which keeps what is trained as its config says
         model = model.replace(param_dtype=dtype)
     began = time.monotonic()
     lowered = _lower(question, model, mesh, quantization)
@@ -175,7 +187,18 @@ def _lower(question: Question, model: GLMConfig, mesh: Mesh, quantization: str |
         accumulation=question.accumulation,
         micro_batch=question.batch,
         sequence_length=question.length,
+        frozen=_frozen(question, model, mesh, quantization),
     )
+
+
+def _frozen(
+    question: Question, model: GLMConfig, mesh: Mesh, quantization: str | None
+) -> GLMParams | None:
+    """The model beside adapters, its floats in what is computed with."""
+    if not question.has_adapter:
+        return None
+    held = model.replace(param_dtype=model.compute_dtype)
+    return abstract_params(held, mesh, quantization)
 
 
 def _measure(
@@ -191,14 +214,17 @@ def _measure(
     cache = optimizer = streamed = 0
     if question.job == "train":
         assert question.recipe is not None
-        state = abstract_state(model, question.recipe, mesh)
-        weights = device_bytes(state.params)
+        state = described_state(model, question.recipe, mesh)
+        frozen = _frozen(question, model, mesh, quantization)
+        weights = device_bytes((frozen, state.params))
         optimizer = device_bytes(state.opt_state)
+        streamed = _host_bytes(state.opt_state)
     else:
         limit = question.weight_memory_limit
         params = abstract_params(model, mesh, quantization, limit)
         weights = device_bytes(params)
         streamed = _host_bytes(params)
+    weights_read = weights if question.job == "train" else weights + streamed
     if question.job in ("decode", "prefill"):
         cache = device_bytes(abstract_cache(model, mesh, question.batch, question.length)[0])
     arguments = taken.arguments + taken.outputs - taken.reused
@@ -207,10 +233,10 @@ def _measure(
         raise PlanError(f"{hardware.device_kind}: its file says no network_bandwidth")
     work = Work(
         flops=_flops(question, model) / question.devices,
-        memory_bytes=_memory_bytes(question, weights + streamed, cache, optimizer),
+        memory_bytes=_memory_bytes(question, weights_read, cache, optimizer),
         link_bytes=ways.link,
         network_bytes=ways.network,
-        host_bytes=streamed,
+        host_bytes=streamed * (2 if question.job == "train" else 1),  # and back
     )
     return Plan(
         weights=weights,
@@ -226,12 +252,10 @@ def _measure(
     )
 
 
-def _host_bytes(params: GLMParams) -> int:
-    """Bytes of a device's part of the blocks that wait in its host's memory."""
-    if not isinstance(params.layers, OffloadedLayers):
-        return 0
-    everywhere = topology.in_memory(params, DEVICE_MEMORY)
-    return device_bytes(everywhere) - device_bytes(params)
+def _host_bytes(tree: Any) -> int:
+    """Bytes of a device's part of what waits in its host's memory."""
+    everywhere = topology.in_memory(tree, DEVICE_MEMORY)
+    return device_bytes(everywhere) - device_bytes(tree)
 
 
 def _flops(question: Question, model: GLMConfig) -> float:
@@ -250,7 +274,8 @@ def _flops(question: Question, model: GLMConfig) -> float:
         return blocks + scores
     assert question.recipe is not None
     again = 0 if question.recipe.remat == "none" else 1
-    return question.accumulation * (blocks * (3 + again) + 3 * scores)
+    passes = 2 if question.has_adapter else 3  # frozen weights have no gradients
+    return question.accumulation * (blocks * (passes + again) + passes * scores)
 
 
 def _memory_bytes(question: Question, weights: int, cache: int, optimizer: int) -> float:

@@ -13,7 +13,7 @@ from glm_jax.planning.exchanges import by_kind, in_lines
 from glm_jax.planning.topology import compiling_for
 from glm_jax.sharding import activation_spec
 from glm_jax.training.recipe import Recipe
-from glm_jax.training.state import Batch, abstract_state, state_shardings
+from glm_jax.training.state import Batch, TrainState, abstract_state, state_shardings
 from glm_jax.training.step import compiled_train_step
 
 
@@ -59,13 +59,19 @@ def lower_train_step(
     whole = NamedSharding(mesh, PartitionSpec())
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
     step: Any = compiled_train_step(model, recipe, 9, mesh)
-    state = jax.tree.map(
+    state = described_state(model, recipe, mesh)
+    with compiling_for(mesh):
+        return step.lower(state, frozen, batch, key)
+
+
+def described_state(model: GLMConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
+    """What a train step takes, on devices that are not here; moments may wait on hosts."""
+    state: TrainState = jax.tree.map(
         lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
         abstract_state(model, recipe, mesh),
         state_shardings(model, recipe, mesh),
     )
-    with compiling_for(mesh):
-        return step.lower(state, frozen, batch, key)
+    return state
 
 
 def memory(compiled: Any) -> Memory:

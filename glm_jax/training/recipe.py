@@ -86,6 +86,12 @@ class Recipe:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
 
+    @property
+    def updates_by_block(self) -> bool:
+        """Whether blocks have an optimiser each and are updated one after another: what that
+        takes besides the moments is a block's then, not the model's."""
+        return self.adapter is None and (self.offload_moments or self.moments != "float32")
+
 
 @dataclasses.dataclass(frozen=True)
 class BatchSchedule:

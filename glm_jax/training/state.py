@@ -120,9 +120,7 @@ def abstract_state(config: GLMConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
     the new ones took 3 % of a step. Else they are stacked, as in `abstract_saved_state`.
     """
     saved = abstract_saved_state(config, recipe, mesh)
-    is_plain = recipe.moments == "float32" and not recipe.offload_moments
-    is_plain = is_plain and recipe.adapter is None
-    if not _is_cpu(mesh) or not is_plain:
+    if not _is_cpu(mesh) or recipe.adapter is not None or recipe.updates_by_block:
         return saved
 
     def layer_of(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -1,6 +1,6 @@
 """From gradients to the next parameters, of all at once or a block at a time.
 
-A block at a time, moments wait in hosts' memory and come to the devices one block's after
+A block at a time, moments can wait in hosts' memory and come to the devices one block's after
 the other: there they take the room of a block's.
 """
 
@@ -24,7 +24,7 @@ class BlockMoments:
     """The optimiser's state where blocks have one each.
 
     Attributes:
-      layers: stacked; arrays of more than a row a block lie in hosts' memory.
+      layers: stacked; if offloaded, arrays of more than a row a block lie in hosts' memory.
       rest: of embedding and final layernorm, on the devices.
     """
 
@@ -36,7 +36,7 @@ def init_moments(params: Any, recipe: Recipe) -> Any:
     """The optimiser's state before the first step: zeros all through."""
     optimizer = make_optimizer(recipe)
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)  # as their moments are
-    if not recipe.offload_moments:
+    if not recipe.updates_by_block:
         return optimizer.init(params)
     rest = optimizer.init(_rest(params))
     return BlockMoments(jax.vmap(optimizer.init)(params.layers), rest)
@@ -107,7 +107,7 @@ def _by_block(
             return jax.lax.dynamic_update_index_in_dim(stack, new, index, 0)
 
         def put_back(stack: Array, new: Array) -> Array:
-            if is_streamed(stack):
+            if recipe.offload_moments and is_streamed(stack):
                 new = jax.device_put(new, jax.memory.Space.Host)
             return put(stack, new)
 

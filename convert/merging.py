@@ -1,0 +1,110 @@
+"""A model with its adapters merged into its kernels, layer by layer."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from convert.errors import ConvertError
+from convert.opening import OpenModel, open_model
+from glm_jax.model import parts
+from glm_jax.model.adapter_files import identity_of, load_adapter
+from glm_jax.model.adapters import merged_kernel
+from glm_jax.model.checkpoint import finish_model, refuse_non_empty
+from glm_jax.model.params import LayerNormParams, LayerParams, LinearParams, map_layer_linears
+from glm_jax.tokenizer import Tokenizer, TokenizerError
+
+
+class MergedModel:
+    """An `OpenModel` whose kernels have adapters in them."""
+
+    def __init__(self, model: OpenModel, adapter: Path):
+        """Raises:
+        ConvertError: the model is quantised.
+        CheckpointError: there are no adapters, or they belong to another model.
+        """
+        if model.bits is not None:
+            raise ConvertError(
+                f"adapters cannot be merged into int{model.bits} weights: merge them into the "
+                "float model, and quantise that; or keep them beside the weights"
+            )
+        self._model, self._folder = model, adapter
+        self.config = model.config
+        self.bits: int | None = None
+        self.kind = f"{model.kind}, with the adapters of {adapter}"
+        identity = identity_of(self.config, model.final_layernorm())
+        self._adapter, self._pairs = load_adapter(adapter, self.config, identity, None)
+        self._merge = jax.jit(merged_kernel, static_argnames="scale")
+
+    def embedding(self) -> np.ndarray:
+        return self._model.embedding()
+
+    def final_layernorm(self) -> LayerNormParams:
+        return self._model.final_layernorm()
+
+    def layers(self) -> Iterator[LayerParams]:
+        for index, layer in enumerate(self._model.layers()):
+            yield self._merged(layer, index)
+
+    def _merged(self, layer: LayerParams, index: int) -> LayerParams:
+        def change(name: str, linear: LinearParams) -> LinearParams:
+            pair = self._pairs.pairs.get(name)
+            if pair is None:
+                return linear
+            own = jax.tree.map(lambda x: x[index], pair)
+            kernel = self._merge(jnp.asarray(linear.kernel), own, scale=self._adapter.scale)
+            if not bool(jnp.all(jnp.isfinite(kernel))):
+                raise ConvertError(
+                    f"layer {index}, {name}: with the adapters of {self._folder} it holds numbers "
+                    f"beyond {self.config.param_dtype}: convert the model with --dtype=bfloat16 "
+                    "or float32 first"
+                )
+            return LinearParams(np.asarray(kernel), linear.bias)
+
+        return map_layer_linears(change, layer)
+
+
+def open_with(path: Path, adapter: Path | None) -> OpenModel:
+    """A model in any form, merged with adapters where they are given."""
+    model = open_model(path)
+    return model if adapter is None else MergedModel(model, adapter)
+
+
+def write_merged(source: Path, adapter: Path, output: Path) -> None:
+    """Writes a model folder, a layer at a time; beside its place until it is whole.
+
+    Raises:
+      ConvertError, CheckpointError: see `MergedModel`; or the output is not empty.
+    """
+    refuse_non_empty(output)
+    model = MergedModel(open_model(source), adapter)
+    partial = output.absolute().with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    folder = partial / parts.PARAMS_FOLDER
+    folder.mkdir(parents=True)
+    try:
+        tree = {
+            "word_embeddings": model.embedding(),
+            "final_layernorm": model.final_layernorm(),
+        }
+        parts.write_part(folder, parts.EMBEDDING, tree)
+        count = model.config.num_layers
+        for index, layer in enumerate(tqdm(model.layers(), "merging", count, unit="layer")):
+            stacked = jax.tree.map(lambda x: np.asarray(x)[None], layer)
+            parts.write_part(folder, parts.layers_part(index, index + 1), stacked)
+        finish_model(partial, output.absolute(), model.config, _tokenizer_files(source))
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    print(f"wrote {output}")
+
+
+def _tokenizer_files(source: Path) -> tuple[Path, ...]:
+    try:
+        return Tokenizer(source).files
+    except TokenizerError:  # not every model folder has one
+        return ()
