@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from glm_jax import cli
 from glm_jax.config import glm_130b
-from glm_jax.planning import hardware_table
+from glm_jax.planning import finetuning_table, hardware_table
 from glm_jax.planning.plan import JOBS, PRECISIONS, PlanError, Question
 from glm_jax.planning.reports import draw, line, record, table
 from glm_jax.planning.sweep import Tried, attempt, smallest, sweep
@@ -28,6 +28,7 @@ from glm_jax.sharding import MeshError
 from glm_jax.training import config as train_config
 
 FLAGS = flags.FLAGS
+_TABLES = {"hardware": hardware_table, "finetuning": finetuning_table}
 config_flags.DEFINE_config_file("config", "configs/glm_130b.py", "an experiment's file")
 flags.DEFINE_enum("job", "decode", JOBS, "which program")
 flags.DEFINE_string("hardware", None, "a file of configs/hardware: a100_40gb")
@@ -44,7 +45,9 @@ flags.DEFINE_float(
     lower_bound=0,
 )
 flags.DEFINE_bool("sweep", False, "tries every mesh, and batches as large as fit")
-flags.DEFINE_bool("table", False, "prints the table of docs/hardware.md, for the 130B model")
+flags.DEFINE_enum(
+    "table", None, list(_TABLES), "prints the table of docs/hardware.md, or docs/finetuning.md"
+)
 flags.DEFINE_string("output", None, "folder for plan.json and plan.png")
 flags.register_multi_flags_validator(
     ["hardware", "table"],
@@ -71,7 +74,10 @@ def hardware(name: str) -> ConfigDict:
 
 def question(described: ConfigDict) -> Question:
     """What the flags ask."""
-    model = train_config.model_config(FLAGS.config)
+    # A fine-tuning config's model is its checkpoint's; here the released one.
+    fields = FLAGS.config.model.to_dict()
+    is_whole = "num_layers" in fields
+    model = train_config.model_config(FLAGS.config) if is_whole else glm_130b(**fields)
     sizes = FLAGS.mesh or f"1,1,{FLAGS.devices}"
     try:
         data, fsdp, tensor = (int(size) for size in sizes.split(","))
@@ -93,7 +99,7 @@ def question(described: ConfigDict) -> Question:
 
 def main() -> None:
     if FLAGS.table:
-        for text in hardware_table.lines(glm_130b(), hardware):
+        for text in _TABLES[FLAGS.table].lines(glm_130b(), hardware):
             print(text, flush=True)
         return
     described = hardware(FLAGS.hardware)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.hardware}-{c.devices}-{c.precision}")
 def test_every_case_fits_as_the_table_says(case):
-    """The committed table; regenerate it by `python -m launch.plan --table`."""
+    """The committed table; regenerate it by `python -m launch.plan --table=hardware`."""
     plan = plan_case(case, glm_130b(), hardware(case.hardware))
     assert plan.fits
     text = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")

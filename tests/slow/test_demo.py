@@ -16,11 +16,9 @@ def test_the_demo_from_end_to_end(tmp_path):
     assert "loss: " in output
     lines = {name: re.findall(rf"^{name} .*", output, re.M)[0] for name in ("before", "after")}
     print(*lines.values(), sep="\n")
+    cell = re.compile(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)")
     cells = {
-        name: [
-            tuple(map(float, cell))
-            for cell in re.findall(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)", line)
-        ]
+        name: [tuple(map(float, found)) for found in cell.findall(line)]
         for name, line in lines.items()
     }
     baseline = float(re.search(r"commonest continent: ([\d.]+)%", output)[1])

@@ -1,7 +1,5 @@
 """Runs that are killed at random moments lose nothing: `make test-slow`."""
 
-import json
-import random
 import resource
 import shutil
 import subprocess
@@ -10,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from killing import kill_at_random, last_logged_step, logged_lines
 from running import Started, arguments, environment, free_port
 
 KILLS = 20
@@ -36,66 +35,20 @@ def _start(folder, tokenizer, workdir, count, steps=None):
     return [Started([*command, *several, f"--process_id={i}"], variables) for i in range(count)]
 
 
-def _lines(workdir):
-    try:
-        text = (workdir / "metrics.jsonl").read_text()
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
-
-
-def _last_step(workdir):
-    """By the end of the file alone: this is asked many times a second."""
-    try:
-        with (workdir / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 2000))
-            lines = [line for line in file.read().splitlines() if line.endswith(b"}")]
-    except FileNotFoundError:
-        return 0
-    return json.loads(lines[-1])["step"] if lines else 0
-
-
 def _finish(started):
     for process in started:
         process.finish()
 
 
-def _until(moment, started, workdir):
-    """Waits for a time since the start, or for a step to be logged, and a little more."""
-    kind, value, more = moment
-    began = time.monotonic()
-    while all(process.is_running() for process in started):
-        if kind == "seconds" and time.monotonic() - began >= value:
-            return
-        if kind == "step" and _last_step(workdir) >= value:
-            time.sleep(more)
-            return
-        assert time.monotonic() - began < 600, "no progress"
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("count", [1, 2])
 def test_twenty_kills_at_random_moments_change_no_bit(text, tokenizer, count, capsys):
     _finish(_start(text, tokenizer, text / "whole", count))
-    rng = random.Random(count)
-    steps = sorted(rng.sample(range(1, round(0.8 * STEPS[count])), KILLS - 5))
-    moments = [("step", step, rng.uniform(0, 0.3)) for step in steps]
-    for _ in range(5):  # while it starts, restores or compiles
-        moments.insert(rng.randrange(len(moments)), ("seconds", rng.uniform(1, 8), 0))
-    log = []
-    for number, moment in enumerate(moments, 1):
-        started = _start(text, tokenizer, text / "killed", count)
-        _until(moment, started, text / "killed")
-        assert all(process.is_running() for process in started), "it ended before the kill"
-        for process in started:
-            process.kill()
-        log.append(
-            f"kill {number}: {moment[0]} {moment[1]:.1f}, at step {_last_step(text / 'killed')}"
-        )
+    start = lambda: _start(text, tokenizer, text / "killed", count)
+    log = kill_at_random(start, text / "killed", STEPS[count], KILLS, seed=count)
     _finish(_start(text, tokenizer, text / "killed", count))
     with capsys.disabled():
         print(f"\n{count} process(es):", *log, sep="\n  ")
-    expected, got = _lines(text / "whole"), _lines(text / "killed")
+    expected, got = logged_lines(text / "whole"), logged_lines(text / "killed")
     assert [line["step"] for line in got] == list(range(1, STEPS[count] + 1))
     for name in ("loss", "gradient_norm", "update_norm", "activation_scale", "learning_rate"):
         assert [line[name] for line in got] == [line[name] for line in expected], name
@@ -122,7 +75,7 @@ def test_without_room_the_last_checkpoint_stays(text, tokenizer):
         room = ["mount", "-o", "remount,size=400m", str(workdir)]
         subprocess.run(room, check=True)
         assert "the model is in" in Started(command, environment(1)).finish()
-        assert _lines(workdir)[-1]["step"] == 60
+        assert logged_lines(workdir)[-1]["step"] == 60
     finally:
         subprocess.run(["umount", str(workdir)], check=True)
 
@@ -132,7 +85,7 @@ def test_memory_stays_flat_over_a_long_run(text, tokenizer):
     [started] = _start(text, tokenizer, text / "run", 1, 950)
     sizes = {}
     while started.is_running():
-        step = _last_step(text / "run")
+        step = last_logged_step(text / "run")
         for at in (450, 900):
             if step >= at and at not in sizes:
                 pages = int(Path(f"/proc/{started.process.pid}/statm").read_text().split()[1])

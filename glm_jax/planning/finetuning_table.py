@@ -1,0 +1,122 @@
+"""Fine-tuning the 130B model: on what it fits, by adapters and as a whole."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from ml_collections import ConfigDict
+
+from glm_jax.config import GLMConfig
+from glm_jax.model.adapters import AdapterConfig
+from glm_jax.planning.plan import Plan, Question, make_plan
+from glm_jax.training.recipe import Recipe
+
+_LENGTH = 1024
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A line of the table.
+
+    Attributes:
+      hardware: a file of configs/hardware.
+      mesh: sizes of data, fsdp and tensor.
+      rows: of 1024 tokens at once, as many as leave a tenth of the memory or so.
+      precision: of the weights beside adapters, or of computing.
+      param_dtype: of parameters that are all trained; "" for adapters.
+      moments, offload: see `Recipe`.
+    """
+
+    hardware: str
+    mesh: tuple[int, int, int]
+    rows: int
+    precision: str
+    param_dtype: str = ""
+    moments: str = "float32"
+    offload: bool = False
+
+
+CASES = (
+    Case("a100_40gb", (1, 1, 8), 12, "int4"),
+    Case("a100_40gb", (1, 1, 8), 2, "bfloat16"),
+    Case("a100_40gb", (1, 1, 4), 8, "int4"),
+    Case("rtx_3090", (1, 1, 8), 6, "int4"),
+    Case("rtx_3090", (1, 1, 8), 2, "int8"),
+    Case("rtx_3090", (1, 1, 4), 1, "int4"),
+    Case("v100", (1, 1, 8), 8, "int4"),
+    Case("h100", (1, 1, 1), 1, "int4"),
+    Case("a100_80gb", (1, 1, 8), 4, "bfloat16", "bfloat16", "factored"),
+    Case("a100_80gb", (1, 1, 8), 4, "bfloat16", "bfloat16", "int8", True),
+    Case("a100_80gb", (1, 2, 8), 8, "bfloat16", "bfloat16", "int8"),
+    Case("a100_80gb", (1, 2, 8), 2, "float16", "float32", "float32", True),
+    Case("a100_80gb", (1, 4, 8), 8, "float16", "float32", "int8"),
+    Case("a100_80gb", (1, 4, 8), 4, "float16", "float32", "float32"),
+    Case("tpu_v5p", (1, 1, 8), 1, "bfloat16", "bfloat16", "factored"),
+)
+
+
+def question(case: Case, model: GLMConfig) -> Question:
+    """What a line asks."""
+    adapter = None if case.param_dtype else AdapterConfig(rank=16, dropout=0.05)
+    recipe = Recipe(
+        total_samples=10_000,
+        dropout=0.0,
+        attention_dropout=0.0,
+        remat="blocks",
+        loss_scaling=case.precision == "float16",
+        moments=case.moments,
+        offload_moments=case.offload,
+        adapter=adapter,
+    )
+    model = model.replace(param_dtype=case.param_dtype or "float32")
+    return Question(model, "train", case.precision, case.mesh, case.rows, _LENGTH, recipe=recipe)
+
+
+def plan_case(case: Case, model: GLMConfig, described: ConfigDict) -> Plan:
+    """A train step of a line.
+
+    Raises:
+      PlanError: the compiler refuses it.
+    """
+    return make_plan(question(case, model), described)
+
+
+def start_of_line(case: Case, described: ConfigDict) -> str:
+    """The cells that say what a line is about."""
+    mesh = " x ".join(map(str, case.mesh[1:]))
+    count = case.mesh[0] * case.mesh[1] * case.mesh[2]
+    trained = "adapters" if not case.param_dtype else f"all, {case.param_dtype}"
+    moments = case.moments + (" on the host" if case.offload else "")
+    cells = (
+        f"{count} x {described.device_kind} ({mesh})",
+        trained,
+        case.precision,
+        moments if case.param_dtype else "float32",
+        str(case.rows),
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def lines(model: GLMConfig, find: Callable[[str], ConfigDict]) -> Iterator[str]:
+    """All cases as a Markdown table.
+
+    Args:
+      find: from a hardware file's name to what it returns.
+    """
+    yield (
+        "| hardware (fsdp x tensor) | trained | weights, or computing | moments | rows of 1024 "
+        "| holds, GiB | of | on the host, GiB | a step at best, s | tokens a second at best |"
+    )
+    yield "|" + " --- |" * 10
+    for case in CASES:
+        described = find(case.hardware)
+        plan = plan_case(case, model, described)
+        seconds = plan.roofline.seconds
+        cells = (
+            f"{plan.total / _GIB:.1f}",
+            f"{plan.room / _GIB:.0f}",
+            f"{plan.streamed / _GIB:.1f}",
+            f"{seconds:.2f} ({plan.roofline.limit})",
+            f"{case.rows * _LENGTH / seconds:.0f}",
+        )
+        yield f"{start_of_line(case, described)} " + " | ".join(cells) + " |"

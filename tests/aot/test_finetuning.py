@@ -1,0 +1,108 @@
+"""Fine-tuning at 130B: what the table says fits, and no weights written out as floats."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+from aot.compiling import hardware
+
+from glm_jax.config import glm_130b
+from glm_jax.model import params as glm_params
+from glm_jax.model.adapters import AdapterConfig
+from glm_jax.planning import finetuning_table, programs, topology
+from glm_jax.planning.decoding import abstract_params
+from glm_jax.planning.exchanges import exchanges
+from glm_jax.planning.finetuning_table import CASES
+from glm_jax.sharding import make_mesh
+from glm_jax.training.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent.parent
+GPUS = 8
+_FLOATS = {"bf16": 2, "f16": 2, "f32": 4}
+# What they say of memory on one of each kind is held against the compiler in every run.
+_CHECKED = [CASES[i] for i in (0, 3, 8, 9, 14)]
+
+
+@pytest.mark.parametrize(
+    "case", _CHECKED, ids=lambda c: f"{c.hardware}-{c.param_dtype}-{c.moments}"
+)
+def test_a_case_fits_as_the_table_says(case):
+    """The committed table; regenerate it by `python -m launch.plan --table=finetuning`."""
+    described = hardware(case.hardware)
+    plan = finetuning_table.plan_case(case, glm_130b(), described)
+    assert plan.fits
+    text = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    start = finetuning_table.start_of_line(case, described)
+    [line] = [line for line in text.splitlines() if line.startswith(start)]
+    holds, room, waiting, step, _ = (cell.strip() for cell in line[len(start) :].split("|")[:5])
+    assert plan.total / 2**30 == pytest.approx(float(holds), rel=0.03, abs=0.15)
+    assert plan.room / 2**30 == float(room)
+    assert plan.streamed / 2**30 == pytest.approx(float(waiting), rel=0.02, abs=0.05)
+    assert plan.roofline.seconds == pytest.approx(float(step.split()[0]), rel=0.02, abs=0.01)
+
+
+def _adapted(quantization, length, rank):
+    """A train step of a row beside weights of a kind, on 8 A100 of 40 GB."""
+    mesh = make_mesh((1, 1, GPUS), topology.devices(hardware("a100_40gb"), GPUS))
+    model = glm_130b(param_dtype="bfloat16", compute_dtype="bfloat16")
+    recipe = Recipe(
+        total_samples=1000,
+        dropout=0.0,
+        attention_dropout=0.0,
+        remat="blocks",
+        adapter=AdapterConfig(rank=rank, dropout=0.05),
+    )
+    lowered = programs.lower_train_step(
+        model,
+        recipe,
+        mesh,
+        accumulation=1,
+        micro_batch=1,
+        sequence_length=length,
+        frozen=abstract_params(model, mesh, quantization),
+    )
+    return model, lowered.compile()
+
+
+@pytest.mark.parametrize("quantization", ["int4", "int8"])
+def test_no_weight_matrix_is_written_out_as_floats(quantization, capsys):
+    """With 16 tokens and rank 1 little else is there: all that a step takes besides what goes
+    in is less than one kernel in bfloat16, and no array of floats is as large as the smallest."""
+    model, compiled = _adapted(quantization, 16, 1)
+    taken = programs.memory(compiled)
+    specs = glm_params.specs(model).layers
+    numbers = {
+        name: math.prod(getattr(specs, name).kernel.shape[1:]) // GPUS
+        for name in glm_params.LINEAR_NAMES
+    }
+    with capsys.disabled():
+        print(
+            f"\n130B, {quantization}, adapters of rank 1, a row of 16 tokens: temporaries "
+            f"{taken.temporaries / 2**20:.0f} MiB a device; the largest kernel in bfloat16 "
+            f"{2 * max(numbers.values()) / 2**20:.0f} MiB"
+        )
+    assert taken.temporaries < 2 * max(numbers.values())
+    table = model.vocab_size // GPUS * model.hidden_size
+    largest = 0
+    for kind, shape in re.findall(r" = (bf16|f16|f32)\[([\d,]+)\]", compiled.as_text()):
+        assert kind in _FLOATS
+        size = math.prod(map(int, shape.split(",")))
+        if size != table:  # the embedding, which is floats
+            largest = max(largest, size)
+    assert largest < min(numbers.values())
+
+
+def test_a_block_sums_twice_forward_and_twice_backward():
+    """And what adapters sum besides is their rank's; no weights are exchanged."""
+    length = 1024
+    model, compiled = _adapted("int4", length, 16)
+    found = exchanges(compiled.as_text(), model.num_layers)
+    hidden = length * model.hidden_size * 2
+    large = [e for e in found if e.bytes >= hidden]
+    assert {e.kind for e in large} == {"all-reduce"}
+    # Forward two, one of them again for the backward pass, and two of that; and around the
+    # blocks where tokens are looked up and where logits' gradients come from.
+    assert sum(e.times for e in large) <= 5 * model.num_layers + 2
+    small = sum(e.times * e.bytes for e in found if e.bytes < hidden)
+    assert small < 0.1 * sum(e.times * e.bytes for e in large)
