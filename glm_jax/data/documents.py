@@ -4,9 +4,9 @@ import glob
 import gzip
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import zstandard
@@ -16,6 +16,7 @@ from glm_jax.data.records import DataError, Dataset, Record, in_memory
 from glm_jax.tokenizer import Tokenizer
 
 KINDS_OF_FILES = ("text", "instructions")
+T = TypeVar("T")
 _MASKS = {"[MASK]": "mask", "[gMASK]": "gmask"}
 
 
@@ -94,22 +95,31 @@ def _field(text: str, name: str) -> str:
     return str(fields[name])
 
 
+def _parsed(files: list[Path], parse: Callable[[bytes, Path], T]) -> Iterator[T]:
+    """What each line of some files says, in order.
+
+    Raises:
+      DataError: `parse` raised a ValueError; names the file and the line.
+    """
+    for file in files:
+        with open_text(file) as stream:
+            for number, line in enumerate(stream, 1):
+                try:
+                    said = parse(line, file)
+                except ValueError as error:
+                    raise DataError(f"{file}:{number}: {error}") from error
+                yield said
+
+
 def read_documents(files: list[Path]) -> Iterator[str]:
     """Documents in order: of .jsonl files each line's "text", of others each line.
 
     Raises:
       DataError: a line that is not UTF-8, or no JSON object with a "text".
     """
-    for file in files:
-        is_json = is_json_lines(file)
-        with open_text(file) as stream:
-            for number, line in enumerate(stream, 1):
-                try:
-                    text = parse_text(line, is_json)
-                except ValueError as error:
-                    raise DataError(f"{file}:{number}: {error}") from error
-                if text.strip():
-                    yield text
+    for text in _parsed(files, lambda line, file: parse_text(line, is_json_lines(file))):
+        if text.strip():
+            yield text
 
 
 def text_records(text: str, tokenizer: Tokenizer, window: int) -> Iterator[Record]:
@@ -139,15 +149,8 @@ def tokenize_instructions(files: list[Path], tokenizer: Tokenizer) -> Dataset:
     Raises:
       DataError: unreadable files, a line that is no instruction, or none at all.
     """
-    records: list[Record] = []
-    for file in files:
-        with open_text(file) as stream:
-            for number, line in enumerate(stream, 1):
-                try:
-                    record = parse_instruction(line, tokenizer)
-                except ValueError as error:
-                    raise DataError(f"{file}:{number}: {error}") from error
-                records += [] if record is None else [record]
+    parsed = _parsed(files, lambda line, _: parse_instruction(line, tokenizer))
+    records = [record for record in parsed if record is not None]
     if not records:
         raise DataError(f"{files[0]}: no instructions in the files")
     return in_memory("pairs", records)
