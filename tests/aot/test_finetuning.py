@@ -68,7 +68,8 @@ def _adapted(quantization, length, rank):
 @pytest.mark.parametrize("quantization", ["int4", "int8"])
 def test_no_weight_matrix_is_written_out_as_floats(quantization, capsys):
     """With 16 tokens and rank 1 little else is there: all that a step takes besides what goes
-    in is less than one kernel in bfloat16, and no array of floats is as large as the smallest."""
+    in, slices of the integers among it, is less than a block in bfloat16, with INT4 less than a
+    kernel; and no array of floats is as large as the smallest kernel."""
     model, compiled = _adapted(quantization, 16, 1)
     taken = programs.memory(compiled)
     specs = glm_params.specs(model).layers
@@ -82,7 +83,9 @@ def test_no_weight_matrix_is_written_out_as_floats(quantization, capsys):
             f"{taken.temporaries / 2**20:.0f} MiB a device; the largest kernel in bfloat16 "
             f"{2 * max(numbers.values()) / 2**20:.0f} MiB"
         )
-    assert taken.temporaries < 2 * max(numbers.values())
+    assert taken.temporaries < 2 * sum(numbers.values())
+    if quantization == "int4":
+        assert taken.temporaries < 2 * max(numbers.values())
     table = model.vocab_size // GPUS * model.hidden_size
     largest = 0
     for kind, shape in re.findall(r" = (bf16|f16|f32)\[([\d,]+)\]", compiled.as_text()):
