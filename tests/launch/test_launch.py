@@ -180,9 +180,12 @@ def test_interleaved_runs_every_case_in_every_round():
 def test_every_config_builds_its_model():
     import importlib
 
-    from glm_jax.training.config import model_config
+    from glm_jax.training.config import batch_schedule, model_config, recipe
 
     for file in sorted((ROOT / "configs").glob("*.py")):
         if file.stem != "__init__":
             config = importlib.import_module(f"configs.{file.stem}").get_config()
-            assert model_config(config).num_layers > 0
+            assert recipe(config).total_samples > 0
+            assert batch_schedule(config).accumulation(10**9) > 0
+            if not file.stem.startswith("finetune"):  # whose model is its checkpoint's
+                assert model_config(config).num_layers > 0

@@ -94,7 +94,8 @@ def test_arguments_are_flags_of_the_launcher(job):
     [workers] = _jobset(job)["spec"]["replicatedJobs"]
     [container] = workers["template"]["spec"]["template"]["spec"]["containers"]
     module = container["command"][2]
-    files = [ROOT / f"{module.replace('.', '/')}.py", ROOT / "launch/model_flags.py"]
+    files = [ROOT / f"{module.replace('.', '/')}.py"]
+    files += [ROOT / f"launch/{name}_flags.py" for name in ("model", "training")]
     text = "".join(file.read_text(encoding="utf-8") for file in files)
     known = set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", text))
     for argument in container["args"]:
