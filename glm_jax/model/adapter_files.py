@@ -36,14 +36,15 @@ def model_identity(folder: Path, config: GLMConfig) -> dict[str, Any]:
     Args:
       folder: the model folder.
     """
-    metadata = parts.part_metadata(folder / PARAMS_FOLDER, parts.EMBEDDING)
+    params = folder.absolute() / PARAMS_FOLDER
+    metadata = parts.part_metadata(params, parts.EMBEDDING)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     described = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
         for name, x in metadata["final_layernorm"].items()
     }
     target = {"final_layernorm": described}
-    read = parts.read_part(folder.absolute() / PARAMS_FOLDER, parts.EMBEDDING, target, metadata)
+    read = parts.read_part(params, parts.EMBEDDING, target, metadata)
     return identity_of(config, LayerNormParams(**read["final_layernorm"]))
 
 

@@ -1,6 +1,7 @@
 """Adapters beside kernels give what kernels give that they are merged into."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +185,14 @@ def _offloaded(params):
     cut = lambda first: jax.tree.map(lambda x: x[first : first + 1], params.layers)
     streamed = jax.tree.map(lambda x: jax.device_put(x, place) if x.ndim > 2 else x, cut(1))
     return params.replace(layers=OffloadedLayers(cut(0), streamed))
+
+
+def test_paths_may_be_relative(saved, tiny_model, monkeypatch):
+    folder, _ = saved
+    monkeypatch.chdir(folder)
+    expected = model_identity(folder / "model", tiny_model[0])
+    assert model_identity(Path("model"), tiny_model[0]) == expected
+    assert glm_jax.restore("model", adapter="adapter")[0].num_layers == tiny_model[0].num_layers
 
 
 def test_adapters_of_another_model_are_refused(saved, tiny_model, tmp_path):
