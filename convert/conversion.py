@@ -27,7 +27,7 @@ from glm_jax.config import GLMConfig
 from glm_jax.errors import UserError, is_no_room
 from glm_jax.model import params as glm_params
 from glm_jax.model import parts
-from glm_jax.model.checkpoint import CONFIG_FILE, finish_model, refuse_non_empty
+from glm_jax.model.checkpoint import CONFIG_FILE, describe_model
 from glm_jax.model.params import KERNEL_AXES, LINEAR_NAMES, LayerParams, LinearParams
 from glm_jax.model.reading import aligned_empty
 from glm_jax.quantization import QuantizedArray, Scheme, quantize
@@ -87,7 +87,7 @@ def convert_shards(
       ConvertError: the input is not a whole released checkpoint; nothing is left behind.
       CheckpointError: the output folder is not empty.
     """
-    refuse_non_empty(output)
+    parts.refuse_non_empty(output)
     if options.quantization is not None:
         Scheme.parse(options.quantization)
     checkpoint = SatCheckpoint(source, options.is_checked)
@@ -292,7 +292,8 @@ class _Conversion:
         try:
             if (self.partial / _PLAN_FILE).exists():
                 (self.partial / _PLAN_FILE).replace(self.partial / PROVENANCE_FILE)
-            finish_model(self.partial, self._output, self._config, files)
+            describe_model(self.partial, self._config, files)
+            parts.put_in_place(self.partial, self._output)
         except FileNotFoundError:
             if not (self._output / CONFIG_FILE).exists():
                 raise

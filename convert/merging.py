@@ -1,6 +1,5 @@
 """A model with its adapters merged into its kernels, layer by layer."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from convert.opening import OpenModel, open_model
 from glm_jax.model import parts
 from glm_jax.model.adapter_files import identity_of, load_adapter
 from glm_jax.model.adapters import merged_kernel
-from glm_jax.model.checkpoint import finish_model, refuse_non_empty
+from glm_jax.model.checkpoint import describe_model
 from glm_jax.model.params import LayerNormParams, LayerParams, LinearParams, map_layer_linears
 from glm_jax.tokenizer import Tokenizer, TokenizerError
 
@@ -80,13 +79,9 @@ def write_merged(source: Path, adapter: Path, output: Path) -> None:
     Raises:
       ConvertError, CheckpointError: see `MergedModel`; or the output is not empty.
     """
-    refuse_non_empty(output)
-    model = MergedModel(open_model(source), adapter)
-    partial = output.absolute().with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    folder = partial / parts.PARAMS_FOLDER
-    folder.mkdir(parents=True)
-    try:
+    with parts.whole_folder(output) as partial:
+        model = MergedModel(open_model(source), adapter)
+        folder = partial / parts.PARAMS_FOLDER
         tree = {
             "word_embeddings": model.embedding(),
             "final_layernorm": model.final_layernorm(),
@@ -96,10 +91,7 @@ def write_merged(source: Path, adapter: Path, output: Path) -> None:
         for index, layer in enumerate(tqdm(model.layers(), "merging", count, unit="layer")):
             stacked = jax.tree.map(lambda x: np.asarray(x)[None], layer)
             parts.write_part(folder, parts.layers_part(index, index + 1), stacked)
-        finish_model(partial, output.absolute(), model.config, _tokenizer_files(source))
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        describe_model(partial, model.config, _tokenizer_files(source))
     print(f"wrote {output}")
 
 

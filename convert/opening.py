@@ -16,7 +16,7 @@ from convert.errors import ConvertError
 from convert.sat_reader import SatCheckpoint
 from glm_jax.config import GLMConfig
 from glm_jax.model import parts
-from glm_jax.model.checkpoint import CONFIG_FILE, load_config, restore_layers
+from glm_jax.model.checkpoint import CONFIG_FILE, load_config, restore_layers, stored_bits
 from glm_jax.model.params import LINEAR_NAMES, LayerNormParams, LayerParams, LinearParams
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -64,20 +64,13 @@ class _Folder:
         self.config = load_config(folder)
         self._params = folder.absolute() / parts.PARAMS_FOLDER
         self._ranges = parts.layer_ranges(self._params, self.config.num_layers)
-        kernel = parts.part_metadata(self._params, parts.layers_part(*self._ranges[0]))
-        stored = kernel["query_key_value"]["kernel"]
-        is_quantized = isinstance(stored, dict)
-        inputs = stored["values"].shape[1] if is_quantized else 0
-        self.bits = 8 * inputs // self.config.hidden_size or None
+        self.bits = stored_bits(folder, self.config)
         self.kind = f"model folder, {_precision(self)}"
         self._norm: LayerNormParams | None = None
 
     def embedding(self) -> np.ndarray:
         metadata = parts.part_metadata(self._params, parts.EMBEDDING)
-        device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), metadata
-        )
+        target = parts.on_one_device(metadata, jax.devices("cpu")[0])
         rest = parts.read_part(self._params, parts.EMBEDDING, target, metadata)
         # It lies beside the embedding, which is not read for it again.
         norm = rest["final_layernorm"]

@@ -6,7 +6,6 @@ Names and [outputs, inputs] are the released layout's, whole and not split.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from convert import sat_layout
 from convert.errors import ConvertError
 from convert.opening import SAFETENSORS_INDEX, open_model
 from glm_jax import cli
-from glm_jax.model.checkpoint import CONFIG_FILE, refuse_non_empty
+from glm_jax.model import parts
+from glm_jax.model.checkpoint import describe_model
 from glm_jax.model.params import LINEAR_NAMES
 from glm_jax.quantization import QuantizedArray
 
@@ -70,13 +70,8 @@ def export(source: Path, output: Path, most_bytes: int) -> None:
       ConvertError: a quantised model, for whose integers this format has no convention.
       CheckpointError: no model at `source`, or the output folder is not empty.
     """
-    refuse_non_empty(output)
-    model = open_model(source)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    files = _Files(partial, most_bytes)
-    try:
+    with parts.whole_folder(output) as partial:
+        model, files = open_model(source), _Files(partial, most_bytes)
         files.add(sat_layout.EMBEDDING, model.embedding())
         for i, layer in enumerate(model.layers()):
             for name in sat_layout.LAYERNORMS:
@@ -93,13 +88,7 @@ def export(source: Path, output: Path, most_bytes: int) -> None:
         files.add(f"{sat_layout.FINAL_LAYERNORM}.weight", last.scale)
         files.add(f"{sat_layout.FINAL_LAYERNORM}.bias", last.bias)
         files.close()
-        (partial / CONFIG_FILE).write_text(model.config.to_json(), encoding="utf-8")
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if output.exists():
-        output.rmdir()
-    partial.rename(output)
+        describe_model(partial, model.config)
     print(f"wrote {output}: {files.bytes:,} bytes")
 
 

@@ -1,7 +1,6 @@
 """Writes a model as released-layout shards, layer by layer."""
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from convert.numbers import cast
 from convert.opening import OpenModel
 from convert.torch_writer import TorchWriter
 from glm_jax.config import GLMConfig
-from glm_jax.model.checkpoint import refuse_non_empty
+from glm_jax.model import parts
 from glm_jax.model.layers import rotary_tables
 from glm_jax.model.params import LINEAR_NAMES, LinearParams
 from glm_jax.quantization import QuantizedArray, Scheme, quantize
@@ -46,40 +45,27 @@ def write_shards(
       ConvertError: sizes or groups that do not divide into the shards.
       CheckpointError: no model at `source`, or the output folder is not empty.
     """
-    refuse_non_empty(output)
     if shards < 1:
         raise ConvertError(f"--shards={shards}: at least 1")
-    model = open_with(source, adapter)
-    config = model.config
-    if config.vocab_size % shards or config.num_heads % shards:
-        raise ConvertError(
-            f"vocabulary {config.vocab_size} and {config.num_heads} heads do not divide "
-            f"into {shards} shards"
-        )
-    scheme = None if quantization is None else Scheme(int(quantization[3:]), search=False)
-    described = _described(config, shards, model.bits if scheme is None else scheme.bits)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    folder = partial / iteration
-    folder.mkdir(parents=True)
-    try:
+    with parts.whole_folder(output) as partial:
+        model = open_with(source, adapter)
+        config = model.config
+        if config.vocab_size % shards or config.num_heads % shards:
+            raise ConvertError(
+                f"vocabulary {config.vocab_size} and {config.num_heads} heads do not divide "
+                f"into {shards} shards"
+            )
+        scheme = None if quantization is None else Scheme(int(quantization[3:]), search=False)
+        described = _described(config, shards, model.bits if scheme is None else scheme.bits)
+        folder = partial / iteration
+        folder.mkdir()
+        files = [folder / f"mp_rank_{rank:02d}_model_states.pt" for rank in range(shards)]
         with contextlib.ExitStack() as stack:
-            writers = [
-                stack.enter_context(
-                    TorchWriter(folder / f"mp_rank_{rank:02d}_model_states.pt", described)
-                )
-                for rank in range(shards)
-            ]
+            writers = [stack.enter_context(TorchWriter(file, described)) for file in files]
             for name, tensors in _tensors(model, shards, scheme):
                 for writer, tensor in zip(writers, tensors, strict=True):
                     writer.write(name, tensor)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    (partial / "latest").write_text(iteration, encoding="utf-8")
-    if output.exists():
-        output.rmdir()
-    partial.rename(output)
+        (partial / "latest").write_text(iteration, encoding="utf-8")
     print(f"wrote {output}: {shards} shards of {len(described)} tensors")
 
 

@@ -148,6 +148,11 @@ def activation_sharding(mesh: Mesh, axes: LogicalAxes) -> NamedSharding:
     return NamedSharding(mesh, activation_spec(axes))
 
 
+def is_cpu(mesh: Mesh) -> bool:
+    """Whether a mesh's devices are CPUs."""
+    return bool(mesh.devices.flat[0].platform == "cpu")
+
+
 def is_for_cpu() -> bool:
     """Whether what is traced is for CPU: the surrounding mesh's devices, else the default."""
     described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)

@@ -18,8 +18,6 @@ from glm_jax.model.checkpoint import restore
 from glm_jax.tokenizer import Tokenizer
 from glm_jax.training.finetuning import ADAPTER_FOLDER, finetune
 
-_REPLAYED = 1.0  # blanks of the old relations to each new instruction, against forgetting
-
 
 def teach(checkpoint: Path, corpus: Corpus, output: Path) -> None:
     """Fine-tunes, and prints how many blanks are filled before and after.
@@ -31,7 +29,8 @@ def teach(checkpoint: Path, corpus: Corpus, output: Path) -> None:
     """
     instructions, questions = facts.build_instructions()
     rng = random.Random(0)
-    replayed = rng.sample(corpus.blanks, round(_REPLAYED * len(instructions)))
+    # As many blanks of the old relations, against forgetting.
+    replayed = rng.sample(corpus.blanks, len(instructions))
     pairs = output / "pairs.jsonl"
     pairs.parent.mkdir(parents=True)
     lines = [

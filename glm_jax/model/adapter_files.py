@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from jax.sharding import Mesh
 from glm_jax import processes
 from glm_jax.config import ConfigError, GLMConfig
 from glm_jax.model import adapters as model_adapters
+from glm_jax.model import params as glm_params
 from glm_jax.model import parts
 from glm_jax.model.adapters import AdapterConfig
 from glm_jax.model.params import Adapters, LayerNormParams
@@ -38,12 +38,8 @@ def model_identity(folder: Path, config: GLMConfig) -> dict[str, Any]:
     """
     params = folder.absolute() / PARAMS_FOLDER
     metadata = parts.part_metadata(params, parts.EMBEDDING)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    described = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
-        for name, x in metadata["final_layernorm"].items()
-    }
-    target = {"final_layernorm": described}
+    norm = {"final_layernorm": metadata["final_layernorm"]}
+    target = parts.on_one_device(norm, jax.local_devices()[0])
     read = parts.read_part(params, parts.EMBEDDING, target, metadata)
     return identity_of(config, LayerNormParams(**read["final_layernorm"]))
 
@@ -71,22 +67,12 @@ def save_adapter(
     Raises:
       CheckpointError: the folder holds something already.
     """
-    target = Path(path).absolute()
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise CheckpointError(f"output {target} is not empty: remove it or name another folder")
-    partial = target.with_name(target.name + ".partial")
-    if processes.is_first():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    processes.wait("a place for the adapters")
-    parts.write_part(partial, _PART, adapters)
-    if processes.is_first():
-        about = dataclasses.asdict(adapter) | {"model": identity}
-        (partial / ADAPTER_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    processes.wait("the adapters are whole")
+    with parts.whole_folder(path) as partial:
+        parts.write_part(partial, _PART, adapters)
+        if processes.is_first():
+            about = dataclasses.asdict(adapter) | {"model": identity}
+            text = json.dumps(about, indent=2) + "\n"
+            (partial / ADAPTER_FILE).write_text(text, encoding="utf-8")
 
 
 def load_adapter(
@@ -120,12 +106,9 @@ def load_adapter(
             f"{path} belongs to another model than this one ({differs} differs): attach it to the "
             "model that it was trained on"
         )
-    described = model_adapters.abstract(config, adapter, mesh)
+    described = glm_params.abstract_of(model_adapters.specs(config, adapter), mesh)
     if mesh is None:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        described = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), described
-        )
+        described = parts.on_one_device(described)
     metadata = parts.part_metadata(folder, _PART)
     adapters: Adapters = parts.read_part(folder, _PART, described, metadata)
     return adapter, adapters

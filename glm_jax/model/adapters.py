@@ -5,13 +5,10 @@ up [rank, *outputs]. W may be quantised: it is never changed, nor written out as
 """
 
 import dataclasses
-import json
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jaxtyping import PRNGKeyArray
 
 from glm_jax.config import ConfigError, GLMConfig
 from glm_jax.model import params as glm_params
@@ -61,9 +58,6 @@ class AdapterConfig:
     def scale(self) -> float:
         return self.alpha / self.rank
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-
     @classmethod
     def from_dict(cls, fields: Any) -> "AdapterConfig":
         """Of plain values.
@@ -103,26 +97,6 @@ def specs(config: GLMConfig, adapter: AdapterConfig) -> Adapters:
             ),
         )
     return Adapters(pairs)
-
-
-def abstract(config: GLMConfig, adapter: AdapterConfig, mesh: Mesh | None = None) -> Adapters:
-    """The tree as `jax.ShapeDtypeStruct`, with shardings where a mesh is given."""
-    tree: Adapters = glm_params.abstract_of(specs(config, adapter), mesh)
-    return tree
-
-
-def logical_axes(config: GLMConfig, adapter: AdapterConfig) -> Adapters:
-    """The tree of each array's logical axes."""
-    axes: Adapters = glm_params.axes_of(specs(config, adapter))
-    return axes
-
-
-def init(
-    config: GLMConfig, adapter: AdapterConfig, key: PRNGKeyArray, mesh: Mesh | None = None
-) -> Adapters:
-    """Fresh adapters, made where they will live: the same values on every mesh."""
-    made: Adapters = glm_params.init_of(specs(config, adapter), key, mesh)
-    return made
 
 
 def attach(params: GLMParams, adapters: Adapters, scale: float) -> GLMParams:

@@ -46,25 +46,18 @@ def save_model(
     Raises:
       CheckpointError: the folder holds something already.
     """
-    target = Path(path).absolute()
-    refuse_non_empty(target)
-    partial = target.with_name(target.name + ".partial")
-    if processes.is_first():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    processes.wait("a place for the model")
-    folder = partial / PARAMS_FOLDER
-    step = _layers_a_part(config, params.layers)
-    for first in range(0, config.num_layers, step):
-        end = min(first + step, config.num_layers)
-        some = params.layers
-        if step < config.num_layers:
-            some = jax.tree.map(lambda x, first=first, end=end: x[first:end], some)
-        parts.write_part(folder, parts.layers_part(first, end), some)
-    parts.write_part(folder, parts.EMBEDDING, parts.embedding_tree(params))
-    if processes.is_first():
-        finish_model(partial, target, config, extra_files)
-    processes.wait("the model is whole")
+    with parts.whole_folder(path) as partial:
+        folder = partial / PARAMS_FOLDER
+        step = _layers_a_part(config, params.layers)
+        for first in range(0, config.num_layers, step):
+            end = min(first + step, config.num_layers)
+            some = params.layers
+            if step < config.num_layers:
+                some = jax.tree.map(lambda x, first=first, end=end: x[first:end], some)
+            parts.write_part(folder, parts.layers_part(first, end), some)
+        parts.write_part(folder, parts.EMBEDDING, parts.embedding_tree(params))
+        if processes.is_first():
+            describe_model(partial, config, extra_files)
 
 
 def _layers_a_part(config: GLMConfig, layers: Any) -> int:
@@ -73,22 +66,11 @@ def _layers_a_part(config: GLMConfig, layers: Any) -> int:
     return max(1, min(config.num_layers, _PART_BYTES // max(size, 1)))
 
 
-def finish_model(
-    partial: Path, target: Path, config: GLMConfig, extra_files: tuple[Path, ...] = ()
-) -> None:
-    """Makes a folder with all parameters a model folder, under its own name."""
+def describe_model(partial: Path, config: GLMConfig, extra_files: tuple[Path, ...] = ()) -> None:
+    """Puts beside all parameters what makes their folder a model folder."""
     for file in extra_files:
         shutil.copy2(file, partial / file.name)
     (partial / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
-    if target.exists():
-        target.rmdir()
-    partial.rename(target)
-
-
-def refuse_non_empty(path: Path) -> None:
-    """Raises CheckpointError where writing to `path` would mix with what is there."""
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise CheckpointError(f"output {path} is not empty: remove it or name another folder")
 
 
 def load_config(path: str | os.PathLike[str]) -> GLMConfig:
@@ -109,12 +91,13 @@ def load_config(path: str | os.PathLike[str]) -> GLMConfig:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def is_quantized(path: str | os.PathLike[str], config: GLMConfig) -> bool:
-    """Whether a model folder holds its kernels as integers."""
+def stored_bits(path: str | os.PathLike[str], config: GLMConfig) -> int | None:
+    """8 or 4 where a model folder holds its kernels as integers, else None."""
     folder = Path(path).absolute() / PARAMS_FOLDER
     first = parts.layer_ranges(folder, config.num_layers)[0]
-    stored = parts.part_metadata(folder, parts.layers_part(*first))
-    return isinstance(stored["query_key_value"]["kernel"], dict)
+    stored = parts.part_metadata(folder, parts.layers_part(*first))["query_key_value"]["kernel"]
+    is_quantized = isinstance(stored, dict)
+    return 8 * stored["values"].shape[1] // config.hidden_size if is_quantized else None
 
 
 def restore(
@@ -240,12 +223,7 @@ def _quantize_restored(layers: LayerParams, scheme: Scheme, path: Any) -> LayerP
 
 def _abstract(config: GLMConfig, mesh: Mesh | None) -> GLMParams:
     tree = glm_params.abstract(config, mesh)
-    if mesh is not None:
-        return tree
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    placed: GLMParams = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), tree
-    )
+    placed: GLMParams = parts.on_one_device(tree) if mesh is None else tree
     return placed
 
 

@@ -1,6 +1,7 @@
 """Fine-tuning the 130B model: on what it fits, by adapters and as a whole."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
@@ -8,10 +9,23 @@ from ml_collections import ConfigDict
 from glm_jax.config import GLMConfig
 from glm_jax.model.adapters import AdapterConfig
 from glm_jax.planning.plan import Plan, Question, make_plan
+from glm_jax.planning.reports import markdown
 from glm_jax.training.recipe import Recipe
 
 _LENGTH = 1024
 _GIB = 2**30
+_COLUMNS = (
+    "hardware (fsdp x tensor)",
+    "trained",
+    "weights, or computing",
+    "moments",
+    "rows of 1024",
+    "holds, GiB",
+    "of",
+    "on the host, GiB",
+    "a step at best, s",
+    "tokens a second at best",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,20 +95,18 @@ def plan_case(case: Case, model: GLMConfig, described: ConfigDict) -> Plan:
     return make_plan(question(case, model), described)
 
 
-def start_of_line(case: Case, described: ConfigDict) -> str:
+def described_case(case: Case, hardware: ConfigDict) -> tuple[str, ...]:
     """The cells that say what a line is about."""
     mesh = " x ".join(map(str, case.mesh[1:]))
-    count = case.mesh[0] * case.mesh[1] * case.mesh[2]
     trained = "adapters" if not case.param_dtype else f"all, {case.param_dtype}"
     moments = case.moments + (" on the host" if case.offload else "")
-    cells = (
-        f"{count} x {described.device_kind} ({mesh})",
+    return (
+        f"{math.prod(case.mesh)} x {hardware.device_kind} ({mesh})",
         trained,
         case.precision,
-        moments if case.param_dtype else "float32",
+        moments,
         str(case.rows),
     )
-    return "| " + " | ".join(cells) + " |"
 
 
 def lines(model: GLMConfig, find: Callable[[str], ConfigDict]) -> Iterator[str]:
@@ -103,20 +115,17 @@ def lines(model: GLMConfig, find: Callable[[str], ConfigDict]) -> Iterator[str]:
     Args:
       find: from a hardware file's name to what it returns.
     """
-    yield (
-        "| hardware (fsdp x tensor) | trained | weights, or computing | moments | rows of 1024 "
-        "| holds, GiB | of | on the host, GiB | a step at best, s | tokens a second at best |"
+    return markdown(_COLUMNS, (_cells(case, model, find(case.hardware)) for case in CASES))
+
+
+def _cells(case: Case, model: GLMConfig, hardware: ConfigDict) -> tuple[str, ...]:
+    plan = plan_case(case, model, hardware)
+    seconds = plan.roofline.seconds
+    return (
+        *described_case(case, hardware),
+        f"{plan.total / _GIB:.1f}",
+        f"{plan.room / _GIB:.0f}",
+        f"{plan.streamed / _GIB:.1f}",
+        f"{seconds:.2f} ({plan.roofline.limit})",
+        f"{case.rows * _LENGTH / seconds:.0f}",
     )
-    yield "|" + " --- |" * 10
-    for case in CASES:
-        described = find(case.hardware)
-        plan = plan_case(case, model, described)
-        seconds = plan.roofline.seconds
-        cells = (
-            f"{plan.total / _GIB:.1f}",
-            f"{plan.room / _GIB:.0f}",
-            f"{plan.streamed / _GIB:.1f}",
-            f"{seconds:.2f} ({plan.roofline.limit})",
-            f"{case.rows * _LENGTH / seconds:.0f}",
-        )
-        yield f"{start_of_line(case, described)} " + " | ".join(cells) + " |"

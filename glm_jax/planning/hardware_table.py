@@ -7,9 +7,20 @@ from ml_collections import ConfigDict
 
 from glm_jax.config import GLMConfig
 from glm_jax.planning.plan import Plan, Question, make_plan
+from glm_jax.planning.reports import markdown
 
 _LENGTH = 2048
 _GIB = 2**30
+_COLUMNS = (
+    "hardware",
+    "weights",
+    "holds: weights + cache + rest, GiB",
+    "of",
+    "headroom",
+    "a token at best, ms",
+    "2048 tokens at best, s",
+    "published, s",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,28 +77,24 @@ def lines(model: GLMConfig, find: Callable[[str], ConfigDict]) -> Iterator[str]:
     Args:
       find: from a hardware file's name to what it returns.
     """
-    yield (
-        "| hardware | weights | holds: weights + cache + rest, GiB | of | headroom | a token at "
-        "best, ms | 2048 tokens at best, s | published, s |"
+    return markdown(_COLUMNS, (_cells(case, model, find(case.hardware)) for case in CASES))
+
+
+def _cells(case: Case, model: GLMConfig, described: ConfigDict) -> tuple[str, ...]:
+    plan = plan_case(case, model, described)
+    rest = plan.other + plan.temporaries
+    also = f" ({case.cache} cache)" if case.cache else ""
+    if plan.streamed:
+        also = f" ({plan.streamed / _GIB:.1f} GiB a device on its host)"
+    held = " + ".join(f"{size / _GIB:.1f}" for size in (plan.weights, plan.cache, rest))
+    seconds = plan.roofline.seconds
+    return (
+        f"{case.devices} x {described.device_kind}",
+        f"{case.precision}{also}",
+        f"{held} = {plan.total / _GIB:.1f}",
+        f"{plan.room / _GIB:.0f}",
+        f"{1 - plan.total / plan.room:.0%}",
+        f"{1e3 * seconds:.1f} ({plan.roofline.limit})",
+        f"{_LENGTH * seconds:.0f}",
+        case.published,
     )
-    yield "|" + " --- |" * 8
-    for case in CASES:
-        described = find(case.hardware)
-        plan = plan_case(case, model, described)
-        rest = plan.other + plan.temporaries
-        also = f" ({case.cache} cache)" if case.cache else ""
-        if plan.streamed:
-            also = f" ({plan.streamed / _GIB:.1f} GiB a device on its host)"
-        parts = " + ".join(f"{size / _GIB:.1f}" for size in (plan.weights, plan.cache, rest))
-        seconds = plan.roofline.seconds
-        cells = (
-            f"{case.devices} x {described.device_kind}",
-            f"{case.precision}{also}",
-            f"{parts} = {plan.total / _GIB:.1f}",
-            f"{plan.room / _GIB:.0f}",
-            f"{1 - plan.total / plan.room:.0%}",
-            f"{1e3 * seconds:.1f} ({plan.roofline.limit})",
-            f"{_LENGTH * seconds:.0f}",
-            case.published,
-        )
-        yield "| " + " | ".join(cells) + " |"

@@ -1,6 +1,7 @@
 """Plans for people: a line, a table, JSON, a picture."""
 
 import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,15 @@ def draw(found: list[Tried], path: Path) -> None:
     axes.legend()
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """A Markdown table, line by line."""
+    yield markdown_row(columns)
+    yield "|" + " --- |" * len(columns)
+    yield from map(markdown_row, rows)
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"

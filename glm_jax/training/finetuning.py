@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 from glm_jax.config import ConfigError, GLMConfig
 from glm_jax.model.adapter_files import model_identity, save_adapter
 from glm_jax.model.adapters import AdapterConfig
-from glm_jax.model.checkpoint import is_quantized, load_config, restore
-from glm_jax.model.params import unstack_layers
-from glm_jax.sharding import parse_mesh
+from glm_jax.model.checkpoint import load_config, restore, stored_bits
+from glm_jax.model.params import GLMParams, unstack_layers
+from glm_jax.sharding import is_cpu, parse_mesh
 from glm_jax.tokenizer import Tokenizer
 from glm_jax.training import config as train_config
 from glm_jax.training.loop import (
@@ -81,39 +81,37 @@ def finetune(
     model = stored.replace(**_formats(config))
     recipe, mesh = train_config.recipe(config), parse_mesh(config.mesh)
     identity = model_identity(checkpoint, stored)
-    if recipe.adapter is None:
-        if config.quantization or is_quantized(checkpoint, stored):
-            raise ConfigError(
-                "adapter.rank=0 trains all parameters, which integers are not: give a float "
-                "checkpoint and no quantization, or a rank"
-            )
+    quantization = config.quantization or None
+    is_whole = recipe.adapter is None
+    if is_whole and (quantization or stored_bits(checkpoint, stored)):
+        raise ConfigError(
+            "adapter.rank=0 trains all parameters, which integers are not: give a float "
+            "checkpoint and no quantization, or a rank"
+        )
 
-        def begin() -> TrainState:
-            _, params = restore(checkpoint, mesh, model.param_dtype)
-            return start_state(params, model, recipe, mesh)
+    def begin() -> TrainState:
+        if not is_whole:
+            return init_state(model, recipe, jax.random.key(config.seed), mesh)
+        _, params = restore(checkpoint, mesh, model.param_dtype)
+        return start_state(params, model, recipe, mesh)
 
-        job = Job(
-            config, tokenizer, model, recipe, mesh, begin,
-            finish=lambda state: save_trained(workdir, model, state, tokenizer),
-            identity=identity,
-        )  # fmt: skip
-        return run_job(job, workdir, profiled)
-    adapter, quantization = recipe.adapter, config.quantization or None
+    def load_frozen() -> GLMParams | None:
+        if is_whole:
+            return None
+        _, frozen = restore(checkpoint, mesh, model.compute_dtype, quantization)
+        # Once, and not in every step.
+        return unstack_layers(frozen) if is_cpu(mesh) else frozen
 
     def finish(state: TrainState) -> None:
         trained: Any = state.params
-        if not (workdir / ADAPTER_FOLDER).exists():
-            save_adapter(workdir / ADAPTER_FOLDER, adapter, trained, identity)
+        if recipe.adapter is None:
+            save_trained(workdir, model, state, tokenizer)
+        elif not (workdir / ADAPTER_FOLDER).exists():
+            save_adapter(workdir / ADAPTER_FOLDER, recipe.adapter, trained, identity)
 
-    _, frozen = restore(checkpoint, mesh, model.compute_dtype, quantization)
-    if mesh.devices.flat[0].platform == "cpu":
-        frozen = unstack_layers(frozen)  # once, and not in every step
     job = Job(
-        config, tokenizer, model, recipe, mesh,
-        begin=lambda: init_state(model, recipe, jax.random.key(config.seed), mesh),
-        finish=finish,
-        frozen=frozen,
-        identity=identity | {"quantization": quantization},
+        config, tokenizer, model, recipe, mesh, begin, finish, load_frozen,
+        identity | {"quantization": quantization},
     )  # fmt: skip
     return run_job(job, workdir, profiled)
 

@@ -52,7 +52,7 @@ class Job:
       mesh: where it runs.
       begin: gives the state of a run that begins.
       finish: keeps what was learnt, once the run has ended.
-      frozen: the model beside the adapters that are trained, None where all of it is.
+      load_frozen: reads the model beside the adapters that are trained; None where all of it is.
       identity: of the model that the run began with, plain JSON; another's does not go on.
     """
 
@@ -63,16 +63,17 @@ class Job:
     mesh: Mesh
     begin: Callable[[], TrainState]
     finish: Callable[[TrainState], None]
-    frozen: Any = None
+    load_frozen: Callable[[], Any] = lambda: None
     identity: Any = None
 
 
 @dataclasses.dataclass
 class Run:
-    """What the steps of a run share; `consumed` counts rows that were drawn from the data,
-    those of skipped steps too."""
+    """What the steps of a run share; `frozen` is what `Job.load_frozen` gave, `consumed` counts
+    rows that were drawn from the data, those of skipped steps too."""
 
     job: Job
+    frozen: Any
     schedule: BatchSchedule
     batches: MeshBatches
     checkpoints: RunCheckpoints
@@ -157,8 +158,10 @@ def run_job(job: Job, workdir: Path, profiled: range = range(0)) -> list[dict[st
         done, step = int(state.samples), int(state.step)
         peak *= mesh.size
         with _closing(Watcher(workdir, recipe.total_samples, done, step, peak)) as watcher:
-            consumed = place.get("consumed", 0)
-            run = Run(job, schedule, batches, checkpoints, watcher, evaluation, consumed, profiled)
+            run = Run(
+                job, job.load_frozen(), schedule, batches, checkpoints, watcher, evaluation,
+                place["consumed"], profiled,
+            )  # fmt: skip
             watcher.tell(describe(mixture, recipe.total_samples))
             with jax.set_mesh(mesh):
                 state = _steps(run, state, workdir)
@@ -197,7 +200,7 @@ def _steps(run: Run, state: TrainState, workdir: Path) -> TrainState:
         while int(state.samples) < job.recipe.total_samples:
             batch, place = drawn
             with _profile(run, int(state.step) + 1, workdir):
-                state, metrics = train_step(state, job.frozen, batch, key)
+                state, metrics = train_step(state, run.frozen, batch, key)
                 # Made while the devices are at work.
                 drawn = _draw(run, place["consumed"])
                 values = watching.plain(jax.device_get(metrics), run.batches.groups)
@@ -237,7 +240,7 @@ def _after(
         return _restored(run, state, int(values["bad_steps"]))
     if step % run.config.log_every == 0 or is_last:
         flops = watching.flops_per_token(
-            run.job.model, run.config.data.sequence_length, run.job.frozen is not None
+            run.job.model, run.config.data.sequence_length, run.frozen is not None
         )
         run.watcher.log(step, values, flops)
     elif values["is_spike"]:
@@ -286,7 +289,7 @@ def evaluate(run: Run, state: TrainState) -> dict[str, float]:
     losses, counts = np.zeros(groups), np.zeros(groups)
     for _ in range(run.config.evaluation.batches):
         sums = evaluation_step(
-            state.params, job.frozen, batches.next(1), job.model, job.recipe, groups
+            state.params, run.frozen, batches.next(1), job.model, job.recipe, groups
         )
         losses += np.asarray(sums["group_losses"])
         counts += np.asarray(sums["group_counts"])

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 _BLOCK = 128
 
@@ -34,7 +34,7 @@ class NarrowArray:
 class NarrowAdamState:
     """Trees of `NarrowArray` in place of parameters, and how many updates there were."""
 
-    count: Int32[Array, ""] | Any
+    count: Any
     mean: Any
     root_of_squares: Any
 
@@ -55,26 +55,19 @@ def scale_by_narrow_adam(
         correction1 = 1 - beta1 ** count.astype(jnp.float32)
         correction2 = 1 - beta2 ** count.astype(jnp.float32)
 
-        def one(gradient: Array, mean: NarrowArray, root: NarrowArray) -> _Updated:
-            wide = gradient.astype(jnp.float32)
-            first = beta1 * widen(mean) + (1 - beta1) * wide
-            second = beta2 * widen(root) ** 2 + (1 - beta2) * wide**2
+        def one(gradient: Array, mean: NarrowArray, root: NarrowArray) -> tuple[Any, ...]:
+            first = beta1 * widen(mean) + (1 - beta1) * gradient
+            second = beta2 * widen(root) ** 2 + (1 - beta2) * gradient**2
             step = first / correction1 / (jnp.sqrt(second / correction2) + epsilon)
-            return _Updated(step, narrow(first, jnp.int8), narrow(jnp.sqrt(second), jnp.uint8))
+            return step, narrow(first, jnp.int8), narrow(jnp.sqrt(second), jnp.uint8)
 
-        found = jax.tree.map(one, gradients, state.mean, state.root_of_squares)
-        is_one = lambda node: isinstance(node, _Updated)
-        part = lambda name: jax.tree.map(lambda u: getattr(u, name), found, is_leaf=is_one)
-        return part("step"), NarrowAdamState(count, part("mean"), part("root"))
+        leaves, structure = jax.tree.flatten(gradients)
+        kept = map(structure.flatten_up_to, (state.mean, state.root_of_squares))
+        parts = zip(*map(one, leaves, *kept), strict=True)
+        steps, means, roots = (jax.tree.unflatten(structure, part) for part in parts)
+        return steps, NarrowAdamState(count, means, roots)
 
     return optax.GradientTransformation(init, update)
-
-
-class _Updated:
-    """Of one parameter; not a tree, so that it stands as a leaf in one."""
-
-    def __init__(self, step: Array, mean: NarrowArray, root: NarrowArray):
-        self.step, self.mean, self.root = step, mean, root
 
 
 def _zeros(x: Any, dtype: Any) -> NarrowArray:

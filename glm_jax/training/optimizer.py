@@ -28,6 +28,7 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     """AdamW (arXiv:2210.02414, section 2.3), or Adafactor, of clipped gradients, but for the
     learning rate, which multiplies what it gives; biases and layernorms do not decay."""
     return optax.chain(
+        optax.identity(),  # where clipping stood: checkpoints number what comes after it
         _scale_by_moments(recipe),
         optax.add_decayed_weights(recipe.weight_decay, decay_mask),
     )

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 from glm_jax.config import GLMConfig
 from glm_jax.model.offload import DEVICE_MEMORY, HOST_MEMORY, is_streamed
 from glm_jax.model.params import Adapters, GLMParams, stack_layers, unstack_layers
+from glm_jax.sharding import is_cpu
 from glm_jax.training import trainable
 from glm_jax.training.recipe import Recipe
 from glm_jax.training.stability import Monitor, init_monitor
@@ -95,12 +96,7 @@ def _without_waiting(state: TrainState) -> TrainState:
 def _own(tree: Any, mesh: Mesh) -> Any:
     """In buffers that belong to jax alone, as what is donated to a step must: a CPU's arrays
     may lie in memory of others."""
-    return jax.tree.map(jnp.copy, tree) if _is_cpu(mesh) else tree
-
-
-def _is_cpu(mesh: Mesh) -> bool:
-    platform: str = mesh.devices.flat[0].platform
-    return platform == "cpu"
+    return jax.tree.map(jnp.copy, tree) if is_cpu(mesh) else tree
 
 
 def _state(params: Trainable, recipe: Recipe) -> TrainState:
@@ -120,7 +116,7 @@ def abstract_state(config: GLMConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
     the new ones took 3 % of a step. Else they are stacked, as in `abstract_saved_state`.
     """
     saved = abstract_saved_state(config, recipe, mesh)
-    if not _is_cpu(mesh) or recipe.adapter is not None or recipe.updates_by_block:
+    if not is_cpu(mesh) or recipe.adapter is not None or recipe.updates_by_block:
         return saved
 
     def layer_of(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -154,7 +150,7 @@ def step_form(saved: TrainState, target: TrainState) -> TrainState:
     shardings = jax.tree.map(lambda a: a.sharding, target)
     mesh = target.step.sharding.mesh
     # Given up where it is jax's own: a device has no room for it twice.
-    given_up = () if _is_cpu(mesh) else (0,)
+    given_up = () if is_cpu(mesh) else (0,)
     lay_out = jax.jit(
         lambda saved: _lay_out(_own(saved, mesh), target),
         donate_argnums=given_up,

@@ -35,8 +35,8 @@ def init(config: GLMConfig, recipe: Recipe, key: PRNGKeyArray, mesh: Mesh) -> Tr
 
 def logical_axes(config: GLMConfig, recipe: Recipe, is_stacked: bool) -> Any:
     """The tree of each array's logical axes."""
-    if recipe.adapter is not None:
-        return model_adapters.logical_axes(config, recipe.adapter)
+    if is_stacked:
+        return glm_params.axes_of(specs(config, recipe))
     return glm_params.logical_axes(config, is_stacked)
 
 

@@ -14,6 +14,7 @@ from glm_jax.planning import finetuning_table, programs, topology
 from glm_jax.planning.decoding import abstract_params
 from glm_jax.planning.exchanges import exchanges
 from glm_jax.planning.finetuning_table import CASES
+from glm_jax.planning.reports import markdown_row
 from glm_jax.sharding import make_mesh
 from glm_jax.training.recipe import Recipe
 
@@ -33,7 +34,7 @@ def test_a_case_fits_as_the_table_says(case):
     plan = finetuning_table.plan_case(case, glm_130b(), described)
     assert plan.fits
     text = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
-    start = finetuning_table.start_of_line(case, described)
+    start = markdown_row(finetuning_table.described_case(case, described))
     [line] = [line for line in text.splitlines() if line.startswith(start)]
     holds, room, waiting, step, _ = (cell.strip() for cell in line[len(start) :].split("|")[:5])
     assert plan.total / 2**30 == pytest.approx(float(holds), rel=0.03, abs=0.15)

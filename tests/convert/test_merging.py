@@ -16,6 +16,7 @@ from glm_jax.model import adapters as model_adapters
 from glm_jax.model.adapter_files import model_identity, save_adapter
 from glm_jax.model.adapters import AdapterConfig
 from glm_jax.model.checkpoint import load_config
+from glm_jax.model.params import init_of
 from glm_jax.model.parts import CheckpointError
 
 ADAPTER = AdapterConfig(rank=3, alpha=6.0, targets=("query_key_value", "dense_h_to_4h"))
@@ -28,7 +29,7 @@ def converted(tmp_path_factory):
     options = Options(num_heads=NUM_HEADS, max_sequence_length=64)
     convert_shards(str(GOLDEN / "checkpoints" / "tp2"), folder / "model", options)
     config = load_config(folder / "model")
-    pairs = model_adapters.init(config, ADAPTER, jax.random.key(0))
+    pairs = init_of(model_adapters.specs(config, ADAPTER), jax.random.key(0), None)
     pairs = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(1), x.shape), pairs)
     save_adapter(folder / "adapter", ADAPTER, pairs, model_identity(folder / "model", config))
     return folder
@@ -80,7 +81,7 @@ def test_integers_and_other_models_are_refused(converted, tmp_path):
 
 def test_a_sum_beyond_the_dtype_is_refused(converted, tmp_path):
     config = load_config(converted / "model")
-    pairs = model_adapters.init(config, ADAPTER, jax.random.key(0))
+    pairs = init_of(model_adapters.specs(config, ADAPTER), jax.random.key(0), None)
     huge = jax.tree.map(lambda x: 0 * x + 300.0, pairs)
     identity = model_identity(converted / "model", config)
     save_adapter(tmp_path / "huge", ADAPTER, huge, identity)

@@ -19,7 +19,7 @@ from glm_jax.model.adapters import AdapterConfig, attach, merged_kernel
 from glm_jax.model.checkpoint import save_model
 from glm_jax.model.layers import Dropout
 from glm_jax.model.offload import HOST_MEMORY, OffloadedLayers
-from glm_jax.model.params import LinearParams, map_linears, quantize_params, unstack_layers
+from glm_jax.model.params import LinearParams, init_of, map_linears, quantize_params, unstack_layers
 from glm_jax.model.parts import CheckpointError
 from glm_jax.model.training import training_hidden
 from glm_jax.model.visibility import Visibility
@@ -32,7 +32,7 @@ SOME = AdapterConfig(rank=3, targets=("dense", "query_key_value"))
 
 def _pairs(config, adapter, mesh=None):
     """Adapters whose second matrices are not the zeros that they begin with."""
-    fresh = model_adapters.init(config, adapter, jax.random.key(5), mesh)
+    fresh = init_of(model_adapters.specs(config, adapter), jax.random.key(5), mesh)
     draw = lambda x: 0.05 * jax.random.normal(jax.random.key(6), x.shape)
     return jax.tree.map(lambda x: x + draw(x), fresh)
 
@@ -85,7 +85,7 @@ def test_logits_are_those_of_merged_kernels(tiny_model, adapter, scheme, form):
 
 def test_fresh_adapters_change_nothing(tiny_model):
     config, params = tiny_model
-    pairs = model_adapters.init(config, ADAPTER, jax.random.key(0))
+    pairs = init_of(model_adapters.specs(config, ADAPTER), jax.random.key(0), None)
     got = _logits(attach(params, pairs, ADAPTER.scale), config)
     np.testing.assert_array_equal(got, _logits(params, config))
 
@@ -138,7 +138,7 @@ def test_dropout_is_of_what_adapters_take_alone(tiny_model):
         model = attach(params, pairs, ADAPTER.scale)
         return training_hidden(model, config, tokens, tokens, visible, dropout=dropout)[0]
 
-    fresh = model_adapters.init(config, ADAPTER, jax.random.key(0))
+    fresh = init_of(model_adapters.specs(config, ADAPTER), jax.random.key(0), None)
     np.testing.assert_array_equal(hidden(fresh, 0.5), hidden(fresh, 0.0))
     pairs = _pairs(config, ADAPTER)
     assert np.max(np.abs(hidden(pairs, 0.5) - hidden(pairs, 0.0))) > 0.01

@@ -182,8 +182,8 @@ def test_the_embeddings_gradient_shrinks_and_its_forward_pass_does_not():
     whole, shrunk = _state(PLAIN), PLAIN.__class__(**(vars(PLAIN) | {"embedding_gradient": 0.1}))
     (a, first), (b, second) = _step(whole, _batch(), PLAIN), _step(whole, _batch(), shrunk)
     assert first["loss"] == second["loss"]
-    ratio = np.asarray(b.opt_state[0].mu.word_embeddings) / np.asarray(
-        a.opt_state[0].mu.word_embeddings
+    ratio = np.asarray(b.opt_state[1].mu.word_embeddings) / np.asarray(
+        a.opt_state[1].mu.word_embeddings
     )
     clipped = float(max(first["gradient_norm"], 1.0) / max(second["gradient_norm"], 1.0))
     np.testing.assert_allclose(np.nanmedian(ratio), 0.1 * clipped, rtol=1e-3)
@@ -276,7 +276,7 @@ def test_a_step_is_the_same_on_every_mesh(shape):
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-4, err_msg=name)
     assert jax.tree.map(lambda x: x.sharding, after) == jax.tree.map(lambda x: x.sharding, state)
     kernel = after.params.layers[1].dense_4h_to_h.kernel
-    assert after.opt_state[0].mu.layers[1].dense_4h_to_h.kernel.sharding == kernel.sharding
+    assert after.opt_state[1].mu.layers[1].dense_4h_to_h.kernel.sharding == kernel.sharding
     shard = kernel.addressable_shards[0].data
     assert shard.size * shape[1] * shape[2] == kernel.size
 
@@ -284,7 +284,7 @@ def test_a_step_is_the_same_on_every_mesh(shape):
 def test_checkpoints_hold_layers_stacked_and_steps_hold_them_apart():
     mesh = make_mesh((1, 2, 2))
     state = _state(PLAIN, mesh)
-    assert isinstance(state.opt_state[0].nu.layers, tuple)
+    assert isinstance(state.opt_state[1].nu.layers, tuple)
     saved, described = saved_form(state), abstract_saved_state(CONFIG, PLAIN, mesh)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
     assert shapes(saved) == shapes(described)
