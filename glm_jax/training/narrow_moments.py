@@ -61,6 +61,7 @@ def scale_by_narrow_adam(
             step = first / correction1 / (jnp.sqrt(second / correction2) + epsilon)
             return step, narrow(first, jnp.int8), narrow(jnp.sqrt(second), jnp.uint8)
 
+        structure: Any
         leaves, structure = jax.tree.flatten(gradients)
         kept = map(structure.flatten_up_to, (state.mean, state.root_of_squares))
         parts = zip(*map(one, leaves, *kept), strict=True)

@@ -1,5 +1,6 @@
 """Command lines as a user types them: what they print, and how they refuse."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,43 @@ def test_from_text_to_filled_blanks(tmp_path, corpus):
     assert "is in" in result.stdout
     assert "法国的首都是" in result.stdout
     assert "[MASK]" not in result.stdout
+    _fine_tune(tmp_path)
+
+
+def _fine_tune(folder):
+    """What `folder/back` holds, by paths that are relative to the folder."""
+    pairs = (
+        {"prompt": "Paris is in [MASK].", "target": "France"},
+        {"prompt": "法国", "target": "巴黎"},
+    )
+    text = "\n".join(json.dumps(pair) for pair in pairs)
+    (folder / "pairs.jsonl").write_text(text, encoding="utf-8")
+    run = lambda *given: _run(*given, cwd=folder)
+    result = run(
+        "launch.finetune",
+        f"--config={ROOT}/configs/finetune_demo.py",
+        "--checkpoint=back",
+        "--workdir=tuned",
+        "--config.data.files=pairs.jsonl",
+        "--config.steps=30",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "the adapters are in tuned/adapter" in result.stdout
+    generate = ("launch.generate", "--checkpoint=back", "--input=prompts.txt", "--dtype=float32")
+    short = ("--quantization=int4", "--max_length=24")
+    adapted = run(*generate, *short, "--adapter=tuned/adapter")
+    assert adapted.returncode == 0, adapted.stderr
+    assert "Paris is in France." in adapted.stdout
+    assert "Paris is in France." not in run(*generate, *short).stdout
+    merge = ("convert.merge_adapter", "--input=back", "--adapter=tuned/adapter", "--output=merged")
+    assert run(*merge).returncode == 0
+    merged = run("launch.generate", "--checkpoint=merged", *generate[2:], "--max_length=24")
+    assert "Paris is in France." in merged.stdout
+    export = ("convert.orbax_to_sat", "--input=back", "--adapter=tuned/adapter", "--shards=2")
+    assert run(*export, "--output=shards").returncode == 0
+    verified = run("convert.verify", "merged", "shards", "--num_heads=4")
+    assert verified.returncode == 0, verified.stdout
+    _assert_refused(run(*generate, "--adapter=back"), 1, "holds no adapters")
 
 
 def test_the_demo_removes_nothing_but_an_earlier_demo(tmp_path):
