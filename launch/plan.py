@@ -28,7 +28,7 @@ from glm_jax.sharding import MeshError
 from glm_jax.training import config as train_config
 
 FLAGS = flags.FLAGS
-_TABLES = {"hardware": hardware_table, "finetuning": finetuning_table}
+_TABLES = {"hardware": hardware_table.TABLE, "finetuning": finetuning_table.TABLE}
 config_flags.DEFINE_config_file("config", "configs/glm_130b.py", "an experiment's file")
 flags.DEFINE_enum("job", "decode", JOBS, "which program")
 flags.DEFINE_string("hardware", None, "a file of configs/hardware: a100_40gb")

@@ -2,30 +2,17 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
 from glm_jax.config import GLMConfig
 from glm_jax.model.adapters import AdapterConfig
 from glm_jax.planning.plan import Plan, Question, make_plan
-from glm_jax.planning.reports import markdown
+from glm_jax.planning.reports import Table
 from glm_jax.training.recipe import Recipe
 
 _LENGTH = 1024
 _GIB = 2**30
-_COLUMNS = (
-    "hardware (fsdp x tensor)",
-    "trained",
-    "weights, or computing",
-    "moments",
-    "rows of 1024",
-    "holds, GiB",
-    "of",
-    "on the host, GiB",
-    "a step at best, s",
-    "tokens a second at best",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,15 +96,6 @@ def described_case(case: Case, hardware: ConfigDict) -> tuple[str, ...]:
     )
 
 
-def lines(model: GLMConfig, find: Callable[[str], ConfigDict]) -> Iterator[str]:
-    """All cases as a Markdown table.
-
-    Args:
-      find: from a hardware file's name to what it returns.
-    """
-    return markdown(_COLUMNS, (_cells(case, model, find(case.hardware)) for case in CASES))
-
-
 def _cells(case: Case, model: GLMConfig, hardware: ConfigDict) -> tuple[str, ...]:
     plan = plan_case(case, model, hardware)
     seconds = plan.roofline.seconds
@@ -129,3 +107,21 @@ def _cells(case: Case, model: GLMConfig, hardware: ConfigDict) -> tuple[str, ...
         f"{seconds:.2f} ({plan.roofline.limit})",
         f"{case.rows * _LENGTH / seconds:.0f}",
     )
+
+
+TABLE = Table(
+    columns=(
+        "hardware (fsdp x tensor)",
+        "trained",
+        "weights, or computing",
+        "moments",
+        "rows of 1024",
+        "holds, GiB",
+        "of",
+        "on the host, GiB",
+        "a step at best, s",
+        "tokens a second at best",
+    ),
+    cases=CASES,
+    cells=_cells,
+)

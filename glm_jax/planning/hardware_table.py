@@ -1,26 +1,15 @@
 """The hardware that the original named, and more: what each holds and how fast it can be."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
 from glm_jax.config import GLMConfig
 from glm_jax.planning.plan import Plan, Question, make_plan
-from glm_jax.planning.reports import markdown
+from glm_jax.planning.reports import Table
 
 _LENGTH = 2048
 _GIB = 2**30
-_COLUMNS = (
-    "hardware",
-    "weights",
-    "holds: weights + cache + rest, GiB",
-    "of",
-    "headroom",
-    "a token at best, ms",
-    "2048 tokens at best, s",
-    "published, s",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +60,6 @@ def plan_case(case: Case, model: GLMConfig, described: ConfigDict) -> Plan:
     return make_plan(asked, described)
 
 
-def lines(model: GLMConfig, find: Callable[[str], ConfigDict]) -> Iterator[str]:
-    """All cases as a Markdown table.
-
-    Args:
-      find: from a hardware file's name to what it returns.
-    """
-    return markdown(_COLUMNS, (_cells(case, model, find(case.hardware)) for case in CASES))
-
-
 def _cells(case: Case, model: GLMConfig, described: ConfigDict) -> tuple[str, ...]:
     plan = plan_case(case, model, described)
     rest = plan.other + plan.temporaries
@@ -98,3 +78,19 @@ def _cells(case: Case, model: GLMConfig, described: ConfigDict) -> tuple[str, ..
         f"{_LENGTH * seconds:.0f}",
         case.published,
     )
+
+
+TABLE = Table(
+    columns=(
+        "hardware",
+        "weights",
+        "holds: weights + cache + rest, GiB",
+        "of",
+        "headroom",
+        "a token at best, ms",
+        "2048 tokens at best, s",
+        "published, s",
+    ),
+    cases=CASES,
+    cells=_cells,
+)

@@ -1,13 +1,14 @@
 """Plans for people: a line, a table, JSON, a picture."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from matplotlib import pyplot
 from ml_collections import ConfigDict
 
+from glm_jax.config import GLMConfig
 from glm_jax.planning.exchanges import by_kind
 from glm_jax.planning.plan import Plan
 from glm_jax.planning.sweep import Tried
@@ -92,13 +93,31 @@ def draw(found: list[Tried], path: Path) -> None:
     pyplot.close(figure)
 
 
-def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """A Markdown table, line by line."""
-    yield markdown_row(columns)
-    yield "|" + " --- |" * len(columns)
-    yield from map(markdown_row, rows)
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Plans of many cases, for the documentation.
+
+    Attributes:
+      cases: each names a file of configs/hardware as its `hardware`.
+      cells: of a case, a model and the hardware, as many as there are columns.
+    """
+
+    columns: tuple[str, ...]
+    cases: tuple[Any, ...]
+    cells: Callable[[Any, GLMConfig, ConfigDict], tuple[str, ...]]
+
+    def lines(self, model: GLMConfig, find: Callable[[str], ConfigDict]) -> Iterator[str]:
+        """In Markdown, one case after another.
+
+        Args:
+          find: from a hardware file's name to what it returns.
+        """
+        yield markdown_row(self.columns)
+        yield "|" + " --- |" * len(self.columns)
+        for case in self.cases:
+            yield markdown_row(self.cells(case, model, find(case.hardware)))
 
 
-def markdown_row(cells: Sequence[str]) -> str:
+def markdown_row(cells: tuple[str, ...]) -> str:
     """A line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
