@@ -55,7 +55,7 @@ def environment(devices, **more):
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("GLM_JAX", "SLURM"))}
     programs = f"{tempfile.gettempdir()}/glm_jax_programs_{os.getppid()}_{devices}"
     return inherited | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}:{ROOT}/tests/without_pytorch",  # where users have none
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         # Programs that were compiled before, for speed: they are the same.

@@ -3,6 +3,7 @@
 #
 #     sbatch --nodes=96 launch/slurm/train.sh --config=configs/glm_130b.py --workdir=DIR ...
 #
+# With GLM_JAX_JOB=finetune before it, it is `launch.finetune`, whose flags it takes then.
 # The same command again goes on where an earlier one stopped. Slurm sends SIGTERM two
 # minutes before the time is up: the run saves, and is put into the queue again.
 #SBATCH --job-name=glm-train
@@ -18,4 +19,5 @@ first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export GLM_JAX_COORDINATOR="$first:${GLM_JAX_PORT:-9876}"
 export GLM_JAX_NUM_PROCESSES="$SLURM_NTASKS"
 # Each task's number is in SLURM_PROCID.
-exec srun --kill-on-bad-exit=1 "${GLM_JAX_PYTHON:-.venv/bin/python}" -m launch.train "$@"
+exec srun --kill-on-bad-exit=1 "${GLM_JAX_PYTHON:-.venv/bin/python}" \
+    -m "launch.${GLM_JAX_JOB:-train}" "$@"

@@ -113,6 +113,7 @@ def test_harness(folder, tmp_path):
         *("--tasks", "pick,write,roll", "--include_path", str(tmp_path / "tasks")),
         *("--output_path", str(tmp_path / "out")),
         module="launch.harness",
+        PYTHONPATH=str(ROOT),  # the harness itself takes PyTorch
         HF_HOME=str(tmp_path / "cache"),
         HF_HUB_OFFLINE="1",
     )

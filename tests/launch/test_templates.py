@@ -1,5 +1,6 @@
 """Templates for Slurm and Kubernetes: what the schedulers would refuse. `tests/slow` runs them."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -118,3 +119,20 @@ def test_slurm_scripts_are_sound(job):
     first = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
     assert all(not line.startswith("#SBATCH") for line in lines[first:])
     assert "--requeue" in options
+
+
+@pytest.mark.parametrize("job", ["train", "finetune"])
+def test_the_training_script_starts_either_job(tmp_path, job):
+    for name, text in (("scontrol", "echo node1"), ("srun", 'echo "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_NTASKS": "2",
+    }
+    variables |= {} if job == "train" else {"GLM_JAX_JOB": job}
+    command = [ROOT / "launch/slurm/train.sh", "--workdir=w w"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    expected = f"--kill-on-bad-exit=1 .venv/bin/python -m launch.{job} --workdir=w w\n"
+    assert done.stdout == expected
