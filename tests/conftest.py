@@ -15,6 +15,7 @@ from jaxtyping import install_import_hook
 install_import_hook("glm_jax", "beartype.beartype")
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "slow" in item.path.relative_to(GOLDEN.parent).parts:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs_at_once() -> Iterator[None]:
+    """Each compiled program has some twenty mappings of memory, and a process may have 65530:
+    beyond them XLA ends by a segmentation fault."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
