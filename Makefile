@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+# Modules are compiled when they are first imported: most of what is installed never is.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c requirements.txt
 # Compilers for GPUs and TPUs, which need no such device, in an environment of their own.
 AOT_VENV := .venv-aot

@@ -45,8 +45,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_programs_at_once() -> Iterator[None]:
-    """Each compiled program has some twenty mappings of memory, and a process may have 65530:
-    beyond them XLA ends by a segmentation fault."""
+    """Compiled programs hold mappings of memory, of which Linux gives a process 65530: beyond
+    them XLA ends by a segmentation fault."""
     yield
     jax.clear_caches()
 

@@ -55,7 +55,7 @@ def environment(devices, **more):
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("GLM_JAX", "SLURM"))}
     programs = f"{tempfile.gettempdir()}/glm_jax_programs_{os.getppid()}_{devices}"
     return inherited | {
-        "PYTHONPATH": f"{ROOT}:{ROOT}/tests/without_pytorch",  # where users have none
+        "PYTHONPATH": f"{ROOT}:{ROOT}/tests/without_pytorch",  # which users do not have
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         # Programs that were compiled before, for speed: they are the same.
@@ -130,22 +130,28 @@ def in_kubernetes(folder, job, given, devices):
     ]
 
 
-def in_slurm(folder, job, given, devices):
-    """The batch script, with an srun that starts two tasks here."""
+def slurm_variables(folder, srun):
+    """The environment of a batch script on two nodes, with an `srun` that is this script."""
     programs = folder / "bin"
     programs.mkdir()
-    (programs / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\necho 127.0.0.2\n")
-    (programs / "srun").write_text(
-        '#!/bin/sh\nshift\nSLURM_PROCID=0 "$@" & first=$!\n'
-        'SLURM_PROCID=1 "$@" || exit 1\nwait $first\n'
+    for name, text in (("scontrol", "echo 127.0.0.1\necho 127.0.0.2"), ("srun", srun)):
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    return {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "SLURM_NTASKS": "2",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+    }
+
+
+def in_slurm(folder, job, given, devices):
+    """The batch script, with an srun that starts two tasks here."""
+    two_tasks = (
+        'shift\nSLURM_PROCID=0 "$@" & first=$!\nSLURM_PROCID=1 "$@" || exit 1\nwait $first'
     )
-    for program in programs.iterdir():
-        program.chmod(0o755)
     variables = environment(
         devices,
-        PATH=f"{programs}:{os.environ['PATH']}",
-        SLURM_NTASKS="2",
-        SLURM_JOB_NODELIST="node[1-2]",
+        **slurm_variables(folder, two_tasks),
         GLM_JAX_PORT=str(free_port()),
         GLM_JAX_PYTHON=sys.executable,
     )

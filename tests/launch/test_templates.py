@@ -1,6 +1,5 @@
 """Templates for Slurm and Kubernetes: what the schedulers would refuse. `tests/slow` runs them."""
 
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -9,6 +8,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from running import slurm_variables
 
 ROOT = Path(__file__).parent.parent.parent
 JOBS = ("train", "evaluate", "decode", "convert")
@@ -123,14 +123,7 @@ def test_slurm_scripts_are_sound(job):
 
 @pytest.mark.parametrize("job", ["train", "finetune"])
 def test_the_training_script_starts_either_job(tmp_path, job):
-    for name, text in (("scontrol", "echo node1"), ("srun", 'echo "$@"')):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    variables = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_NTASKS": "2",
-    }
+    variables = slurm_variables(tmp_path, 'echo "$@"')
     variables |= {} if job == "train" else {"GLM_JAX_JOB": job}
     command = [ROOT / "launch/slurm/train.sh", "--workdir=w w"]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)

@@ -9,8 +9,6 @@ from killing import kill_at_random, logged_lines
 from running import ROOT, Started, environment, losses, save_tiny, start_joined
 
 STEPS, KILLS = 120, 10
-# Many steps of programs that are compiled once: here XLA's optimisations pay.
-OPTIMISED = {"XLA_FLAGS": ""}
 
 
 @pytest.fixture
@@ -54,7 +52,8 @@ ALL_OF_IT = (
 def test_kills_at_random_moments_change_no_bit(folder, more, capsys):
     def start(workdir):
         command = [sys.executable, "-m", *_arguments(folder, workdir, "1,1,1", STEPS, *more)]
-        return [Started(command, environment(1, **OPTIMISED))]
+        # Many steps of programs that are compiled once: XLA's optimisations pay.
+        return [Started(command, environment(1, XLA_FLAGS=""))]
 
     start(folder / "whole")[0].finish()
     killed = folder / "killed"

@@ -11,9 +11,8 @@ import pytest
 from killing import kill_at_random, last_logged_step, logged_lines
 from running import Started, arguments, environment, free_port
 
-# By processes: several seconds of either, and what starting again and again takes.
-KILLS = {1: 20, 2: 8}
-STEPS = {1: 600, 2: 100}
+KILLS = 20
+STEPS = {1: 600, 2: 100}  # by processes: several seconds of either
 
 
 @pytest.fixture
@@ -42,10 +41,10 @@ def _finish(started):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_kills_at_random_moments_change_no_bit(text, tokenizer, count, capsys):
+def test_twenty_kills_at_random_moments_change_no_bit(text, tokenizer, count, capsys):
     _finish(_start(text, tokenizer, text / "whole", count))
     start = lambda: _start(text, tokenizer, text / "killed", count)
-    log = kill_at_random(start, text / "killed", STEPS[count], KILLS[count], seed=count)
+    log = kill_at_random(start, text / "killed", STEPS[count], KILLS, seed=count)
     _finish(_start(text, tokenizer, text / "killed", count))
     with capsys.disabled():
         print(f"\n{count} process(es):", *log, sep="\n  ")
