@@ -146,9 +146,7 @@ def slurm_variables(folder, srun):
 
 def in_slurm(folder, job, given, devices):
     """The batch script, with an srun that starts two tasks here."""
-    two_tasks = (
-        'shift\nSLURM_PROCID=0 "$@" & first=$!\nSLURM_PROCID=1 "$@" || exit 1\nwait $first'
-    )
+    two_tasks = 'shift\nSLURM_PROCID=0 "$@" & first=$!\nSLURM_PROCID=1 "$@" || exit 1\nwait $first'
     variables = environment(
         devices,
         **slurm_variables(folder, two_tasks),

@@ -19,7 +19,8 @@ set -euo pipefail
 # large for a node, over all of them; then one that fails ends all.
 export GLM_JAX_NUM_PROCESSES="$SLURM_NTASKS"
 if [ -n "${GLM_JAX_TOGETHER:-}" ]; then
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    # No pipe into `head`: `scontrol` would end by SIGPIPE, and with it, now and then, the script.
+    read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     export GLM_JAX_COORDINATOR="$first:${GLM_JAX_PORT:-9876}"
 fi
 exec srun --kill-on-bad-exit="${GLM_JAX_TOGETHER:-0}" \

@@ -15,7 +15,8 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# No pipe into `head`: `scontrol` would end by SIGPIPE, and with it, now and then, the script.
+read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export GLM_JAX_COORDINATOR="$first:${GLM_JAX_PORT:-9876}"
 export GLM_JAX_NUM_PROCESSES="$SLURM_NTASKS"
 # Each task's number is in SLURM_PROCID.

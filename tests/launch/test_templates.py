@@ -129,3 +129,14 @@ def test_the_training_script_starts_either_job(tmp_path, job):
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
     expected = f"--kill-on-bad-exit=1 .venv/bin/python -m launch.{job} --workdir=w w\n"
     assert done.stdout == expected
+
+
+@pytest.mark.parametrize("job", ["train", "evaluate", "decode"])
+def test_of_many_nodes_the_first_coordinates(tmp_path, job):
+    """More names than a pipe holds: none is read but the first."""
+    variables = slurm_variables(tmp_path, 'echo "$GLM_JAX_COORDINATOR"')
+    (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\nseq -f node%.0f 20000\n")
+    variables |= {"GLM_JAX_TOGETHER": "1", "GLM_JAX_PORT": "1234"}
+    command = [ROOT / f"launch/slurm/{job}.sh", "--mesh=1,1,16"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout == "node1:1234\n"
