@@ -1,19 +1,34 @@
 # Each target makes what it needs: a virtual environment of its own, then the packages.
-PYTHON ?= python3.11
+# The newest Python from 3.12 on that runs, on PATH or among pyenv's versions; else 3.11, which
+# has the JAX that it can have.
+FIND_PYTHON := for minor in 14 13 12 11; do for python in python3.$$minor \
+    "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.$$minor.*/bin/python; do \
+    "$$python" -c "import sys, venv, ensurepip; assert sys.version_info[1] == $$minor" \
+    >/dev/null 2>&1 && echo "$$python" && exit; done; done; echo python3
+PYTHON ?= $(shell $(FIND_PYTHON))
 VENV := .venv
 BIN := $(VENV)/bin
 # Modules are compiled when they are first imported: most of what is installed never is.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c requirements.txt
+# PyTorch, a peer in tests, whose build for CPUs alone is for Python 3.11: with the oldest JAX.
+TORCH_PYTHON ?= python3.11
+TORCH_VENV := .venv-torch
 # Compilers for GPUs and TPUs, which need no such device, in an environment of their own.
 AOT_VENV := .venv-aot
 
-.PHONY: demo test test-slow test-aot lint bench clean
+.PHONY: demo test test-torch test-slow test-aot lint bench clean
 
 demo: $(VENV)/.base
 	$(BIN)/python -m launch.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m "not slow" --ignore=tests/aot
+
+# What PyTorch is asked for, and what must hold with the oldest Python and JAX too.
+test-torch:
+	$(MAKE) VENV=$(TORCH_VENV) PYTHON=$(TORCH_PYTHON) $(TORCH_VENV)/.test
+	$(TORCH_VENV)/bin/python -m pytest -n 2 -m "not slow" tests/convert tests/kernels tests/decoding \
+	    tests/model/test_parity.py tests/model/test_glm.py tests/quantization
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -s -m slow --ignore=tests/aot
@@ -39,10 +54,10 @@ bench: $(VENV)/.test
 	$(BIN)/python -m launch.benchmark --suite=serve --rounds=3
 
 clean:
-	rm -rf $(VENV) $(AOT_VENV) build *.egg-info demo_output bench_output glm_jax/kernels/*/*.so convert/*.so
+	rm -rf $(VENV) $(TORCH_VENV) $(AOT_VENV) build *.egg-info demo_output bench_output glm_jax/kernels/*/*.so convert/*.so
 
 $(VENV)/.base: setup.py requirements.txt $(wildcard glm_jax/kernels/*.h glm_jax/kernels/*/cpu* convert/*.cc)
-	$(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) jaxlib setuptools
 	$(INSTALL) --no-build-isolation -e .
 	touch $@

@@ -104,7 +104,8 @@ setup(
             "ruff",
             "schemathesis",
             "selenium",
-            "torch==2.13.0",
+            # Its build for CPUs alone is for Python 3.11.
+            "torch==2.13.0; python_version < '3.12'",
             "types-PyYAML",
             "types-tqdm",
         ],

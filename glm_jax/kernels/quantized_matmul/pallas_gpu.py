@@ -118,7 +118,7 @@ def _kernel(
             if zeros_ref is not None:
                 weight = weight - zeros_ref[group, :].astype(dtype)[None]
             x = triton.load(x_ref.at[rows, inputs], mask=row_mask, other=0.0)
-            product += pl.dot(x, weight)
+            product += triton.dot(x, weight)
         if has_groups:
             product = product * scales_ref[group, :].astype(jnp.float32)[None]
         return total + product
