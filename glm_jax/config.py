@@ -6,8 +6,10 @@ import math
 from typing import Any
 
 from glm_jax.errors import UserError
+from glm_jax.numerics import TENSORFLOAT32, array_dtype
 
 _FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+COMPUTE_DTYPES = (*_FLOAT_DTYPES, TENSORFLOAT32)
 _ROTARY_DTYPES = ("float16", "float32")
 
 
@@ -66,7 +68,8 @@ class GLMConfig:
       rotary_dtype: "float16" rounds frequencies, angles, cosines and sines as the
         released model does, "float32" keeps them exact.
       param_dtype: how float parameters are stored.
-      compute_dtype: activations and products.
+      compute_dtype: activations and products; "tensorfloat32" is float32 whose products
+        accelerators may round to fewer bits.
       softmax_dtype: attention probabilities, before the product with the values.
       cache_dtype: keys and values kept while decoding: a float dtype, or "int8" with a scale
         for each head and position; None for compute_dtype.
@@ -110,15 +113,21 @@ class GLMConfig:
                 f"head size {self.head_dim} (hidden_size / num_heads) is odd: "
                 "rotary positions need an even one"
             )
-        for name in ("param_dtype", "compute_dtype", "softmax_dtype"):
-            if getattr(self, name) not in _FLOAT_DTYPES:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: one of {_FLOAT_DTYPES}")
+        choices = dict.fromkeys(("param_dtype", "softmax_dtype"), _FLOAT_DTYPES)
+        for name, allowed in (choices | {"compute_dtype": COMPUTE_DTYPES}).items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: one of {allowed}")
         if self.cache_dtype not in (None, "int8", *_FLOAT_DTYPES):
             raise ConfigError(
                 f"cache_dtype={self.cache_dtype!r}: None, int8 or one of {_FLOAT_DTYPES}"
             )
         if self.rotary_dtype not in _ROTARY_DTYPES:
             raise ConfigError(f"rotary_dtype={self.rotary_dtype!r}: one of {_ROTARY_DTYPES}")
+
+    @property
+    def activation_dtype(self) -> str:
+        """The dtype of the arrays that `compute_dtype` asks for."""
+        return array_dtype(self.compute_dtype)
 
     @property
     def head_dim(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 from flax.linen import spmd
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from glm_jax.errors import UserError
 
@@ -159,10 +159,23 @@ def is_for_cpu() -> bool:
     return jax.default_backend() == "cpu" if described is None else described.device_kind == "cpu"
 
 
+def surrounding_mesh() -> AbstractMesh | None:
+    """The mesh of the surrounding `jax.set_mesh`; None where there is none, or where it has one
+    device, on which programs are those of a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if mesh.size > 1 else None
+
+
+def mesh_to_divide() -> AbstractMesh | None:
+    """`surrounding_mesh` where programs are still to be divided among its devices: None inside
+    `jax.shard_map`, where each device has its own part already."""
+    mesh = surrounding_mesh()
+    return None if mesh is None or mesh.manual_axes else mesh
+
+
 def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
     """Pins an activation to the mesh of the surrounding `jax.set_mesh`, if there is one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if surrounding_mesh() is None:
         return x
     return jax.lax.with_sharding_constraint(x, fitting_activation_spec(x.shape, axes))
 
@@ -173,8 +186,8 @@ def constrain_parameters(tree: Any, axes: Any) -> Any:
     Args:
       axes: logical axes of each leaf, in a tree of the same structure.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    mesh = surrounding_mesh()
+    if mesh is None:
         return tree
 
     def pin(x: jax.Array, of_leaf: LogicalAxes) -> jax.Array:

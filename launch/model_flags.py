@@ -3,7 +3,7 @@
 from absl import flags
 from jax.sharding import Mesh
 
-from glm_jax.config import GLMConfig
+from glm_jax.config import COMPUTE_DTYPES, GLMConfig
 from glm_jax.decoding.engine import EngineSettings
 from glm_jax.decoding.prepare import prepare
 from glm_jax.decoding.requests import TextRequest
@@ -44,7 +44,12 @@ def define_model_flags() -> None:
     flags.DEFINE_string(
         "mesh", None, "sizes of data,fsdp,tensor, such as 1,1,8; one device by default"
     )
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "as stored by default")
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        COMPUTE_DTYPES,
+        "of the model, as stored by default; tensorfloat32: float32 with products of fewer bits",
+    )
     flags.DEFINE_string(
         "quantization",
         None,

@@ -1,6 +1,7 @@
 """Imports run one way: no module imports from a layer above its own."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "glm_jax.errors": 0,
     "glm_jax.files": 0,
+    "glm_jax.numerics": 0,
     "glm_jax.config": 1,
     "glm_jax.processes": 1,
     "glm_jax.supervision": 1,
@@ -65,6 +67,14 @@ def test_imports_point_down(path):
         assert LAYERS[other] <= LAYERS[own], f"{module} imports {imported}"
         if own in SIBLINGS_APART:
             assert other not in SIBLINGS_APART, f"{module} imports {imported}"
+
+
+def test_one_place_asks_whether_there_is_a_mesh():
+    """Without a mesh JAX's is empty and of size 0 or 1, by its version: `sharding` knows."""
+    question = re.compile(r"mesh\(?\)?\.(empty\b|size\s*(==|!=|<|>))")
+    for path in FILES:
+        if path.name != "sharding.py":
+            assert not question.search(path.read_text()), path
 
 
 def test_torch_is_imported_by_tests_and_benchmarks_alone():

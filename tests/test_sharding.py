@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from glm_jax import make_mesh
 from glm_jax.decoding.generate import generate
@@ -10,7 +11,13 @@ from glm_jax.model import glm
 from glm_jax.model import params as glm_params
 from glm_jax.model.visibility import Visibility
 from glm_jax.quantization import QuantizedArray, Scheme
-from glm_jax.sharding import MeshError, parameter_sharding, parse_mesh
+from glm_jax.sharding import (
+    MeshError,
+    mesh_to_divide,
+    parameter_sharding,
+    parse_mesh,
+    surrounding_mesh,
+)
 
 MESHES = [(1, 1, 1), (2, 2, 2), (1, 1, 8)]
 
@@ -84,3 +91,21 @@ def test_mesh_flag():
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(MeshError, match="heads=6 does not divide"):
         parameter_sharding(make_mesh((1, 1, 4)), ("heads",), (6,))
+
+
+def test_a_mesh_of_one_device_is_none():
+    assert surrounding_mesh() is None
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        assert surrounding_mesh() is None
+    mesh = make_mesh((1, 2, 4))
+    with jax.set_mesh(mesh):
+        assert surrounding_mesh() == mesh_to_divide() == jax.sharding.get_abstract_mesh()
+        apart = []
+        jax.shard_map(
+            lambda x: apart.append((surrounding_mesh(), mesh_to_divide())) or x,
+            in_specs=PartitionSpec("tensor"),
+            out_specs=PartitionSpec("tensor"),
+        )(np.zeros(8))
+        [(within, to_divide)] = apart
+    assert within.shape == mesh.shape
+    assert to_divide is None

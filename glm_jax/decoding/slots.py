@@ -16,7 +16,7 @@ from glm_jax.decoding import sampling as sampling_lib
 from glm_jax.decoding.completion import Request
 from glm_jax.decoding.restrictions import Restrictions, restrict
 from glm_jax.decoding.sampling import Sampling, SamplingError
-from glm_jax.sharding import activation_sharding
+from glm_jax.sharding import activation_sharding, surrounding_mesh
 
 # Room for banned sequences; static, so that no request needs a program of its own.
 MOST_SEQUENCES, LONGEST_SEQUENCE = 32, 8
@@ -291,7 +291,6 @@ def _draw(logits: Array, slots: Slots) -> Array:
 
 def _everywhere(x: Array) -> Array:
     """On every device, so that every process can read it."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size <= 1:
+    if surrounding_mesh() is None:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec())

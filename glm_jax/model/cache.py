@@ -53,7 +53,7 @@ def init_cache(
         axes = (None, *axes[1:])
     if not unstacked:
         shape, axes = (config.num_layers, *shape), ("layers", *axes)
-    dtype = config.cache_dtype or config.compute_dtype
+    dtype = config.cache_dtype or config.activation_dtype
 
     def zeros(shape: tuple[int, ...], dtype: str) -> Array:
         device = None if mesh is None else activation_sharding(mesh, axes[: len(shape)])

@@ -24,6 +24,7 @@ from glm_jax.model.params import KERNEL_AXES, GLMParams, LayerParams, LinearPara
 from glm_jax.model.parts import PARAMS_FOLDER, CheckpointError
 from glm_jax.model.reading import reusing_memory
 from glm_jax.model.stacking import Part, stacked
+from glm_jax.numerics import array_dtype
 from glm_jax.quantization import QuantizedArray, Scheme
 
 CONFIG_FILE = "config.json"
@@ -116,8 +117,7 @@ def restore(
     Args:
       path: a model folder.
       mesh: where the parameters go, one device by default.
-      dtype: "float32", "bfloat16" or "float16" for parameters and computation; as stored
-        by default.
+      dtype: for parameters and computation, one of `COMPUTE_DTYPES`; as stored by default.
       quantization: quantises a float model after reading: "int8", "int4", or with options
         such as "int4,group=128,zero_point" (`Scheme.parse`).
       weight_memory_limit: GiB of weights that a device may hold; blocks beyond it wait in its
@@ -142,7 +142,7 @@ def restore(
     described = _abstract(config, mesh)
 
     def cast(part: Any) -> Any:
-        return part if dtype is None else glm_params.cast_params(part, dtype)
+        return part if dtype is None else glm_params.cast_params(part, array_dtype(dtype))
 
     def read(first: int, end: int) -> Any:
         part = restore_layers(folder, config, first, end, mesh)
@@ -161,11 +161,11 @@ def restore(
             read_parts = (Part(first, end, read(first, end)) for first, end in ranges)
             layers = stacked(read_parts, config.num_layers, device_bytes(rest), limit)
     if dtype is not None:
-        config = config.replace(param_dtype=dtype, compute_dtype=dtype)
+        config = config.replace(param_dtype=array_dtype(dtype), compute_dtype=dtype)
     params = GLMParams(layers=layers, **rest)
     if adapter is not None:
         chosen, pairs = load_adapter(adapter, config, model_identity(Path(path), config), mesh)
-        pairs = glm_params.cast_params(pairs, config.compute_dtype)
+        pairs = glm_params.cast_params(pairs, config.activation_dtype)
         params = adapters.attach(params, pairs, chosen.scale)
     return config, params
 

@@ -39,7 +39,8 @@ from glm_jax.model.offload import OffloadedLayers, fetch
 from glm_jax.model.paged_cache import PagedCache, PagedKVCache, Paging
 from glm_jax.model.params import GLMParams, LayerParams
 from glm_jax.model.visibility import Visibility
-from glm_jax.sharding import constrain
+from glm_jax.numerics import dot_general, products_as
+from glm_jax.sharding import constrain, surrounding_mesh
 
 Visible = Int32[Array, "batch query bounds"] | Bool[Array, "batch query key"]
 AnyCache = LayerCache | PagedCache
@@ -102,7 +103,7 @@ def embed_tokens(
     params: GLMParams, config: GLMConfig, tokens: Int[Array, "batch seq"]
 ) -> Float[Array, "batch seq embed"]:
     """What the first block takes."""
-    return constrain(embed(params, tokens).astype(config.compute_dtype), HIDDEN_AXES)
+    return constrain(embed(params, tokens).astype(config.activation_dtype), HIDDEN_AXES)
 
 
 def embed(params: GLMParams, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
@@ -110,7 +111,7 @@ def embed(params: GLMParams, tokens: Int[Array, "batch seq"]) -> Float[Array, "b
     table = params.word_embeddings
     if isinstance(table, TiledArray):
         return take_outputs(table, tokens)
-    if tokens.size == 1 and jax.sharding.get_abstract_mesh().size > 1:
+    if tokens.size == 1 and surrounding_mesh() is not None:
         # One row alone would be a slice, for which every device would be sent the whole table.
         return table[jnp.repeat(tokens, 2, axis=1)][:, :1]
     return table[tokens]
@@ -121,15 +122,12 @@ def logits(
 ) -> Float[Array, "*batch vocab"]:
     """float32 scores of every vocabulary entry, by the word embedding itself."""
     table = params.word_embeddings
-    if is_quantized(table):
-        scores = quantized_matmul(hidden, table)
-    else:
-        scores = jax.lax.dot_general(
-            hidden,
-            table.astype(config.compute_dtype),
-            (((hidden.ndim - 1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
+    with products_as(config.compute_dtype):
+        if is_quantized(table):
+            scores = quantized_matmul(hidden, table)
+        else:
+            table = table.astype(config.activation_dtype)
+            scores = dot_general(hidden, table, (((hidden.ndim - 1,), (1,)), ((), ())))
     axes = ("batch", *(("seq",) * (scores.ndim - 2)), "vocab")
     return constrain(scores, axes)
 
@@ -145,15 +143,16 @@ def block(
     dropout: Dropout | None = None,
 ) -> tuple[Float[Array, "batch seq embed"], AnyCache | None]:
     """One transformer block with DeepNorm residuals (arXiv:2210.02414, section 2.1)."""
-    alpha = jnp.asarray(config.residual_scale, x.dtype)
-    h = layer_norm(x, layer.input_layernorm, config.layernorm_epsilon)
-    attended, cache = _self_attention(h, layer, config, rotary, visible, cache, start, dropout)
-    x = constrain(h * alpha + drop(attended, dropout, 0), HIDDEN_AXES)
-    h = layer_norm(x, layer.post_attention_layernorm, config.layernorm_epsilon)
-    inner = linear(h, layer.dense_h_to_4h, dropout, 5)
-    inner = constrain(inner, ("batch", "seq", None, "mlp"))
-    narrow = linear(geglu(inner), layer.dense_4h_to_h, dropout, 6)
-    x = constrain(h * alpha + drop(narrow, dropout, 1), HIDDEN_AXES)
+    with products_as(config.compute_dtype):
+        alpha = jnp.asarray(config.residual_scale, x.dtype)
+        h = layer_norm(x, layer.input_layernorm, config.layernorm_epsilon)
+        attended, cache = _self_attention(h, layer, config, rotary, visible, cache, start, dropout)
+        x = constrain(h * alpha + drop(attended, dropout, 0), HIDDEN_AXES)
+        h = layer_norm(x, layer.post_attention_layernorm, config.layernorm_epsilon)
+        inner = linear(h, layer.dense_h_to_4h, dropout, 5)
+        inner = constrain(inner, ("batch", "seq", None, "mlp"))
+        narrow = linear(geglu(inner), layer.dense_4h_to_h, dropout, 6)
+        x = constrain(h * alpha + drop(narrow, dropout, 1), HIDDEN_AXES)
     return x, cache
 
 

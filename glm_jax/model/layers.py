@@ -13,6 +13,7 @@ from glm_jax.config import GLMConfig
 from glm_jax.kernels.attention.dropout import WeightDropout
 from glm_jax.kernels.quantized_matmul.api import is_quantized, quantized_matmul
 from glm_jax.model.params import AdaptedKernel, LayerNormParams, LinearParams, LowRank
+from glm_jax.numerics import dot_general
 
 
 def layer_norm(
@@ -103,27 +104,18 @@ def _product(x: Array, kernel: Array) -> Array:
     Its gradient to the kernel comes out as the kernel lies. jax's own is turned, and costs
     a transpose of what flows back besides.
     """
-    return jax.lax.dot_general(
-        x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    return dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
 def _product_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, kernel = kept
     narrow = gradient.astype(x.dtype)
     leading, outputs = tuple(range(x.ndim - 1)), tuple(range(x.ndim - 1, gradient.ndim))
-    of_x = jax.lax.dot_general(
-        narrow,
-        kernel,
-        ((outputs, tuple(range(1, kernel.ndim))), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
+    of_x = dot_general(narrow, kernel, ((outputs, tuple(range(1, kernel.ndim))), ((), ())))
     # The narrower of the two is the one that is turned for it.
     is_wide = x.shape[-1] > math.prod(kernel.shape[1:])
     first, second = (narrow, x) if is_wide else (x, narrow)
-    of_kernel = jax.lax.dot_general(
-        first, second, ((leading, leading), ((), ())), preferred_element_type=jnp.float32
-    )
+    of_kernel = dot_general(first, second, ((leading, leading), ((), ())))
     if is_wide:
         of_kernel = jnp.moveaxis(of_kernel, -1, 0)
     return of_x.astype(x.dtype), of_kernel.astype(kernel.dtype)
@@ -152,7 +144,7 @@ def rotary_tables(config: GLMConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     inv_freq = np.float32(1) / np.float32(config.rotary_base) ** exponent
     inv_freq = inv_freq.astype(config.rotary_dtype)
-    dtype = "float32" if config.compute_dtype == "float32" else config.rotary_dtype
+    dtype = "float32" if config.activation_dtype == "float32" else config.rotary_dtype
     positions = np.arange(config.max_sequence_length).astype(dtype)
     angles = (positions[:, None] * inv_freq[None, :].astype(dtype)).astype(np.float32)
     cos = np.cos(angles).astype(dtype)

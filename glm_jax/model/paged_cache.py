@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Int32, Shaped
 
 from glm_jax.config import GLMConfig
 from glm_jax.model.cache import quantize_heads
-from glm_jax.sharding import activation_sharding, fitting_activation_spec
+from glm_jax.sharding import activation_sharding, fitting_activation_spec, mesh_to_divide
 
 PAGE_AXES = ("heads", "batch", "seq", "head_dim")
 
@@ -85,7 +85,7 @@ def init_paged_cache(
     """
     count = row_shards(mesh) * pages * (1 if unstacked else config.num_layers)
     shape = (config.num_heads, count, page_size, config.head_dim)
-    dtype = config.cache_dtype or config.compute_dtype
+    dtype = config.cache_dtype or config.activation_dtype
 
     def zeros(shape: tuple[int, ...], dtype: str) -> Array:
         device = None if mesh is None else activation_sharding(mesh, PAGE_AXES[: len(shape)])
@@ -121,8 +121,7 @@ def write(
         written: PagedCache = jax.tree.map(put, cache, new)
         return written
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size <= 1:
+    if mesh_to_divide() is None:
         return local(cache, new, paging.pages, paging.offsets)
     rows, _, heads, _ = fitting_activation_spec(keys.shape, ("batch", "seq", "heads", "head_dim"))
     of_cache, of_new = PartitionSpec(heads, rows), PartitionSpec(rows, None, heads)

@@ -46,7 +46,7 @@ def training_hidden(
     if remat != "none":
         saved = jax.checkpoint_policies.dots_saveable if remat == "dots" else None
         run = jax.checkpoint(run, policy=saved, prevent_cse=isinstance(params.layers, tuple))
-    x = constrain(glm.embed(params, tokens).astype(config.compute_dtype), HIDDEN_AXES)
+    x = constrain(glm.embed(params, tokens).astype(config.activation_dtype), HIDDEN_AXES)
     x = drop(x, None if dropout is None else dropout.of_layer(_EMBEDDING), 0)
     if isinstance(params.layers, tuple):
         measured = []

@@ -64,7 +64,9 @@ def lower_engine(
     pack = pack_prompts([], shards, prefill_width, PAGE_SIZE, pages, 0)
     whole = NamedSharding(mesh, PartitionSpec())
     pack = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), pack)
-    hidden = jax.ShapeDtypeStruct((shards, prefill_width, config.hidden_size), config.compute_dtype)
+    hidden = jax.ShapeDtypeStruct(
+        (shards, prefill_width, config.hidden_size), config.activation_dtype
+    )
     x = _place(mesh, hidden, ("batch", "seq", "embed"))
     bounds = {"first": np.int32(0), "end": np.int32(config.num_layers)}
     if isinstance(params.layers, OffloadedLayers):

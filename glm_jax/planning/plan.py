@@ -197,7 +197,7 @@ def _frozen(
     """The model beside adapters, its floats in what is computed with."""
     if not question.has_adapter:
         return None
-    held = model.replace(param_dtype=model.compute_dtype)
+    held = model.replace(param_dtype=model.activation_dtype)
     return abstract_params(held, mesh, quantization)
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from glm_jax.numerics import einsum
 from glm_jax.sharding import constrain
 
 Sums = tuple[Float[Array, ""], tuple[Float[Array, "batch seq"], Float[Array, "batch seq"]]]
@@ -93,10 +94,10 @@ def _run(
         total = total + jnp.sum(weight * (losses + penalty))
         if not with_gradients:
             return (total, of_table), (losses, hits)
-        of_h = _product("bsv,ve->bse", of_logits, narrow)
+        of_h = einsum("bsv,ve->bse", of_logits, narrow)
         if of_table_too:
             # [embed, vocab], for which h is turned and not the larger gradient of logits.
-            of_table = of_table + _product("bse,bsv->ev", h, of_logits)
+            of_table = of_table + einsum("bse,bsv->ev", h, of_logits)
         return (total, of_table), (losses, hits, of_h)
 
     start = jnp.zeros(table.shape[::-1] if of_table_too else (), jnp.float32)
@@ -118,7 +119,7 @@ def _chunk(
     hidden: Array, table: Array, targets: Array, weights: Array, z_loss: float
 ) -> tuple[Array, Array, Array, Array]:
     """Losses, hits, z-losses, and the gradient of the weighted losses to the logits."""
-    logits = constrain(_product("bse,ve->bsv", hidden, table), ("batch", "seq", "vocab"))
+    logits = constrain(einsum("bse,ve->bsv", hidden, table), ("batch", "seq", "vocab"))
     largest = jnp.max(logits, axis=-1)
     powers = jnp.exp(logits - largest[..., None])
     total = jnp.sum(powers, axis=-1)
@@ -130,7 +131,3 @@ def _chunk(
     of_logits = powers * factor[..., None] - jnp.where(is_target, weights[..., None], 0)
     hits = (chosen == largest).astype(jnp.float32)
     return log_sum - chosen, hits, z_loss * log_sum**2, of_logits.astype(hidden.dtype)
-
-
-def _product(equation: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)

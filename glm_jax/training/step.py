@@ -15,6 +15,7 @@ from glm_jax.model.layers import Dropout
 from glm_jax.model.params import GLMParams, unstack_layers
 from glm_jax.model.training import training_hidden
 from glm_jax.model.visibility import Visibility
+from glm_jax.numerics import products_as
 from glm_jax.sharding import constrain, constrain_parameters, is_for_cpu
 from glm_jax.training.loss import cross_entropy
 from glm_jax.training.optimizer import clipping, learning_rate
@@ -49,7 +50,7 @@ def loss_sums(
     if is_for_cpu():
         params = unstack_layers(params)  # measured a fifth faster than the scan here
     # Whole rows on each device, for looking up and for logits alike.
-    table = constrain(params.word_embeddings.astype(config.compute_dtype), ("vocab", "embed"))
+    table = constrain(params.word_embeddings.astype(config.activation_dtype), ("vocab", "embed"))
     params = params.replace(word_embeddings=table)  # type: ignore[attr-defined]
     visibility = Visibility.packed(batch.segment_ids, batch.context_length)
     hidden, scales = training_hidden(
@@ -158,7 +159,8 @@ def train_step(
     """
     # A step that is tried again after one was skipped drops other activations.
     key = jax.random.fold_in(jax.random.fold_in(key, state.step), state.monitor.skipped)
-    gradients, sums = _gradients(state, frozen, batch, config, recipe, groups, key)
+    with products_as(config.compute_dtype):
+        gradients, sums = _gradients(state, frozen, batch, config, recipe, groups, key)
     counted = jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
     scale = state.monitor.loss_scale
     loss, norm = sums.pop("loss") / counted, optax.global_norm(gradients) / scale
@@ -203,5 +205,6 @@ def evaluation_step(
     """Sums of losses and counts by group, [groups] each, of one batch [1, batch, seq]."""
     part = jax.tree.map(lambda x: x[0], batch)
     params = whole_model(trained, frozen, recipe)
-    _, sums = loss_sums(params, config, part, recipe, groups)
+    with products_as(config.compute_dtype):
+        _, sums = loss_sums(params, config, part, recipe, groups)
     return {name: sums[name] for name in ("group_losses", "group_counts")}

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from glm_jax import processes
 from glm_jax.config import GLMConfig
 from glm_jax.model import params as glm_params
+from glm_jax.numerics import array_dtype, einsum, products_as
 
 METRICS_FILE = "metrics.jsonl"
 _PEAK_SIZE = 2048
@@ -34,16 +35,18 @@ def flops_per_token(config: GLMConfig, sequence_length: int, is_frozen: bool = F
     return (4.0 if is_frozen else 6.0) * weights + 6.0 * attention
 
 
-def measured_peak_flops(dtype: str) -> float:
+def measured_peak_flops(compute_dtype: str) -> float:
     """Operations a second that a device reaches in a product of two large matrices."""
     size = _PEAK_SIZE if jax.default_backend() == "cpu" else 4 * _PEAK_SIZE
-    square = jax.device_put(jnp.ones((size, size), dtype), jax.local_devices()[0])
-    product = jax.jit(jnp.matmul)
+    square = jnp.ones((size, size), array_dtype(compute_dtype))
+    square = jax.device_put(square, jax.local_devices()[0])
+    product = jax.jit(lambda x: einsum("ij,jk->ik", x, x))
     times = []
-    for _ in range(4):
-        began = time.perf_counter()
-        jax.block_until_ready(product(square, square))
-        times.append(time.perf_counter() - began)
+    with products_as(compute_dtype):
+        for _ in range(4):
+            began = time.perf_counter()
+            jax.block_until_ready(product(square))
+            times.append(time.perf_counter() - began)
     return 2.0 * size**3 / min(times)
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int32
 
 from glm_jax.kernels.attention.dropout import WeightDropout, factors
 from glm_jax.kernels.attention.reference import ranges_to_mask
+from glm_jax.numerics import einsum
 
 _LOWEST = -1e30  # of a row that has seen nothing; finite, so that differences are numbers
 
@@ -77,7 +78,7 @@ def _forward(
             weights = weights * _kept(dropout, weights.shape, numbers[0], i * key_block)
             if v_scale is not None:
                 weights = weights * v_scale[:, :, None]
-            part = _product("bhqk,bhkd->bhqd", weights.astype(rows.dtype), v.astype(rows.dtype))
+            part = einsum("bhqk,bhkd->bhqd", weights.astype(rows.dtype), v.astype(rows.dtype))
             return new, total, summed * shrink[..., None] + part
 
         rows_shape = (batch, heads, rows.shape[1])
@@ -114,7 +115,7 @@ def _backward(query_block: int, key_block: int, kept: Any, gradient: Array) -> t
         log_sum, delta = (jnp.moveaxis(a, 1, 2)[..., None] for a in (log_sum, delta))
         weights = jnp.where(scores > _LOWEST, jnp.exp(scores - log_sum), 0)
         kept = _kept(dropout, weights.shape, numbers[0], offset)
-        of_scores = weights * (_product("bqhd,bhkd->bhqk", g, v) * kept - delta)
+        of_scores = weights * (einsum("bqhd,bhkd->bhqk", g, v) * kept - delta)
         return (weights * kept).astype(q.dtype), of_scores.astype(q.dtype)
 
     def of_queries(rows: tuple[Array, ...]) -> Array:
@@ -123,7 +124,7 @@ def _backward(query_block: int, key_block: int, kept: Any, gradient: Array) -> t
         def step(i: Array, total: Array) -> Array:
             k, v = _slice(keys, i, key_block), _slice(values, i, key_block)
             _, of_scores = weights_of(rows, k, v, i * key_block)
-            return total + _product("bhqk,bhkd->bqhd", of_scores, k)
+            return total + einsum("bhqk,bhkd->bqhd", of_scores, k)
 
         return jax.lax.fori_loop(first, last, step, jnp.zeros(rows[0].shape))
 
@@ -137,8 +138,8 @@ def _backward(query_block: int, key_block: int, kept: Any, gradient: Array) -> t
             )
             weights, of_scores = weights_of(rows, k, v, index * key_block)
             return (
-                totals[0] + _product("bhqk,bqhd->bhkd", of_scores, rows[0]),
-                totals[1] + _product("bhqk,bqhd->bhkd", weights, rows[2]),
+                totals[0] + einsum("bhqk,bqhd->bhkd", of_scores, rows[0]),
+                totals[1] + einsum("bhqk,bqhd->bhkd", weights, rows[2]),
             )
 
         count = padded_queries[0].shape[1] // query_block
@@ -164,7 +165,7 @@ attention.defvjp(_forward, _backward)
 def _scores(query: Array, key: Array, ranges: Array, offset: Array, scale: Array | None) -> Array:
     """float32 [batch, heads, query, key]; the lowest where the row does not see the key."""
     # Keys first: with a single query XLA on CPU would transpose all keys for it.
-    scores = jnp.swapaxes(_product("bhkd,bqhd->bhkq", key.astype(query.dtype), query), 2, 3)
+    scores = jnp.swapaxes(einsum("bhkd,bqhd->bhkq", key.astype(query.dtype), query), 2, 3)
     if scale is not None:
         scores = scores * scale[:, :, None]
     visible = ranges_to_mask(ranges - offset, key.shape[2])
@@ -188,10 +189,6 @@ def _bounds(ranges: Array, key_block: int, num_keys: int) -> tuple[Array, Array]
     first = jnp.min(jnp.where(seen, starts, num_keys)) // key_block
     last = -(-jnp.max(jnp.where(seen, ends, 0)) // key_block)
     return jnp.maximum(first, 0), jnp.minimum(last, num_keys // key_block)
-
-
-def _product(equation: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 def _pad(x: Array, axis: int, block: int) -> Array:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int32
 
 from glm_jax.kernels import cpu_library
 from glm_jax.kernels.attention.dropout import WeightDropout
+from glm_jax.sharding import surrounding_mesh
 
 LIBRARY = "libglm_jax_attention.so"
 _TARGET, _PAGED = "glm_jax_attention", "glm_jax_paged_attention"
@@ -51,7 +52,7 @@ def takes(query: Array, key: Array, visible: Array) -> bool:
         and visible.shape[-1] == 2
         and query.shape[3] % _LANES == 0
         and str(key.dtype) in _DTYPES
-        and jax.sharding.get_abstract_mesh().size <= 1
+        and surrounding_mesh() is None
         and is_available()
     )
 
@@ -96,7 +97,7 @@ def takes_pages(query: Array, keys: Array) -> bool:
     return (
         query.shape[-1] % _LANES == 0
         and str(keys.dtype) in _DTYPES
-        and jax.sharding.get_abstract_mesh().size <= 1
+        and surrounding_mesh() is None
         and is_available()
     )
 
@@ -142,7 +143,7 @@ def blocks_take(query: Array, key: Array, visible: Array) -> bool:
         visible.dtype != bool
         and query.shape[3] % _LANES == 0
         and query.dtype == key.dtype == jnp.float32
-        and jax.sharding.get_abstract_mesh().size <= 1
+        and surrounding_mesh() is None
         and is_available()
     )
 

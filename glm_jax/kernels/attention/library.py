@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from glm_jax.kernels import target
-from glm_jax.sharding import fitting_activation_spec
+from glm_jax.sharding import fitting_activation_spec, mesh_to_divide
 
 _HEAD_DIMS = (64, 128)
 
@@ -51,8 +51,7 @@ def attention(
 
     Under a mesh each device takes its own rows and heads.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size == 1 or mesh.manual_axes:
+    if mesh_to_divide() is None:
         return _local(query, key, value, key_ranges)
     batch, _, heads, _ = fitting_activation_spec(query.shape, ("batch", "seq", "heads", "head_dim"))
     run: Any = functools.partial(jax.shard_map, check_vma=False)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from glm_jax.kernels.attention.dropout import WeightDropout, factors
+from glm_jax.numerics import einsum
 
 
 def ranges_to_mask(
@@ -36,9 +37,7 @@ def masked_attention(
     nothing gets zeros.
     """
     scale = jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
-    scores = jnp.einsum(
-        "bqhd,bhkd->bhqk", query * scale, key, preferred_element_type=jnp.float32
-    ).astype(softmax_dtype)
+    scores = einsum("bqhd,bhkd->bhqk", query * scale, key).astype(softmax_dtype)
     visible = mask[:, None]
     scores = jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
     scores = scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
@@ -49,7 +48,5 @@ def masked_attention(
         batch, heads, queries, keys = weights.shape
         kept = factors(dropout, batch, heads, jnp.arange(queries), jnp.arange(keys))
         weights = weights * kept.astype(weights.dtype)
-    attended = jnp.einsum(
-        "bhqk,bhkd->bqhd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
-    )
+    attended = einsum("bhqk,bhkd->bqhd", weights.astype(value.dtype), value)
     return attended.astype(query.dtype)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int32, Shaped
 
 from glm_jax.kernels.attention import cpu
 from glm_jax.kernels.paged_attention import library_gpu, library_tpu, reference, xla
-from glm_jax.sharding import fitting_activation_spec
+from glm_jax.sharding import fitting_activation_spec, mesh_to_divide
 
 
 def paged_attention(
@@ -36,12 +36,11 @@ def paged_attention(
     Returns:
       [batch, heads, head_dim] in the query's dtype; zeros for a row of length 0.
     """
-    mesh = jax.sharding.get_abstract_mesh()
     scales = (key_scales, value_scales)
     local = _local
     if softmax_dtype != "float32":
         local = functools.partial(reference.paged_attention, softmax_dtype=softmax_dtype)
-    if mesh.size <= 1 or mesh.manual_axes:
+    if mesh_to_divide() is None:
         return local(query, keys, values, tables, lengths, *scales)
     rows, heads, _ = fitting_activation_spec(query.shape, ("batch", "heads", "head_dim"))
     of_pages = PartitionSpec(heads, rows)

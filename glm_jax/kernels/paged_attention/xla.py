@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Shaped
 
+from glm_jax.numerics import einsum
+
 _BLOCK = 256  # keys of each row that are taken at once
 _LOWEST = -1e30  # of a row that has seen nothing; finite, so that differences are numbers
 
@@ -40,7 +42,7 @@ def paged_attention(
         k, v, k_scale, v_scale = (
             take(pages, block) for pages in (keys, values, key_scales, value_scales)
         )
-        scores = _product("bhqd,hbkd->bhqk", scaled, k.astype(query.dtype))[:, :, 0]
+        scores = einsum("bhqd,hbkd->bhqk", scaled, k.astype(query.dtype))[:, :, 0]
         if k_scale is not None:
             scores = scores * jnp.swapaxes(k_scale, 0, 1)
         position = block * width + jnp.arange(width)
@@ -52,7 +54,7 @@ def paged_attention(
         if v_scale is not None:
             weights = weights * jnp.swapaxes(v_scale, 0, 1)
         weights = weights.astype(query.dtype)[:, :, None]
-        part = _product("bhqk,hbkd->bhqd", weights, v.astype(query.dtype))[:, :, 0]
+        part = einsum("bhqk,hbkd->bhqd", weights, v.astype(query.dtype))[:, :, 0]
         return new, total, summed * shrink[..., None] + part
 
     shape = query.shape[:2]
@@ -60,7 +62,3 @@ def paged_attention(
     blocks = -(-jnp.max(lengths, initial=0) // width)
     _, total, summed = jax.lax.fori_loop(0, blocks, step, start)
     return (summed / jnp.where(total == 0, 1, total)[..., None]).astype(query.dtype)
-
-
-def _product(equation: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)

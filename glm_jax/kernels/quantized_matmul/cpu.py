@@ -18,6 +18,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from glm_jax.kernels import cpu_library
+from glm_jax.numerics import einsum
 from glm_jax.quantization import QuantizedArray, unpack_int4
 
 LIBRARY = "libglm_jax_cpu.so"
@@ -148,7 +149,7 @@ def transposed_matmul(
         part, index = strip
         outputs = index * _STRIP + jnp.arange(_STRIP)
         weights = take_outputs(weight, outputs).astype(gradient.dtype)
-        return total + jnp.matmul(part, weights, preferred_element_type=jnp.float32), None
+        return total + einsum("ro,oi->ri", part, weights), None
 
     start = jnp.zeros((len(gradient), weight.shape[0]), jnp.float32)
     total: Array = jax.lax.scan(step, start, (columns, jnp.arange(strips)))[0]

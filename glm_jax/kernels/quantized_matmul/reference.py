@@ -1,9 +1,8 @@
 """The plain truth: dequantise the weight, then multiply."""
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from glm_jax.numerics import dot_general
 from glm_jax.quantization import QuantizedArray, dequantize
 
 
@@ -16,6 +15,4 @@ def matmul(x: Float[Array, "..."], weight: QuantizedArray) -> Float[Array, "..."
       float32 [..., *outputs].
     """
     kernel = dequantize(weight, x.dtype)
-    return jax.lax.dot_general(
-        x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    return dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))

@@ -11,17 +11,15 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from glm_jax.quantization import QuantizedArray
-from glm_jax.sharding import parameter_spec
+from glm_jax.sharding import mesh_to_divide, parameter_spec
 
 Product = Callable[[Array, QuantizedArray, Array | None], Array]
 Transposed = Callable[[Array, QuantizedArray], Array]
 
 
 def applies(weight: QuantizedArray) -> bool:
-    """Whether a mesh surrounds the call whose devices are not yet apart, and how the weight
-    lies on it is known."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return weight.axes is not None and mesh.size > 1 and not mesh.manual_axes
+    """Whether there is a mesh to divide the product over, and the weight's axes are known."""
+    return weight.axes is not None and mesh_to_divide() is not None
 
 
 def matmul(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from glm_jax.kernels.quantized_matmul import reference
+from glm_jax.numerics import dot_general
 from glm_jax.quantization import QuantizedArray, dequantize
 
 _TILE = 512
@@ -42,12 +43,8 @@ def transposed_matmul(
     """
 
     def step(carry: None, tile: QuantizedArray) -> tuple[None, Array]:
-        part = jax.lax.dot_general(
-            gradient,
-            dequantize(tile, gradient.dtype),
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
+        kernel = dequantize(tile, gradient.dtype)
+        part = dot_general(gradient, kernel, (((1,), (1,)), ((), ())))
         return carry, part.astype(gradient.dtype)
 
     parts = jax.lax.scan(step, None, _tiles(weight))[1]
