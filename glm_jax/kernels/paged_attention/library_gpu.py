@@ -1,9 +1,14 @@
-"""Attention over pages on NVIDIA GPUs by JAX's own Triton kernel."""
+"""Attention over pages on NVIDIA GPUs by JAX's own Triton kernel.
 
+JAX calls the kernel deprecated and will remove it: where it is gone, plain XLA takes over.
+"""
+
+import functools
+import importlib
 import math
+from typing import Any
 
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.gpu import paged_attention as library
 from jaxtyping import Array, Float, Int32, Shaped
 
 from glm_jax.kernels import target
@@ -24,7 +29,16 @@ def is_available(query: Array, keys: Array, tables: Array) -> bool:
         and page_size & (page_size - 1) == 0
         and tables.shape[1] & (tables.shape[1] - 1) == 0
         and target.compute_capability() >= target.TRITON_CAPABILITY
+        and _library() is not None
     )
+
+
+@functools.cache
+def _library() -> Any:
+    try:
+        return importlib.import_module("jax.experimental.pallas.ops.gpu.paged_attention")
+    except ImportError:
+        return None
 
 
 def paged_attention(
@@ -40,7 +54,7 @@ def paged_attention(
     head_dim = query.shape[-1]
     page_size, table_size = keys.shape[2], tables.shape[1]
     splits = math.gcd(_MOST_SPLITS, table_size)
-    attended: Array = library.paged_attention(
+    attended: Array = _library().paged_attention(
         # The kernel does not scale.
         query * jnp.asarray(head_dim**-0.5, query.dtype),
         keys,
