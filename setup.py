@@ -1,11 +1,14 @@
 """Package metadata. `requirements.txt` pins the versions that are tested together."""
 
+import re
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 _KERNELS = "glm_jax/kernels"
+_CALLED_BY_XLA = ("libglm_jax_cpu", "libglm_jax_attention")
+_FFI_PARTS = ("MAJOR", "MINOR")
 _SERVE = [
     "fastapi>=0.115",
     "httptools>=0.6",
@@ -32,13 +35,27 @@ class BuildKernel(build_ext):
     """Builds the CPU kernels as plain shared libraries; without a compiler, goes without."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return str(Path(*fullname.split("."))) + ".so"
+        name = Path(*fullname.split("."))
+        version = f"_ffi{ffi_version()}" if name.name in _CALLED_BY_XLA else ""
+        return f"{name}{version}.so"
 
     def build_extension(self, extension: Extension) -> None:
-        import jaxlib
-
-        extension.include_dirs.append(str(Path(jaxlib.__file__).parent / "include"))
+        extension.include_dirs.append(str(jaxlib_include()))
         super().build_extension(extension)
+
+
+def jaxlib_include() -> Path:
+    import jaxlib
+
+    return Path(jaxlib.__file__).parent / "include"
+
+
+def ffi_version() -> str:
+    """The version of XLA's foreign function interface that the kernels are built for: jaxlibs
+    with an earlier one refuse them, so that it is part of a library's name."""
+    header = (jaxlib_include() / "xla/ffi/api/c_api.h").read_text(encoding="utf-8")
+    numbers = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", header) for part in _FFI_PARTS]
+    return "_".join(number[1] for number in numbers if number)
 
 
 setup(
@@ -57,8 +74,8 @@ setup(
     },
     cmdclass={"build_ext": BuildKernel},
     ext_modules=[
-        kernel("quantized_matmul", "libglm_jax_cpu", "cpu.cc"),
-        kernel("attention", "libglm_jax_attention", "cpu.cc", "cpu_blocks.cc"),
+        kernel("quantized_matmul", _CALLED_BY_XLA[0], "cpu.cc"),
+        kernel("attention", _CALLED_BY_XLA[1], "cpu.cc", "cpu_blocks.cc"),
         Extension(
             "convert.libglm_jax_transpose",
             sources=["convert/transpose.cc"],

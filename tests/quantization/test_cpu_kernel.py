@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from conftest import load_golden
 
 from glm_jax.decoding.generate import generate
 from glm_jax.decoding.prepare import prepare
+from glm_jax.kernels import cpu_library
 from glm_jax.kernels.quantized_matmul import cpu, reference
 from glm_jax.kernels.quantized_matmul.api import prepare as prepare_weight
 from glm_jax.kernels.quantized_matmul.api import quantized_matmul
@@ -122,9 +125,20 @@ def test_under_jit_with_leading_axes(dtype):
 
 
 def test_without_a_compiler_there_is_one_warning_and_the_plain_path(monkeypatch):
-    monkeypatch.setattr(cpu, "LIBRARY", "never_built.so")
-    with pytest.warns(UserWarning, match="never_built.so is not built"):
+    monkeypatch.setattr(cpu, "LIBRARY", "never_built")
+    with pytest.warns(UserWarning, match="never_built .not built"):
         assert not cpu.is_available()
+
+
+def test_libraries_for_other_versions_of_jaxlib_are_passed_over(tmp_path):
+    library = tmp_path / "kernel"
+    (tmp_path / "kernel_ffi99_10.so").write_bytes(b"of a jaxlib to come")
+    arguments = (library, "GlmJaxQuantizedMatmul")
+    with pytest.warns(UserWarning, match="no CPU kernel kernel .kernel_ffi99_10.so: "):
+        assert not cpu_library.register(*arguments, "alone")
+    [built, *_] = sorted(Path(cpu.__file__).parent.glob("libglm_jax_cpu_ffi*.so"))
+    shutil.copy(built, tmp_path / "kernel_ffi0_3.so")
+    assert cpu_library.register(*arguments, "beside")
 
 
 def test_shapes_that_do_not_fit_stay_as_they_are():

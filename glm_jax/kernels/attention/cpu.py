@@ -21,7 +21,7 @@ from glm_jax.kernels import cpu_library
 from glm_jax.kernels.attention.dropout import WeightDropout
 from glm_jax.sharding import surrounding_mesh
 
-LIBRARY = "libglm_jax_attention.so"
+LIBRARY = "libglm_jax_attention"
 _TARGET, _PAGED = "glm_jax_attention", "glm_jax_paged_attention"
 _MOST_QUERIES = 8  # above it scores are products of matrices, which XLA is good at
 _LANES = 16

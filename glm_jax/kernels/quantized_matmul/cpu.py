@@ -21,7 +21,7 @@ from glm_jax.kernels import cpu_library
 from glm_jax.numerics import einsum
 from glm_jax.quantization import QuantizedArray, unpack_int4
 
-LIBRARY = "libglm_jax_cpu.so"
+LIBRARY = "libglm_jax_cpu"
 _STRIP = 16
 _STEP = 8  # inputs that the kernel takes at once
 _TARGET = "glm_jax_quantized_matmul"
