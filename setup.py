@@ -8,7 +8,6 @@ from setuptools.command.build_ext import build_ext
 
 _KERNELS = "glm_jax/kernels"
 _CALLED_BY_XLA = ("libglm_jax_cpu", "libglm_jax_attention")
-_FFI_PARTS = ("MAJOR", "MINOR")
 _SERVE = [
     "fastapi>=0.115",
     "httptools>=0.6",
@@ -54,8 +53,7 @@ def ffi_version() -> str:
     """The version of XLA's foreign function interface that the kernels are built for: jaxlibs
     with an earlier one refuse them, so that it is part of a library's name."""
     header = (jaxlib_include() / "xla/ffi/api/c_api.h").read_text(encoding="utf-8")
-    numbers = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", header) for part in _FFI_PARTS]
-    return "_".join(number[1] for number in numbers if number)
+    return "_".join(re.findall(r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", header))
 
 
 setup(

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import re
 import warnings
 from pathlib import Path
 
@@ -23,18 +24,20 @@ def register(library: Path, symbol: str, target: str) -> bool:
     Returns:
       Whether it could; warns once where no library was built that this jaxlib takes.
     """
-    built = sorted(library.parent.glob(f"{library.name}_ffi*.so"), key=_interface, reverse=True)
-    refusals = ["not built"] if not built else []
-    for path in built:
-        try:
-            handler = jax.ffi.pycapsule(ctypes.CDLL(str(path))[symbol])
-            jax.ffi.register_ffi_target(target, handler, platform="cpu")
+    built = list(library.parent.glob(f"{library.name}_ffi*.so"))
+    # Not by trying: some versions of jaxlib refuse a library later, with all of the backend.
+    loadable = [path for path in built if _interface(path) <= _own_interface()]
+    reason = f"{', '.join(path.name for path in built)} is for another jaxlib"
+    try:
+        if loadable:
+            loaded = ctypes.CDLL(str(max(loadable, key=_interface)))
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(loaded[symbol]), platform="cpu")
             return True
-        except (OSError, jax.errors.JaxRuntimeError) as error:
-            refusals.append(f"{path.name}: {error}")
+    except OSError as error:
+        reason = str(error)
     warnings.warn(
-        f"no CPU kernel {library.name} ({'; '.join(refusals)}): computing will be slow here; "
-        "install the package again, where a C++ compiler is",
+        f"no CPU kernel {library.name} ({reason if built else 'not built'}): computing will be "
+        "slow here; install the package again, where a C++ compiler is",
         stacklevel=3,
     )
     return False
@@ -42,3 +45,11 @@ def register(library: Path, symbol: str, target: str) -> bool:
 
 def _interface(path: Path) -> tuple[int, ...]:
     return tuple(map(int, path.stem.rpartition("_ffi")[2].split("_")))
+
+
+@functools.cache
+def _own_interface() -> tuple[int, ...]:
+    """The version of the interface that this jaxlib has."""
+    header = Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h").read_text(encoding="utf-8")
+    numbers = re.findall(r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", header)
+    return tuple(map(int, numbers))
