@@ -23,6 +23,7 @@ from tqdm import tqdm
 from convert.errors import ConvertError
 from convert.numbers import cast
 from convert.sat_reader import SatCheckpoint
+from glm_jax import files
 from glm_jax.config import GLMConfig
 from glm_jax.errors import UserError, is_no_room
 from glm_jax.model import params as glm_params
@@ -85,9 +86,9 @@ def convert_shards(
 
     Raises:
       ConvertError: the input is not a whole released checkpoint; nothing is left behind.
-      CheckpointError: the output folder is not empty.
+      OutputError: the output folder is not empty.
     """
-    parts.refuse_non_empty(output)
+    files.refuse_non_empty(output)
     if options.quantization is not None:
         Scheme.parse(options.quantization)
     checkpoint = SatCheckpoint(source, options.is_checked)
@@ -160,9 +161,9 @@ class _Conversion:
             beside = self.partial.with_name(f"{self.partial.name}.{os.getpid()}")
             (beside / parts.PARAMS_FOLDER).mkdir(parents=True)
             text = json.dumps(plan, indent=1)
-            (beside / _PLAN_FILE).write_text(text, encoding="utf-8")
+            files.write_text(beside / _PLAN_FILE, text)
             try:
-                beside.rename(self.partial)
+                files.put_in_place(beside, self.partial)
             except OSError:
                 shutil.rmtree(beside)
         if self._found_plan() != plan:
@@ -282,7 +283,7 @@ class _Conversion:
         """Over devices, so that it is stored in as many chunks."""
         return jax.device_put(x, parameter_sharding(self._mesh, axes, x.shape))
 
-    def finish(self, files: tuple[Path, ...]) -> None:
+    def finish(self, extra_files: tuple[Path, ...]) -> None:
         """Gives the folder its name when the parts of all processes are there."""
         if not all(parts.is_whole(self._folder, name) for name in self._names()):
             print(f"this process's parts of {self._output} are done, others are not yet")
@@ -292,8 +293,8 @@ class _Conversion:
         try:
             if (self.partial / _PLAN_FILE).exists():
                 (self.partial / _PLAN_FILE).replace(self.partial / PROVENANCE_FILE)
-            describe_model(self.partial, self._config, files)
-            parts.put_in_place(self.partial, self._output)
+            describe_model(self.partial, self._config, extra_files)
+            files.put_in_place(self.partial, self._output)
         except FileNotFoundError:
             if not (self._output / CONFIG_FILE).exists():
                 raise

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from convert.errors import ConvertError
 from convert.opening import OpenModel, open_model
+from glm_jax import files
 from glm_jax.model import parts
 from glm_jax.model.adapter_files import identity_of, load_adapter
 from glm_jax.model.adapters import merged_kernel
@@ -77,9 +78,10 @@ def write_merged(source: Path, adapter: Path, output: Path) -> None:
     """Writes a model folder, a layer at a time; beside its place until it is whole.
 
     Raises:
-      ConvertError, CheckpointError: see `MergedModel`; or the output is not empty.
+      ConvertError, CheckpointError: see `MergedModel`.
+      OutputError: the output is not empty, or cannot be written.
     """
-    with parts.whole_folder(output) as partial:
+    with files.whole_folder(output) as partial:
         model = MergedModel(open_model(source), adapter)
         folder = partial / parts.PARAMS_FOLDER
         tree = {

@@ -17,7 +17,7 @@ from convert import sat_layout
 from convert.errors import ConvertError
 from convert.opening import SAFETENSORS_INDEX, open_model
 from glm_jax import cli
-from glm_jax.model import parts
+from glm_jax.files import whole_folder, write_text
 from glm_jax.model.checkpoint import describe_model
 from glm_jax.model.params import LINEAR_NAMES
 from glm_jax.quantization import QuantizedArray
@@ -59,8 +59,7 @@ class _Files:
             (self._folder / f"{i}.partial").rename(self._folder / file)
             files |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": self.bytes}, "weight_map": files}
-        text = json.dumps(index, indent=1)
-        (self._folder / SAFETENSORS_INDEX).write_text(text, encoding="utf-8")
+        write_text(self._folder / SAFETENSORS_INDEX, json.dumps(index, indent=1))
 
 
 def export(source: Path, output: Path, most_bytes: int) -> None:
@@ -68,9 +67,10 @@ def export(source: Path, output: Path, most_bytes: int) -> None:
 
     Raises:
       ConvertError: a quantised model, for whose integers this format has no convention.
-      CheckpointError: no model at `source`, or the output folder is not empty.
+      CheckpointError: no model at `source`.
+      OutputError: the output folder is not empty, or cannot be written.
     """
-    with parts.whole_folder(output) as partial:
+    with whole_folder(output) as partial:
         model, files = open_model(source), _Files(partial, most_bytes)
         files.add(sat_layout.EMBEDDING, model.embedding())
         for i, layer in enumerate(model.layers()):

@@ -14,8 +14,8 @@ from convert.merging import open_with
 from convert.numbers import cast
 from convert.opening import OpenModel
 from convert.torch_writer import TorchWriter
+from glm_jax import files
 from glm_jax.config import GLMConfig
-from glm_jax.model import parts
 from glm_jax.model.layers import rotary_tables
 from glm_jax.model.params import LINEAR_NAMES, LinearParams
 from glm_jax.quantization import QuantizedArray, Scheme, quantize
@@ -43,11 +43,12 @@ def write_shards(
 
     Raises:
       ConvertError: sizes or groups that do not divide into the shards.
-      CheckpointError: no model at `source`, or the output folder is not empty.
+      CheckpointError: no model at `source`.
+      OutputError: the output folder is not empty, or cannot be written.
     """
     if shards < 1:
         raise ConvertError(f"--shards={shards}: at least 1")
-    with parts.whole_folder(output) as partial:
+    with files.whole_folder(output) as partial:
         model = open_with(source, adapter)
         config = model.config
         if config.vocab_size % shards or config.num_heads % shards:
@@ -59,13 +60,13 @@ def write_shards(
         described = _described(config, shards, model.bits if scheme is None else scheme.bits)
         folder = partial / iteration
         folder.mkdir()
-        files = [folder / f"mp_rank_{rank:02d}_model_states.pt" for rank in range(shards)]
+        paths = [folder / f"mp_rank_{rank:02d}_model_states.pt" for rank in range(shards)]
         with contextlib.ExitStack() as stack:
-            writers = [stack.enter_context(TorchWriter(file, described)) for file in files]
+            writers = [stack.enter_context(TorchWriter(path, described)) for path in paths]
             for name, tensors in _tensors(model, shards, scheme):
                 for writer, tensor in zip(writers, tensors, strict=True):
                     writer.write(name, tensor)
-        (partial / "latest").write_text(iteration, encoding="utf-8")
+        files.write_text(partial / "latest", iteration)
     print(f"wrote {output}: {shards} shards of {len(described)} tensors")
 
 

@@ -1,5 +1,6 @@
 """Writes PyTorch's zip files of tensors without PyTorch, tensor after tensor."""
 
+import contextlib
 import math
 import pickle
 import struct
@@ -13,6 +14,7 @@ import numpy as np
 
 from convert.errors import ConvertError
 from convert.torch_file import LOCAL_HEADER, STORAGES
+from glm_jax.files import replacing
 
 _ALIGNMENT = 64
 _TORCH_STORAGE = {dtype: name for name, dtype in STORAGES.items()}
@@ -21,8 +23,7 @@ _TORCH_STORAGE = {dtype: name for name, dtype in STORAGES.items()}
 class TorchWriter:
     """A `torch.save` file of `{"module": {name: tensor}}`, for `torch.load`.
 
-    It stands under another name until `close`, and is removed if what is done within a
-    `with` fails.
+    Used in a `with`: at its end the file is whole, or not there where that failed.
 
     Raises:
       ConvertError: a dtype that PyTorch has no storage for.
@@ -32,12 +33,14 @@ class TorchWriter:
         """Args:
         module: shape and dtype of each tensor, in the order in which they are written.
         """
-        self._path, self._partial = path, path.with_name(path.name + ".partial")
         self._root = path.name.removesuffix(".pt")
         self._left = list(module.items())
         self._written = 0
         pickled = _pickle_module(module)
-        self._archive = zipfile.ZipFile(self._partial, "w", zipfile.ZIP_STORED)
+        self._place = contextlib.ExitStack()
+        partial = self._place.enter_context(replacing(path))
+        self._archive = zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED)
+        self._place.push(self._close)
         self._add("data.pkl", pickled)
         self._add(".format_version", b"1")
         self._add(".storage_alignment", str(_ALIGNMENT).encode())
@@ -52,13 +55,6 @@ class TorchWriter:
         self._add(f"data/{self._written}", contiguous.view(np.uint8).data)
         self._written += 1
 
-    def close(self) -> None:
-        if self._left:
-            raise ValueError(f"{self._left[0][0]} was announced and not written")
-        self._add("version", b"3\n")
-        self._archive.close()
-        self._partial.rename(self._path)
-
     def __enter__(self) -> "TorchWriter":
         return self
 
@@ -68,11 +64,14 @@ class TorchWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._place.__exit__(kind, error, trace)
+
+    def _close(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._left:
+            raise ValueError(f"{self._left[0][0]} was announced and not written")
         if kind is None:
-            self.close()
-        else:
-            self._archive.close()
-            self._partial.unlink(missing_ok=True)
+            self._add("version", b"3\n")
+        self._archive.close()
 
     def _add(self, name: str, data: bytes | memoryview) -> None:
         entry = zipfile.ZipInfo(f"{self._root}/{name}", date_time=(1980, 1, 1, 0, 0, 0))

@@ -18,6 +18,7 @@ import sentencepiece
 
 from glm_jax.config import SpecialTokens
 from glm_jax.errors import UserError
+from glm_jax.files import replacing, write_text
 
 MODEL_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
@@ -174,10 +175,10 @@ class Tokenizer:
 def save_tokenizer(folder: str | os.PathLike[str], model: bytes, config: TokenizerConfig) -> None:
     """Writes a sentencepiece model and its id layout, the form that `Tokenizer` reads."""
     path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / MODEL_FILE).write_bytes(model)
-    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    (path / CONFIG_FILE).write_text(text, encoding="utf-8")
+    # The model last: alone it would be read with another id layout.
+    write_text(path / CONFIG_FILE, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    with replacing(path / MODEL_FILE) as partial:
+        partial.write_bytes(model)
 
 
 def train_tokenizer(

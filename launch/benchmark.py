@@ -18,6 +18,7 @@ from absl import flags
 from matplotlib import pyplot
 
 from glm_jax import cli
+from glm_jax.files import replacing, write_text
 from launch.suites import convert, decode, evaluate, products, restore, serve, train
 from launch.suites.case import Case
 
@@ -79,7 +80,8 @@ def plot(results: dict[str, dict[str, list[float]]], path: Path) -> None:
         axes.barh(list(seconds), middle, xerr=[low, high])
         axes.invert_yaxis()
         axes.set(title=title, xlabel="milliseconds")
-    figure.savefig(path)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png")
     pyplot.close(figure)
 
 
@@ -89,8 +91,7 @@ def main() -> None:
         results[title] = interleaved(cases, FLAGS.rounds)
         report(title, results[title])
     output = Path(FLAGS.output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / f"{FLAGS.suite}.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    write_text(output / f"{FLAGS.suite}.json", json.dumps(results, indent=2))
     plot(results, output / f"{FLAGS.suite}.png")
 
 

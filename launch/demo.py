@@ -24,8 +24,8 @@ from glm_jax.decoding.prepare import prepare
 from glm_jax.evaluation.fact_tasks import write_fact_tasks
 from glm_jax.evaluation.run import evaluate
 from glm_jax.evaluation.tasks import Model
+from glm_jax.files import refuse_non_empty
 from glm_jax.model.checkpoint import restore
-from glm_jax.model.parts import refuse_non_empty
 from glm_jax.tokenizer import train_tokenizer
 from glm_jax.training.loop import MODEL_FOLDER, train
 from launch.demo_finetuning import interval, teach

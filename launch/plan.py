@@ -20,6 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from glm_jax import cli
 from glm_jax.config import glm_130b
+from glm_jax.files import write_text
 from glm_jax.planning import finetuning_table, hardware_table
 from glm_jax.planning.plan import JOBS, PRECISIONS, PlanError, Question
 from glm_jax.planning.reports import draw, line, record, table
@@ -127,11 +128,10 @@ def write(found: list[Tried], described: ConfigDict) -> None:
     if FLAGS.output is None:
         return
     folder = Path(FLAGS.output)
-    folder.mkdir(parents=True, exist_ok=True)
     records = [record(tried) for tried in found]
     content = {"hardware": described.device_kind, "plans": records}
     text = json.dumps(content, indent=1)
-    (folder / "plan.json").write_text(text + "\n", encoding="utf-8")
+    write_text(folder / "plan.json", text + "\n")
     draw([tried for tried in found if tried.plan is not None][:20], folder / "plan.png")
 
 

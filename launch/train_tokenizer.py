@@ -9,7 +9,7 @@ from absl import flags
 
 from glm_jax import cli
 from glm_jax.data.documents import find_files, read_documents
-from glm_jax.model.parts import refuse_non_empty
+from glm_jax.files import refuse_non_empty
 from glm_jax.tokenizer import train_tokenizer
 
 FLAGS = flags.FLAGS

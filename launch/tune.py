@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from configs.hardware import a100_80gb, h100, rtx_3090
 from glm_jax import cli
 from glm_jax.config import glm_config
+from glm_jax.files import write_text
 from glm_jax.kernels.quantized_matmul import tuning
 from glm_jax.kernels.quantized_matmul.tuning import Gpu, Problem
 
@@ -73,7 +74,7 @@ def main() -> None:
         "blocks": blocks,
     }
     text = json.dumps(content, indent=1)
-    Path(FLAGS.output).write_text(text.replace("\n   ", " ").replace("\n  ]", " ]") + "\n")
+    write_text(Path(FLAGS.output), text.replace("\n   ", " ").replace("\n  ]", " ]") + "\n")
     print(f"{len(blocks)} products on {len(gpus)} GPUs: {FLAGS.output}")
 
 

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from glm_jax.data.documents import is_json_lines, open_text, parse_instruction, parse_text
 from glm_jax.data.documents import text_records as records_of_text
 from glm_jax.data.records import DATASET_FILE, DataError, Record, fingerprint
+from glm_jax.files import replacing, write_text
 from glm_jax.tokenizer import Tokenizer
 
 BAD_LINES_FILE = "bad_lines.txt"
@@ -101,7 +101,7 @@ def prepare(
     counts = _run(jobs, output, settings, processes)
     bad = list(_bad_lines(jobs, counts))
     listed = "".join(f"{file}:{line}: {reason}\n" for file, line, reason in bad)
-    _write(output / BAD_LINES_FILE, listed)
+    write_text(output / BAD_LINES_FILE, listed)
     if len(bad) > most_bad_lines:
         raise DataError(
             f"{len(bad)} bad lines, more than {most_bad_lines}; all are in "
@@ -111,7 +111,7 @@ def prepare(
     about["bad_lines"] = len(bad)
     if not about["records"]:
         raise DataError(f"{files[0]}: no text in the training files")
-    _write(output / DATASET_FILE, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+    write_text(output / DATASET_FILE, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
     return about
 
 
@@ -130,7 +130,7 @@ def _begin(output: Path, about: dict[str, Any]) -> None:
     if output.exists() and any(output.iterdir()):
         raise DataError(f"output {output} is not empty: remove it or name another folder")
     output.mkdir(parents=True, exist_ok=True)
-    _write(plan_file, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+    write_text(plan_file, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
 
 
 def _run(
@@ -156,9 +156,15 @@ def _run(
 
 def _do(job: Job, output: Path, settings: Settings) -> None:
     tokenizer = Tokenizer(settings.tokenizer)
-    partial = output / f"{job.shard}.partial"
+    with replacing(output / job.shard) as partial:
+        counts = _write_shard(job, partial, tokenizer, settings)
+    write_text(_counts_file(output, job), json.dumps(counts, ensure_ascii=False))
+
+
+def _write_shard(job: Job, path: Path, tokenizer: Tokenizer, settings: Settings) -> dict[str, Any]:
+    """What was counted while writing."""
     counts: dict[str, Any] = {"records": 0, "tokens": 0, "lines": 0, "bad": []}
-    writer = ArrayRecordWriter(str(partial), "group_size:1")
+    writer = ArrayRecordWriter(str(path), "group_size:1")
     try:
         for line in _lines(job):
             counts["lines"] += 1
@@ -175,8 +181,7 @@ def _do(job: Job, output: Path, settings: Settings) -> None:
         raise DataError(f"{job.file}: cannot be read to its end: {error}") from error
     finally:
         writer.close()
-    os.replace(partial, output / job.shard)
-    _write(_counts_file(output, job), json.dumps(counts, ensure_ascii=False))
+    return counts
 
 
 def _records(line: bytes, job: Job, tokenizer: Tokenizer, settings: Settings) -> Iterator[Record]:
@@ -218,9 +223,3 @@ def _bad_lines(
 
 def _counts_file(output: Path, job: Job) -> Path:
     return output / f"{job.shard}.json"
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -5,6 +5,7 @@ a new part; what a killed one left half-written has no line break and does not c
 says what the answers are to.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from glm_jax import files
 from glm_jax.errors import UserError
 
 MERGED_FILE = "answers.jsonl"
@@ -59,9 +61,7 @@ def claim(folder: Path, job: dict[str, Any]) -> None:
         if not file.exists():
             if any(folder.glob("*.jsonl")):
                 raise JobError(f"{folder} holds files that no job wrote: name another --output")
-            beside = folder / f"{_JOB_FILE}.{os.getpid()}"
-            beside.write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
-            beside.rename(file)
+            files.write_text(file, json.dumps(job, indent=2) + "\n")
         found = read_job(folder)
     except OSError as error:
         raise JobError(f"--output={folder}: {error.strerror}") from error
@@ -165,11 +165,11 @@ def merge(folder: Path) -> Path:
       JobError: answers are missing.
     """
     requests = read_job(folder)["input"]["requests"]
-    files: dict[Path, int] = {}
+    numbers: dict[Path, int] = {}
     where = np.full((requests, 2), -1, np.int64)  # file and place of each
     for part, place, _, index in _whole_lines(folder):
         if index < requests and where[index, 0] < 0:
-            where[index] = files.setdefault(part, len(files)), place
+            where[index] = numbers.setdefault(part, len(numbers)), place
     missing = int((where[:, 0] < 0).sum())
     if missing:
         first = int(np.argmax(where[:, 0] < 0))
@@ -178,17 +178,11 @@ def merge(folder: Path) -> Path:
             f"request {first}: run the job to its end before --merge"
         )
     target = folder / MERGED_FILE
-    beside = target.with_name(target.name + ".partial")
-    opened = [path.open("rb") for path in files]
-    try:
-        with beside.open("wb") as output:
-            for file, place in where.tolist():
-                opened[file].seek(place)
-                output.write(opened[file].readline())
-            output.flush()
-            os.fsync(output.fileno())
-    finally:
-        for part_file in opened:
-            part_file.close()
-    beside.rename(target)
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(part.open("rb")) for part in numbers]
+        output = stack.enter_context(files.replacing(target)).open("wb")
+        with output:
+            for number, place in where.tolist():
+                opened[number].seek(place)
+                output.write(opened[number].readline())
     return target

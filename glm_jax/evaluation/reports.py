@@ -8,7 +8,7 @@ import yaml
 from matplotlib import pyplot
 
 from glm_jax.evaluation.results import RESULTS_FILE, ResultsError, write_results
-from glm_jax.files import replacing
+from glm_jax.files import replacing, write_text
 
 Row = tuple[str, ...]
 _HEADER = ("task", "group", "metric", "examples", "max", "median", "average (95%)", "published")
@@ -123,7 +123,6 @@ def write_report(
 ) -> None:
     """results.json, results.md and results.png, each of them whole."""
     write_results(results, folder / RESULTS_FILE)
-    with replacing(folder / "results.md") as beside:
-        beside.write_text(markdown(results, published), encoding="utf-8")
+    write_text(folder / "results.md", markdown(results, published))
     with replacing(folder / "results.png") as beside:
         draw(results, published, beside)

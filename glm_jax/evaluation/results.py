@@ -16,7 +16,7 @@ from glm_jax.evaluation.metrics import (
     measure,
     resampled,
 )
-from glm_jax.files import replacing
+from glm_jax.files import write_text
 
 RESULTS_FILE = "results.json"
 SIGNIFICANT = 0.05
@@ -97,9 +97,7 @@ def task_results(groups: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Any]
 
 def write_results(results: dict[str, Any], path: Path) -> None:
     """All of it, or nothing."""
-    text = json.dumps(results, ensure_ascii=False, indent=1) + "\n"
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    write_text(path, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
 
 
 def read_results(path: Path) -> dict[str, Any]:

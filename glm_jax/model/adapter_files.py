@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from glm_jax import processes
+from glm_jax import files, processes
 from glm_jax.config import ConfigError, GLMConfig
 from glm_jax.model import adapters as model_adapters
 from glm_jax.model import params as glm_params
@@ -65,14 +65,13 @@ def save_adapter(
       identity: of the model that they belong to; see `model_identity`.
 
     Raises:
-      CheckpointError: the folder holds something already.
+      OutputError: the folder holds something already, or cannot be written.
     """
-    with parts.whole_folder(path) as partial:
+    with files.whole_folder(path) as partial:
         parts.write_part(partial, _PART, adapters)
         if processes.is_first():
             about = dataclasses.asdict(adapter) | {"model": identity}
-            text = json.dumps(about, indent=2) + "\n"
-            (partial / ADAPTER_FILE).write_text(text, encoding="utf-8")
+            files.write_text(partial / ADAPTER_FILE, json.dumps(about, indent=2) + "\n")
 
 
 def load_adapter(

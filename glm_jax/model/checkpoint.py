@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from glm_jax import config as glm_config
-from glm_jax import processes
+from glm_jax import files, processes
 from glm_jax.config import ConfigError, GLMConfig
 from glm_jax.model import adapters, parts
 from glm_jax.model import params as glm_params
@@ -45,9 +45,9 @@ def save_model(
       extra_files: copied into the folder (a tokenizer's files).
 
     Raises:
-      CheckpointError: the folder holds something already.
+      OutputError: the folder holds something already, or cannot be written.
     """
-    with parts.whole_folder(path) as partial:
+    with files.whole_folder(path) as partial:
         folder = partial / PARAMS_FOLDER
         step = _layers_a_part(config, params.layers)
         for first in range(0, config.num_layers, step):
@@ -71,7 +71,7 @@ def describe_model(partial: Path, config: GLMConfig, extra_files: tuple[Path, ..
     """Puts beside all parameters what makes their folder a model folder."""
     for file in extra_files:
         shutil.copy2(file, partial / file.name)
-    (partial / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
+    files.write_text(partial / CONFIG_FILE, config.to_json())
 
 
 def load_config(path: str | os.PathLike[str]) -> GLMConfig:

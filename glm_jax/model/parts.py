@@ -5,11 +5,8 @@ the layers from the first number up to the second, stacked. A converter writes e
 a part: its memory then stays at a layer, and a part that is there is whole.
 """
 
-import contextlib
-import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,6 @@ import jax
 import orbax.checkpoint as ocp
 from flax import serialization
 
-from glm_jax import processes
 from glm_jax.errors import UserError
 from glm_jax.model.params import GLMParams
 from glm_jax.model.reading import empty_buffers, placed, read_into
@@ -32,45 +28,6 @@ _CHUNK_BYTES = 16 << 20
 
 class CheckpointError(UserError):
     """A folder that holds no complete model; the message says what is missing where."""
-
-
-def refuse_non_empty(path: Path) -> None:
-    """Raises CheckpointError where writing to `path` would mix with what is there."""
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise CheckpointError(f"output {path} is not empty: remove it or name another folder")
-
-
-@contextlib.contextmanager
-def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to write, beside `path`; renamed to it at the end, removed where that is not
-    reached. Of several processes all enter, and the first makes and renames it.
-
-    Raises:
-      CheckpointError: there is something at `path` already.
-    """
-    target = Path(path).absolute()
-    refuse_non_empty(target)
-    partial = target.with_name(target.name + ".partial")
-    if processes.is_first():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    processes.wait(f"a place for {target.name}")
-    try:
-        yield partial
-    except BaseException:
-        if processes.is_first():
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if processes.is_first():
-        put_in_place(partial, target)
-    processes.wait(f"{target.name} is whole")
-
-
-def put_in_place(partial: Path, target: Path) -> None:
-    """Renames a folder that is whole to where nothing is yet, or an empty folder."""
-    if target.exists():
-        target.rmdir()
-    partial.rename(target)
 
 
 def on_one_device(tree: Any, device: jax.Device | None = None) -> Any:

@@ -9,6 +9,7 @@ from matplotlib import pyplot
 from ml_collections import ConfigDict
 
 from glm_jax.config import GLMConfig
+from glm_jax.files import replacing
 from glm_jax.planning.exchanges import by_kind
 from glm_jax.planning.plan import Plan
 from glm_jax.planning.sweep import Tried
@@ -89,7 +90,8 @@ def draw(found: list[Tried], path: Path) -> None:
     axes.set(xlabel="GiB a device", ylabel="mesh x batch")
     axes.invert_yaxis()
     axes.legend()
-    figure.savefig(path)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png")
     pyplot.close(figure)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib import pyplot
 
 from glm_jax.errors import UserError
+from glm_jax.files import replacing
 from glm_jax.training.watching import METRICS_FILE
 
 Line = dict[str, Any]
@@ -65,10 +66,9 @@ def draw(lines: list[Line], output: Path) -> None:
         if 0 < len(axes.get_lines()) <= 12:
             axes.legend(fontsize="small")
     norms.set_yscale("log")
-    partial = output.with_name(output.name + ".partial")
-    figure.savefig(partial, format="png")
+    with replacing(output) as partial:
+        figure.savefig(partial, format="png")
     pyplot.close(figure)
-    partial.replace(output)
 
 
 def _curve(axes: Any, lines: list[Line], name: str, label: str = "", **style: Any) -> None:

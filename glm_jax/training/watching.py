@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from glm_jax import processes
 from glm_jax.config import GLMConfig
+from glm_jax.files import write_text
 from glm_jax.model import params as glm_params
 from glm_jax.numerics import array_dtype, einsum, products_as
 
@@ -157,6 +157,4 @@ def _drop_lines_after(file: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:  # broken off in the middle of a line
             break
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, file)
+    write_text(file, "".join(kept))

@@ -19,6 +19,7 @@ from convert.sat_writer import write_shards
 from convert.torch_file import TorchFile
 from convert.torch_writer import write_torch_file
 from glm_jax import restore
+from glm_jax.files import OutputError
 from glm_jax.model.checkpoint import CheckpointError
 from glm_jax.model.params import quantize_params
 from glm_jax.quantization import QuantizationError, QuantizedArray, Scheme
@@ -255,7 +256,7 @@ def test_a_storage_shorter_than_its_tensors_is_refused(tmp_path):
 def test_a_non_empty_output_is_refused_and_kept(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
-    with pytest.raises(CheckpointError, match="is not empty"):
+    with pytest.raises(OutputError, match="is not empty"):
         _convert(CHECKPOINTS / "tp2", tmp_path)
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
 

@@ -12,6 +12,7 @@ from convert.merging import write_merged
 from convert.opening import open_model
 from convert.sat_writer import write_shards
 from convert.verify import compare
+from glm_jax.files import OutputError
 from glm_jax.model import adapters as model_adapters
 from glm_jax.model.adapter_files import model_identity, save_adapter
 from glm_jax.model.adapters import AdapterConfig
@@ -58,7 +59,7 @@ def test_all_ways_to_merge_agree(converted, tmp_path):
 def test_released_shards_take_adapters_as_they_are(converted, tmp_path):
     """The same model, before it was converted."""
     shards = GOLDEN / "checkpoints" / "tp2"
-    with pytest.raises(CheckpointError, match="is not empty"):
+    with pytest.raises(OutputError, match="is not empty"):
         write_merged(shards, converted / "adapter", converted / "model")
     write_shards(converted / "model", tmp_path / "a", 4, adapter=converted / "adapter")
     again = Options(num_heads=NUM_HEADS, max_sequence_length=64)

@@ -12,6 +12,7 @@ from jax.sharding import SingleDeviceSharding
 import glm_jax
 from glm_jax.config import ConfigError
 from glm_jax.decoding.prepare import prepare
+from glm_jax.files import OutputError
 from glm_jax.kernels.quantized_matmul.cpu import TiledArray
 from glm_jax.model import adapters as model_adapters
 from glm_jax.model.adapter_files import identity_of, load_adapter, model_identity, save_adapter
@@ -207,7 +208,7 @@ def test_adapters_of_another_model_are_refused(saved, tiny_model, tmp_path):
         load_adapter(folder / "adapter", config, wider, None)
     with pytest.raises(CheckpointError, match="holds no adapters"):
         glm_jax.restore(folder / "model", adapter=tmp_path)
-    with pytest.raises(CheckpointError, match="is not empty"):
+    with pytest.raises(OutputError, match="is not empty"):
         save_adapter(folder / "adapter", ADAPTER, _pairs(config, ADAPTER), other)
     broken = tmp_path / "broken"
     broken.mkdir()
