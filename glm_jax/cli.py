@@ -1,7 +1,9 @@
 """What every command line here has in common: how it starts and how it says no."""
 
+import contextlib
 import os
 import platform
+import signal
 import sys
 import traceback
 import zlib
@@ -13,18 +15,19 @@ import jax
 from absl import app, flags, logging
 
 from glm_jax import processes, supervision
-from glm_jax.errors import UserError
+from glm_jax.errors import UserError, system_refusal
 
 _OVERLAP = "xla_gpu_enable_latency_hiding_scheduler"
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command-line tool whose input is all by flags.
+    """Runs a command-line tool whose input is all by flags, and ends the process.
 
-    Exit status 2 for wrong flags, 1 for input that cannot be used; either is one line on
-    stderr.
+    Exit status 2 for wrong flags, 1 for input that cannot be used and for what the operating
+    system refuses, 130 for Ctrl-C; each is one line on stderr. Output that nobody reads any more
+    ends it without a word, with status 141. Any other error is a bug, and keeps its traceback.
     """
-    app.run(lambda _: _guarded(main), flags_parser=_parse_flags)
+    _run(lambda _: main(), _parse_flags)
 
 
 def run_with_paths(main: Callable[[list[str]], None], *names: str) -> None:
@@ -33,28 +36,62 @@ def run_with_paths(main: Callable[[list[str]], None], *names: str) -> None:
     def parse(argv: list[str]) -> list[str]:
         rest = _parse_known(argv)
         if len(rest) - 1 != len(names):
-            _fail(f"{len(rest) - 1} paths given: {' '.join(names)} are due", 2)
+            _fail(f"{len(rest) - 1} paths given, expected {' '.join(names)}", 2)
         return rest
 
-    app.run(lambda argv: _guarded(lambda: main(list(argv[1:]))), flags_parser=parse)
+    _run(lambda argv: main(list(argv[1:])), parse)
 
 
-def _guarded(main: Callable[[], None]) -> None:
+def _run(main: Callable[[list[str]], None], parse: Callable[[list[str]], list[str]]) -> None:
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a script's background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        try:
+            app.run(lambda argv: _with_settings(main, argv), flags_parser=parse)
+        finally:
+            sys.stdout.flush()  # an error here is one to report; at the exit it would be a trace
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # pressed again, it ends at once
+        _fail("interrupted", 128 + signal.SIGINT)
+    except UserError as error:
+        _fail(error, error.status)
+    except Exception as error:
+        _fail_by_system(error)
+
+
+def _with_settings(main: Callable[[list[str]], None], argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         # Libraries report every file that they touch; --verbosity=0 shows it.
         logging.set_verbosity(logging.WARNING)
     set_up_compiler()
+    main(argv)
+
+
+def _fail_by_system(error: Exception) -> NoReturn:
+    """Ends with a line where the cause lies outside of the program, else with a traceback."""
+    _drop_broken_output()
+    if isinstance(error, BrokenPipeError):  # as any command before `| head`
+        _leave(128 + signal.SIGPIPE)
+    refused = system_refusal(error)
+    if refused is not None:
+        _fail(refused, status=1)
+    is_joined = processes.are_joined()
+    if is_joined and isinstance(error, jax.errors.JaxRuntimeError):
+        # A collective that broke off, mostly.
+        _fail(f"{error}; {supervision.ADVICE}", status=1)
+    if not is_joined:
+        raise error
+    traceback.print_exception(error)
+    _leave(status=1)
+
+
+def _drop_broken_output() -> None:
+    """Throws the rest of standard output away where it cannot be written: flushing it at the
+    exit would be a trace."""
     try:
-        main()
-    except UserError as error:
-        _fail(error, status=1)
-    except Exception as error:
-        if not processes.are_joined():
-            raise
-        if isinstance(error, jax.errors.JaxRuntimeError):  # an exchange that broke off, mostly
-            _fail(f"{error}; {supervision.ADVICE}", status=1)
-        traceback.print_exc()
-        _leave(status=1)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def set_up_compiler() -> None:
@@ -93,12 +130,15 @@ def _parse_flags(argv: list[str]) -> list[str]:
 def _parse_known(argv: list[str]) -> list[str]:
     try:
         return list(flags.FLAGS(argv))
+    except BrokenPipeError:  # of --help
+        raise
     except (flags.Error, ValueError, AttributeError, KeyError, OSError) as error:
         _fail(error, status=2)
 
 
 def _fail(message: object, status: int) -> NoReturn:
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody reads it
+        print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     _leave(status)
 
 

@@ -1,13 +1,50 @@
-"""The one kind of error that is the user's to mend."""
+"""Errors whose cause lies outside of the program: the user's to mend, or the system's."""
+
+import errno
+import os
 
 
 class UserError(ValueError):
-    """Input that cannot be used. The message is one line: what is wrong, where, what to do."""
+    """Input that cannot be used. The message is one line: what is wrong, where, what to do.
+
+    Attributes:
+      status: of the process that ends by it.
+    """
+
+    status = 1
 
 
-_NO_ROOM = ("No space left on device", "Disk quota exceeded", "File too large")
+_NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
+_REFUSED = (
+    *_NO_ROOM,
+    *map(
+        os.strerror,
+        (
+            errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EIO,
+            errno.ENAMETOOLONG, errno.EMFILE, errno.ENOMEM,
+        ),
+    ),
+)  # fmt: skip
+_NO_MEMORY = "RESOURCE_EXHAUSTED"  # what XLA calls it
+_LONGEST = 300
 
 
 def is_no_room(error: Exception) -> bool:
     """Whether a disk was full. Libraries wrap the system's error in their own."""
     return any(words in str(error) for words in _NO_ROOM)
+
+
+def system_refusal(error: Exception) -> str | None:
+    """What the operating system refused, in a line that names the path; None for any other error.
+
+    Libraries wrap the system's error in their own, which is known by the system's words.
+    """
+    if isinstance(error, OSError) and error.strerror is not None:
+        paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
+        # A write to an open file, or to standard output, says no name.
+        return ": ".join([*(paths or ["a file or standard output"]), error.strerror])
+    if isinstance(error, MemoryError) or _NO_MEMORY in str(error):
+        return f"out of memory: {str(error)[:_LONGEST] or type(error).__name__}"
+    if isinstance(error, OSError) or any(words in str(error) for words in _REFUSED):
+        return str(error)[:_LONGEST]
+    return None
