@@ -18,6 +18,7 @@ from glm_jax import processes, supervision
 from glm_jax.errors import UserError, system_refusal
 
 _OVERLAP = "xla_gpu_enable_latency_hiding_scheduler"
+_OUTPUTS = ("output", "workdir")  # flags
 
 
 def run(main: Callable[[], None]) -> None:
@@ -72,7 +73,7 @@ def _fail_by_system(error: Exception) -> NoReturn:
     _drop_broken_output()
     if isinstance(error, BrokenPipeError):  # as any command before `| head`
         _leave(128 + signal.SIGPIPE)
-    refused = system_refusal(error)
+    refused = system_refusal(error, _written())
     if refused is not None:
         _fail(refused, status=1)
     is_joined = processes.are_joined()
@@ -83,6 +84,12 @@ def _fail_by_system(error: Exception) -> NoReturn:
         raise error
     traceback.print_exception(error)
     _leave(status=1)
+
+
+def _written() -> str:
+    """Where a tool writes, for an error that names no file."""
+    given = [f"--{name}={flags.FLAGS[name].value}" for name in _OUTPUTS if name in flags.FLAGS]
+    return " or ".join([*given, "standard output"])
 
 
 def _drop_broken_output() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from glm_jax.errors import UserError
@@ -15,6 +16,53 @@ _ROTARY_DTYPES = ("float16", "float32")
 
 class ConfigError(UserError):
     """A configuration that no model can have; the message names the field."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Which numbers a field may be: none but finite ones, and no text, None or bool.
+
+    Attributes:
+      kind: int, or float, which takes an int too.
+      low, high: the least and the greatest.
+      without_low, without_high: the number itself is out of range.
+      also: single numbers besides, such as a 0 that turns something off.
+    """
+
+    kind: type
+    low: int | float
+    high: int | float
+    without_low: bool = False
+    without_high: bool = False
+    also: tuple[int, ...] = ()
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises ConfigError where a value is out of range; `name` is the field's."""
+        kinds = (int,) if self.kind is int else (int, float)
+        if isinstance(value, kinds) and not isinstance(value, bool):
+            is_above = value > self.low if self.without_low else value >= self.low
+            is_below = value < self.high if self.without_high else value <= self.high
+            if (is_above and is_below) or value in self.also:
+                return
+        raise ConfigError(f"{name}={_shortened(value)}: expected {self}")
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.without_low else f"{self.low:.12g}"
+        high = f"below {self.high:g}" if self.without_high else f"{self.high:.12g}"
+        kind = "an integer" if self.kind is int else "a number"
+        also = "".join(f", or {value:g}" for value in self.also)
+        return f"{kind} from {low} to {high}{also}"
+
+
+def check_ranges(fields: Any, ranges: Mapping[str, Range]) -> None:
+    """Raises ConfigError for the first attribute of `fields` that is out of its range."""
+    for name, range_ in ranges.items():
+        range_.check(name, getattr(fields, name))
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +91,10 @@ class SpecialTokens:
     dblock: int = 150007
     eos: int = 20002
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _TOKEN_ID.check(f"special_tokens.{field.name}", getattr(self, field.name))
+
     @property
     def end_tokens(self) -> tuple[int, int]:
         """Generating one of these ends an answer."""
@@ -50,6 +102,19 @@ class SpecialTokens:
 
 
 RELEASED_VOCAB_SIZE = 150528
+_MAX_VOCAB_SIZE = 1 << 24
+_TOKEN_ID = Range(int, 0, _MAX_VOCAB_SIZE - 1)
+# Of `GLMConfig`: what no model exceeds, and arrays of which still have shapes.
+RANGES = {
+    "num_layers": Range(int, 1, 1 << 14),
+    "hidden_size": Range(int, 1, 1 << 20),
+    "inner_hidden_size": Range(int, 1, 1 << 22),
+    "num_heads": Range(int, 1, 1 << 16),
+    "vocab_size": Range(int, 1, _MAX_VOCAB_SIZE),
+    "max_sequence_length": Range(int, 1, 1 << 24),
+    "layernorm_epsilon": Range(float, 0, 1, without_low=True),
+    "rotary_base": Range(float, 1, 1e12, without_low=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,18 +157,7 @@ class GLMConfig:
     special_tokens: SpecialTokens | None = None
 
     def __post_init__(self) -> None:
-        sizes = (
-            "num_layers",
-            "hidden_size",
-            "inner_hidden_size",
-            "num_heads",
-            "vocab_size",
-            "max_sequence_length",
-        )
-        for name in sizes:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name}={value!r}: must be a positive integer")
+        check_ranges(self, RANGES)
         if self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"hidden_size={self.hidden_size} does not divide into num_heads={self.num_heads}"
@@ -153,7 +207,7 @@ class GLMConfig:
         """
         try:
             fields = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(f"model config is not JSON: {error}") from error
         return cls.from_dict(fields)
 
@@ -163,8 +217,13 @@ class GLMConfig:
         if not isinstance(fields, dict):
             raise ConfigError("model config is not a JSON object")
         fields = dict(fields)
-        if fields.get("special_tokens") is not None:
-            fields["special_tokens"] = _build(SpecialTokens, dict(fields["special_tokens"]))
+        special = fields.get("special_tokens")
+        if special is not None:
+            if not isinstance(special, dict):
+                raise ConfigError(
+                    f"special_tokens={_shortened(special)}: expected an object of ids"
+                )
+            fields["special_tokens"] = _build(SpecialTokens, special)
         config: GLMConfig = _build(cls, fields)
         return config
 

@@ -34,17 +34,19 @@ def is_no_room(error: Exception) -> bool:
     return any(words in str(error) for words in _NO_ROOM)
 
 
-def system_refusal(error: Exception) -> str | None:
+def system_refusal(error: Exception, written: str) -> str | None:
     """What the operating system refused, in a line that names the path; None for any other error.
 
     Libraries wrap the system's error in their own, which is known by the system's words.
+
+    Args:
+      written: what is named where the error names no path, as a write to an open file does.
     """
     if isinstance(error, OSError) and error.strerror is not None:
         paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
-        # A write to an open file, or to standard output, says no name.
-        return ": ".join([*(paths or ["a file or standard output"]), error.strerror])
+        return ": ".join([*(paths or [written]), error.strerror])
     if isinstance(error, MemoryError) or _NO_MEMORY in str(error):
         return f"out of memory: {str(error)[:_LONGEST] or type(error).__name__}"
     if isinstance(error, OSError) or any(words in str(error) for words in _REFUSED):
-        return str(error)[:_LONGEST]
+        return f"{written}: {str(error)[:_LONGEST]}"
     return None

@@ -8,10 +8,17 @@ import dataclasses
 
 import numpy as np
 
-from glm_jax.config import SpecialTokens
+from glm_jax.config import Range, SpecialTokens, check_ranges
 from glm_jax.data.records import Record
 
 KINDS = ("span", "suffix", "instruction")  # what a sample can be
+# Of `ObjectiveConfig`.
+RANGES = {
+    "mask_sequences": Range(float, 0, 1),
+    "span_length": Range(float, 0, 1e6, without_low=True),
+    "masked_tokens": Range(float, 0, 1, without_low=True),
+    "short_target": Range(int, 0, 1 << 24),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +36,9 @@ class ObjectiveConfig:
     span_length: float = 3.0
     masked_tokens: float = 0.15
     short_target: int = 8
+
+    def __post_init__(self) -> None:
+        check_ranges(self, RANGES)
 
 
 @dataclasses.dataclass(frozen=True)

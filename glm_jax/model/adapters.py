@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from glm_jax.config import ConfigError, GLMConfig
+from glm_jax.config import ConfigError, GLMConfig, Range
 from glm_jax.model import params as glm_params
 from glm_jax.model.offload import OffloadedLayers
 from glm_jax.model.params import (
@@ -24,6 +24,14 @@ from glm_jax.model.params import (
     ParamSpec,
     map_layer_linears,
 )
+
+
+# Of `AdapterConfig`.
+RANGES = {
+    "rank": Range(int, 1, 1 << 16),
+    "alpha": Range(float, 0, 1e9, without_low=True),
+    "dropout": Range(float, 0, 1, without_high=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +51,8 @@ class AdapterConfig:
     targets: tuple[str, ...] = LINEAR_NAMES
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise ConfigError(f"adapter.rank={self.rank!r}: a positive integer")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"adapter.dropout={self.dropout}: from 0 to less than 1")
+        for name, range_ in RANGES.items():
+            range_.check(f"adapter.{name}", getattr(self, name))
         unknown = [name for name in self.targets if name not in LINEAR_NAMES]
         if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
             raise ConfigError(

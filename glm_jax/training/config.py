@@ -5,11 +5,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from glm_jax.config import ConfigError, GLMConfig, glm_config
+from glm_jax.config import ConfigError, GLMConfig, Range, glm_config
+from glm_jax.data import objective
 from glm_jax.data.documents import KINDS_OF_FILES
 from glm_jax.data.objective import ObjectiveConfig
+from glm_jax.model import adapters
 from glm_jax.model.adapters import AdapterConfig
-from glm_jax.training.recipe import BatchSchedule, Recipe
+from glm_jax.training import recipe as recipes
+from glm_jax.training.recipe import MAX_COUNT, BatchSchedule, Recipe
 
 _OPTIMIZER = (
     "learning_rate",
@@ -38,6 +41,35 @@ _STABILITY = (
     "skip_factor",
     "spike_loss",
 )
+_AT_LEAST_0, _AT_LEAST_1 = Range(int, 0, MAX_COUNT), Range(int, 1, MAX_COUNT)
+# Of every number of an experiment but its model's, whose are `glm_jax.config.RANGES`.
+RANGES = {
+    "seed": Range(int, 0, MAX_COUNT),
+    "steps": _AT_LEAST_1,
+    "data.sequence_length": Range(int, 8, MAX_COUNT),
+    "data.batch_size": _AT_LEAST_1,
+    "data.micro_batch_size": _AT_LEAST_0,
+    "data.initial_batch_size": _AT_LEAST_0,
+    "data.ramp_fraction": Range(float, 0, 1),
+    "data.ramp_increment": _AT_LEAST_0,
+    "data.streams": _AT_LEAST_0,
+    "stability.restore_after": _AT_LEAST_0,
+    "stability.most_restores": _AT_LEAST_0,
+    "evaluation.every": _AT_LEAST_0,
+    "evaluation.batches": _AT_LEAST_1,
+    "log_every": _AT_LEAST_1,
+    "checkpoint_every": _AT_LEAST_1,
+    "checkpoint_minutes": Range(float, 0, 1e6),
+    "checkpoints_kept": _AT_LEAST_1,
+    "checkpoints_kept_every": _AT_LEAST_0,
+    "peak_flops": Range(float, 0, 1e21),
+    **{f"optimizer.{name}": recipes.RANGES[name] for name in _OPTIMIZER if name in recipes.RANGES},
+    **{f"stability.{name}": recipes.RANGES[name] for name in _STABILITY if name in recipes.RANGES},
+    **{f"data.objective.{name}": range_ for name, range_ in objective.RANGES.items()},
+}
+_ADAPTER_RANGES = {f"adapter.{name}": range_ for name, range_ in adapters.RANGES.items()} | {
+    "adapter.rank": Range(int, 0, adapters.RANGES["rank"].high)  # 0 for all parameters
+}
 
 
 def default_config(size: str, **model_overrides: object) -> ConfigDict:
@@ -125,16 +157,46 @@ def batch_schedule(config: ConfigDict) -> BatchSchedule:
     )
 
 
+def check_fields(config: ConfigDict) -> None:
+    """Refuses fields that are missing, of another kind, or out of range, each by itself.
+
+    Raises:
+      ConfigError: names the field.
+    """
+    ranges = RANGES | (_ADAPTER_RANGES if "adapter" in config else {})
+    for name, default in _flat(run_fields()).items():
+        value = _field(config, name)
+        if name not in ranges and type(value) is not type(default):
+            raise ConfigError(f"{name}={value!r}: expected such as {default!r}")
+    for name, range_ in ranges.items():
+        range_.check(name, _field(config, name))
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"data.kind": value} of nested dictionaries."""
+    flat = {}
+    for name, value in fields.items():
+        is_inner = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{name}.") if is_inner else {prefix + name: value}
+    return flat
+
+
+def _field(config: ConfigDict, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        if not isinstance(value, ConfigDict) or part not in value:
+            raise ConfigError(f"{name} is missing from the experiment")
+        value = value[part]
+    return value
+
+
 def check(config: ConfigDict) -> None:
     """Refuses values that would fail late or train in silence on nothing.
 
     Raises:
       ConfigError: names the field.
     """
-    positive = ("steps", "log_every", "checkpoint_every", "checkpoints_kept")
-    for name in positive:
-        if config[name] < 1:
-            raise ConfigError(f"{name}={config[name]}: at least 1")
+    check_fields(config)
     if bool(config.data.files) == bool(config.data.mixture):
         raise ConfigError(
             "data.files is not set, nor data.mixture: --config.data.files=... or "
@@ -152,7 +214,8 @@ def check(config: ConfigDict) -> None:
     length, positions = config.data.sequence_length, config.model.max_sequence_length
     if not 8 <= length <= positions:
         raise ConfigError(f"data.sequence_length={length}: from 8 to the model's {positions}")
-    if config.data.batch_size < 1:
-        raise ConfigError(f"data.batch_size={config.data.batch_size}: at least 1")
+    rows = config.steps * config.data.batch_size
+    if rows > MAX_COUNT:
+        raise ConfigError(f"steps x data.batch_size={rows}: at most {MAX_COUNT} rows")
     recipe(config)
     batch_schedule(config)

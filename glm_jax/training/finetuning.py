@@ -73,6 +73,7 @@ def finetune(
     Raises:
       ConfigError, CheckpointError, QuantizationError, MeshError: what was asked for cannot be.
     """
+    train_config.check_fields(config)
     stored = load_config(checkpoint)
     config = resolved(config, checkpoint, stored)
     train_config.check(config)

@@ -97,9 +97,9 @@ def train(config: ConfigDict, workdir: Path, profiled: range = range(0)) -> list
     Raises:
       ConfigError, TokenizerError, MeshError: what was asked for cannot be.
     """
+    model = train_config.model_config(config)
     train_config.check(config)
     tokenizer = Tokenizer(config.data.tokenizer)
-    model = train_config.model_config(config)
     check_vocabulary(model, tokenizer)
     model = model.replace(special_tokens=tokenizer.special_tokens)
     recipe, mesh = train_config.recipe(config), parse_mesh(config.mesh)

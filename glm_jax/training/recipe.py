@@ -2,13 +2,38 @@
 
 import dataclasses
 
-from glm_jax.config import ConfigError
+from glm_jax.config import ConfigError, Range, check_ranges
 from glm_jax.model.adapters import AdapterConfig
 from glm_jax.model.training import REMAT_POLICIES
 
 # How the optimiser keeps the means of gradients and of their squares: as floats, as 8-bit
 # integers with scales, or squares alone by rows and columns.
 MOMENTS = ("float32", "int8", "factored")
+_FRACTION = Range(float, 0, 1)
+_SHARE_LEFT_OUT = Range(float, 0, 1, without_high=True)
+MAX_COUNT = 2**31 - 1  # of rows and steps, which programs count as int32
+RANGES = {
+    "total_samples": Range(int, 1, MAX_COUNT),
+    "learning_rate": Range(float, 0, 1, without_low=True),
+    "initial_learning_rate": _FRACTION,
+    "final_learning_rate_fraction": _FRACTION,
+    "warmup_fraction": _FRACTION,
+    "beta1": _SHARE_LEFT_OUT,
+    "beta2": _SHARE_LEFT_OUT,
+    "epsilon": Range(float, 0, 1, without_low=True),
+    "weight_decay": _FRACTION,
+    "gradient_clip": Range(float, 0, 1e9, without_low=True),
+    "dropout": _SHARE_LEFT_OUT,
+    "attention_dropout": _SHARE_LEFT_OUT,
+    "loss_chunk": Range(int, 1, MAX_COUNT),
+    "z_loss": _FRACTION,
+    "embedding_gradient": _FRACTION,
+    "embedding_gradient_samples": Range(int, 0, MAX_COUNT),
+    "loss_scale_window": Range(int, 1, MAX_COUNT),
+    "median_window": Range(int, 1, 1 << 16),
+    "skip_factor": Range(float, 1, 1e9, also=(0,)),
+    "spike_loss": Range(float, 0, 1e9),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +93,7 @@ class Recipe:
     adapter: AdapterConfig | None = None
 
     def __post_init__(self) -> None:
+        check_ranges(self, RANGES)
         if self.remat not in REMAT_POLICIES:
             raise ConfigError(f"optimizer.remat={self.remat!r}: one of {REMAT_POLICIES}")
         if self.moments not in MOMENTS:
@@ -76,15 +102,6 @@ class Recipe:
             raise ConfigError(
                 "optimizer.offload_moments is for all parameters; those of adapters are small"
             )
-        for name in ("warmup_fraction", "embedding_gradient"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: from 0 to 1")
-        for name in ("dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: from 0 to less than 1")
-        for name in ("total_samples", "loss_chunk", "median_window", "loss_scale_window"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
 
     @property
     def updates_by_block(self) -> bool:

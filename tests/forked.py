@@ -1,0 +1,159 @@
+"""Command lines by the dozen: each in a fork of a process that has imported what takes long.
+
+Run as a program it reads JSON on stdin, a list of `Try`s' fields, and answers with a list of
+[status, stdout, stderr].
+"""
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import pkgutil
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+_HANGS = 120  # seconds
+_LIBRARIES = ("conversion", "merging", "opening", "sat_writer")
+_CAPABILITIES = 0x20080522  # the version of capset's structures
+_OVERRIDE = (1 << 1) | (1 << 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+
+
+@dataclass(frozen=True)
+class Try:
+    """A command line, without the interpreter: module and arguments.
+
+    Attributes:
+      is_full: no file can be written, as where a disk is full.
+      parses: other command lines of the same module, of which only the flags are parsed, one
+        after another: the answer's stdout is the list of their statuses.
+    """
+
+    command: tuple[str, ...]
+    cwd: str
+    is_full: bool = False
+    parses: tuple[tuple[str, ...], ...] = ()
+
+
+def run_all(tries, environment):
+    """[(status, stdout, stderr)] of each."""
+    done = subprocess.run(
+        [sys.executable, __file__],
+        input=json.dumps([asdict(t) for t in tries]),
+        env=environment | {"OPENBLAS_NUM_THREADS": "1"},  # its threads would not outlive a fork
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def _import_libraries():
+    import glm_jax
+
+    for module in pkgutil.walk_packages(glm_jax.__path__, "glm_jax."):
+        with contextlib.suppress(ImportError):  # what is not installed
+            importlib.import_module(module.name)
+    for name in _LIBRARIES:
+        importlib.import_module(f"convert.{name}")
+
+
+def _obey_permissions():
+    """Takes from root that it may read and write whatever it likes."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(_CAPABILITIES, 0)
+    data = (ctypes.c_uint32 * 6)()
+    libc.capget(header, data)
+    for i in (0, 1):  # effective, permitted
+        data[i] &= ~_OVERRIDE
+    assert libc.capset(header, data) == 0
+
+
+def _begin(tried):
+    """A child that runs it: its number, and the ends of pipes that it writes to."""
+    pipes = os.pipe(), os.pipe()
+    with warnings.catch_warnings(action="ignore"):
+        child = os.fork()
+    if child:
+        for _, writer in pipes:
+            os.close(writer)
+        return child, [reader for reader, _ in pipes]
+    for number, (reader, writer) in enumerate(pipes, 1):
+        os.close(reader)
+        os.dup2(writer, number)
+    status = 70
+    try:
+        signal.alarm(_HANGS)
+        _obey_permissions()
+        if tried["is_full"]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        os.chdir(tried["cwd"])
+        status = _run(tried["command"], tried["parses"])
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def _run(command, parses):
+    sys.argv = list(command)
+    if parses:
+        from glm_jax import cli
+
+        cli.run = cli.run_with_paths = lambda *_: None
+        runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+        print(json.dumps([_parse(arguments) for arguments in parses]))
+        return 0
+    try:
+        runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+            return 1
+        return error.code or 0
+    return 0
+
+
+def _parse(arguments):
+    from absl import flags
+
+    from glm_jax import cli
+
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+    try:
+        cli._parse_known(["it", *arguments])
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+def _finish(child, readers):
+    texts = []
+    for reader in readers:
+        with open(reader, encoding="utf-8", errors="replace") as stream:
+            texts.append(stream.read())
+    _, raw = os.waitpid(child, 0)
+    return [os.waitstatus_to_exitcode(raw), *texts]
+
+
+def main():
+    tries = json.load(sys.stdin)
+    _import_libraries()
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose the other threads"
+    answers = [_finish(*_begin(tried)) for tried in tries]
+    print(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()
