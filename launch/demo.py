@@ -27,7 +27,8 @@ from glm_jax.evaluation.tasks import Model
 from glm_jax.files import refuse_non_empty
 from glm_jax.model.checkpoint import restore
 from glm_jax.tokenizer import train_tokenizer
-from glm_jax.training.loop import MODEL_FOLDER, train
+from glm_jax.training.loop import train
+from glm_jax.training.results import MODEL_FOLDER
 from launch.demo_finetuning import interval, teach
 
 FLAGS = flags.FLAGS

@@ -9,7 +9,8 @@ from pathlib import Path
 from absl import flags
 
 from glm_jax import cli, processes
-from glm_jax.training.loop import MODEL_FOLDER, train
+from glm_jax.training.loop import train
+from glm_jax.training.results import MODEL_FOLDER
 from launch.training_flags import define_training_flags, last_step, profiled_steps
 
 FLAGS = flags.FLAGS

@@ -1,8 +1,11 @@
 """Configs say what is wrong with them, and survive JSON."""
 
+import dataclasses
+import math
+
 import pytest
 
-from glm_jax.config import ConfigError, GLMConfig, SpecialTokens, glm_130b, glm_config
+from glm_jax.config import RANGES, ConfigError, GLMConfig, SpecialTokens, glm_130b, glm_config
 
 
 def test_json_round_trip():
@@ -46,6 +49,49 @@ def test_impossible_models_are_refused(fields, message):
 def test_broken_json_is_refused(text, message):
     with pytest.raises(ConfigError, match=message):
         GLMConfig.from_json(text)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1, "x", None, True, 10**400, [1]])
+def test_every_number_of_a_model_has_a_range(bad):
+    config = glm_config("tiny")
+    numbers = {
+        field.name
+        for field in dataclasses.fields(config)
+        if isinstance(getattr(config, field.name), int | float)
+    }
+    assert numbers == set(RANGES)
+    for name, range_ in RANGES.items():
+        with pytest.raises(ConfigError, match=f"^{name}=.*: expected an? "):
+            range_.check(name, bad)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('"layernorm_epsilon": NaN', "layernorm_epsilon=nan: expected a number from above 0 to 1"),
+        ('"layernorm_epsilon": -1', "layernorm_epsilon=-1"),
+        ('"rotary_base": 0', "rotary_base=0"),
+        ('"rotary_base": Infinity', "rotary_base=inf"),
+        ('"hidden_size": 1000000000000000000', "hidden_size=1000000000000000000: expected an int"),
+        ('"special_tokens": 3', "special_tokens=3"),
+        ('"special_tokens": {"eop": -1}', r"special_tokens\.eop=-1"),
+        ('"special_tokens": {"eop": 1.5}', "eop"),
+    ],
+)
+def test_nonsense_in_a_model_folder_is_refused(text, message):
+    given = glm_config("tiny").to_json()
+    name = text.split(":")[0]
+    lines = [f"  {text}," if line.strip().startswith(name) else line for line in given.splitlines()]
+    fields = "\n".join(lines).replace(",\n}", "\n}")
+    assert fields != given
+    # An integer for a float is what the tests' own check of types finds first.
+    with pytest.raises(ConfigError, match=f"{message}|Type-check error"):
+        GLMConfig.from_json(fields)
+
+
+def test_json_too_deep_to_read_is_refused():
+    with pytest.raises(ConfigError, match="not JSON"):
+        GLMConfig.from_json("[" * 100_000)
 
 
 def test_unknown_size_is_refused():

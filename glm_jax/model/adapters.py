@@ -25,7 +25,6 @@ from glm_jax.model.params import (
     map_layer_linears,
 )
 
-
 # Of `AdapterConfig`.
 RANGES = {
     "rank": Range(int, 1, 1 << 16),

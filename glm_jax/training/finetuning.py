@@ -15,13 +15,8 @@ from glm_jax.model.params import GLMParams, unstack_layers
 from glm_jax.sharding import is_cpu, parse_mesh
 from glm_jax.tokenizer import Tokenizer
 from glm_jax.training import config as train_config
-from glm_jax.training.loop import (
-    MODEL_FOLDER,
-    Job,
-    check_vocabulary,
-    run_job,
-    save_trained,
-)
+from glm_jax.training.loop import Job, check_vocabulary, run_job
+from glm_jax.training.results import MODEL_FOLDER, replace_result, save_trained
 from glm_jax.training.state import TrainState, init_state, start_state
 
 ADAPTER_FOLDER = "adapter"
@@ -107,8 +102,10 @@ def finetune(
         trained: Any = state.params
         if recipe.adapter is None:
             save_trained(workdir, model, state, tokenizer)
-        elif not (workdir / ADAPTER_FOLDER).exists():
-            save_adapter(workdir / ADAPTER_FOLDER, recipe.adapter, trained, identity)
+            return
+        adapter = recipe.adapter
+        write = lambda folder: save_adapter(folder, adapter, trained, identity)
+        replace_result(workdir / ADAPTER_FOLDER, state, write)
 
     job = Job(
         config, tokenizer, model, recipe, mesh, begin, finish, load_frozen,

@@ -2,23 +2,18 @@
 
 import contextlib
 import dataclasses
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from glm_jax import processes
 from glm_jax.config import ConfigError, GLMConfig
 from glm_jax.errors import UserError
-from glm_jax.model.checkpoint import save_model
-from glm_jax.model.params import stack_layers
 from glm_jax.sharding import parse_mesh
 from glm_jax.tokenizer import Tokenizer
 from glm_jax.training import config as train_config
@@ -26,15 +21,11 @@ from glm_jax.training import watching
 from glm_jax.training.checkpoints import RunCheckpoints
 from glm_jax.training.feeding import MeshBatches, describe, open_mixture
 from glm_jax.training.recipe import BatchSchedule, Recipe
+from glm_jax.training.results import save_trained
 from glm_jax.training.state import Batch, TrainState, init_state
 from glm_jax.training.step import compiled_train_step, evaluation_step
+from glm_jax.training.stopping import InterruptedRunError, stop_requests
 from glm_jax.training.watching import Watcher
-
-MODEL_FOLDER = "model"
-
-
-class InterruptedRunError(UserError):
-    """A run that was asked to stop (SIGTERM) and saved what it had."""
 
 
 class DivergedError(UserError):
@@ -111,13 +102,6 @@ def train(config: ConfigDict, workdir: Path, profiled: range = range(0)) -> list
     return run_job(job, workdir, profiled)
 
 
-def save_trained(workdir: Path, model: GLMConfig, state: TrainState, tokenizer: Tokenizer) -> None:
-    """Writes a whole model that was trained, unless that was done before."""
-    if not (workdir / MODEL_FOLDER).exists():
-        params: Any = stack_layers(state.params)  # type: ignore[arg-type]
-        save_model(workdir / MODEL_FOLDER, model, params, tokenizer.files)
-
-
 def run_job(job: Job, workdir: Path, profiled: range = range(0)) -> list[dict[str, Any]]:
     """Trains until all rows were seen, going on from the newest checkpoint in `workdir`.
 
@@ -144,7 +128,8 @@ def run_job(job: Job, workdir: Path, profiled: range = range(0)) -> list[dict[st
     workdir.mkdir(parents=True, exist_ok=True)
     with _closing(RunCheckpoints(workdir / "checkpoints", *_saving(config))) as checkpoints:
         place: dict[str, Any]
-        state, place = checkpoints.restore_latest(model, recipe, mesh) or (
+        restored = checkpoints.restore_latest(model, recipe, mesh)
+        state, place = restored or (
             job.begin(),
             {"consumed": 0, "streams": batches.get_state(), "model": job.identity},
         )
@@ -163,6 +148,8 @@ def run_job(job: Job, workdir: Path, profiled: range = range(0)) -> list[dict[st
                 place["consumed"], profiled,
             )  # fmt: skip
             watcher.tell(describe(mixture, recipe.total_samples))
+            if restored:
+                watcher.tell(f"going on from step {step}, whose checkpoint is in {workdir}")
             with jax.set_mesh(mesh):
                 state = _steps(run, state, workdir)
     job.finish(state)
@@ -196,7 +183,7 @@ def _steps(run: Run, state: TrainState, workdir: Path) -> TrainState:
     job = run.job
     train_step = compiled_train_step(job.model, job.recipe, groups, job.mesh)
     drawn = _draw(run, run.consumed)
-    with _termination() as must_stop:
+    with stop_requests() as stopped_by:
         while int(state.samples) < job.recipe.total_samples:
             batch, place = drawn
             with _profile(run, int(state.step) + 1, workdir):
@@ -207,12 +194,14 @@ def _steps(run: Run, state: TrainState, workdir: Path) -> TrainState:
             rows = batch.tokens.shape[0] * batch.tokens.shape[1]
             run.watcher.count(0 if values["is_skipped"] else rows, batch.tokens.size)
             state = _after(run, state, values, place)
-            if must_stop(int(state.step)):
+            if received := stopped_by(int(state.step)):
                 _save(run, state, place)
                 run.checkpoints.wait()
+                processes.wait("all have saved")
                 raise InterruptedRunError(
-                    f"stopped by SIGTERM after step {int(state.step)}, which is saved: the same "
-                    "command goes on"
+                    f"stopped by {received.name} after step {int(state.step)}, which is saved: "
+                    "the same command goes on",
+                    received,
                 )
     return state
 
@@ -295,24 +284,6 @@ def evaluate(run: Run, state: TrainState) -> dict[str, float]:
         counts += np.asarray(sums["group_counts"])
     total = {"evaluation_loss": float(losses.sum() / max(counts.sum(), 1.0))}
     return total | watching.mean_by_group("evaluation_loss", losses, counts, batches.groups)
-
-
-@contextlib.contextmanager
-def _termination() -> Iterator[Callable[[int], bool]]:
-    """Gives a function of the step: whether SIGTERM has come, to any of the processes."""
-    if jax.process_count() > 1:
-        # jax has a handler of its own there, and brings the processes to one step.
-        yield lambda step: bool(multihost_utils.reached_preemption_sync_point(step))
-        return
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
-        return
-    asked = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield lambda step: asked.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -66,14 +66,15 @@ class Watcher:
         self.history: list[dict[str, Any]] = []
         self._writes = processes.is_first()
         self._peak, self._began, self._tokens = peak_flops, time.perf_counter(), 0
-        self._bar = tqdm(
-            total=total, initial=done, desc="training", unit="row", disable=not self._writes
-        )
         if self._writes:
             self._file = workdir / METRICS_FILE
             _drop_lines_after(self._file, step)
             self._lines = self._file.open("a", encoding="utf-8")
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
+        # Last: an error above would stand in the bar's line.
+        self._bar = tqdm(
+            total=total, initial=done, desc="training", unit="row", disable=not self._writes
+        )
 
     def count(self, rows: int, tokens: int) -> None:
         """Takes note of a step's rows, and of its tokens."""

@@ -2,8 +2,11 @@
 
 import functools
 import json
+import math
 import os
+import shutil
 import signal
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +20,14 @@ from glm_jax.config import ConfigError
 from glm_jax.data.prepare import prepare
 from glm_jax.model import params as glm_params
 from glm_jax.training import config as train_config
-from glm_jax.training import watching
+from glm_jax.training import finetuning, watching
 from glm_jax.training.config import check, default_config
 from glm_jax.training.feeding import MeshBatches
-from glm_jax.training.loop import DivergedError, InterruptedRunError, train
+from glm_jax.training.loop import DivergedError, train
 from glm_jax.training.optimizer import clipping, decay_mask, learning_rate
 from glm_jax.training.recipe import Recipe
+from glm_jax.training.results import replace_result
+from glm_jax.training.stopping import InterruptedRunError
 from glm_jax.training.update import Step, init_moments, update
 
 
@@ -78,23 +83,98 @@ def test_the_batch_grows_and_is_accumulated(experiment, tmp_path):
     assert [schedule.accumulation(n) for n in (0, 2, 4, 6, 100)] == [1, 1, 1, 2, 2]
 
 
-@pytest.mark.slow
-def test_sigterm_saves_and_the_same_command_goes_on(experiment, tmp_path, monkeypatch):
-    unbroken = train(experiment, tmp_path / "whole")
+def _signalled_at_step(monkeypatch, step, received):
+    """Sends this process signals during a step."""
     real = watching.Watcher.count
 
     def count(self, rows, tokens):
         real(self, rows, tokens)
         self.steps = getattr(self, "steps", 0) + 1
-        if self.steps == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if self.steps == step:
+            for number in received:
+                os.kill(os.getpid(), number)
 
+    monkeypatch.setattr(watching.Watcher, "count", count)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_command_goes_on(experiment, tmp_path, monkeypatch, capsys):
+    unbroken = train(experiment, tmp_path / "whole")
+    assert "going on" not in capsys.readouterr().err
     with monkeypatch.context() as patched:
-        patched.setattr(watching.Watcher, "count", count)
-        with pytest.raises(InterruptedRunError, match="after step 5, which is saved"):
+        _signalled_at_step(patched, 5, [signal.SIGTERM])
+        with pytest.raises(InterruptedRunError, match="by SIGTERM after step 5, which is saved"):
             train(experiment, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "5").is_dir()
     _assert_same_losses(train(experiment, tmp_path / "run")[1:], unbroken)
+    assert "going on from step 5, whose checkpoint is in" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_as_sigterm_does_and_a_longer_run_replaces_its_model(
+    experiment, tmp_path, monkeypatch, capsys
+):
+    experiment.steps, experiment.peak_flops = 4, 1e9
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        _signalled_at_step(patched, 2, [signal.SIGINT])
+        with pytest.raises(InterruptedRunError, match="by SIGINT after step 2") as raised:
+            train(experiment, run)
+    assert raised.value.status == 130
+    assert (run / "checkpoints" / "2").is_dir()
+    with monkeypatch.context() as patched:
+        _signalled_at_step(patched, 1, [signal.SIGINT, signal.SIGINT])
+        with pytest.raises(KeyboardInterrupt):
+            train(experiment, run)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "going on from step 2, whose" in capsys.readouterr().err
+    train(experiment, run)
+    first = restore(run / "model")[1].word_embeddings
+    experiment.steps = 6
+    with monkeypatch.context() as patched:
+        patched.setattr("glm_jax.training.results.save_model", _raise_stop)
+        with pytest.raises(StopError):
+            train(experiment, run)
+    np.testing.assert_array_equal(restore(run / "model")[1].word_embeddings, first)
+    assert train(experiment, run) == []
+    assert not np.array_equal(first, restore(run / "model")[1].word_embeddings)
+
+
+def test_what_a_run_leaves_is_always_of_its_last_step(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    written = []
+
+    def leave(step):
+        def write(to):
+            to.mkdir()
+            (to / "step").write_text(str(step))
+            written.append(step)
+
+        replace_result(folder, SimpleNamespace(step=step, samples=8 * step), write)
+        assert {path.name for path in tmp_path.iterdir()} == {"model", "model.json"}
+
+    leave(4)
+    leave(4)
+    assert written == [4]
+    leave(8)
+    assert written == [4, 8]
+    assert (folder / "step").read_text() == "8"
+    # Killed while it is written, or while it takes its place: the same step is written again.
+    for killed_at in ("glm_jax.files.replacing", "pathlib.Path.rename"):
+        with monkeypatch.context() as patched:
+            patched.setattr(killed_at, _raise_stop)
+            with pytest.raises(StopError):
+                leave(9)
+        assert folder.is_dir() or (tmp_path / "model.old").is_dir()
+        leave(9)
+        leave(8)
+    shutil.rmtree(folder)
+    leave(8)
+    assert (folder / "step").read_text() == "8"
+
+
+def _raise_stop(*_):
+    raise StopError
 
 
 def _poison(monkeypatch, numbers):
@@ -246,6 +326,71 @@ def test_impossible_experiments_are_refused(experiment, field, value, message):
     with experiment.unlocked():
         experiment.update_from_flattened_dict({field: value})
     with pytest.raises(ConfigError, match=message):
+        check(experiment)
+
+
+_BAD = (math.nan, math.inf, -math.inf, -1, "x", None, True, 10**400, [1])
+
+
+@pytest.mark.parametrize("make", [lambda: default_config("tiny"), finetuning.default_config])
+def test_every_number_of_an_experiment_has_a_range(make):
+    config = make()
+    fields = train_config._flat(config.to_dict())
+    numbers = [n for n, v in fields.items() if isinstance(v, int | float) and type(v) is not bool]
+    assert len(numbers) > 40
+    for name in numbers:
+        for bad in _BAD:
+            with config.unlocked(), config.ignore_type():
+                config.update_from_flattened_dict({name: bad})
+            # Of a model's fields the tests' own check of types says the name too.
+            with pytest.raises(ConfigError, match=rf"\b{name.removeprefix('model.')}\b"):
+                check_all(config)
+        with config.unlocked(), config.ignore_type():
+            config.update_from_flattened_dict({name: fields[name]})
+    for name in set(fields) - set(numbers):
+        if not name.startswith(("model.", "adapter.", "quantization")):
+            with config.unlocked(), config.ignore_type():
+                config.update_from_flattened_dict({name: None})
+            with pytest.raises(ConfigError, match=f"^{name}=None"):
+                train_config.check_fields(config)
+            with config.unlocked(), config.ignore_type():
+                config.update_from_flattened_dict({name: fields[name]})
+    del config.data.objective
+    with pytest.raises(ConfigError, match=r"data\.objective.* is missing"):
+        train_config.check_fields(config)
+
+
+def check_all(config):
+    if "num_layers" in config.model:
+        train_config.model_config(config)
+    train_config.check_fields(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("optimizer.beta1", 1.0),
+        ("optimizer.beta2", 2),
+        ("optimizer.learning_rate", 0),
+        ("optimizer.epsilon", 0),
+        ("optimizer.gradient_clip", 0),
+        ("stability.skip_factor", 0.5),
+        ("data.objective.masked_tokens", 1.1),
+        ("model.layernorm_epsilon", 0.0),
+        ("model.rotary_base", 0),
+        ("steps", 2**31),
+    ],
+)
+def test_numbers_at_the_edges_of_their_ranges_are_refused(experiment, field, value):
+    with experiment.unlocked(), experiment.ignore_type():
+        experiment.update_from_flattened_dict({field: value})
+    with pytest.raises(ConfigError, match=field.split(".")[-1]):
+        check_all(experiment)
+
+
+def test_rows_that_programs_cannot_count_are_refused(experiment):
+    experiment.steps, experiment.data.batch_size = 2**30, 4
+    with pytest.raises(ConfigError, match=r"steps x data\.batch_size=4294967296"):
         check(experiment)
 
 

@@ -1,0 +1,56 @@
+"""What a run leaves at its end, always of its last step."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from glm_jax import files, processes
+from glm_jax.config import GLMConfig
+from glm_jax.model.checkpoint import save_model
+from glm_jax.model.params import stack_layers
+from glm_jax.tokenizer import Tokenizer
+from glm_jax.training.state import TrainState
+
+MODEL_FOLDER = "model"
+
+
+def save_trained(workdir: Path, model: GLMConfig, state: TrainState, tokenizer: Tokenizer) -> None:
+    """Writes a whole model that was trained, in place of that of an earlier, shorter run."""
+
+    def write(folder: Path) -> None:
+        params: Any = stack_layers(state.params)  # type: ignore[arg-type]
+        save_model(folder, model, params, tokenizer.files)
+
+    replace_result(workdir / MODEL_FOLDER, state, write)
+
+
+def replace_result(folder: Path, state: TrainState, write: Callable[[Path], None]) -> None:
+    """Writes what a run leaves, unless this very step's is there; of joined processes all call.
+
+    What is there stays until the new one is whole. FOLDER.json says which step's is there, and
+    is missing while they change places: a run that is killed then writes its result again.
+
+    Args:
+      write: writes it to a folder that does not exist.
+    """
+    about, new, old = (folder.with_name(folder.name + end) for end in (".json", ".new", ".old"))
+    content = json.dumps({"step": int(state.step), "samples": int(state.samples)}) + "\n"
+    is_there = folder.exists() and about.is_file() and about.read_text("utf-8") == content
+    if processes.agree(float(is_there)):
+        return
+    if processes.is_first():
+        about.unlink(missing_ok=True)
+        shutil.rmtree(new, ignore_errors=True)
+    processes.wait(f"a place for {new.name}")
+    write(new)
+    if processes.is_first():
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        with files.replacing(about) as partial:
+            partial.write_text(content, "utf-8")
+        shutil.rmtree(old, ignore_errors=True)
+    processes.wait(f"{folder.name} is in its place")
