@@ -184,5 +184,7 @@ def join_processes(may_be_apart: bool = False) -> tuple[int, int]:
     )
     if coordinator is not None:
         supervision.go_on_supervised(f"process {number} of {count}")
-        processes.join(coordinator, number, count, chosen.heartbeat_seconds)
+        # What may run apart has saved each answer; what may not saves when it is asked to end.
+        saves = not may_be_apart
+        processes.join(coordinator, number, count, chosen.heartbeat_seconds, saves)
     return number, count

@@ -68,7 +68,11 @@ def place(
 
 
 def join(
-    coordinator: str, number: int, count: int, heartbeat_seconds: int = HEARTBEAT_SECONDS
+    coordinator: str,
+    number: int,
+    count: int,
+    heartbeat_seconds: int = HEARTBEAT_SECONDS,
+    saves_at_sigterm: bool = False,
 ) -> None:
     """Joins the other processes of a run, before anything else of jax is used.
 
@@ -76,10 +80,13 @@ def join(
       coordinator, number, count: as of `place`.
       heartbeat_seconds: a process that gave no sign of life for so long counts as gone, and
         the others end.
+      saves_at_sigterm: SIGTERM is for `multihost_utils.reached_preemption_sync_point` to report;
+        otherwise it ends the process.
 
     Raises:
       ProcessesError: they cannot be reached.
     """
+    jax.config.update("jax_enable_preemption_service", saves_at_sigterm)
     try:
         jax.distributed.initialize(
             coordinator, count, number, heartbeat_timeout_seconds=heartbeat_seconds

@@ -131,15 +131,20 @@ def in_kubernetes(folder, job, given, devices):
 
 
 def slurm_variables(folder, srun):
-    """The environment of a batch script on two nodes, with an `srun` that is this script."""
+    """The environment of a batch script on two nodes, with an `srun` that is this script, and
+    an `scontrol` that writes what is requeued to FOLDER/requeued."""
     programs = folder / "bin"
     programs.mkdir()
-    for name, text in (("scontrol", "echo 127.0.0.1\necho 127.0.0.2"), ("srun", srun)):
+    control = (
+        f'[ "$1" = requeue ] && echo "$2" >> "{folder}/requeued"\necho 127.0.0.1\necho 127.0.0.2'
+    )
+    for name, text in (("scontrol", control), ("srun", srun)):
         (programs / name).write_text(f"#!/bin/sh\n{text}\n")
         (programs / name).chmod(0o755)
     return {
         "PATH": f"{programs}:{os.environ['PATH']}",
         "SLURM_NTASKS": "2",
+        "SLURM_JOB_ID": "77",
         "SLURM_JOB_NODELIST": "node[1-2]",
     }
 

@@ -105,7 +105,7 @@ def finetune(
             return
         adapter = recipe.adapter
         write = lambda folder: save_adapter(folder, adapter, trained, identity)
-        replace_result(workdir / ADAPTER_FOLDER, state, write)
+        replace_result(workdir / ADAPTER_FOLDER, int(state.step), write)
 
     job = Job(
         config, tokenizer, model, recipe, mesh, begin, finish, load_frozen,

@@ -23,11 +23,12 @@ def save_trained(workdir: Path, model: GLMConfig, state: TrainState, tokenizer: 
         params: Any = stack_layers(state.params)  # type: ignore[arg-type]
         save_model(folder, model, params, tokenizer.files)
 
-    replace_result(workdir / MODEL_FOLDER, state, write)
+    replace_result(workdir / MODEL_FOLDER, int(state.step), write)
 
 
-def replace_result(folder: Path, state: TrainState, write: Callable[[Path], None]) -> None:
-    """Writes what a run leaves, unless this very step's is there; of joined processes all call.
+def replace_result(folder: Path, step: int, write: Callable[[Path], None]) -> None:
+    """Writes what a run leaves after `step`, unless this step's is there; joined processes all
+    call it.
 
     What is there stays until the new one is whole. FOLDER.json says which step's is there, and
     is missing while they change places: a run that is killed then writes its result again.
@@ -36,7 +37,7 @@ def replace_result(folder: Path, state: TrainState, write: Callable[[Path], None
       write: writes it to a folder that does not exist.
     """
     about, new, old = (folder.with_name(folder.name + end) for end in (".json", ".new", ".old"))
-    content = json.dumps({"step": int(state.step), "samples": int(state.samples)}) + "\n"
+    content = json.dumps({"step": step}) + "\n"
     is_there = folder.exists() and about.is_file() and about.read_text("utf-8") == content
     if processes.agree(float(is_there)):
         return

@@ -8,10 +8,17 @@
 #SBATCH --job-name=glm-convert
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
+#SBATCH --signal=TERM@60
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
 
 # Each task's number is in SLURM_PROCID.
 export GLM_JAX_NUM_PROCESSES="$SLURM_NTASKS"
-exec srun --kill-on-bad-exit=0 "${GLM_JAX_PYTHON:-.venv/bin/python}" -m convert.sat_to_orbax "$@"
+status=0
+srun --kill-on-bad-exit=0 "${GLM_JAX_PYTHON:-.venv/bin/python}" -m convert.sat_to_orbax "$@" || status=$?
+# 143: SIGTERM, at the end of the time or of the node's. Slurm requeues only what is asked for.
+if [ "$status" = 143 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -11,6 +11,7 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
+#SBATCH --signal=TERM@60
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
@@ -23,5 +24,11 @@ if [ -n "${GLM_JAX_TOGETHER:-}" ]; then
     read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     export GLM_JAX_COORDINATOR="$first:${GLM_JAX_PORT:-9876}"
 fi
-exec srun --kill-on-bad-exit="${GLM_JAX_TOGETHER:-0}" \
-    "${GLM_JAX_PYTHON:-.venv/bin/python}" -m launch.decode "$@"
+status=0
+srun --kill-on-bad-exit="${GLM_JAX_TOGETHER:-0}" \
+    "${GLM_JAX_PYTHON:-.venv/bin/python}" -m launch.decode "$@" || status=$?
+# 143: SIGTERM, at the end of the time or of the node's. Slurm requeues only what is asked for.
+if [ "$status" = 143 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

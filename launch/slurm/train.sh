@@ -20,5 +20,11 @@ read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export GLM_JAX_COORDINATOR="$first:${GLM_JAX_PORT:-9876}"
 export GLM_JAX_NUM_PROCESSES="$SLURM_NTASKS"
 # Each task's number is in SLURM_PROCID.
-exec srun --kill-on-bad-exit=1 "${GLM_JAX_PYTHON:-.venv/bin/python}" \
-    -m "launch.${GLM_JAX_JOB:-train}" "$@"
+status=0
+srun --kill-on-bad-exit=1 "${GLM_JAX_PYTHON:-.venv/bin/python}" \
+    -m "launch.${GLM_JAX_JOB:-train}" "$@" || status=$?
+# 143: SIGTERM, at the end of the time or of the node's. Slurm requeues only what is asked for.
+if [ "$status" = 143 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -119,6 +119,22 @@ def test_slurm_scripts_are_sound(job):
     first = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
     assert all(not line.startswith("#SBATCH") for line in lines[first:])
     assert "--requeue" in options
+    assert any(option.startswith("--signal=TERM@") for option in options)
+
+
+@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize(
+    ("ended", "status", "is_requeued"),
+    [("exit 143", 143, True), ("exit 0", 0, False), ("exit 1", 1, False), ("exit 137", 137, False)],
+)
+def test_what_sigterm_ended_is_requeued(tmp_path, job, ended, status, is_requeued):
+    """As a real slurmctld does it: without the request, the job is FAILED."""
+    variables = slurm_variables(tmp_path, ended)
+    command = [ROOT / f"launch/slurm/{job}.sh", "--mesh=1,1,16"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    requeued = tmp_path / "requeued"
+    assert (requeued.read_text() if requeued.exists() else "") == "77\n" * is_requeued
 
 
 @pytest.mark.parametrize("job", ["train", "finetune"])

@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import signal
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +149,7 @@ def test_what_a_run_leaves_is_always_of_its_last_step(tmp_path, monkeypatch):
             (to / "step").write_text(str(step))
             written.append(step)
 
-        replace_result(folder, SimpleNamespace(step=step, samples=8 * step), write)
+        replace_result(folder, step, write)
         assert {path.name for path in tmp_path.iterdir()} == {"model", "model.json"}
 
     leave(4)
