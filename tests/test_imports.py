@@ -9,11 +9,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = {
     "glm_jax.errors": 0,
-    "glm_jax.files": 0,
     "glm_jax.numerics": 0,
     "glm_jax.config": 1,
     "glm_jax.processes": 1,
     "glm_jax.supervision": 1,
+    "glm_jax.files": 2,
+    "glm_jax.text_files": 2,
     "glm_jax.sharding": 2,
     "glm_jax.quantization": 2,
     "glm_jax.kernels": 3,
