@@ -199,7 +199,9 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
-        raise TextFileError(f"{path}: cut off or damaged: {error}") from error
+        raise TextFileError(
+            f"{path}: cannot be read to its end: cut off or damaged: {error}"
+        ) from error
     except OSError as error:
         raise TextFileError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:

@@ -24,6 +24,9 @@ MODEL_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
 LINE_BREAK, TAB = "<n>", "<|tab|>"
 _MAX_BLANKS = 80
+# sentencepiece leaves out a line with one of these without a word, and one past its limit.
+_UNTRAINABLE = re.compile("[\u2585\0]")
+_MAX_LINE_BYTES = 1 << 16
 _SPECIAL_TEXTS = {
     "[MASK]": "mask",
     "[gMASK]": "gmask",
@@ -34,7 +37,9 @@ _SPECIAL_TEXTS = {
     "<ENC>": "enc",
     "<dBLOCK>": "dblock",
 }
-_SPECIAL_PATTERN = re.compile("(" + "|".join(map(re.escape, _SPECIAL_TEXTS)) + ")")
+# What stands for a special token in a text that is encoded.
+CONTROL_WORDS = tuple(_SPECIAL_TEXTS)
+MASK_WORDS = ("[MASK]", "[gMASK]", "[sMASK]")
 
 
 class TokenizerError(UserError):
@@ -115,12 +120,18 @@ class Tokenizer:
         self.vocab_size = 1 + max(*self._special_ids, self._text_ids.stop - 1)
         self._continued_prefix = self._encode_pieces(LINE_BREAK)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text; [MASK], [gMASK], [sMASK], <sop> and their like become special ids."""
+    def encode(self, text: str, control_words: tuple[str, ...] = CONTROL_WORDS) -> list[int]:
+        """Ids of a text.
+
+        Args:
+          control_words: those of `CONTROL_WORDS` that become special ids; the others are text
+            as any other. None of them, (), for texts that only speak of them: documents,
+            answers, choices.
+        """
         ids: list[int] = []
-        parts = _SPECIAL_PATTERN.split(text)
+        parts = _split(text, control_words)
         for i, part in enumerate(parts):
-            if part in _SPECIAL_TEXTS:
+            if part in control_words:
                 ids.append(getattr(self.special_tokens, _SPECIAL_TEXTS[part]))
             elif self._config.segments == "separate":
                 ids.extend(self._encode_pieces(part))
@@ -196,7 +207,7 @@ def train_tokenizer(
     Raises:
       TokenizerError: no text, or fewer pieces asked for than characters need.
     """
-    lines = [line for text in texts for line in _protect_blanks(text).split(LINE_BREAK) if line]
+    lines = [line for text in texts for line in _training_lines(text)]
     if not lines:
         raise TokenizerError("no text to train a tokenizer on")
     model = io.BytesIO()
@@ -213,7 +224,7 @@ def train_tokenizer(
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             user_defined_symbols=[LINE_BREAK, TAB, *blanks],
-            max_sentence_length=1 << 16,
+            max_sentence_length=_MAX_LINE_BYTES,
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -223,6 +234,19 @@ def train_tokenizer(
     config = TokenizerConfig.for_vocabulary(processor.GetPieceSize())
     save_tokenizer(folder, model.getvalue(), config)
     return Tokenizer(folder)
+
+
+def _training_lines(text: str) -> Iterator[str]:
+    """Lines of a text, long ones in parts, such that sentencepiece learns from all of them."""
+    length = _MAX_LINE_BYTES // 4 - 1  # a character is up to four bytes
+    for line in _protect_blanks(text).split(LINE_BREAK):
+        for part in filter(None, _UNTRAINABLE.split(line)):
+            yield from (part[at : at + length] for at in range(0, len(part), length))
+
+
+def _split(text: str, words: tuple[str, ...]) -> list[str]:
+    """A text cut before and after each of some words."""
+    return re.split("(" + "|".join(map(re.escape, words)) + ")", text) if words else [text]
 
 
 def _blanks(count: int) -> str:

@@ -19,7 +19,7 @@ class WordTokenizer:
     def __init__(self, special_tokens):
         self.special_tokens = special_tokens
 
-    def encode(self, text):
+    def encode(self, text, control_words=()):
         words = re.sub(r"(\[[sg]?MASK\])", r" \1 ", text).split()
         return [self._masks[w] if w in self._masks else int(w[1:]) for w in words]
 

@@ -56,7 +56,7 @@ def test_a_file_that_was_cut_anywhere_or_goes_on_in_garbage_is_an_error(tmp_path
             list(raw_lines(file))
     for damaged in (packed + b"more", packed[:-6] + b"\xff" + packed[-5:]):
         file = _write(tmp_path / "damaged.zst", damaged)
-        with pytest.raises(UserError, match=r"damaged\.zst: cut off or damaged"):
+        with pytest.raises(UserError, match=r"damaged\.zst: .* cut off or damaged"):
             read_text(file)
 
 

@@ -1,5 +1,7 @@
 """Text goes to ids in icetk's layout and comes back as it was."""
 
+import dataclasses
+
 import pytest
 import sentencepiece
 from hypothesis import given, settings
@@ -119,6 +121,16 @@ def test_missing_or_broken_files_are_refused(tokenizer, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"special_tokens": {}, "offset": 3}')
     with pytest.raises(TokenizerError, match="offset"):
         Tokenizer(tmp_path)
+
+
+def test_no_line_is_left_out_of_training(tmp_path):
+    # Two letters in lines that sentencepiece passes over: too long, a reserved character, NUL.
+    texts = ["some words", "é" * 40_000, "zq \u2585 zq", "zx\0zx", "<eop>[MASK]</s>"]
+    tokenizer = train_tokenizer(texts * 3, tmp_path, 300)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.files[0]))
+    assert not any(piece.startswith("<0x") for piece in processor.EncodeAsPieces("éqx<M"))
+    special = set(dataclasses.asdict(tokenizer.special_tokens).values())
+    assert special.isdisjoint(tokenizer.encode("<eop>[MASK]</s>", ()))
 
 
 def test_no_text_is_refused(tmp_path):

@@ -1,19 +1,17 @@
-"""Documents and instructions of text files, plain or compressed."""
+"""Documents and instructions of text files, plain or packed."""
 
 import glob
-import gzip
-import io
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import zstandard
 from tqdm import tqdm
 
 from glm_jax.data.records import DataError, Dataset, Record, in_memory
-from glm_jax.tokenizer import Tokenizer
+from glm_jax.errors import UserError
+from glm_jax.text_files import check_characters, decode, is_json_lines, parse_json, raw_lines
+from glm_jax.tokenizer import MASK_WORDS, Tokenizer
 
 KINDS_OF_FILES = ("text", "instructions")
 T = TypeVar("T")
@@ -28,7 +26,7 @@ def find_files(patterns: str) -> list[Path]:
     """
     files: list[Path] = []
     for pattern in filter(None, (part.strip() for part in patterns.split(","))):
-        matches = sorted(glob.glob(pattern))
+        matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))
         if not matches:
             raise DataError(f"no file matches {pattern!r}")
         files += map(Path, matches)
@@ -37,78 +35,68 @@ def find_files(patterns: str) -> list[Path]:
     return files
 
 
-def open_text(file: Path) -> io.BufferedIOBase:
-    """A file's bytes, unpacked where its name ends in .gz or .zst."""
-    if file.suffix == ".gz":
-        return gzip.GzipFile(file)
-    if file.suffix == ".zst":
-        raw = zstandard.ZstdDecompressor().stream_reader(file.open("rb"), closefd=True)
-        return io.BufferedReader(raw)
-    return file.open("rb")
-
-
-def is_json_lines(file: Path) -> bool:
-    name = file.with_suffix("") if file.suffix in (".gz", ".zst") else file
-    return name.suffix in (".jsonl", ".json")
-
-
 def parse_text(line: bytes, is_json: bool) -> str:
     """The document of a line: its "text" where lines are JSON, else the line itself.
 
     Raises:
-      ValueError: not UTF-8, or no JSON object with a "text" that is a string.
+      UserError: not UTF-8, or no JSON object with a "text" that is a string.
     """
-    text: Any = line.decode("utf-8").rstrip("\r\n")
-    if is_json and text.strip():
-        text = _field(text, "text")
-    return str(text)
+    text = decode(line)
+    return _text_of(parse_json(text), "text") if is_json and text.strip() else text
 
 
 def parse_instruction(line: bytes, tokenizer: Tokenizer) -> Record | None:
     """A JSON line with "prompt", "target" and, if it likes, "mask": "[MASK]" or "[gMASK]".
 
+    Of words such as <eop> those of `MASK_WORDS` are special tokens, in the prompt; all others
+    are text.
+
     Returns:
       None for an empty line.
 
     Raises:
-      ValueError: says what is missing or wrong.
+      UserError: says what is missing or wrong.
     """
-    text = line.decode("utf-8").strip()
-    if not text:
+    text = decode(line)
+    if not text.strip():
         return None
-    prompt, target = (tokenizer.encode(_field(text, name)) for name in ("prompt", "target"))
+    fields = parse_json(text)
+    prompt = tokenizer.encode(_text_of(fields, "prompt"), MASK_WORDS)
+    target = tokenizer.encode(_text_of(fields, "target"), ())
     if not target:
-        raise ValueError('"target" is empty')
-    mask = json.loads(text).get("mask")
-    if mask is not None and mask not in _MASKS:
-        raise ValueError(f'"mask" is {mask!r}: [MASK] or [gMASK]')
+        raise DataError('"target" is empty')
+    mask = fields.get("mask")
+    if mask is not None and (not isinstance(mask, str) or mask not in _MASKS):
+        raise DataError(f'"mask" is not {" or ".join(_MASKS)}')
     tokens = np.array([*prompt, *target], np.int32)
     return Record(tokens, len(prompt), None if mask is None else _MASKS[mask])
 
 
-def _field(text: str, name: str) -> str:
-    fields = json.loads(text)
+def _text_of(fields: Any, name: str) -> str:
     if not isinstance(fields, dict) or name not in fields:
-        raise ValueError(f'no JSON object with "{name}"')
+        raise DataError(f'no JSON object with "{name}"')
     if not isinstance(fields[name], str):
-        raise ValueError(f'"{name}" is not a string')
-    return str(fields[name])
+        raise DataError(f'"{name}" is not a string')
+    try:
+        return check_characters(fields[name])
+    except UserError as error:
+        raise DataError(f'"{name}": {error}') from error
 
 
 def _parsed(files: list[Path], parse: Callable[[bytes, Path], T]) -> Iterator[T]:
     """What each line of some files says, in order.
 
     Raises:
-      DataError: `parse` raised a ValueError; names the file and the line.
+      DataError: `parse` raised a UserError; names the file and the line.
+      TextFileError: a file cannot be read.
     """
     for file in files:
-        with open_text(file) as stream:
-            for number, line in enumerate(stream, 1):
-                try:
-                    said = parse(line, file)
-                except ValueError as error:
-                    raise DataError(f"{file}:{number}: {error}") from error
-                yield said
+        for number, line in enumerate(raw_lines(file), 1):
+            try:
+                parsed = parse(line, file)
+            except UserError as error:
+                raise DataError(f"{file}:{number}: {error}") from error
+            yield parsed
 
 
 def read_documents(files: list[Path]) -> Iterator[str]:
@@ -116,6 +104,7 @@ def read_documents(files: list[Path]) -> Iterator[str]:
 
     Raises:
       DataError: a line that is not UTF-8, or no JSON object with a "text".
+      TextFileError: a file cannot be read.
     """
     for text in _parsed(files, lambda line, file: parse_text(line, is_json_lines(file))):
         if text.strip():
@@ -124,7 +113,7 @@ def read_documents(files: list[Path]) -> Iterator[str]:
 
 def text_records(text: str, tokenizer: Tokenizer, window: int) -> Iterator[Record]:
     """A document, closed by eod, in pieces of at most `window` tokens."""
-    ids = np.array([*tokenizer.encode(text), tokenizer.special_tokens.eod], np.int32)
+    ids = np.array([*tokenizer.encode(text, ()), tokenizer.special_tokens.eod], np.int32)
     for start in range(0, len(ids), window):
         yield Record(ids[start : start + window])
 

@@ -103,7 +103,7 @@ def instruction_sample(
     """
     prompt, target = record.tokens[: record.prompt_length], record.tokens[record.prompt_length :]
     target = target[: max_length - 4]
-    masks = np.flatnonzero(np.isin(prompt, (special.mask, special.gmask)))
+    masks = np.flatnonzero(np.isin(prompt, (special.mask, special.smask, special.gmask)))
     if masks.size:
         mask = int(prompt[masks[0]])
     elif record.mask is not None:
@@ -116,7 +116,7 @@ def instruction_sample(
         prompt = np.append(prompt, special.eos)
     prompt = prompt[max(0, len(prompt) + len(target) + 1 - max_length) :]
     at = np.flatnonzero(prompt == mask)
-    if mask == special.mask and at.size:
+    if mask != special.gmask and at.size:
         positions = np.full(len(target) + 1, at[0])
     else:
         positions = np.arange(len(prompt), len(prompt) + len(target) + 1)

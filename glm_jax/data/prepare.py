@@ -17,14 +17,16 @@ from typing import Any
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from glm_jax.data.documents import is_json_lines, open_text, parse_instruction, parse_text
+from glm_jax.data.documents import parse_instruction, parse_text
 from glm_jax.data.documents import text_records as records_of_text
 from glm_jax.data.records import DATASET_FILE, DataError, Record, fingerprint
+from glm_jax.errors import UserError
 from glm_jax.files import replacing, write_text
+from glm_jax.text_files import is_json_lines, is_packed, raw_lines
 from glm_jax.tokenizer import Tokenizer
 
 BAD_LINES_FILE = "bad_lines.txt"
-_PART_BYTES = 64 * 2**20  # of a plain file; a compressed one cannot be entered in the middle
+_PART_BYTES = 64 * 2**20  # of a plain file; a packed one cannot be entered in the middle
 _SHOWN = 3  # bad lines that an error message repeats
 
 
@@ -51,7 +53,7 @@ def plan(files: Sequence[Path], part_bytes: int = _PART_BYTES) -> list[Job]:
     """The jobs of some files, the same whenever the files are the same."""
     parts: list[tuple[Path, int, int | None]] = []
     for file in files:
-        if file.suffix in (".gz", ".zst"):
+        if is_packed(file):
             parts.append((file, 0, None))
             continue
         size = file.stat().st_size
@@ -88,7 +90,7 @@ def prepare(
         other files or settings were prepared into.
     """
     jobs = plan(files, part_bytes)
-    settings = Settings(tokenizer.files[0].parent, kind, window)
+    settings = Settings(tokenizer.files[0], kind, window)
     about: dict[str, Any] = {
         "kind": kind,
         "language": language,
@@ -166,19 +168,17 @@ def _write_shard(job: Job, path: Path, tokenizer: Tokenizer, settings: Settings)
     counts: dict[str, Any] = {"records": 0, "tokens": 0, "lines": 0, "bad": []}
     writer = ArrayRecordWriter(str(path), "group_size:1")
     try:
-        for line in _lines(job):
+        for line in raw_lines(job.file, job.start, job.end):
             counts["lines"] += 1
             try:
                 records = list(_records(line, job, tokenizer, settings))
-            except ValueError as error:
+            except UserError as error:
                 counts["bad"].append([counts["lines"], str(error)])
                 continue
             for record in records:
                 writer.write(record.encode())
                 counts["tokens"] += len(record.tokens)
             counts["records"] += len(records)
-    except (OSError, EOFError) as error:
-        raise DataError(f"{job.file}: cannot be read to its end: {error}") from error
     finally:
         writer.close()
     return counts
@@ -193,19 +193,6 @@ def _records(line: bytes, job: Job, tokenizer: Tokenizer, settings: Settings) ->
     text = parse_text(line, is_json_lines(job.file))
     if text.strip():
         yield from records_of_text(text, tokenizer, settings.window)
-
-
-def _lines(job: Job) -> Iterator[bytes]:
-    with open_text(job.file) as stream:
-        if job.start:
-            # A line that begins before this part is the part's before.
-            stream.seek(job.start - 1)
-            stream.readline()
-        while job.end is None or stream.tell() < job.end:
-            line = stream.readline()
-            if not line:
-                return
-            yield line
 
 
 def _bad_lines(

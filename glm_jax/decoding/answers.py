@@ -17,6 +17,7 @@ import numpy as np
 
 from glm_jax import files
 from glm_jax.errors import UserError
+from glm_jax.text_files import raw_lines
 
 MERGED_FILE = "answers.jsonl"
 _JOB_FILE = "job.json"
@@ -34,19 +35,15 @@ def describe_input(path: Path) -> dict[str, Any]:
     """What tells one input file from another, and how many requests it has.
 
     Raises:
-      JobError: it cannot be read.
+      JobError: it holds no prompt.
+      TextFileError: it cannot be read.
     """
-    digest, requests = hashlib.sha256(), 0
-    try:
-        with path.open("rb") as file:
-            for line in file:
-                digest.update(line)
-                requests += bool(line.strip())
-    except OSError as error:
-        raise JobError(f"--input={path}: {error.strerror}") from error
+    requests = sum(bool(line.strip()) for line in raw_lines(path))
     if not requests:
         raise JobError(f"--input={path} holds no prompt")
-    return {"sha256": digest.hexdigest(), "requests": requests}
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": digest, "requests": requests}
 
 
 def claim(folder: Path, job: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from glm_jax.decoding.prompt import Prompt, PromptError
 from glm_jax.decoding.sampling import Sampling
 from glm_jax.decoding.text_stream import TextStream
 from glm_jax.model.params import GLMParams
+from glm_jax.text_files import read_lines
 
 _GREEN_UNDERLINED, _PLAIN = "\x1b[32;4m", "\x1b[0m"
 _ASK = "text with [MASK], [sMASK] or [gMASK] (empty ends): "
@@ -62,12 +63,9 @@ def read_texts(file: str) -> list[str]:
     """Lines of a file.
 
     Raises:
-      PromptError: the file cannot be read.
+      TextFileError: the file cannot be read.
     """
-    try:
-        return Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{file}: {error}") from error
+    return list(read_lines(Path(file)))
 
 
 def ask_texts(history: Path | None) -> Iterator[str]:

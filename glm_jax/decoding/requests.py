@@ -1,7 +1,6 @@
 """Lines of a file as requests: plain texts, or JSON objects with settings of their own."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from glm_jax.decoding.beams import BeamSearch
 from glm_jax.decoding.sampling import Sampling
 from glm_jax.errors import UserError
+from glm_jax.text_files import check_characters, decode, is_json_lines, parse_json, raw_lines
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "text": (str,),
@@ -158,41 +158,35 @@ def read_lines(path: Path, defaults: TextRequest) -> Iterator[Line]:
     """The requests of a file, one after another.
 
     Args:
-      path: JSON lines where it ends in .jsonl or .json, else a text each line.
+      path: JSON lines where it ends in .jsonl or .json (and .gz or .zst after that), else a text
+        each line.
       defaults: settings of those that say nothing else.
 
     Raises:
-      RequestError: the file cannot be read.
+      TextFileError: the file cannot be read.
     """
-    is_json = path.suffix in (".jsonl", ".json")
+    is_json = is_json_lines(path)
     index = 0
-    try:
-        with path.open("rb") as file:
-            for number, content in enumerate(file, 1):
-                if not content.strip():
-                    continue
-                yield _parse(content, is_json, index, number, defaults)
-                index += 1
-    except OSError as error:
-        raise RequestError(f"{path}: {error.strerror}") from error
+    for number, content in enumerate(raw_lines(path), 1):
+        if not content.strip():
+            continue
+        yield _parse(content, is_json, index, number, defaults)
+        index += 1
 
 
 def _parse(content: bytes, is_json: bool, index: int, number: int, defaults: TextRequest) -> Line:
     given: dict[str, Any] = {}
     try:
-        text = content.decode("utf-8").rstrip("\r\n")
-        fields: Any = json.loads(text) if is_json else {"text": text}
+        text = decode(content)
+        fields: Any = parse_json(text) if is_json else {"text": text}
         if not isinstance(fields, dict):
             raise RequestError("no JSON object")
         given = {name: fields.pop(name) for name in _FREE if name in fields}
         if "text" not in fields:
             raise RequestError("the field 'text' is missing")
         request = defaults.with_fields(fields)
+        check_characters(request.text)
         return Line(index, number, given.get("id", number), request, None, given.get("metadata"))
-    except RequestError as error:
+    except UserError as error:
         message = str(error)
-    except UnicodeDecodeError as error:
-        message = f"not UTF-8 at byte {error.start + 1}"
-    except (ValueError, RecursionError) as error:
-        message = f"not JSON: {error}"
     return Line(index, number, given.get("id", number), None, message, given.get("metadata"))

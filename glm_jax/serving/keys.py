@@ -5,6 +5,7 @@ import hmac
 from pathlib import Path
 
 from glm_jax.errors import UserError
+from glm_jax.text_files import read_lines
 
 
 class KeysError(UserError):
@@ -23,13 +24,14 @@ class Keys:
         """Keys of a file, one a line; empty lines and those that begin with # do not count.
 
         Raises:
-          KeysError: the file cannot be read, or has none.
+          KeysError: the file has none.
+          TextFileError: it cannot be read.
         """
-        try:
-            lines = Path(file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise KeysError(f"--api_keys={file}: {error}") from error
-        keys = [key for line in lines if (key := line.strip()) and not key.startswith("#")]
+        keys = [
+            key
+            for line in read_lines(Path(file))
+            if (key := line.strip()) and not key.startswith("#")
+        ]
         if not keys:
             raise KeysError(f"--api_keys={file}: no key in it, so that no one could ask")
         return cls(keys)

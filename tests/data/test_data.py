@@ -1,5 +1,6 @@
 """Samples hide what the paper says, and lose nothing."""
 
+import dataclasses
 import itertools
 import json
 
@@ -10,7 +11,12 @@ from hypothesis import strategies as st
 
 from glm_jax.config import SpecialTokens
 from glm_jax.data import facts
-from glm_jax.data.documents import find_files, read_documents, tokenize
+from glm_jax.data.documents import (
+    find_files,
+    parse_instruction,
+    read_documents,
+    tokenize,
+)
 from glm_jax.data.objective import (
     KINDS,
     ObjectiveConfig,
@@ -130,6 +136,7 @@ def test_of_a_long_text_any_piece_is_taken():
         ([11, 12], list(range(21, 31)), None, [11, 12, SPECIAL.gmask], 3, 1),
         ([11, 12], [21], "gmask", [11, 12, SPECIAL.gmask], 3, 1),
         ([11], list(range(21, 31)), "mask", [11, SPECIAL.mask], 1, 0),
+        ([SPECIAL.smask, 12], [21, 22], "gmask", [SPECIAL.smask, 12, SPECIAL.eos], 0, 0),
         (
             [11, SPECIAL.mask, 12],
             [21],
@@ -277,14 +284,33 @@ def test_documents_of_text_and_json_lines(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{"txt": 1}\n', r"""a\.jsonl:2: no JSON object with "text\""""),
         ("a.jsonl", b"[1]\n", r"a\.jsonl:1"),
         ("a.jsonl", b'{"text": 5}\n', "is not a string"),
-        ("a.txt", b"\xff\xfe\n", r"a\.txt:1: 'utf-8' codec"),
+        ("a.txt", b"\xff\n", r"a\.txt:1: not UTF-8 at byte 1"),
         ("a.txt", b"\n", "no text"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "a \\ud83d"}', r"a\.jsonl:2: \"text\": \\ud83d at"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: not JSON: nested"),
+        ("a.jsonl", b'{"text": null}', "is not a string"),
     ],
 )
 def test_bad_text_is_refused(tmp_path, tokenizer, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         tokenize(find_files(str(tmp_path / name)), tokenizer, 32)
+
+
+def test_control_words_in_documents_and_answers_are_text(tmp_path, tokenizer):
+    text = "GLM ends spans by <eop> after <sop>, hides [MASK] [gMASK] [sMASK]<eod></s><ENC><dBLOCK>"
+    special = dataclasses.asdict(tokenizer.special_tokens)
+    (tmp_path / "a.txt").write_text(text)
+    documents = tokenize(find_files(str(tmp_path / "a.txt")), tokenizer, 500)
+    [record] = documents.records
+    assert tokenizer.decode(record.tokens.tolist()) == text + "<eod>"
+    assert set(record.tokens[:-1].tolist()).isdisjoint(special.values())
+    pair = parse_instruction(json.dumps({"prompt": text, "target": text}).encode(), tokenizer)
+    prompt, target = np.split(pair.tokens, [pair.prompt_length])
+    assert tokenizer.decode(target.tolist()) == text
+    assert set(target.tolist()).isdisjoint(special.values())
+    masks = [special[name] for name in ("mask", "gmask", "smask")]
+    assert [t for t in prompt.tolist() if t in special.values()] == masks
 
 
 def test_missing_files_are_refused():

@@ -11,6 +11,7 @@ from glm_jax.data import prepare as prepare_lib
 from glm_jax.data.documents import find_files
 from glm_jax.data.prepare import prepare
 from glm_jax.data.records import DataError, Record, open_dataset
+from glm_jax.errors import UserError
 
 
 def _prepare(folder, output, tokenizer, **changes):
@@ -140,5 +141,5 @@ def test_a_broken_archive_is_named(tmp_path, tokenizer):
     folder.mkdir()
     content = gzip.compress(bytes(np.random.default_rng(0).integers(32, 120, 9000, np.uint8)))
     (folder / "a.txt.gz").write_bytes(content[:2000])
-    with pytest.raises(DataError, match=r"a\.txt\.gz: cannot be read to its end"):
+    with pytest.raises(UserError, match=r"a\.txt\.gz: cannot be read to its end"):
         _prepare(folder, tmp_path / "out", tokenizer)

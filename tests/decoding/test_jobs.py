@@ -1,17 +1,21 @@
 """Files of requests in, records out: each line once, whatever it holds."""
 
+import gzip
 import json
 
 import numpy as np
 import pytest
+import zstandard
 from conftest import GOLDEN
 from stub_tokenizer import WordTokenizer
 
 from glm_jax.decoding import answers
 from glm_jax.decoding.answers import AnswerWriter, JobError, answered, claim, merge
 from glm_jax.decoding.engine import Engine, EngineSettings
+from glm_jax.decoding.interactive import read_texts
 from glm_jax.decoding.jobs import Job, share
-from glm_jax.decoding.requests import RequestError, TextRequest, read_lines
+from glm_jax.decoding.requests import TextRequest, read_lines
+from glm_jax.errors import UserError
 
 FILL = [c for c in json.loads((GOLDEN / "fill_blanks.json").read_text()) if c["kind"] == "greedy"]
 
@@ -158,8 +162,29 @@ def test_plain_texts_may_hold_anything(tmp_path):
     assert [(line.index, line.number) for line in lines] == [(0, 1), (1, 4), (2, 5)]
     assert [line.request.text for line in lines[:2]] == ['{"text": 1}', "你好 [MASK]"]
     assert lines[2].error == "not UTF-8 at byte 2"
-    with pytest.raises(RequestError, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         list(read_lines(tmp_path / "missing", TextRequest()))
+
+
+def test_packed_and_marked_prompts_are_read_as_if_they_were_not(tmp_path):
+    content = b'\xef\xbb\xbf{"text": "a\xe2\x80\xa8b [MASK]"}\n\n{"text": "\\ud83d"}\n'
+    files = {"p.jsonl": content, "p.jsonl.gz": gzip.compress(content)}
+    files["p.json.zst"] = zstandard.ZstdCompressor().compress(content)
+    for name, written in files.items():
+        path = tmp_path / name
+        path.write_bytes(written)
+        assert answers.describe_input(path)["requests"] == 2
+        first, second = read_lines(path, TextRequest())
+        assert first.request.text == "a\u2028b [MASK]"
+        assert second.number == 3
+        assert "half of a character" in second.error
+    (tmp_path / "cut.jsonl.gz").write_bytes(files["p.jsonl.gz"][:-1])
+    with pytest.raises(UserError, match="cut off"):
+        answers.describe_input(tmp_path / "cut.jsonl.gz")
+    marked = tmp_path / "p.txt"
+    marked.write_bytes(b"\xef\xbb\xbfone\x0c\r\ntwo")
+    assert read_texts(str(marked)) == ["one\x0c", "two"]
+    assert [line.request.text for line in read_lines(marked, TextRequest())] == ["one\x0c", "two"]
 
 
 def test_what_was_half_written_is_answered_again(tmp_path):

@@ -247,7 +247,7 @@ class _Punctuated(WordTokenizer):
 
     marks: ClassVar = {",": 300, ".": 301, "'": 302}
 
-    def encode(self, text):
+    def encode(self, text, control_words=()):
         return [
             self.marks[w] if w in self.marks else int(w[1:]) for w in text.split() if w[0] in "t,.'"
         ]

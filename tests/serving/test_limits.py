@@ -204,7 +204,7 @@ def test_keys(model, tmp_path):
     (tmp_path / "none").write_text("# nothing\n")
     with pytest.raises(KeysError, match="no key in it"):
         Keys.read(str(tmp_path / "none"))
-    with pytest.raises(KeysError, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         Keys.read(str(tmp_path / "missing"))
 
 
