@@ -1,9 +1,10 @@
 """What a GLM model is, as one immutable value that is static under ``jax.jit``."""
 
 import dataclasses
+import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from glm_jax.errors import UserError
@@ -99,6 +100,20 @@ class SpecialTokens:
     def end_tokens(self) -> tuple[int, int]:
         """Generating one of these ends an answer."""
         return (self.eop, self.eos)
+
+    def without_end(
+        self, answer: Sequence[int], end_tokens: Sequence[int] | None = None
+    ) -> tuple[int, ...]:
+        """The tokens of an answer that are its text: those before the token that ended it.
+
+        eod ends a text too. Models write it before eop where a document ends, so that
+        generation does not stop at it.
+
+        Args:
+          end_tokens: at which generation stopped; `end_tokens` by default.
+        """
+        ends = {self.eod, *(self.end_tokens if end_tokens is None else end_tokens)}
+        return tuple(itertools.takewhile(lambda token: token not in ends, answer))
 
 
 RELEASED_VOCAB_SIZE = 150528

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import reprlib
+from typing import Any
 
 
 class UserError(ValueError):
@@ -12,6 +14,15 @@ class UserError(ValueError):
     """
 
     status = 1
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: its repr, cut short however much it holds."""
+    return _SHORT.repr(value)
 
 
 _NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))

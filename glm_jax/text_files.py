@@ -132,17 +132,25 @@ def decode(content: bytes) -> str:
         raise TextFileError(f"not UTF-8 at byte {error.start + 1}") from error
 
 
-def check_characters(text: str) -> str:
-    """The text itself. JSON can name halves of characters ("\\ud83d"), which no UTF-8 holds.
+def check_characters(value: Any) -> None:
+    """JSON can name halves of characters ("\\ud83d"), which no UTF-8 holds.
+
+    Args:
+      value: a text, or what `parse_json` returned.
 
     Raises:
-      TextFileError: it has such a half.
+      TextFileError: a text in it has such a half.
     """
-    half = _SURROGATE.search(text)
-    if half is not None:
-        code = f"\\u{ord(half[0]):04x}"
-        raise TextFileError(f"{code} at character {half.start() + 1} is half of a character")
-    return text
+    if isinstance(value, str):
+        half = _SURROGATE.search(value)
+        if half is not None:
+            code = f"\\u{ord(half[0]):04x}"
+            raise TextFileError(f"{code} at character {half.start() + 1} is half of a character")
+    elif isinstance(value, (list, dict)):
+        for item in value:
+            check_characters(item)
+        if isinstance(value, dict):
+            check_characters(list(value.values()))
 
 
 def read_json(path: Path) -> Any:

@@ -5,6 +5,8 @@ python -m launch.harness --model glm_jax --model_args checkpoint=DIR --tasks lam
 
 import sys
 
+from glm_jax.errors import UserError
+
 
 def main() -> int:
     try:
@@ -14,7 +16,11 @@ def main() -> int:
     except ImportError as error:
         print(f"error: {error}: pip install lm_eval", file=sys.stderr)
         return 1
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -137,9 +137,10 @@ def test_json_of_a_hundred_levels_and_many_brackets_is_read():
 
 
 def test_halves_of_characters_are_named():
-    assert check_characters("whole 😀") == "whole 😀"
-    with pytest.raises(UserError, match=r"\\ud83d at character 3"):
-        check_characters(parse_json('"a \\ud83d b"'))
+    check_characters({"whole": ["😀", 1, None]})
+    for text in ('"a \\ud83d b"', '[1, {"a": ["a \\ud83d"]}]', '{"a \\ud83d": 1}'):
+        with pytest.raises(UserError, match=r"\\ud83d at character 3"):
+            check_characters(parse_json(text))
 
 
 def test_json_lines_are_known_by_their_name():

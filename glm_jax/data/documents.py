@@ -78,9 +78,10 @@ def _text_of(fields: Any, name: str) -> str:
     if not isinstance(fields[name], str):
         raise DataError(f'"{name}" is not a string')
     try:
-        return check_characters(fields[name])
+        check_characters(fields[name])
     except UserError as error:
         raise DataError(f'"{name}": {error}') from error
+    return str(fields[name])
 
 
 def _parsed(files: list[Path], parse: Callable[[bytes, Path], T]) -> Iterator[T]:

@@ -138,13 +138,7 @@ class PartlyFilled:
 
     def filled(self, answer: Sequence[int], end_tokens: Sequence[int]) -> "PartlyFilled":
         """With the next blank filled, the token that ended the answer left out."""
-        return self._filled(tuple(self.kept(answer, end_tokens)))._with_room()
-
-    def kept(self, answer: Sequence[int], end_tokens: Sequence[int]) -> Sequence[int]:
-        """An answer without what ends it."""
-        kept = answer[:-1] if answer and answer[-1] in end_tokens else answer
-        # The document ended there, says the model.
-        return kept[:-1] if kept and kept[-1] == self.special.eod else kept
+        return self._filled(self.special.without_end(answer, end_tokens))._with_room()
 
     def _filled(self, blank: tuple[int, ...]) -> "PartlyFilled":
         position = self.position
@@ -227,7 +221,7 @@ def fill(
         answer: list[int] = []
         while not engine.is_idle:
             answer += [token.token for token in engine.step()]
-            stream.show(partly, partly.kept(answer, ends))
+            stream.show(partly, partly.special.without_end(answer, ends))
         partly = partly.filled(answer, ends)
     stream.finish(partly)
     return partly

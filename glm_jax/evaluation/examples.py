@@ -3,17 +3,27 @@
 Files are the original's JSON lines: `inputs`, `choices`, `targets` as ids, or the same with
 `_pretokenized` as texts, and `label`; a language-modelling file is one text, or, in a file
 named .jsonl, a document each line: `text`, or its ids there and it as `text_pretokenized`.
+
+Of words such as [MASK] and <eop> the masks of an input are special tokens; all others are text.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from glm_jax.decoding.blank_filling import TextCodec
-from glm_jax.errors import UserError
+from glm_jax.errors import UserError, shown
 from glm_jax.evaluation.task_config import TaskConfig
+from glm_jax.text_files import (
+    TextFileError,
+    check_characters,
+    decode,
+    parse_json,
+    raw_lines,
+    read_text,
+)
+from glm_jax.tokenizer import MASK_WORDS
 
 
 class DatasetError(UserError):
@@ -88,7 +98,7 @@ def checked_items(
 ) -> Iterator[Example | Document | DatasetError]:
     """What `read_items` gives, and in its place what is wrong with a line that is none."""
     make = _document if config.type == "lm" else _example
-    is_text = config.type == "lm" and path.suffix != ".jsonl"
+    is_text = config.type == "lm" and ".jsonl" not in path.suffixes[-2:]
     count = 0
     for where, line in _text(path) if is_text else _lines(path):
         if isinstance(line, DatasetError):
@@ -113,27 +123,36 @@ def checked_items(
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Place and content of each line, or why it has none."""
     try:
-        with path.open("rb") as file:
-            for number, content in enumerate(file, 1):
-                if not content.strip():
-                    continue
-                where = f"{path}:{number}"
-                try:
-                    line = json.loads(content)
-                except (ValueError, RecursionError) as error:
-                    yield where, DatasetError(f"{where}: no JSON: {error}")
-                    continue
-                if isinstance(line, dict):
-                    yield where, line
-                else:
-                    yield where, DatasetError(f"{where}: no JSON object")
-    except OSError as error:
-        yield str(path), DatasetError(f"{path}: {error.strerror}")
+        for number, content in enumerate(raw_lines(path), 1):
+            if not content.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                yield where, _object(content)
+            except UserError as error:
+                yield where, DatasetError(f"{where}: {error}")
+    except TextFileError as error:
+        yield str(path), DatasetError(str(error))
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    line = parse_json(decode(content))
+    if not isinstance(line, dict):
+        raise DatasetError("no JSON object")
+    for name, value in line.items():
+        try:
+            check_characters([name, value])
+        except TextFileError as error:
+            raise DatasetError(f"{shown(name)}: {error}") from error
+    return line
 
 
 def _example(reader: "_Fields", config: TaskConfig) -> Example:
     line = reader.line
-    context = reader.ids("inputs")
+    context = reader.ids("inputs", MASK_WORDS)
+    special = reader.tokenizer.special_tokens
+    if config.unidirectional and {special.mask, special.smask, special.gmask} & set(context):
+        raise DatasetError("inputs: a mask in a context that is seen from left to right")
     choices: tuple[tuple[int, ...], ...] = ()
     targets: tuple[tuple[int, ...], ...] = ()
     label = -1
@@ -141,11 +160,13 @@ def _example(reader: "_Fields", config: TaskConfig) -> Example:
         choices = reader.lists("choices")
         if not choices:
             raise DatasetError("choices: there is none")
+        if not all(choices):
+            raise DatasetError(f"choices[{choices.index(())}]: empty: it would be the likeliest")
         label = line.get("label")  # type: ignore[assignment]
         if isinstance(label, bool) or not isinstance(label, int):
-            raise DatasetError(f"label: {label!r} where the number of the right choice is due")
+            raise DatasetError(f"label: {shown(label)} where the number of the right choice is due")
         if not 0 <= label < len(choices):
-            raise DatasetError(f"label: {label}, and there are {len(choices)} choices")
+            raise DatasetError(f"label: {shown(label)}, and there are {len(choices)} choices")
         if sum(map(len, choices)) + 2 >= config.max_seq_length:
             raise DatasetError(
                 f"choices: {sum(map(len, choices))} tokens are past max_seq_length="
@@ -153,6 +174,8 @@ def _example(reader: "_Fields", config: TaskConfig) -> Example:
             )
     if config.type == "gen":
         targets = reader.lists("targets")
+        if not targets:
+            raise DatasetError("targets: there is none")
     return Example(context, choices, label, targets, line)
 
 
@@ -173,38 +196,40 @@ class _Fields:
             return text, self.line[text]
         raise DatasetError(f"{name}: missing, and so is {text}")
 
-    def ids(self, name: str) -> tuple[int, ...]:
+    def ids(self, name: str, control_words: tuple[str, ...] = ()) -> tuple[int, ...]:
+        """Of a text or list of ids; `control_words` as of `Tokenizer.encode`."""
         found, value = self._find(name)
-        return self._of(found, value)
+        return self._of(found, value, control_words)
 
     def lists(self, name: str) -> tuple[tuple[int, ...], ...]:
+        """Of a list of those."""
         found, value = self._find(name)
-        is_one = isinstance(value, str) or (value and not isinstance(value[0], (list, str)))
-        if name == "targets" and is_one:
+        is_ids = isinstance(value, list) and value and not isinstance(value[0], (list, str))
+        if name == "targets" and (is_ids or isinstance(value, str)):
             value = [value]  # one answer, not a list of them
         if not isinstance(value, list):
             raise DatasetError(f"{found}: a list is due")
         return tuple(self._of(f"{found}[{i}]", item) for i, item in enumerate(value))
 
-    def _of(self, name: str, value: Any) -> tuple[int, ...]:
+    def _of(self, name: str, value: Any, control_words: tuple[str, ...] = ()) -> tuple[int, ...]:
         if isinstance(value, str):
-            return tuple(self.tokenizer.encode(value))
+            return tuple(self.tokenizer.encode(value, control_words))
         if not isinstance(value, list):
-            raise DatasetError(f"{name}: {value!r} is neither a text nor a list of ids")
+            raise DatasetError(f"{name}: {shown(value)} is neither a text nor a list of ids")
         for token in value:
             if isinstance(token, bool) or not isinstance(token, int):
-                raise DatasetError(f"{name}: {token!r} is no id")
+                raise DatasetError(f"{name}: {shown(token)} is no id")
             if not 0 <= token < self.vocab_size:
-                raise DatasetError(f"{name}: id {token} is not in the vocabulary")
+                raise DatasetError(f"{name}: id {shown(token)} is not in the vocabulary")
         return tuple(value)
 
 
 def _text(path: Path) -> Iterator[tuple[str, Any]]:
     """A file that is one text, as a line of it."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        yield str(path), DatasetError(f"{path}: {error}")
+        text = read_text(path)
+    except TextFileError as error:
+        yield str(path), DatasetError(str(error))
         return
     if text.strip():
         yield str(path), {"text": text}

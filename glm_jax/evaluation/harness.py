@@ -1,10 +1,11 @@
 """lm-evaluation-harness asks our model: `python -m launch.harness --model glm_jax ...`.
 
-A text that follows another is written after [gMASK], the first seen whole. The package
+A text that follows another is written after [gMASK], the first seen whole. Words such as [MASK]
+and <eop> in the harness's texts are text. The package
 (`pip install lm_eval`) is needed by this module alone.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lm_eval.api.model import LM
@@ -15,6 +16,7 @@ from glm_jax.decoding.engine import Engine, EngineSettings
 from glm_jax.decoding.prepare import prepare
 from glm_jax.decoding.prompt import Prompt
 from glm_jax.decoding.sampling import Sampling
+from glm_jax.errors import UserError
 from glm_jax.evaluation.examples import Document
 from glm_jax.evaluation.sequences import ScoredSequence, continuation, count_windows, window
 from glm_jax.evaluation.task_config import TaskConfig
@@ -49,13 +51,13 @@ class HarnessModel(LM):
         super().__init__()
         unknown = set(harness) - {"batch_size", "max_batch_size", "device"}
         if unknown:
-            raise ValueError(f"--model_args: unknown: {', '.join(sorted(unknown))}")
+            raise UserError(f"--model_args: unknown: {', '.join(sorted(unknown))}")
         devices = None if mesh is None else parse_mesh(mesh.replace(";", ","))
         config, params = restore(checkpoint, devices, dtype, quantization, adapter=adapter)
         params = prepare(params)
         codec = Tokenizer(tokenizer or checkpoint)
-        self._model = Model(params, config, codec, int(batch_tokens))
-        self._max_tokens = int(max_gen_toks)
+        self._model = Model(params, config, codec, _count("batch_tokens", batch_tokens))
+        self._max_tokens = _count("max_gen_toks", max_gen_toks)
 
     @property
     def _length(self) -> int:
@@ -74,25 +76,35 @@ class HarnessModel(LM):
 
     def _pair(self, context: str, text: str) -> tuple[list[int], list[int]]:
         """Ids of both, as they are where the second follows the first."""
+        if not text:
+            return [], []
         kept = context.rstrip()
         text = context[len(kept) :] + text
-        encode = self._model.tokenizer.encode
-        prompt = encode(kept) if kept else []
-        whole = encode(kept + text)
+        prompt = self._encode(kept) if kept else []
+        whole = self._encode(kept + text)
         if whole[: len(prompt)] == prompt and len(whole) > len(prompt):
             return prompt, whole[len(prompt) :]
-        return prompt, encode(text)
+        return prompt, self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._model.tokenizer.encode(text, ())
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Log-probability of each second text after the first, and whether greedy gives it."""
-        sequences = [self._continuation(*self._pair(*request.args)) for request in requests]
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        """Log-probability of each second text after the first, and whether greedy gives it.
+
+        An empty second text is certain: (0.0, True).
+        """
+        pairs = [self._pair(*request.args) for request in requests]
+        asked = [number for number, (_, text) in enumerate(pairs) if text]
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        sequences = [self._continuation(*pairs[number]) for number in asked]
         for score in self._model.scorer.score(sequences):
-            found[score.number] = float(score.sums[0]), bool(score.are_likeliest.all())
+            greedy = bool(score.are_likeliest.all())
+            found[asked[score.number]] = float(score.sums[0]), greedy
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Log-probability of each text, every token asked for once.
+        """Log-probability of each text, every token asked for once; 0.0 of an empty one.
 
         Windows move on by half the model's positions, so that each token but the first has
         seen at least the other half.
@@ -105,11 +117,10 @@ class HarnessModel(LM):
             max_seq_length=self._length,
             generation_length=self._length // 2,
         )
-        encode, special = self._model.tokenizer.encode, self._model.special
-        owners, sequences = [], []
+        owners, sequences, special = [], [], self._model.special
         for number, request in enumerate(requests):
-            document = Document(tuple(encode(request.args[0])), 1, 1)
-            for place in range(count_windows(document, config)):
+            document = Document(tuple(self._encode(request.args[0])), 1, 1)
+            for place in range(count_windows(document, config) if document.tokens else 0):
                 owners.append(number)
                 sequences.append(window(document, config, special, place))
         totals = [0.0] * len(requests)
@@ -123,9 +134,11 @@ class HarnessModel(LM):
         engine = Engine(model.params, model.config, EngineSettings(_SLOTS), special)
         stops: dict[int, tuple[str, ...]] = {}
         for request in requests:
-            context, settings = request.args
-            most = min(int(settings.get("max_gen_toks", self._max_tokens)), self._length - 4)
-            tokens = model.tokenizer.encode(context)[-(self._length - most - 2) :]
+            context, given = request.args
+            settings = {name: value for name, value in given.items() if value is not None}
+            most = _count("max_gen_toks", settings.get("max_gen_toks", self._max_tokens))
+            most = min(most, self._length - 4)
+            tokens = self._encode(context)[-(self._length - most - 2) :]
             prompt = Prompt((*tokens, special.gmask), None)
             ticket = engine.submit(Request(prompt, _sampling(settings), most))
             stops[ticket] = _texts(settings.get("until"))
@@ -139,9 +152,8 @@ class HarnessModel(LM):
                     engine.cancel(token.ticket)
         return [_cut(self._text(answers[ticket]), stops[ticket]) for ticket in sorted(stops)]
 
-    def _text(self, tokens: Iterable[int]) -> str:
-        ends = self._model.special.end_tokens
-        return self._model.tokenizer.decode([token for token in tokens if token not in ends])
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self._model.tokenizer.decode(self._model.special.without_end(tokens))
 
 
 def _texts(until: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -155,11 +167,25 @@ def _cut(text: str, stops: Sequence[str]) -> str:
 
 
 def _sampling(settings: dict[str, Any]) -> Sampling:
-    temperature = float(settings.get("temperature", 0.0))
-    if not settings.get("do_sample", temperature > 0):
-        return Sampling()
+    """Greedy unless `do_sample` or a temperature above 0 asks for more."""
+    samples = settings.get("do_sample", True)
+    temperature = settings.get("temperature", 1.0 if settings.get("do_sample") else 0.0)
     return Sampling(
-        temperature=temperature or 1.0,
-        top_k=int(settings.get("top_k", 0)),
-        top_p=float(settings.get("top_p", 0.0)),
+        temperature=_number("temperature", temperature) if samples else 0.0,
+        top_k=int(_number("top_k", settings.get("top_k", 0))),
+        top_p=_number("top_p", settings.get("top_p", 0.0)),
     )
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name}={value!r}: expected a number") from error
+
+
+def _count(name: str, value: Any) -> int:
+    number = _number(name, value)
+    if not (number >= 1 and number.is_integer()):
+        raise UserError(f"{name}={value}: expected a whole number, at least 1")
+    return int(number)

@@ -220,7 +220,7 @@ class Generation(Task):
             yield number, self.choose([self._without_end(best.tokens) for best in found])
 
     def _without_end(self, tokens: Sequence[int]) -> tuple[int, ...]:
-        return tuple(tokens[:-1] if tokens and tokens[-1] in self.end_tokens else tokens)
+        return self.model.special.without_end(tokens, self.end_tokens)
 
 
 class LanguageModel(Task):

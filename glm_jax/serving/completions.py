@@ -41,7 +41,7 @@ class _Choice:
     ):
         self.index, self.prompt = index, prompt
         self.tokens = 0
-        self._special = prompt.partly.special
+        self._special, self._has_ended = prompt.partly.special, False
         self._request, self._times = request, times
         self._stops = Stops([request.stop] if isinstance(request.stop, str) else request.stop or [])
         self._told: list[tuple[str, float, dict[str, float] | None]] = []
@@ -60,14 +60,13 @@ class _Choice:
         """A part of the answer, if there is anything to tell."""
         self._times.token()
         self.tokens += 1
-        # An end of the document is no text either.
-        is_end = token.token in (*self._special.end_tokens, self._special.eod)
-        raw = "" if is_end else self._stream.add(token.token)
+        self._has_ended |= not self._special.without_end([token.token])
+        raw = "" if self._has_ended else self._stream.add(token.token)
         reason = token.finish_reason
         if reason is not None:
             raw += self._stream.finish()
         text = self._stops.add(raw)
-        if self._request.logprobs is not None and not is_end:
+        if self._request.logprobs is not None and not self._has_ended:
             self._told.append((raw, token.log_probability, self._alternatives(token)))
         if self._stops.has_stopped:
             reason = "stop"

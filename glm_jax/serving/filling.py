@@ -32,7 +32,8 @@ class FillRun(Run):
         self._request = request
         tokenizer, limit = self.model.tokenizer, self.model.engine.max_length
         choice = service.choice(request, request.num_beams, "num_beams")
-        self._ends = tokenizer.special_tokens.end_tokens
+        self._special = tokenizer.special_tokens
+        self._ends = self._special.end_tokens
         self._partly = PartlyFilled.begin(
             tokenizer, request.text, limit, bool(request.unidirectional)
         )
@@ -77,7 +78,7 @@ class FillRun(Run):
                 self._times.token()
                 answer.append(token.token)
                 reason = token.finish_reason
-                self._stream.show(self._partly, self._partly.kept(answer, self._ends))
+                self._stream.show(self._partly, self._special.without_end(answer))
                 for piece in self._take():
                     yield piece
             self._completion_tokens += len(answer)

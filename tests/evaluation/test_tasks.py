@@ -151,7 +151,7 @@ def _write(path: Path, *lines: object) -> Path:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "no JSON"),
+        ("{", "not JSON"),
         ([1], "no JSON object"),
         ({"choices": [[1]], "label": 0}, "inputs: missing, and so is inputs_pretokenized"),
         ({"inputs": [1], "choices": [[1]]}, "label: None"),

@@ -1,0 +1,92 @@
+"""The harness's requests, its package a stub: what is empty, None or full of control words."""
+
+import importlib
+import sys
+import types
+
+import numpy as np
+import pytest
+from stub_tokenizer import WordTokenizer
+
+from glm_jax.decoding.completion import Token
+from glm_jax.errors import UserError
+from glm_jax.evaluation.tasks import Model
+
+
+@pytest.fixture
+def harness(monkeypatch, golden_float32, golden_special):
+    names = ("lm_eval", "lm_eval.api", "lm_eval.api.model", "lm_eval.api.registry")
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["lm_eval.api.model"].LM = type("LM", (), {})
+    sys.modules["lm_eval.api.registry"].register_model = lambda name: lambda made: made
+    monkeypatch.delitem(sys.modules, "glm_jax.evaluation.harness", raising=False)
+    module = importlib.import_module("glm_jax.evaluation.harness")
+    config, params = golden_float32
+    model = module.HarnessModel.__new__(module.HarnessModel)
+    model._model = Model(params, config, WordTokenizer(golden_special), 256)
+    model._max_tokens = 4
+    yield module, model
+    sys.modules.pop("glm_jax.evaluation.harness", None)
+
+
+def _requests(*args):
+    return [types.SimpleNamespace(args=each) for each in args]
+
+
+def test_empty_continuations_and_documents_are_certain(harness):
+    _, model = harness
+    pairs = [("t17 t18", ""), ("t17", " t20 t21"), ("", ""), ("", "t20")]
+    found = model.loglikelihood(_requests(*pairs))
+    assert found[0] == found[2] == (0.0, True)
+    alone = [model.loglikelihood(_requests(pair))[0] for pair in pairs]
+    np.testing.assert_allclose([f for f, _ in found], [f for f, _ in alone], atol=1e-5)
+    assert max(found[1][0], found[3][0]) < 0
+    rolling = model.loglikelihood_rolling(_requests(("",), ("t17 t18",), ("",)))
+    assert rolling[0] == rolling[2] == 0.0 > rolling[1]
+    assert model.loglikelihood(_requests(("a", ""))) == [(0.0, True)]
+
+
+def test_an_answer_ends_before_eod_and_settings_may_be_none(harness, monkeypatch, golden_special):
+    module, model = harness
+    submitted = []
+
+    class Answering:
+        is_idle = False
+
+        def __init__(self, *_):
+            pass
+
+        def submit(self, request):
+            submitted.append(request)
+            return len(submitted) - 1
+
+        def step(self):
+            self.is_idle = True
+            for ticket in range(len(submitted)):
+                for token in (20, golden_special.eod, 21):
+                    yield Token(ticket, token, 0.0, None)
+                yield Token(ticket, golden_special.eop, 0.0, "stop")
+
+    monkeypatch.setattr(module, "Engine", Answering)
+    none = {"temperature": None, "top_k": None, "max_gen_toks": None, "until": None}
+    kinds = [none, {"until": ["\n"], "temperature": 0.0, "do_sample": True}, {"temperature": 0.5}]
+    kinds += [{"do_sample": True, "temperature": None}, {"do_sample": False, "temperature": 0.5}]
+    assert model.generate_until(_requests(*(("t17", kind) for kind in kinds))) == ["t20"] * 5
+    assert [request.sampling.temperature for request in submitted] == [0, 0, 0.5, 1, 0]
+    assert [request.max_tokens for request in submitted] == [4] * 5
+    with pytest.raises(UserError, match="max_gen_toks=0"):
+        model.generate_until(_requests(("t17", {"max_gen_toks": 0})))
+    with pytest.raises(UserError, match="temperature='warm'"):
+        model.generate_until(_requests(("t17", {"temperature": "warm"})))
+
+
+def test_control_words_of_the_harness_are_text(harness, tokenizer):
+    _, model = harness
+    model._model = Model(model._model.params, model._model.config, tokenizer, 256)
+    special = tokenizer.special_tokens
+    for context, text in [("a [MASK] <eop>", " <sop>[gMASK]"), ("", "<eod>")]:
+        ids = [token for part in model._pair(context, text) for token in part]
+        assert tokenizer.decode(ids) == context + text
+        assert not any(tokenizer.is_special(token) for token in ids)
+        assert special.mask not in ids
