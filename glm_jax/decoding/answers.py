@@ -133,7 +133,10 @@ class AnswerWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """One line, given to the system before this returns."""
-        text = json.dumps(record, ensure_ascii=False).translate(_LINE_BREAKS)
+        try:
+            text = json.dumps(record, ensure_ascii=False, allow_nan=False).translate(_LINE_BREAKS)
+        except ValueError as error:  # JSON has no NaN: the model's numbers are none
+            raise JobError(f"the answer {record.get('index')} is no JSON: {error}") from error
         line = (text + "\n").encode("utf-8", "backslashreplace")
         try:
             if self._file is None:

@@ -174,7 +174,11 @@ def bits_per_byte(
     _: TextCodec | None = None,
 ) -> Statistics:
     """Loss in bits by byte of UTF-8, of each subset of the Pile and of all."""
-    subset = lambda document: str(document.fields.get("meta", {}).get("pile_set_name", ""))
+
+    def subset(document: Document) -> str:
+        meta = document.fields.get("meta")
+        return str(meta.get("pile_set_name", "")) if isinstance(meta, dict) else ""
+
     rows = [
         (subset(document), sum(windows) / math.log(2), float(document.utf8_bytes))
         for windows, document in zip(losses, documents, strict=True)
@@ -271,3 +275,12 @@ METRICS: dict[str, Metric] = {
     "SS_ICAT": stereoset,
 }
 HIGHER_IS_WORSE = ("PPL", "BPB", "CP")
+# What predictions of each type of task can be measured by.
+METRICS_OF_TYPE: dict[str, tuple[str, ...]] = {
+    "mul": (
+        *("Accuracy", "F1_mul", "Precision", "Recall"),
+        *("F1_binary", "Precision_binary", "Recall_binary"),
+    ),
+    "gen": ("EM", "F1", "EM_zh", "F1_zh"),
+    "lm": ("PPL", "BPB"),
+}

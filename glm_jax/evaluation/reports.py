@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from matplotlib import pyplot
 
 from glm_jax.evaluation.results import RESULTS_FILE, ResultsError, write_results
+from glm_jax.evaluation.yaml_files import read_yaml
 from glm_jax.files import replacing, write_text
 
 Row = tuple[str, ...]
@@ -24,13 +24,13 @@ def read_published(path: Path, precision: str | None = None) -> dict[str, dict[s
       ResultsError: the file is not there or not of this form.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
         of_precision = content.get("precisions", {}).get(precision, {})
         return {
             str(task): {str(name): float(value) for name, value in numbers.items()}
             for task, numbers in (content["tasks"] | of_precision).items()
         }
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ResultsError(f"{path} holds no published numbers: {error}") from error
 
 

@@ -17,6 +17,7 @@ from glm_jax.evaluation.metrics import (
     resampled,
 )
 from glm_jax.files import write_text
+from glm_jax.text_files import TextFileError, read_json
 
 RESULTS_FILE = "results.json"
 SIGNIFICANT = 0.05
@@ -97,7 +98,8 @@ def task_results(groups: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Any]
 
 def write_results(results: dict[str, Any], path: Path) -> None:
     """All of it, or nothing."""
-    write_text(path, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
+    text = json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    write_text(path, text)
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -107,13 +109,29 @@ def read_results(path: Path) -> dict[str, Any]:
       ResultsError: it is not there or something else.
     """
     try:
-        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        tasks = results["tasks"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ResultsError(f"{path} is no results.json: {error}") from error
-    if not isinstance(tasks, dict):
-        raise ResultsError(f"{path} is no results.json: 'tasks' is no object")
+        results: dict[str, Any] = read_json(path)
+    except TextFileError as error:
+        raise ResultsError(f"no results.json: {error}") from error
+    if not _is_results(results):
+        raise ResultsError(f"{path} is no results.json: not what evaluations write")
     return results
+
+
+def _is_results(results: Any) -> bool:
+    """Whether everything that `compare` reads is there."""
+    try:
+        files = [
+            file
+            for task in results["tasks"].values()
+            for group in task["groups"].values()
+            for file in group["files"].values()
+        ]
+        numbers = [number["value"] for file in files for number in file["metrics"].values()]
+        units = [x for file in files for values in file["units"].values() for x in values]
+    except (KeyError, TypeError, AttributeError):
+        return False
+    kinds = (int, float, type(None))
+    return all(isinstance(x, kinds) for x in (*numbers, *units))
 
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:

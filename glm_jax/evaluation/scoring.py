@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from glm_jax.config import GLMConfig
+from glm_jax.errors import UserError
 from glm_jax.evaluation.packing import Batch, pack
 from glm_jax.evaluation.sequences import ScoredSequence
 from glm_jax.model import glm
@@ -23,6 +24,10 @@ from glm_jax.sharding import constrain, mesh_of, on_mesh
 _CHUNK = 256  # places whose scores of the whole vocabulary are there at once
 _LEAST_WIDTH = 512
 _ROUND = 4096  # sequences that are packed together: what is done is given out after each
+
+
+class ScoringError(UserError):
+    """A model that gives no log-probabilities."""
 
 
 @dataclasses.dataclass
@@ -76,7 +81,11 @@ class Scorer:
         self.padding = Padding()
 
     def score(self, sequences: Iterable[ScoredSequence]) -> Iterator[Score]:
-        """The score of each sequence, in no order. They are taken some at a time."""
+        """The score of each sequence, in no order. They are taken some at a time.
+
+        Raises:
+          ScoringError: a log-probability is not finite.
+        """
         source, start = iter(sequences), 0
         while some := list(itertools.islice(source, _ROUND)):
             yield from self._round(some, start)
@@ -120,6 +129,11 @@ def _scores(
 ) -> Iterator[Score]:
     values, hits = map(np.asarray, found)
     for number, row, first, end in batch.slices:
+        if not np.isfinite(values[row, first:end]).all():
+            raise ScoringError(
+                "the model's log-probabilities are not finite: its weights are damaged, or too "
+                "large for its dtype (try --dtype=float32)"
+            )
         groups = sequences[number].groups
         yield Score(start + number, values[row, first:end], hits[row, first:end], groups)
 

@@ -1,13 +1,15 @@
 """Public data sets as rows: what each format keeps where, made flat for templates."""
 
 import csv
-import json
+import io
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from glm_jax.errors import UserError
+from glm_jax.text_files import TextFileError, check_characters, parse_json, read_json, read_lines
+from glm_jax.text_files import read_text as read_whole
 
 Row = dict[str, Any]
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
@@ -36,12 +38,12 @@ def read_file(
         elif form in ("csv", "tsv"):
             yield from _table(path, columns, delimiter or {"csv": ",", "tsv": "\t"}[form])
         elif form == "jsonl":
-            with path.open("rb") as file:  # whose lines do not end at breaks inside a text
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield f"{path}:{number}", json.loads(line)
+            for number, line in enumerate(read_lines(path), 1):
+                if line.strip():
+                    yield f"{path}:{number}", _json(f"{path}:{number}", line)
         elif form == "json":
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
+            check_characters(content)
             items = enumerate(content) if isinstance(content, list) else content.items()
             for name, item in items:
                 yield f"{path}: {name}", item
@@ -49,24 +51,37 @@ def read_file(
             raise SourceError(f"format {form!r}: one of {', '.join(FORMATS)}")
     except OSError as error:
         raise SourceError(f"{path}: {error.strerror}") from error
+    except UserError as error:
+        raise SourceError(str(error)) from error
     except (ValueError, csv.Error, AttributeError) as error:
         raise SourceError(f"{path} is no {form}: {error}") from error
+
+
+def _json(where: str, line: str) -> Any:
+    try:
+        record = parse_json(line)
+        check_characters(record)
+    except TextFileError as error:
+        raise SourceError(f"{where} is no jsonl: {error}") from error
+    return record
 
 
 def _table(path: Path, columns: list[str] | None, delimiter: str) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(2**31 - 1)
     # Quotation marks in .tsv files are part of their texts.
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, quoting=quoting)  # type: ignore[arg-type]
-        names = columns or next(reader, [])
-        for cells in reader:
-            if cells:
-                if len(cells) < len(names):
-                    raise SourceError(
-                        f"{path}:{reader.line_num}: {len(cells)} columns where {len(names)} are due"
-                    )
-                yield f"{path}:{reader.line_num}", dict(zip(names, cells, strict=False))
+    file = io.StringIO(read_whole(path), newline="\n")
+    reader = csv.reader(file, delimiter=delimiter, quoting=quoting)  # type: ignore[arg-type]
+    names = columns or next(reader, [])
+    if len(set(names)) < len(names):
+        raise SourceError(f"{path}: two columns have the same name")
+    for cells in reader:
+        if cells:
+            if len(cells) != len(names):
+                raise SourceError(
+                    f"{path}:{reader.line_num}: {len(cells)} columns where {len(names)} are due"
+                )
+            yield f"{path}:{reader.line_num}", dict(zip(names, cells, strict=True))
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
@@ -255,12 +270,15 @@ def read_rows(
 
 def _inside(path: Path, dotted: str) -> Iterator[tuple[str, Any]]:
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = read_json(path)
+        check_characters(content)
         for name in dotted.split("."):
             content = content[name]
-    except OSError as error:
-        raise SourceError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except TextFileError as error:
+        raise SourceError(str(error)) from error
+    except (KeyError, TypeError) as error:
         raise SourceError(f"{path}: no JSON with {dotted}: {error}") from error
+    if not isinstance(content, list):
+        raise SourceError(f"{path}: {dotted} is no list")
     for number, record in enumerate(content):
         yield f"{path}: {dotted}[{number}]", record

@@ -1,13 +1,14 @@
 """Task files: YAML with the fields of the original's `evaluation/configs.py`."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
-
-from glm_jax.errors import UserError
+from glm_jax.errors import UserError, shown
+from glm_jax.evaluation.yaml_files import read_yaml
+from glm_jax.text_files import TextFileError
 
 TYPES = ("mul", "gen", "lm", "other")  # multiple choice, generation, language modelling
 STRATEGIES = ("BaseStrategy", "BeamSearchStrategy")
@@ -95,11 +96,27 @@ class TaskConfig:
             raise TaskError("use_multitask_encoding is for [MASK]; leave out use_task_mask")
         for name in ("max_seq_length", "micro_batch_size", "num_beams", "max_gen_length"):
             if getattr(self, name) < 1:
-                raise TaskError(f"{name}={getattr(self, name)}: at least 1")
+                raise TaskError(f"{name}={shown(getattr(self, name))}: at least 1")
+        for name in ("no_repeat_ngram_size", "min_gen_length"):
+            if getattr(self, name) < 0:
+                raise TaskError(f"{name}={shown(getattr(self, name))}: at least 0")
+        if not math.isfinite(self.length_penalty):
+            raise TaskError(f"length_penalty={self.length_penalty}: a finite number")
+        self._check_names()
         if not 0 < self.generation_length < self.max_seq_length and self.type == "lm":
             raise TaskError(f"generation_length={self.generation_length}: below max_seq_length")
         if self.max_gen_length + 3 > self.max_seq_length and self.type == "gen":
             raise TaskError(f"max_gen_length={self.max_gen_length} leaves no room for a context")
+
+    def _check_names(self) -> None:
+        """Names become those of folders, and must not lead out of theirs."""
+        for name in (self.name.replace("/", "_"), *(group for group, _ in self.file_pattern)):
+            if not is_plain_name(name):
+                raise TaskError(f"{shown(name)}: no name for a task or group of files")
+        for _, pattern in self.file_pattern:
+            parts = PurePosixPath(pattern).parts
+            if not parts or parts[0] == "/" or ".." in parts or "\0" in pattern:
+                raise TaskError(f"file_pattern={shown(pattern)}: a pattern below path")
 
     def files(self, data: Path) -> dict[str, list[Path]]:
         """The data files, in order, of each group that has any.
@@ -108,7 +125,10 @@ class TaskConfig:
           TaskError: no group has.
         """
         folder = data / self.path
-        found = {name: sorted(folder.glob(pattern)) for name, pattern in self.file_pattern}
+        try:
+            found = {name: sorted(folder.glob(pattern)) for name, pattern in self.file_pattern}
+        except (OSError, ValueError) as error:
+            raise TaskError(f"task {self.name}: files of {folder}: {error}") from error
         if not any(found.values()):
             patterns = ", ".join(str(folder / pattern) for _, pattern in self.file_pattern)
             raise TaskError(f"task {self.name}: no file is {patterns}")
@@ -128,26 +148,27 @@ def load_task(path: Path) -> TaskConfig:
         not for the task's type.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TaskError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TaskError(f"{path} is no YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise TaskError(f"{path}: fields such as name, type and path are due")
+        content = read_yaml(path)
+    except TextFileError as error:
+        raise TaskError(str(error)) from error
     try:
         return _parse(content)
     except TaskError as error:
         raise TaskError(f"{path}: {error}") from error
 
 
-def _parse(content: dict[Any, Any]) -> TaskConfig:
+def is_plain_name(name: str) -> bool:
+    """Whether a folder or file of this name lies where it is put."""
+    return name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
+
+
+def _parse(content: dict[str, Any]) -> TaskConfig:
     known = {field.name: field for field in dataclasses.fields(TaskConfig)}
     given: dict[str, Any] = {}
     for spelled, value in content.items():
-        name = str(spelled).replace("-", "_")
+        name = spelled.replace("-", "_")
         if name not in known:
-            raise TaskError(f"unknown field {spelled!r}; known are {', '.join(sorted(known))}")
+            raise TaskError(f"unknown field {shown(spelled)}; known are {', '.join(sorted(known))}")
         if name in given:
             raise TaskError(f"{spelled} is given twice")
         given[name] = value
@@ -155,14 +176,14 @@ def _parse(content: dict[Any, Any]) -> TaskConfig:
         if name not in given:
             raise TaskError(f"the field {name!r} is missing")
     if given["type"] not in TYPES:
-        raise TaskError(f"type={given['type']!r}: one of {', '.join(TYPES)}")
+        raise TaskError(f"type={shown(given['type'])}: one of {', '.join(TYPES)}")
     for name in given:
         if given["type"] not in _OF_TYPE.get(name, TYPES):
             raise TaskError(f"{name} is not for tasks of type {given['type']!r}")
     values = {name: _value(name, known[name].type, value) for name, value in given.items()}
     if values.get("sampling_strategy", STRATEGIES[0]) not in STRATEGIES:
         raise TaskError(
-            f"sampling_strategy={values['sampling_strategy']!r}: {' or '.join(STRATEGIES)}"
+            f"sampling_strategy={shown(values['sampling_strategy'])}: {' or '.join(STRATEGIES)}"
         )
     if values["type"] == "other" and not values.get("module"):
         raise TaskError("a task of type 'other' takes a module, the dotted path of its class")
@@ -174,21 +195,21 @@ def _value(name: str, kind: Any, value: Any) -> Any:
     if name == "file_pattern":
         groups = {"all": value} if isinstance(value, str) else value
         if not isinstance(groups, dict) or not groups:
-            raise TaskError(f"file_pattern={value!r}: a pattern, or one for each group")
+            raise TaskError(f"file_pattern={shown(value)}: a pattern, or one for each group")
         if not all(isinstance(pattern, str) for pattern in groups.values()):
-            raise TaskError(f"file_pattern={value!r}: a group's pattern is a text")
+            raise TaskError(f"file_pattern={shown(value)}: a group's pattern is a text")
         return tuple((str(group), pattern) for group, pattern in groups.items())
     if kind == tuple[str, ...]:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise TaskError(f"{name}={value!r}: a list of texts is due")
+            raise TaskError(f"{name}={shown(value)}: a list of texts is due")
         return tuple(value)
     if name == "module" and value is None:
         return None
     wanted: type = {bool: bool, int: int, float: float}.get(kind, str)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < 2**53 else math.inf
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-        raise TaskError(f"{name}={value!r}: {wanted.__name__} is due")
+        raise TaskError(f"{name}={shown(value)}: {wanted.__name__} is due")
     return value
 
 

@@ -6,7 +6,6 @@ A task of one's own is a class like these, named in a task file by its dotted pa
 import abc
 import dataclasses
 import functools
-import importlib
 import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,9 +19,11 @@ from glm_jax.decoding.blank_filling import TextCodec
 from glm_jax.decoding.completion import Request
 from glm_jax.decoding.engine import Engine, EngineSettings
 from glm_jax.decoding.prompt import Prompt, bucket
+from glm_jax.errors import UserError, shown
 from glm_jax.evaluation import metrics
 from glm_jax.evaluation.examples import Document, Example, read_items
-from glm_jax.evaluation.metrics import METRICS, Metric
+from glm_jax.evaluation.metrics import METRICS, METRICS_OF_TYPE, Metric
+from glm_jax.evaluation.own_tasks import import_task
 from glm_jax.evaluation.scoring import Scorer
 from glm_jax.evaluation.sequences import (
     are_single_tokens,
@@ -30,7 +31,7 @@ from glm_jax.evaluation.sequences import (
     count_windows,
     window,
 )
-from glm_jax.evaluation.task_config import TaskConfig, TaskError
+from glm_jax.evaluation.task_config import STRATEGIES, TaskConfig, TaskError
 from glm_jax.model.params import GLMParams
 from glm_jax.tokenizer import TokenizerConfig
 
@@ -77,11 +78,7 @@ class Task(abc.ABC):
         Raises:
           TaskError: the task file names one that does not exist.
         """
-        for name in self.config.metrics:
-            if name not in METRICS:
-                raise TaskError(
-                    f"task {self.config.name}: metric {name!r}: one of {', '.join(METRICS)}"
-                )
+        _check_metrics(self.config, tuple(METRICS))
         return {name: METRICS[name] for name in self.config.metrics}
 
     @staticmethod
@@ -170,12 +167,7 @@ class Generation(Task):
 
     def search(self) -> BeamSearch:
         """The beam search that the task file asks for."""
-        return BeamSearch(
-            num_beams=self.config.num_beams,
-            length_penalty=self.config.length_penalty,
-            no_repeat_ngram=self.config.no_repeat_ngram_size,
-            min_tokens=self.config.min_gen_length,
-        )
+        return _beam_search(self.config)
 
     def choose(self, answers: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         """One of a beam search's answers, which come best first."""
@@ -295,7 +287,9 @@ class CrowsPairs(MultipleChoice):
 
     @staticmethod
     def complaint(example: Example) -> str | None:
-        return _missing(example, "pair_ID", "sent_ID", "bias_type")
+        if not isinstance(example.fields.get("pair_ID"), (int, str)):
+            return "pair_ID: a number or a text is expected"
+        return _missing(example, "sent_ID", "bias_type")
 
     def metrics(self) -> dict[str, Metric]:
         return {"CP": metrics.crows_pairs}
@@ -322,6 +316,24 @@ class StereoSet(MultipleChoice):
 
     def metrics(self) -> dict[str, Metric]:
         return {"SS_ICAT": metrics.stereoset}
+
+
+def _check_metrics(config: TaskConfig, known: tuple[str, ...]) -> None:
+    for name in config.metrics:
+        if name not in known:
+            raise TaskError(f"task {config.name}: metric {shown(name)}: one of {', '.join(known)}")
+
+
+def _beam_search(config: TaskConfig) -> BeamSearch:
+    try:
+        return BeamSearch(
+            num_beams=config.num_beams,
+            length_penalty=config.length_penalty,
+            no_repeat_ngram=config.no_repeat_ngram_size,
+            min_tokens=config.min_gen_length,
+        )
+    except UserError as error:
+        raise TaskError(f"task {config.name}: {error}") from error
 
 
 def _missing(example: Example, *names: str) -> str | None:
@@ -351,17 +363,17 @@ def task_class(config: TaskConfig) -> type[Task]:
     """The class that answers a task.
 
     Raises:
-      TaskError: its module is not there or no task.
+      TaskError: its module is not there or no task, a metric is not for its type, or there is no
+        such beam search.
     """
+    if config.sampling_strategy != STRATEGIES[0]:
+        _beam_search(config)
     if config.module is None:
+        _check_metrics(config, METRICS_OF_TYPE[config.type])
         return _OF_TYPE[config.type]
     if config.module in _ORIGINAL:
         return _ORIGINAL[config.module]
-    module, _, name = config.module.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise TaskError(f"task {config.name}: module {config.module}: {error}") from error
+    found = import_task(config)
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise TaskError(f"task {config.name}: {config.module} is no {Task.__module__}.Task")
     return found

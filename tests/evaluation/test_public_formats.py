@@ -11,13 +11,14 @@ from running import ROOT
 
 from glm_jax.evaluation.examples import read_items
 from glm_jax.evaluation.prepare import (
+    PromptFile,
     PromptFileError,
     load_prompt_file,
     prepare_crows_pairs,
     prepare_mmlu,
     prepare_task,
 )
-from glm_jax.evaluation.sources import SourceError
+from glm_jax.evaluation.sources import SourceError, read_file
 from glm_jax.evaluation.task_config import find_tasks, load_task
 from glm_jax.evaluation.texts import TEXTS, prepare_text
 
@@ -324,6 +325,14 @@ def test_parquet(tmp_path):
         ('{"sentence": "x", "label": "Positive"}\n{"sentence": "x"}\n', r":2: the field 'label'"),
         ('{"label": "Positive"}\n', r":1: .*no field 'sentence'"),
         ("{\n", r"is no jsonl"),
+        ("", r"no row with a label"),
+        ('{"sentence": "x", "label": "-"}\n', r"no row with a label"),
+        ('{"sentence": "x", "label": 0}\n', r":1: label=0: one of Positive, Negative"),
+        ('{"sentence": null, "label": "Positive"}\n', r":1: .*None where a text"),
+        ('{"sentence": ["x"], "label": "Positive"}\n', r":1: .*\['x'\] where a text"),
+        ('{"sentence": "a \\ud83d", "label": "Positive"}\n', r":1 is no jsonl: \\ud83d"),
+        ('{"sentence": NaN, "label": "Positive"}\n', r":1 is no jsonl: not JSON: NaN"),
+        ("[" * 100_000, r":1 is no jsonl: not JSON: nested"),
         ("[1]\n", r":1: an object with fields"),
     ],
 )
@@ -335,14 +344,84 @@ def test_a_data_set_of_another_format_is_told(tmp_path, content, message):
     assert not (tmp_path / "data").exists()
 
 
+def test_rows_without_a_label_are_left_out_and_others_counted(tmp_path):
+    rows = [NLI, NLI | {"label": "-"}, NLI | {"label": None}, NLI | {"label": -1}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = load_prompt_file(PROMPTS / "superglue_axb.yaml")
+    written = prepare_task(prompts, tmp_path / "x.jsonl", tmp_path / "data", "validation")
+    assert set(written.values()) == {1}
+    (tmp_path / "x.jsonl").write_text(json.dumps(NLI | {"label": 1}))
+    with pytest.raises(SourceError, match=r":1: label=1: one of entailment, not_entailment"):
+        prepare_task(prompts, tmp_path / "x.jsonl", tmp_path / "data", "test")
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ("Tokyo", ["Tokyo"]),
+        (["Tokyo", "東京", 3], ["Tokyo", "東京", "3"]),
+        (None, "no list"),
+        ({"text": ["Tokyo"]}, "no list"),
+        ([None], "None where a text"),
+        ([], "is empty"),
+        ("", "is empty"),
+        (7, "no list"),
+    ],
+)
+def test_answers_are_texts(tmp_path, answers, expected):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"q": "Capital?", "a": answers}))
+    prompts = PromptFile("t", "jsonl", prompts={"p": {"input": "{q}", "targets": "a"}})
+    prepare = lambda: prepare_task(prompts, tmp_path / "x.jsonl", tmp_path, "test")
+    if isinstance(expected, str):
+        with pytest.raises(SourceError, match=expected):
+            prepare()
+        return
+    [path] = prepare()
+    assert json.loads(path.read_text())["targets_pretokenized"] == expected
+
+
+def test_choices_of_a_field_are_texts(tmp_path):
+    prompts = PromptFile("t", "jsonl", prompts={"p": {"input": "{q}", "choices": "c"}})
+    for choices in (["a", None], ["a", ""], ["a", ["b"]], {"a": "b"}, "ab"):
+        (tmp_path / "x.jsonl").write_text(json.dumps({"q": "?", "c": choices, "label": 0}))
+        with pytest.raises(SourceError, match=r"x\.jsonl:1: the field 'c'"):
+            prepare_task(prompts, tmp_path / "x.jsonl", tmp_path, "test")
+    for label in ("x", 1.5, True, [0], 2, -2, 10**400):
+        content = json.dumps({"q": "?", "c": ["a", "b"], "label": label})
+        (tmp_path / "x.jsonl").write_text(content)
+        with pytest.raises(SourceError, match=r"x\.jsonl:1: label"):
+            prepare_task(prompts, tmp_path / "x.jsonl", tmp_path, "test")
+    with pytest.raises(PromptFileError, match="split"):
+        prepare_task(prompts, tmp_path / "x.jsonl", tmp_path, "../test")
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv"])
+def test_a_row_with_a_cell_too_many_or_too_few_is_named(tmp_path, form):
+    tab = {"csv": ",", "tsv": "\t"}[form]
+    good = tab.join(["a\u2028b", "1"])
+    for bad in (tab.join(["a", "b", "1"]), "a", good + tab):
+        (tmp_path / "x").write_bytes(f"\ufeffs{tab}label\r\n{good}\r\n{bad}\n".encode())
+        rows = read_file(tmp_path / "x", form)
+        assert next(rows)[1] == {"s": "a\u2028b", "label": "1"}
+        with pytest.raises(SourceError, match=r"x:3: \d columns where 2"):
+            next(rows)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("path: ../a\nformat: csv", "path='../a'"),
+        ("path: /a\nformat: csv", "path='/a'"),
+        ("path: [a]\nformat: csv", r"path=\['a'\]"),
+        ("path: a\nformat: cvs", "format='cvs'"),
+        ("path: a\nformat: csv\nprompts: {../p: {input: a, targets: b}}", "prompts="),
+        ("path: a\nformat: csv\nprompts: {p: {input: a, choices: 3}}", "choices: texts"),
+        ("path: a\nformat: csv\nlabels: [1]", "labels="),
         ("path: a\nformat: csv\nrow: x", "unknown field 'row'"),
         ("path: a\nformat: csv\nprompts: {p: {choices: [a]}}", "'input' is missing"),
         ("path: a\nformat: csv\nprompts: {p: {input: a}}", "either choices or targets"),
         ("format: csv", "path"),
-        ("- a", "fields such as path"),
+        ("- a", "no fields"),
         ("path: a\nformat: csv\nshots: 2\nprompts: {p: {input: a, targets: b}}", "shots are for"),
     ],
 )

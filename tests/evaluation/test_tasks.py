@@ -1,6 +1,7 @@
 """Task files, data files, tasks with rules of their own."""
 
 import dataclasses
+import gzip
 import json
 from pathlib import Path
 from typing import ClassVar
@@ -10,7 +11,9 @@ import pytest
 from running import ROOT
 from stub_tokenizer import WordTokenizer
 
+from glm_jax.decoding.completion import Completion
 from glm_jax.decoding.prompt import PromptError
+from glm_jax.evaluation import tasks
 from glm_jax.evaluation.examples import DatasetError, Example, checked_items, read_items
 from glm_jax.evaluation.sequences import SequenceError, choice_sequence
 from glm_jax.evaluation.task_config import TaskConfig, TaskError, find_tasks, load_task
@@ -112,7 +115,20 @@ def test_the_originals_files_load(tmp_path, name):
         ("name: a\ntype: other\npath: x", "takes a module"),
         ("name: a\ntype: mul\npath: x\nmicro-batch-size: 1\nmicro_batch_size: 2", "given twice"),
         ("name: a\ntype: mul\npath: x\nfile-pattern: 3", "file_pattern=3"),
-        ("- a\n- b", "fields such as name"),
+        ("- a\n- b", "no fields"),
+        ("name: " + "[" * 100_000, "nested too deeply"),
+        ("- " * 20_000 + "a", "nested too deeply"),
+        ("name: &a [x]\ntype: *a\npath: x", "task.yaml:2 is no YAML: an alias"),
+        ("name: a\ntype: mul\npath: !!timestamp 2020-13-45", "is no YAML"),
+        ("name: a\nname: b\ntype: mul\npath: x", "'name' is given twice"),
+        ("name: a\ntype: mul\npath: {b: c}", "path={'b': 'c'}: str is due"),
+        ("name: ..\ntype: mul\npath: x", "'..': no name"),
+        ("name: a\ntype: mul\npath: x\nfile-pattern: {../b: x}", "'../b': no name"),
+        ("name: a\ntype: mul\npath: x\nfile-pattern: ../x", "a pattern below path"),
+        ("name: a\ntype: mul\npath: x\nfile-pattern: /x", "a pattern below path"),
+        ("name: a\ntype: gen\npath: x\nlength_penalty: .nan", "length_penalty=nan"),
+        ("name: a\ntype: gen\npath: x\nno_repeat_ngram_size: -1", "no_repeat_ngram_size=-1"),
+        ("name: a\ntype: mul\npath: x\nmax_seq_length: " + "9" * 5000, "is no YAML"),
         ("name: [", "is no YAML"),
     ],
 )
@@ -121,6 +137,25 @@ def test_a_wrong_field_is_named(tmp_path, text, message):
     with pytest.raises(TaskError, match=r"task\.yaml") as raised:
         load_task(tmp_path / "task.yaml")
     assert message in str(raised.value)
+
+
+def test_dates_in_task_files_are_texts_and_aliases_cost_nothing(tmp_path):
+    (tmp_path / "task.yaml").write_bytes(b"\xef\xbb\xbfname: 2020-13-45\ntype: mul\npath: x\n")
+    assert load_task(tmp_path / "task.yaml").name == "2020-13-45"
+    lines = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 64))]
+    (tmp_path / "task.yaml").write_text("\n".join([*lines, "name: *a63", "type: mul", "path: x"]))
+    with pytest.raises(TaskError) as raised:
+        load_task(tmp_path / "task.yaml")
+    assert len(str(raised.value)) < 300
+
+
+def test_settings_that_do_not_fit_are_named_before_anything_runs():
+    with pytest.raises(TaskError, match="metric 'PPL': one of Accuracy"):
+        task_class(TaskConfig("a", "mul", ".", metrics=("PPL",)))
+    beams = TaskConfig("a", "gen", ".", sampling_strategy="BeamSearchStrategy")
+    object.__setattr__(beams, "num_beams", 0)
+    with pytest.raises(TaskError, match="task a: num_beams"):
+        task_class(beams)
 
 
 def test_our_task_files_are_those_of_the_paper():
@@ -139,6 +174,29 @@ def test_modules_that_are_no_tasks():
         task_class(config)
     with pytest.raises(TaskError, match=r"json\.loads is no"):
         task_class(dataclasses.replace(config, module="json.loads"))
+
+
+def test_a_module_is_not_run_before_its_class_is_found(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "inner_tasks").mkdir()
+    (tmp_path / "inner_tasks" / "__init__.py").write_text("raise SystemExit('was run')")
+    (tmp_path / "inner_tasks" / "own.py").write_text("class Own: pass")
+    (tmp_path / "running_tasks.py").write_text("def f(): pass\nraise SystemExit('was run')")
+    (tmp_path / "broken_tasks.py").write_text("class Own(")
+    (tmp_path / "failing_tasks.py").write_text("class Own: pass\n1 / 0")
+    config = TaskConfig("a", "mul", ".")
+    for module, message in [
+        ("running_tasks.f", "has no class f"),
+        ("inner_tasks.own.Other", "has no class Other"),
+        ("broken_tasks.Own", "'\\(' was never closed"),
+        ("failing_tasks.Own", "ZeroDivisionError"),
+        ("no_such_tasks.Own", "no Python file"),
+        ("os/../x.Own", "MODULE.CLASS"),
+        ("sys.Own", "no Python file"),
+        ("Own", "MODULE.CLASS"),
+    ]:
+        with pytest.raises(TaskError, match=message):
+            task_class(dataclasses.replace(config, module=module))
 
 
 def _write(path: Path, *lines: object) -> Path:
@@ -160,6 +218,21 @@ def _write(path: Path, *lines: object) -> Path:
         ({"inputs": [999], "choices": [[1]], "label": 0}, "inputs: id 999 is not in"),
         ({"inputs": [1], "choices": [[1], ["x"]], "label": 0}, "choices[1]: 'x' is no id"),
         ({"inputs": 7, "choices": [[1]], "label": 0}, "inputs: 7 is neither"),
+        ("[" * 100_000, "not JSON: nested"),
+        ('{"inputs": [1], "choices": [[1]], "label": NaN}', "not JSON: NaN"),
+        ({"inputs": "t1 \ud83d", "choices": [[1]], "label": 0}, "'inputs': \\ud83d at character 4"),
+        ({"inputs": [1], "choices": [[1]], "label": 0, "x": {"y": "\ud83d"}}, "'x': \\ud83d"),
+        ({"inputs": [1], "choices": {"0": [1]}, "label": 0}, "choices: a list is due"),
+        ({"inputs": [1], "choices": 7, "label": 0}, "choices: a list is due"),
+        ({"inputs": [1], "choices": "t1", "label": 0}, "choices: a list is due"),
+        ({"inputs": [1], "choices": None, "label": 0}, "choices: a list is due"),
+        ({"inputs": [1], "choices": [{"a": 1}], "label": 0}, "choices[0]: {'a': 1} is neither"),
+        ({"inputs": [1], "choices": [[1], []], "label": 0}, "choices[1]: empty"),
+        ({"inputs": [1], "choices_pretokenized": ["", "t1"], "label": 0}, "choices[0]: empty"),
+        ({"inputs": [1], "choices": [[1]], "label": [0]}, "label: [0] where the number"),
+        ({"inputs": [1], "choices": [[1]], "label": "0"}, "label: '0' where the number"),
+        ({"inputs": [1], "choices": [[1]], "label": True}, "label: True where the number"),
+        ({"inputs": [10**4000], "choices": [[1]], "label": 0}, "inputs: id 1000"),
         (
             {"inputs": [1], "choices": [[2] * 70], "label": 0},
             "choices: 70 tokens are past max_seq_length=64",
@@ -177,6 +250,74 @@ def test_data_errors_name_file_line_and_field(tmp_path, golden_special, line, me
     items = list(checked_items(path, config, tokenizer, 512))
     assert [isinstance(item, DatasetError) for item in items] == [False, True, False]
     assert str(items[1]) == str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ({"a": 1}, "targets: a list is due"),
+        (7, "targets: a list is due"),
+        (None, "targets: a list is due"),
+        ([None], "targets[0]: None is no id"),
+        ([], "targets: there is none"),
+        (["t1", 7], "targets[1]: 7 is neither"),
+    ],
+)
+def test_targets_of_odd_kinds_are_named(tmp_path, golden_special, targets, message):
+    path = _write(tmp_path / "data.jsonl", {"inputs": [1], "targets": targets})
+    with pytest.raises(DatasetError) as raised:
+        read_items(path, TaskConfig("a", "gen", "."), WordTokenizer(golden_special), 512)
+    assert f"data.jsonl:1: {message}" in str(raised.value)
+
+
+def test_control_words_in_data_are_text_and_masks_of_inputs_are_masks(tmp_path, tokenizer):
+    special = tokenizer.special_tokens
+    text = "ends by <eop> after <sop>, hides [MASK]"
+    line = {"inputs": text, "choices": [text, "x"], "label": 0, "targets": text, "text": text}
+    for kind, name in [("mul", "a.jsonl"), ("gen", "a.jsonl"), ("lm", "a.jsonl"), ("lm", "a.txt")]:
+        path = _write(tmp_path / name, text if name == "a.txt" else line)
+        [item] = read_items(path, TaskConfig("a", kind, "."), tokenizer, 4096)
+        if kind == "lm":
+            plain = item.tokens
+        else:
+            assert [t for t in item.context if tokenizer.is_special(t)] == [special.mask]
+            plain = (*item.choices, *item.targets)[0]
+        assert tokenizer.decode(plain).strip() == text
+        assert not any(tokenizer.is_special(token) for token in plain)
+
+
+@pytest.mark.parametrize("name", ["data.jsonl.gz", "data.json"])
+def test_data_files_may_be_packed_and_marked(tmp_path, golden_special, name):
+    content = b'\xef\xbb\xbf{"inputs": [1], "choices": [[2]], "label": 0}\r\n'
+    packed = gzip.compress(content) if name.endswith(".gz") else content
+    (tmp_path / name).write_bytes(packed)
+    config, tokenizer = TaskConfig("a", "mul", "."), WordTokenizer(golden_special)
+    assert read_items(tmp_path / name, config, tokenizer, 512)[0].choices == ((2,),)
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(content)[:-3])
+    for bad in ("cut.jsonl.gz", "missing.jsonl", "."):
+        items = list(checked_items(tmp_path / bad, config, tokenizer, 512))
+        assert isinstance(items[-1], DatasetError)
+
+
+def test_an_answer_ends_before_eod(model, monkeypatch):
+    eod, eop = model.special.eod, model.special.eop
+    answers = [(20, eod, eop), (20, eod), (20, eop), (20,), (eod, eop), (20, eod, 21)]
+
+    class Answering:
+        def __init__(self, *_):
+            pass
+
+        def run(self, requests):
+            for ticket, _ in enumerate(requests):
+                yield Completion(ticket, answers[ticket], (), "stop")
+
+    monkeypatch.setattr(tasks, "Engine", Answering)
+    config = TaskConfig("a", "gen", ".", max_seq_length=64, max_gen_length=8)
+    examples = [Example((1, 2), targets=((20,),))] * len(answers)
+    task = task_class(config)(config, model)
+    found = dict(task.answer(examples, range(len(answers))))
+    assert [tuple(found[i]["prediction"]) for i in range(6)] == [(20,)] * 4 + [(), (20,)]
+    assert model.special.without_end((20, 30, eop), (30,)) == (20,)
 
 
 @pytest.fixture

@@ -1,0 +1,56 @@
+"""YAML of users: task files, prompt files, published numbers."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from glm_jax.text_files import TextFileError, read_text
+
+_DATE = "tag:yaml.org,2002:timestamp"
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values alone: what is written is what is read, and no more."""
+
+    # A date is the text that it is written as.
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != _DATE]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            # A few lines of aliases of aliases stand for gigabytes.
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="an alias: write it out", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            problem = f"{twice[:60]!r} is given twice"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The fields of a YAML file; dates are texts, aliases are refused.
+
+    Raises:
+      TextFileError: it cannot be read, is no YAML, or is something other than fields.
+    """
+    text = read_text(path)
+    try:
+        content = yaml.load(text, _Loader)  # a kind of SafeLoader
+    except RecursionError:
+        raise TextFileError(f"{path} is no YAML: nested too deeply") from None
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
+        raise TextFileError(f"{path}{line} is no YAML: {error.problem or error}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise TextFileError(f"{path} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise TextFileError(f"{path}: no fields: 'NAME: VALUE' lines are expected")
+    return {str(name): value for name, value in content.items()}
