@@ -14,7 +14,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import zstandard
 
@@ -56,7 +56,7 @@ def is_packed(path: Path) -> bool:
       TextFileError: as `raw_lines`.
     """
     with _reading(path), path.open("rb") as file:
-        return _is_packed(cast(io.BufferedReader, file), path)
+        return _is_packed(file, path)
 
 
 def raw_lines(path: Path, start: int = 0, end: int | None = None) -> Iterator[bytes]:
@@ -222,7 +222,7 @@ def _reading(path: Path) -> Iterator[None]:
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """A file unpacked."""
     with path.open("rb") as file:
-        stream = _unpacked(cast(io.BufferedReader, file), path)
+        stream = _unpacked(file, path)
         head = stream.peek(_PEEKED)[:_PEEKED]
         for magic, what in _REFUSED.items():
             if head.startswith(magic):

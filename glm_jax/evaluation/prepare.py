@@ -216,7 +216,7 @@ def _plain(value: Any) -> str | int | float:
     is_number = isinstance(value, (int, float)) and math.isfinite(value)
     if not (isinstance(value, str) or is_number):
         raise SourceError(f"{shown(value)} where a text or a number is expected")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _format(where: str, template: str, row: Row) -> str:

@@ -142,7 +142,7 @@ class _Numbers:
     def __init__(self, special_tokens: SpecialTokens):
         self.special_tokens = special_tokens
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, control_words: tuple[str, ...] = ()) -> list[int]:
         return [int(word) for word in text.split()]
 
     def decode(self, ids: Iterable[int], /) -> str:
