@@ -1,5 +1,8 @@
 """Flags that launchers share which give a model texts to fill."""
 
+import functools
+from typing import Any
+
 from absl import flags
 from jax.sharding import Mesh
 
@@ -7,6 +10,7 @@ from glm_jax.config import COMPUTE_DTYPES, GLMConfig
 from glm_jax.decoding.engine import EngineSettings
 from glm_jax.decoding.prepare import prepare
 from glm_jax.decoding.requests import TextRequest
+from glm_jax.decoding.settings import SETTINGS, SamplingError
 from glm_jax.model.checkpoint import restore
 from glm_jax.model.params import GLMParams
 from glm_jax.quantization import QuantizationError, Scheme
@@ -23,18 +27,13 @@ MODEL_IDENTITY = (
     "embedding_bits",
     "cache_dtype",
 )
-_SETTINGS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "repetition_penalty",
-    "no_repeat_ngram",
-    "min_tokens",
-    "max_tokens",
-    "num_beams",
-    "length_penalty",
-    "unidirectional",
-)
+# Settings that have no flag of their name; --ban gives banned_texts.
+_WITHOUT_FLAG = ("banned_tokens", "banned_texts", "log_probabilities")
+_DEFINE: dict[type, Any] = {
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    bool: flags.DEFINE_bool,
+}
 
 
 def define_model_flags() -> None:
@@ -108,34 +107,31 @@ def engine_settings(prefill_budget: int | None = None) -> EngineSettings:
 
 
 def define_strategy_flags() -> None:
-    """How tokens are chosen."""
-    flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token")
-    flags.DEFINE_integer("top_k", 0, "keep only the k likeliest tokens; 0 keeps all")
-    flags.DEFINE_float(
-        "top_p", 0.0, "keep the likeliest tokens up to this probability; 0 keeps all"
-    )
-    flags.DEFINE_float(
-        "repetition_penalty", 1.0, "above 1: tokens that were there before are less likely"
-    )
-    flags.DEFINE_integer("no_repeat_ngram", 0, "n tokens in a row never come twice; 0 for none")
-    flags.DEFINE_integer("min_tokens", 0, "before an answer may end")
-    flags.DEFINE_integer("max_tokens", None, "of an answer", lower_bound=1)
+    """How tokens are chosen: the table of `GenerationSettings` as flags."""
+    for name, setting in SETTINGS.items():
+        if name not in _WITHOUT_FLAG:
+            default = 0 if name == "seed" else setting.default
+            _DEFINE[setting.kind](name, default, f"{setting.help} {setting.range}".strip())
+            flags.register_validator(name, functools.partial(_is_setting, name))
     flags.DEFINE_multi_string("ban", [], "a text that comes in no answer; may be given often")
-    flags.DEFINE_integer("num_beams", 1, "above 1: beam search, which takes no sampling")
-    flags.DEFINE_float("length_penalty", 1.0, "of beam search; higher favours longer answers")
-    flags.DEFINE_bool(
-        "unidirectional", False, "texts have no mask, and are seen from left to right"
-    )
-    flags.DEFINE_integer("seed", 0, "of sampling", lower_bound=0, upper_bound=2**32 - 1)
+    flags.register_validator("ban", functools.partial(_is_setting, "banned_texts"))
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    try:
+        return value is None or SETTINGS[name].checked(name, value) is not None
+    except SamplingError as error:
+        raise flags.ValidationError(str(error)) from error
 
 
 def strategy() -> TextRequest:
     """A request with the flags' settings, and no text.
 
     Raises:
-      UserError: settings out of range, or that do not go together.
+      UserError: settings that do not go together.
     """
-    settings = {name: getattr(FLAGS, name) for name in _SETTINGS}
+    named = [name for name in SETTINGS if name not in (*_WITHOUT_FLAG, "seed")]
+    settings = {name: getattr(FLAGS, name) for name in named}
     request = TextRequest(**settings, banned_texts=tuple(FLAGS.ban))
     request.choice(lambda text: [0])  # before a model is read
     return request

@@ -20,7 +20,7 @@ from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.decoding.prepare import prepare
 from glm_jax.decoding.prompt import Prompt, Resolved, bucket, resolve
 from glm_jax.decoding.restrictions import repeated
-from glm_jax.decoding.sampling import SamplingError
+from glm_jax.decoding.settings import check_settings
 from glm_jax.decoding.steps import DecodeState, decode_step, prefill_prompts
 from glm_jax.model.cache import init_cache
 from glm_jax.model.params import GLMParams
@@ -52,9 +52,7 @@ class BeamSearch:
     banned_prefixes: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        for name, least in (("num_beams", 1), ("no_repeat_ngram", 0), ("min_tokens", 0)):
-            if getattr(self, name) < least:
-                raise SamplingError(f"{name}={getattr(self, name)}: at least {least}")
+        check_settings(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,26 +7,11 @@ from typing import Any
 
 from glm_jax.decoding.beams import BeamSearch
 from glm_jax.decoding.sampling import Sampling
+from glm_jax.decoding.settings import SETTINGS, GenerationSettings, Setting
 from glm_jax.errors import UserError
 from glm_jax.text_files import check_characters, decode, is_json_lines, parse_json, raw_lines
 
-_KINDS: dict[str, tuple[type, ...]] = {
-    "text": (str,),
-    "temperature": (int, float),
-    "top_k": (int,),
-    "top_p": (int, float),
-    "repetition_penalty": (int, float),
-    "no_repeat_ngram": (int,),
-    "min_tokens": (int,),
-    "max_tokens": (int,),
-    "banned_tokens": (list,),
-    "banned_texts": (list,),
-    "num_beams": (int,),
-    "length_penalty": (int, float),
-    "seed": (int,),
-    "log_probabilities": (bool,),
-    "unidirectional": (bool,),
-}
+_FIELDS = SETTINGS | {"text": Setting(str, "", 0, 0, "with blanks")}
 _FREE = ("id", "metadata")  # what may be anything, and comes back as it is
 
 
@@ -35,34 +20,10 @@ class RequestError(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class TextRequest:
-    """A text with blanks and how to fill them.
-
-    Attributes:
-      max_tokens: of each blank; None for as many as there is room for.
-      banned_texts: that come in no answer.
-      num_beams: above 1 searches for the best answers, with length_penalty, no_repeat_ngram,
-        min_tokens and max_tokens, and takes no other setting.
-      seed: of sampling; None for one made of the job's and the request's place in it.
-      log_probabilities: of the generated tokens, in the answer.
-      unidirectional: the text, without masks, is seen from left to right.
-    """
+class TextRequest(GenerationSettings):
+    """A text with blanks and how to fill them."""
 
     text: str = ""
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 0.0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram: int = 0
-    min_tokens: int = 0
-    max_tokens: int | None = None
-    banned_tokens: tuple[int, ...] = ()
-    banned_texts: tuple[str, ...] = ()
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    seed: int | None = None
-    log_probabilities: bool = False
-    unidirectional: bool = False
 
     def choice(self, encode: Callable[[str], Sequence[int]]) -> Sampling | BeamSearch:
         """How tokens are chosen.
@@ -71,8 +32,9 @@ class TextRequest:
           encode: a tokenizer's.
 
         Raises:
-          SamplingError: settings out of range.
+          SamplingError: a banned text that is no token.
           RequestError: beams beside what they do not take.
+          UserError: a banned text that the tokenizer cannot encode.
         """
         if self.num_beams != 1:
             self._check_beams()
@@ -91,13 +53,11 @@ class TextRequest:
         )
 
     def _check_beams(self) -> None:
-        allowed = {"text", "num_beams", "length_penalty", "no_repeat_ngram", "min_tokens"}
-        allowed |= {"max_tokens", "seed", "unidirectional"}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name not in allowed and value != field.default:
+        for name, setting in SETTINGS.items():
+            value = getattr(self, name)
+            if not setting.is_for_search and value != setting.default:
                 raise RequestError(
-                    f"{field.name}={value} beside num_beams={self.num_beams}: a search for the "
+                    f"{name}={value} beside num_beams={self.num_beams}: a search for the "
                     "best answers takes no such setting"
                 )
 
@@ -105,34 +65,15 @@ class TextRequest:
         """The same with some settings replaced.
 
         Raises:
-          RequestError: an unknown field, or a value of the wrong kind.
+          RequestError: an unknown field.
+          SamplingError: a value of another type, or out of range.
         """
+        changes = {}
         for name, value in fields.items():
-            if name not in _KINDS:
+            if name not in _FIELDS:
                 raise RequestError(f"unknown field {name!r}; what is yours goes under 'metadata'")
-            is_bool = isinstance(value, bool)
-            if not isinstance(value, _KINDS[name]) or is_bool != (bool in _KINDS[name]):
-                wanted = " or ".join(kind.__name__ for kind in _KINDS[name])
-                raise RequestError(f"{name}={value!r}: {wanted} is due")
-        changes: dict[str, Any] = {
-            name: _KINDS[name][-1](value) if float in _KINDS[name] else value
-            for name, value in fields.items()
-        }
-        changes = {n: tuple(v) if isinstance(v, list) else v for n, v in changes.items()}
-        _check_items(changes)
+            changes[name] = _FIELDS[name].checked(name, value)
         return dataclasses.replace(self, **changes)
-
-
-def _check_items(fields: Mapping[str, Any]) -> None:
-    for name, kind in (("banned_tokens", int), ("banned_texts", str)):
-        for item in fields.get(name, ()):
-            if not isinstance(item, kind) or isinstance(item, bool) or item == "":
-                raise RequestError(f"{name} holds {item!r}: {kind.__name__} is due")
-    seed = fields.get("seed")
-    if seed is not None and not 0 <= seed < 2**32:
-        raise RequestError(f"seed={seed}: from 0 to 2**32 - 1")
-    if fields.get("max_tokens", 1) < 1:
-        raise RequestError(f"max_tokens={fields['max_tokens']}: at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

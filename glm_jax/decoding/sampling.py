@@ -1,19 +1,14 @@
 """How the next token is chosen from its logits."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from glm_jax.errors import UserError
+from glm_jax.decoding.settings import SamplingError, check_settings
 
 _BLOCK = 64
-
-
-class SamplingError(UserError):
-    """Settings that describe no way to choose a token."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,18 +39,9 @@ class Sampling:
     banned_sequences: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        rules = (
-            ("temperature", 0 <= self.temperature < math.inf, "at least 0"),
-            ("top_k", self.top_k >= 0, "at least 0 (0 keeps all tokens)"),
-            ("top_p", 0 <= self.top_p <= 1, "from 0 to 1 (0 keeps all tokens)"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 for none)"),
-            ("no_repeat_ngram", self.no_repeat_ngram >= 0, "at least 0 (0 for none)"),
-            ("min_tokens", self.min_tokens >= 0, "at least 0"),
-            ("banned_sequences", all(self.banned_sequences), "each has a token at least"),
-        )
-        for name, is_possible, what in rules:
-            if not is_possible:
-                raise SamplingError(f"{name}={getattr(self, name)}: {what}")
+        check_settings(self)
+        if not all(self.banned_sequences):
+            raise SamplingError(f"banned_sequences={self.banned_sequences}: one is empty")
 
     @property
     def is_greedy(self) -> bool:

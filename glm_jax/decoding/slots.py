@@ -15,7 +15,8 @@ from glm_jax.config import GLMConfig
 from glm_jax.decoding import sampling as sampling_lib
 from glm_jax.decoding.completion import Request
 from glm_jax.decoding.restrictions import Restrictions, restrict
-from glm_jax.decoding.sampling import Sampling, SamplingError
+from glm_jax.decoding.sampling import Sampling
+from glm_jax.decoding.settings import SamplingError
 from glm_jax.sharding import activation_sharding, surrounding_mesh
 
 # Room for banned sequences; static, so that no request needs a program of its own.

@@ -4,8 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from glm_jax.decoding.settings import SETTINGS, Number
+
 _STOPS = 4
-_LARGE = 1_000_000
 
 
 def _whole(value: Any) -> Any:
@@ -13,19 +14,27 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _within(name: str, ge: Number | None = None, le: Number | None = None) -> Any:
+    """The range of one of `SETTINGS`, but for a bound that OpenAI's interface sets itself."""
+    setting = SETTINGS[name]
+    return Field(ge=setting.lowest if ge is None else ge, le=setting.highest if le is None else le)
+
+
+def _of_table(name: str) -> Any:
+    """An optional field whose help is that of one of `SETTINGS`."""
+    return Field(None, description=SETTINGS[name].help)
+
+
 _WHOLE = BeforeValidator(_whole)
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Token = Annotated[int, Field(ge=0, le=2**31 - 1), _WHOLE]
 Seed = Annotated[int, Field(ge=1 - 2**53, le=2**53 - 1), _WHOLE]  # what JSON's numbers hold
-Count = Annotated[int, Field(ge=0, le=_LARGE), _WHOLE]
-Some = Annotated[int, Field(ge=1, le=_LARGE), _WHOLE]
 Choices = Annotated[int, Field(ge=1, le=128), _WHOLE]
 Alternatives = Annotated[int, Field(ge=0, le=5), _WHOLE]
-Temperature = Annotated[float, Field(ge=0, le=2)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Penalty = Annotated[float, Field(ge=0.01, le=100)]
-Exponent = Annotated[float, Field(ge=-10, le=10)]
+Temperature = Annotated[float, _within("temperature", le=2)]
+Probability = Annotated[float, _within("top_p")]
+Beams = Annotated[int, _within("num_beams"), _WHOLE]
 Zero = Annotated[float, Field(ge=0, le=0)]
 
 
@@ -42,21 +51,21 @@ class StreamOptions(_Strict):
 class _Choosing(_Strict):
     """How tokens are chosen, beyond what OpenAI's interface has."""
 
-    top_k: Count | None = Field(None, description="keep only the k likeliest tokens; 0 keeps all")
-    repetition_penalty: Penalty | None = None
-    no_repeat_ngram: Count | None = Field(
-        None, description="n tokens in a row never come twice; 0 for none"
+    top_k: Annotated[int, _within("top_k"), _WHOLE] | None = _of_table("top_k")
+    repetition_penalty: Annotated[float, _within("repetition_penalty")] | None = _of_table(
+        "repetition_penalty"
     )
-    min_tokens: Count | None = Field(None, description="before an answer may end")
+    no_repeat_ngram: Annotated[int, _within("no_repeat_ngram"), _WHOLE] | None = _of_table(
+        "no_repeat_ngram"
+    )
+    min_tokens: Annotated[int, _within("min_tokens"), _WHOLE] | None = _of_table("min_tokens")
     banned_texts: list[Stop] | None = Field(
-        None, max_length=32, description="that come in no answer"
+        None,
+        max_length=SETTINGS["banned_texts"].max_items,
+        description=SETTINGS["banned_texts"].help,
     )
-    length_penalty: Exponent | None = Field(
-        None, description="of beam search; higher favours longer answers"
-    )
-    unidirectional: bool | None = Field(
-        None, description="the prompt, without blanks, is seen from left to right"
-    )
+    length_penalty: Annotated[float, _within("length_penalty")] | None = _of_table("length_penalty")
+    unidirectional: bool | None = _of_table("unidirectional")
 
 
 class CompletionRequest(_Choosing):
@@ -71,11 +80,11 @@ class CompletionRequest(_Choosing):
         | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]
     )
     suffix: str | None = Field(None, description="text behind the blank that is filled")
-    max_tokens: Count | None = 16
+    max_tokens: Annotated[int, _within("max_tokens", ge=0), _WHOLE] | None = 16
     temperature: Temperature | None = 1.0
     top_p: Probability | None = 1.0
     n: Choices | None = 1
-    best_of: Choices | None = Field(
+    best_of: Beams | None = Field(
         None, description="above 1: beam search of this width, of which the n best are given"
     )
     stream: bool | None = False
@@ -96,10 +105,12 @@ class FillRequest(_Choosing):
 
     text: str
     model: Name | None = None
-    max_tokens: Some | None = Field(None, description="of each blank; what there is room for")
-    temperature: Temperature | None = Field(0.0, description="0 takes the likeliest token")
+    max_tokens: Annotated[int, _within("max_tokens"), _WHOLE] | None = _of_table("max_tokens")
+    temperature: Temperature | None = Field(
+        SETTINGS["temperature"].default, description=SETTINGS["temperature"].help
+    )
     top_p: Probability | None = 1.0
-    num_beams: Some | None = Field(None, description="above 1: beam search")
+    num_beams: Beams | None = _of_table("num_beams")
     stream: bool | None = False
     seed: Seed | None = None
 

@@ -10,7 +10,7 @@ from stub_tokenizer import WordTokenizer
 from glm_jax.decoding.beams import BeamSearch, beam_search, finish
 from glm_jax.decoding.blank_filling import PartlyFilled, filling_by_beams
 from glm_jax.decoding.prompt import Prompt
-from glm_jax.decoding.sampling import SamplingError
+from glm_jax.decoding.settings import SamplingError
 
 DECODE = json.loads((GOLDEN / "decode.json").read_text())["cases"]
 SLOW = pytest.mark.slow

@@ -15,7 +15,8 @@ from glm_jax.decoding.completion import Request
 from glm_jax.decoding.engine import Engine, EngineSettings
 from glm_jax.decoding.packing import pack_width, widths
 from glm_jax.decoding.prompt import Prompt, PromptError
-from glm_jax.decoding.sampling import Sampling, SamplingError
+from glm_jax.decoding.sampling import Sampling
+from glm_jax.decoding.settings import SamplingError
 from glm_jax.decoding.slots import admit, release
 from glm_jax.model import glm
 from glm_jax.model import params as glm_params

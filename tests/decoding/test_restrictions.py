@@ -12,7 +12,8 @@ from glm_jax.decoding.completion import Request
 from glm_jax.decoding.engine import Engine, EngineSettings
 from glm_jax.decoding.prompt import Prompt
 from glm_jax.decoding.restrictions import repeated, restrict
-from glm_jax.decoding.sampling import Sampling, SamplingError
+from glm_jax.decoding.sampling import Sampling
+from glm_jax.decoding.settings import SamplingError
 from glm_jax.decoding.slots import sampling_row
 
 VOCAB = 12

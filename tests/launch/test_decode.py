@@ -121,7 +121,7 @@ def test_wrong_jobs_are_one_line(model, source, expected, tmp_path):
         ([*given, f"--input={tmp_path}/none.txt"], 1, "No such file"),
         ([*given, "--num_processes=2"], 1, "2 processes and no coordinator"),
         ([*given, "--num_processes=2", "--process_id=0", "--mesh=1,1,2"], 1, "run one model"),
-        ([*given, "--top_p=3"], 1, "top_p=3.0: from 0 to 1"),
+        ([*given, "--top_p=3"], 2, "top_p=3.0: from 0 to 1"),
     ]
     running = [
         (Started([sys.executable, "-m", "launch.decode", *arguments], environment(1)), *rest)

@@ -147,7 +147,7 @@ def test_the_demo_removes_nothing_but_an_earlier_demo(tmp_path):
         (["launch.generate", "--checkpoint=x", "--cache_dtype=int4"], 2, ["cache_dtype"]),
         (["launch.generate", "--checkpoint=nowhere", "--tokenizer=no"], 1, ["is missing"]),
         (["launch.generate", "--checkpoint=x", "--input=nowhere.txt"], 1, ["nowhere.txt"]),
-        (["launch.generate", "--checkpoint=x", "--temperature=-1"], 1, ["temperature"]),
+        (["launch.generate", "--checkpoint=x", "--temperature=nan"], 2, ["temperature"]),
         (["launch.train", "--workdir=w", "--config=configs/none.py"], 2, ["none.py"]),
         (
             ["launch.train", "--workdir=w", "--config=configs/train_tiny.py", "--config.stesp=3"],
