@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ _MAX_BLANKS = 80
 # sentencepiece leaves out a line with one of these without a word, and one past its limit.
 _UNTRAINABLE = re.compile("[\u2585\0]")
 _MAX_LINE_BYTES = 1 << 16
+_BYTE_PIECES = 300  # bytes, blanks and what sentencepiece always has
 _SPECIAL_TEXTS = {
     "[MASK]": "mask",
     "[gMASK]": "gmask",
@@ -247,6 +249,19 @@ def _training_lines(text: str) -> Iterator[str]:
 def _split(text: str, words: tuple[str, ...]) -> list[str]:
     """A text cut before and after each of some words."""
     return re.split("(" + "|".join(map(re.escape, words)) + ")", text) if words else [text]
+
+
+def byte_tokenizer(special_tokens: SpecialTokens, vocab_size: int) -> Tokenizer:
+    """A stand-in for a model without a tokenizer of its own: each byte of a text is a token.
+
+    Args:
+      vocab_size: of the model. Ids that no byte has are decoded as "<|ID|>".
+    """
+    has_images = vocab_size > TokenizerConfig.text_offset + _BYTE_PIECES
+    config = TokenizerConfig(TokenizerConfig.text_offset if has_images else 0, special_tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        train_tokenizer([" "], folder, _BYTE_PIECES)
+        return Tokenizer(folder, config)
 
 
 def _blanks(count: int) -> str:

@@ -15,7 +15,6 @@ from absl import flags
 from glm_jax import cli
 from glm_jax.decoding.answers import merge
 from glm_jax.decoding.batch import Batch, Share, run_batch
-from glm_jax.tokenizer import Tokenizer
 from launch.model_flags import (
     MODEL_IDENTITY,
     define_engine_flags,
@@ -23,6 +22,7 @@ from launch.model_flags import (
     define_strategy_flags,
     engine_settings,
     load_model,
+    load_tokenizer,
     strategy,
 )
 
@@ -51,7 +51,7 @@ def main() -> None:
         print(f"all answers are in {merge(folder)}")
         return
     share = Share.of_process(FLAGS.mesh, *cli.join_processes(may_be_apart=True))
-    tokenizer = Tokenizer(FLAGS.tokenizer or FLAGS.checkpoint)
+    tokenizer = load_tokenizer()
     batch = Batch(
         source=Path(FLAGS.input),
         folder=folder,

@@ -18,9 +18,13 @@ from glm_jax.evaluation.results import RESULTS_FILE, compare, read_results
 from glm_jax.evaluation.run import check, evaluate
 from glm_jax.evaluation.task_config import TaskError, find_tasks, load_task
 from glm_jax.evaluation.tasks import Model
-from glm_jax.model.checkpoint import load_config
-from glm_jax.tokenizer import Tokenizer
-from launch.model_flags import MODEL_IDENTITY, define_model_flags, load_model
+from launch.model_flags import (
+    MODEL_IDENTITY,
+    define_model_flags,
+    load_model,
+    load_tokenizer,
+    model_config,
+)
 
 FLAGS = flags.FLAGS
 define_model_flags()
@@ -54,9 +58,9 @@ def main() -> None:
         print(reports.comparison_table(compare(a, b)))
         return
     configs = [load_task(path) for path in find_tasks(map(Path, FLAGS.task))]
-    tokenizer = Tokenizer(FLAGS.tokenizer or FLAGS.checkpoint)
+    tokenizer = load_tokenizer()
     if FLAGS.check:
-        count = check(configs, Path(FLAGS.data), load_config(FLAGS.checkpoint), tokenizer)
+        count = check(configs, Path(FLAGS.data), model_config(), tokenizer)
         if count:
             raise TaskError(f"{count} lines to mend")
         print(f"{len(configs)} tasks: all data can be used")

@@ -11,8 +11,13 @@ from glm_jax import cli
 from glm_jax.decoding.interactive import Strategy, ask_texts, fill_all, read_texts
 from glm_jax.decoding.prompt import PromptError
 from glm_jax.sharding import parse_mesh
-from glm_jax.tokenizer import Tokenizer
-from launch.model_flags import define_model_flags, define_strategy_flags, load_model, strategy
+from launch.model_flags import (
+    define_model_flags,
+    define_strategy_flags,
+    load_model,
+    load_tokenizer,
+    strategy,
+)
 
 FLAGS = flags.FLAGS
 define_model_flags()
@@ -28,7 +33,7 @@ flags.DEFINE_string(
 def main() -> None:
     settings = strategy()
     texts = None if FLAGS.input is None else read_texts(FLAGS.input)
-    tokenizer = Tokenizer(FLAGS.tokenizer or FLAGS.checkpoint)
+    tokenizer = load_tokenizer()
     choice = Strategy(
         settings.choice(tokenizer.encode),
         FLAGS.max_length,

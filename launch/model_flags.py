@@ -1,6 +1,7 @@
 """Flags that launchers share which give a model texts to fill."""
 
 import functools
+import sys
 from typing import Any
 
 from absl import flags
@@ -11,9 +12,12 @@ from glm_jax.decoding.engine import EngineSettings
 from glm_jax.decoding.prepare import prepare
 from glm_jax.decoding.requests import TextRequest
 from glm_jax.decoding.settings import SETTINGS, SamplingError
-from glm_jax.model.checkpoint import restore
+from glm_jax.errors import UserError
+from glm_jax.model.checkpoint import load_config, restore
 from glm_jax.model.params import GLMParams
+from glm_jax.model.random_weights import is_random, random_config, random_model
 from glm_jax.quantization import QuantizationError, Scheme
+from glm_jax.tokenizer import Tokenizer, byte_tokenizer
 
 FLAGS = flags.FLAGS
 # Flags that decide what a model answers; another mesh or more slots do not.
@@ -38,7 +42,9 @@ _DEFINE: dict[type, Any] = {
 
 def define_model_flags() -> None:
     """Which model, in which precision, and where."""
-    flags.DEFINE_string("checkpoint", None, "a model folder")
+    flags.DEFINE_string(
+        "checkpoint", None, "a model folder; or random:SIZE, such as random:130b: random weights"
+    )
     flags.DEFINE_string("tokenizer", None, "folder or .model file; the checkpoint's by default")
     flags.DEFINE_string(
         "mesh", None, "sizes of data,fsdp,tensor, such as 1,1,8; one device by default"
@@ -72,10 +78,11 @@ def define_model_flags() -> None:
         lower_bound=0,
     )
     flags.DEFINE_integer("max_length", None, "tokens of text and answer together", lower_bound=4)
-    flags.register_validator("quantization", _is_scheme)
+    flags.register_validator("quantization", is_scheme)
 
 
-def _is_scheme(text: str | None) -> bool:
+def is_scheme(text: str | None) -> bool:
+    """Whether a flag says how to quantise; raises ValidationError where it does not."""
     try:
         return text is None or bool(Scheme.parse(text))
     except QuantizationError as error:
@@ -137,19 +144,50 @@ def strategy() -> TextRequest:
     return request
 
 
+def model_config() -> GLMConfig:
+    """The config of the flags' model, which is not read.
+
+    Raises:
+      UserError: there is no such model.
+    """
+    return (random_config if is_random(FLAGS.checkpoint) else load_config)(FLAGS.checkpoint)
+
+
+def load_tokenizer() -> Tokenizer:
+    """The tokenizer of the flags: of random weights one whose tokens are bytes by default.
+
+    Raises:
+      UserError: there is none, or no such model.
+    """
+    if not is_random(FLAGS.checkpoint):
+        return Tokenizer(FLAGS.tokenizer or FLAGS.checkpoint)
+    config = random_config(FLAGS.checkpoint)
+    if FLAGS.tokenizer is None:
+        assert config.special_tokens is not None
+        print("no --tokenizer: each byte of a text is a token", file=sys.stderr)
+        return byte_tokenizer(config.special_tokens, config.vocab_size)
+    tokenizer = Tokenizer(FLAGS.tokenizer)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"--tokenizer={FLAGS.tokenizer} has ids up to {tokenizer.vocab_size - 1}, "
+            f"{FLAGS.checkpoint} {config.vocab_size} words: give a smaller one, or none"
+        )
+    return tokenizer
+
+
 def load_model(mesh: Mesh | None) -> tuple[GLMConfig, GLMParams]:
     """The model of the flags, prepared for decoding.
 
     Raises:
       UserError: there is none, or it is not to be had so.
     """
-    config, params = restore(
-        FLAGS.checkpoint,
-        mesh,
-        FLAGS.dtype,
-        FLAGS.quantization,
-        FLAGS.weight_memory_limit,
-        FLAGS.adapter,
-    )
+    form = mesh, FLAGS.dtype, FLAGS.quantization, FLAGS.weight_memory_limit
+    if not is_random(FLAGS.checkpoint):
+        config, params = restore(FLAGS.checkpoint, *form, FLAGS.adapter)
+    elif FLAGS.adapter is not None:
+        raise UserError(f"--adapter={FLAGS.adapter}: random weights take no adapter: leave it out")
+    else:
+        print(f"{FLAGS.checkpoint}: random weights: the answers mean nothing", file=sys.stderr)
+        config, params = random_model(FLAGS.checkpoint, *form)
     config = config.replace(cache_dtype=FLAGS.cache_dtype)
     return config, prepare(params, FLAGS.activation_bits, FLAGS.embedding_bits)

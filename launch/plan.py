@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from glm_jax import cli
-from glm_jax.config import glm_130b
+from glm_jax.config import GLMConfig, glm_130b
 from glm_jax.files import write_text
 from glm_jax.planning import finetuning_table, hardware_table
 from glm_jax.planning.plan import JOBS, PRECISIONS, PlanError, Question
@@ -27,15 +27,21 @@ from glm_jax.planning.reports import draw, line, record, table
 from glm_jax.planning.sweep import Tried, attempt, smallest, sweep
 from glm_jax.sharding import MeshError
 from glm_jax.training import config as train_config
+from launch.model_flags import is_scheme, model_config
 
 FLAGS = flags.FLAGS
 _TABLES = {"hardware": hardware_table.TABLE, "finetuning": finetuning_table.TABLE}
 config_flags.DEFINE_config_file("config", "configs/glm_130b.py", "an experiment's file")
+flags.DEFINE_string(
+    "checkpoint", None, "a model folder, or random:SIZE: its model instead of the config's"
+)
 flags.DEFINE_enum("job", "decode", JOBS, "which program")
 flags.DEFINE_string("hardware", None, "a file of configs/hardware: a100_40gb")
 flags.DEFINE_integer("devices", 1, "how many", lower_bound=1)
 flags.DEFINE_string("mesh", None, "sizes of data,fsdp,tensor; all tensor by default")
 flags.DEFINE_enum("precision", "float16", PRECISIONS, "of the weights")
+flags.DEFINE_string("quantization", None, "int8, int4, or int4,group=128: instead of --precision")
+flags.register_validator("quantization", is_scheme)
 flags.DEFINE_enum("cache_dtype", None, ["float16", "bfloat16", "int8"], "of keys and values")
 flags.DEFINE_integer("batch", 1, "requests that decode together, or rows", lower_bound=1)
 flags.DEFINE_integer("length", None, "tokens of each; the model's positions by default")
@@ -75,10 +81,7 @@ def hardware(name: str) -> ConfigDict:
 
 def question(described: ConfigDict) -> Question:
     """What the flags ask."""
-    # A fine-tuning config's model is its checkpoint's; here the released one.
-    fields = FLAGS.config.model.to_dict()
-    is_whole = "num_layers" in fields
-    model = train_config.model_config(FLAGS.config) if is_whole else glm_130b(**fields)
+    model = _model()
     sizes = FLAGS.mesh or f"1,1,{FLAGS.devices}"
     try:
         data, fsdp, tensor = (int(size) for size in sizes.split(","))
@@ -88,7 +91,7 @@ def question(described: ConfigDict) -> Question:
     return Question(
         model=model,
         job=FLAGS.job,
-        precision=FLAGS.precision,
+        precision=FLAGS.quantization or FLAGS.precision,
         mesh=(data, fsdp, tensor),
         batch=FLAGS.batch,
         length=FLAGS.length or model.max_sequence_length,
@@ -96,6 +99,15 @@ def question(described: ConfigDict) -> Question:
         recipe=train_config.recipe(FLAGS.config) if is_training else None,
         weight_memory_limit=FLAGS.weight_memory_limit,
     )
+
+
+def _model() -> GLMConfig:
+    if FLAGS.checkpoint is not None:
+        return model_config()
+    fields = FLAGS.config.model.to_dict()
+    if "num_layers" in fields:
+        return train_config.model_config(FLAGS.config)
+    return glm_130b(**fields)  # a fine-tuning config's model is its checkpoint's
 
 
 def main() -> None:

@@ -11,14 +11,14 @@ from absl import flags
 
 from glm_jax import cli
 from glm_jax.decoding.engine import Engine
-from glm_jax.model.checkpoint import load_config
 from glm_jax.sharding import parse_mesh
-from glm_jax.tokenizer import Tokenizer
 from launch.model_flags import (
     define_engine_flags,
     define_model_flags,
     engine_settings,
     load_model,
+    load_tokenizer,
+    model_config,
 )
 
 try:
@@ -50,7 +50,7 @@ flags.DEFINE_float("drain_seconds", 600, "that requests have to end after SIGTER
 
 def load() -> ServedModel:
     """The model of the flags, behind an engine."""
-    tokenizer = Tokenizer(FLAGS.tokenizer or FLAGS.checkpoint)
+    tokenizer = load_tokenizer()
     config, params = load_model(None if FLAGS.mesh is None else parse_mesh(FLAGS.mesh))
     settings = engine_settings(FLAGS.prefill_budget)
     engine = Engine(params, config, settings, tokenizer.special_tokens)
@@ -58,7 +58,7 @@ def load() -> ServedModel:
 
 
 def main() -> None:
-    load_config(FLAGS.checkpoint)  # before anyone is answered
+    model_config()  # before anyone is answered
     serve(
         load,
         Serving(

@@ -13,6 +13,7 @@ from glm_jax.decoding.packing import pack_prompts
 from glm_jax.decoding.slots import empty_slot, empty_slots
 from glm_jax.evaluation.scoring import log_probabilities
 from glm_jax.model import params as glm_params
+from glm_jax.model.abstract_params import abstract_quantized
 from glm_jax.model.offload import (
     DEVICE_MEMORY,
     HOST_MEMORY,
@@ -22,9 +23,9 @@ from glm_jax.model.offload import (
     resident_count,
 )
 from glm_jax.model.paged_cache import PAGE_AXES, init_paged_cache, row_shards
-from glm_jax.model.params import KERNEL_AXES, GLMParams, LinearParams
+from glm_jax.model.params import GLMParams
 from glm_jax.planning.topology import compiling_for, in_memory
-from glm_jax.quantization import QuantizedArray, Scheme
+from glm_jax.quantization import Scheme
 from glm_jax.sharding import activation_sharding
 
 PAGE_SIZE = 64
@@ -124,8 +125,10 @@ def abstract_params(
     Raises:
       OffloadError: the limit leaves no room for two blocks.
     """
-    floats = glm_params.abstract(config, mesh)
-    params = floats if quantization is None else _narrow(floats, config, mesh, quantization)
+    if quantization is None:
+        params = glm_params.abstract(config, mesh)
+    else:
+        params = abstract_quantized(config, mesh, Scheme.parse(quantization))
     if weight_memory_limit is None:
         return params
     layers: Any = params.layers
@@ -149,30 +152,3 @@ def _of_count(layers: Any, count: int) -> Any:
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=x.sharding), layers
     )
-
-
-def _narrow(floats: GLMParams, config: GLMConfig, mesh: Mesh, quantization: str) -> GLMParams:
-    scheme = Scheme.parse(quantization)
-    specs: Any = glm_params.specs(config).layers
-
-    def narrow(name: str, linear: LinearParams) -> LinearParams:
-        spec = getattr(specs, name).kernel
-        layers, inputs, *outputs = linear.kernel.shape
-        group = scheme.group_size or inputs
-        shapes = (
-            (layers, inputs * scheme.bits // 8, *outputs),
-            (layers, inputs // group, *outputs),
-        )
-        values, scales = glm_params.quantized_sharding(mesh, spec, *shapes)
-        of_scales = jax.ShapeDtypeStruct(shapes[1], linear.kernel.dtype, sharding=scales)
-        kernel = QuantizedArray(
-            values=jax.ShapeDtypeStruct(shapes[0], jnp.int8, sharding=values),
-            scales=of_scales,
-            bits=scheme.bits,
-            contraction_axis=glm_params.contraction_axis(linear.kernel),
-            zero_points=of_scales if scheme.zero_point else None,
-            axes=KERNEL_AXES[name],
-        )
-        return LinearParams(kernel=kernel, bias=linear.bias)
-
-    return glm_params.map_linears(narrow, floats)

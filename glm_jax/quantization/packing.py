@@ -11,7 +11,11 @@ def pack_int4(values: Int8[Array, "..."], axis: int) -> Int8[Array, "..."]:
       values: int8 in [-8, 7]; its size along `axis` is even.
       axis: the axis that halves.
     """
-    even, odd = _split_pairs(values, axis)
+    return join_bytes(*_split_pairs(values, axis))
+
+
+def join_bytes(even: Int8[Array, "..."], odd: Int8[Array, "..."]) -> Int8[Array, "..."]:
+    """Inverse of `split_bytes` for int8 in [-8, 7]."""
     return ((even << 4) | (odd & 0x0F)).astype(jnp.int8)
 
 
