@@ -16,7 +16,12 @@ TORCH_VENV := .venv-torch
 # Compilers for GPUs and TPUs, which need no such device, in an environment of their own.
 AOT_VENV := .venv-aot
 
-.PHONY: demo test test-torch test-slow test-aot lint bench clean
+# What touches devices, by the python3 and the packages of the environment that is active; several
+# processes share the GPU where pytest-xdist is there. PLATFORMS=cpu tries it without a GPU.
+PLATFORMS ?= cuda,cpu
+GPU_TESTS := tests/gpu tests/model tests/quantization tests/decoding tests/training tests/convert
+
+.PHONY: demo test test-torch test-slow test-aot test-gpu lint bench clean
 
 demo: $(VENV)/.base
 	$(BIN)/python -m launch.demo
@@ -36,6 +41,10 @@ test-slow: $(VENV)/.test
 test-aot:
 	$(MAKE) VENV=$(AOT_VENV) $(AOT_VENV)/.aot
 	PYTHONPATH=tests $(AOT_VENV)/bin/python -m pytest -n 2 --noconftest -p aot.dumping tests/aot
+
+test-gpu:
+	GLM_JAX_TEST_PLATFORMS=$(PLATFORMS) PYTHONPATH=.:tests python3 -m pytest -p one_device -m "gpu and not slow" \
+	    -rs --durations=5 $$(python3 -c "import xdist" 2>/dev/null && echo -n 4) $(GPU_TESTS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -124,10 +124,17 @@ def _no_room(partial: Path, why: str) -> ConvertError:
     )
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("glm_jax")
+    except importlib.metadata.PackageNotFoundError:  # run from its folder, not installed
+        return "not installed"
+
+
 def _plan(checkpoint: SatCheckpoint, config: GLMConfig, options: Options) -> dict[str, Any]:
     """Where a model comes from; what is converted by another plan is another model."""
     return {
-        "tool": f"glm_jax {importlib.metadata.version('glm_jax')}",
+        "tool": f"glm_jax {_version()}",
         "sources": [
             {"name": shard.name, "bytes": shard.size, "entries_crc32": shard.checksum}
             for shard in checkpoint.shards

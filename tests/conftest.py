@@ -1,18 +1,23 @@
 """Eight CPU devices, run-time checks of annotated shapes, and the oracle's data."""
 
+import importlib.util
 import os
 from importlib.metadata import version
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Small programs, run once or twice: compiling them is most of a test's time.
-_flags = "--xla_backend_optimization_level=0"
-if version("jaxlib").startswith("0.10."):  # 0.12 does not know the flag, and ends at it
-    _flags += " --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("XLA_FLAGS", _flags)
+# `make test-gpu` has the devices that there are, and the packages: see `one_device`.
+_IS_ONE_DEVICE = "GLM_JAX_TEST_PLATFORMS" in os.environ
+if not _IS_ONE_DEVICE:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Small programs, run once or twice: compiling them is most of a test's time.
+    _flags = "--xla_backend_optimization_level=0"
+    if version("jaxlib").startswith("0.10."):  # 0.12 does not know the flag, and ends at it
+        _flags += " --xla_cpu_use_fusion_emitters=false"
+    os.environ.setdefault("XLA_FLAGS", _flags)
 
 from jaxtyping import install_import_hook
 
-install_import_hook("glm_jax", "beartype.beartype")
+if not _IS_ONE_DEVICE or importlib.util.find_spec("beartype") is not None:
+    install_import_hook("glm_jax", "beartype.beartype")
 
 import json
 from collections.abc import Iterator
@@ -23,7 +28,8 @@ import jax
 import numpy as np
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 8)
+if not _IS_ONE_DEVICE:
+    jax.config.update("jax_num_cpu_devices", 8)
 
 from convert.sat_reader import SatCheckpoint
 from glm_jax.config import GLMConfig, SpecialTokens, glm_config
@@ -31,7 +37,6 @@ from glm_jax.data import facts
 from glm_jax.model import params as glm_params
 from glm_jax.model.params import GLMParams
 from glm_jax.tokenizer import Tokenizer, train_tokenizer
-from glm_jax.training.config import default_config
 
 GOLDEN = Path(__file__).parent / "golden"
 NUM_HEADS, POSITIONS = 8, 64
@@ -105,6 +110,8 @@ def tokenizer(tmp_path_factory: Any, corpus: facts.Corpus) -> Tokenizer:
 @pytest.fixture
 def experiment(tmp_path: Path, tokenizer: Tokenizer, corpus: facts.Corpus) -> Any:
     """A small run of training."""
+    from glm_jax.training.config import default_config  # of packages that `one_device` may lack
+
     (tmp_path / "text.txt").write_text("\n".join(corpus.sentences[:200]), encoding="utf-8")
     config = default_config("tiny", hidden_size=32, inner_hidden_size=64, vocab_size=4096)
     config.data.files = str(tmp_path / "text.txt")

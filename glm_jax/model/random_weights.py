@@ -74,6 +74,17 @@ def random_model(
     config = random_config(checkpoint)
     if dtype is not None:
         config = config.replace(param_dtype=dtype, compute_dtype=dtype)
+    return config, random_params(config, mesh, quantization, weight_memory_limit, seed)
+
+
+def random_params(
+    config: GLMConfig,
+    mesh: Mesh | None = None,
+    quantization: str | None = None,
+    weight_memory_limit: float | None = None,
+    seed: int = 0,
+) -> GLMParams:
+    """The parameters of `random_model`, of any config."""
     scheme = None if quantization is None else Scheme.parse(quantization)
     described = described_params(config, mesh, scheme)
     specs = glm_params.specs(config)
@@ -83,8 +94,7 @@ def random_model(
     keys = jax.random.split(layers_key, config.num_layers)
     made = (Part(i, i + 1, make_layer(keys[i])) for i in range(config.num_layers))
     limit = math.inf if weight_memory_limit is None else weight_memory_limit
-    layers = stacked(made, config.num_layers, device_bytes(rest), limit)
-    return config, GLMParams(layers=layers, **rest)
+    return GLMParams(layers=stacked(made, config.num_layers, device_bytes(rest), limit), **rest)
 
 
 def described_params(config: GLMConfig, mesh: Mesh | None, scheme: Scheme | None) -> GLMParams:

@@ -51,6 +51,7 @@ def _rewrite(path, change):
     write_torch_file(path, module)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])
 def test_every_shard_count_gives_the_same_model(tmp_path, shards):
     _convert(CHECKPOINTS / f"tp{shards}", tmp_path)
@@ -75,6 +76,7 @@ def test_latest_with_stray_blanks_or_quotes_is_taken(copy, latest):
     assert len(find_shards(copy)) == 2
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["int8_tp1", "int8_tp8", "int4_tp2", "int4_tp8"])
 def test_quantized_shards_keep_their_integers(tmp_path, name):
     _convert(CHECKPOINTS / name, tmp_path)

@@ -17,6 +17,7 @@ SLOW = pytest.mark.slow
 FILL = [c for c in json.loads((GOLDEN / "fill_blanks.json").read_text()) if c["kind"] == "beam"]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("number", [0, 2, *(pytest.param(i, marks=SLOW) for i in (1, 3, 4, 5))])
 def test_every_setting_equals_the_original(golden_float32, number):
     config, params = golden_float32
@@ -45,6 +46,7 @@ def test_every_setting_equals_the_original(golden_float32, number):
         assert [h.score for h in found] == sorted((h.score for h in found), reverse=True)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", FILL, ids=[c["text"] for c in FILL])
 def test_filling_equals_the_original(golden_float32, golden_special, case):
     config, params = golden_float32

@@ -30,6 +30,7 @@ DECODE = json.loads((GOLDEN / "decode.json").read_text())["cases"]
 FILL = [c for c in json.loads((GOLDEN / "fill_blanks.json").read_text()) if c["kind"] == "greedy"]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", DECODE, ids=range(len(DECODE)))
 def test_greedy_equals_the_original(golden_float32, case):
     config, params = golden_float32
@@ -52,6 +53,7 @@ def test_rows_of_one_batch_do_not_touch_each_other(golden_float32):
         assert [*case["prompt"]["context"], 504, *output] == case["greedy"][:31]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", FILL, ids=[c["text"] for c in FILL])
 def test_filling_equals_the_original(golden_float32, golden_special, case):
     config, params = golden_float32

@@ -74,6 +74,7 @@ def _assert_same(answers, expected):
         np.testing.assert_allclose(got.log_probabilities, wanted.log_probabilities, atol=1e-4)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("budget", [None, 20])
 def test_a_request_gets_the_same_whatever_shares_its_batch(tiny_model, alone, budget):
     config, params = tiny_model
@@ -115,6 +116,7 @@ def test_a_cache_in_less_precision_changes_scores_a_little(tiny_model, dtype, to
     assert 0 < difference < tolerance
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("is_placed", [False, True])
 def test_nothing_is_compiled_after_warm_up(tiny_model, is_placed):
     """Nor where parameters were put on their device, as `restore` does."""

@@ -91,6 +91,7 @@ def test_fresh_adapters_change_nothing(tiny_model):
     np.testing.assert_array_equal(got, _logits(params, config))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("shape", "scheme", "remat"),
     [
@@ -156,6 +157,7 @@ def saved(tmp_path_factory, tiny_model):
     return folder, pairs
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("shape", "quantization"), [(None, None), (None, "int4"), ((2, 2, 2), "int4")]
 )

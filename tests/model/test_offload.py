@@ -53,6 +53,7 @@ def _answer(config, params, budget=None):
     return sorted((c.ticket, tuple(c.tokens)) for c in engine.run(requests))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mesh", [None, (1, 1, 4), (2, 2, 2)])
 @pytest.mark.parametrize(("quantization", "resident"), [(None, 0), (None, 2), ("int4", 3)])
 def test_streamed_blocks_give_the_same_logits_and_tokens(saved, mesh, quantization, resident):

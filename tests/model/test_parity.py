@@ -12,6 +12,8 @@ from glm_jax.model.layers import rotary_tables
 from glm_jax.model.params import unstack_layers
 from glm_jax.model.visibility import Visibility
 
+pytestmark = pytest.mark.gpu
+
 CASES = ("gmask_prefix", "mask_blank", "bidirectional", "unidirectional", "ragged_prefix")
 PRECISIONS = ("float16", "int8_tp1", "int8_tp8", "int4_tp1", "int4_tp8")
 

@@ -8,7 +8,7 @@ from glm_jax.config import ConfigError, glm_130b, glm_config
 from glm_jax.model import params as glm_params
 from glm_jax.model import random_weights
 from glm_jax.model.offload import OffloadedLayers
-from glm_jax.model.random_weights import random_config, random_model
+from glm_jax.model.random_weights import random_config, random_model, random_params
 from glm_jax.quantization import QuantizationError, QuantizedArray, Scheme, unpack_int4
 from glm_jax.sharding import MeshError, make_mesh
 from glm_jax.tokenizer import byte_tokenizer
@@ -55,10 +55,9 @@ def test_the_same_weights_on_every_mesh_where_restored_ones_lie(quantization):
     )
 
 
-def test_layers_beyond_a_limit_wait_in_the_hosts_memory(monkeypatch):
+def test_layers_beyond_a_limit_wait_in_the_hosts_memory():
     small = glm_config("tiny", num_layers=4, hidden_size=32, inner_hidden_size=64, vocab_size=64)
-    monkeypatch.setattr(random_weights, "random_config", lambda name: small)
-    _, params = random_model("random:small", quantization="int4", weight_memory_limit=3.2e-5)
+    params = random_params(small, quantization="int4", weight_memory_limit=3.2e-5)
     assert isinstance(params.layers, OffloadedLayers)
     assert 0 < params.layers.streamed_count <= 4
     assert params.layers.resident_count + params.layers.streamed_count == 4

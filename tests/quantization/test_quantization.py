@@ -21,6 +21,7 @@ from glm_jax.quantization import (
 from glm_jax.quantization.report import as_table, report
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("bits", [8, 4])
 def test_integers_and_scales_equal_the_originals(bits):
     _, params = load_golden("tp1", "float16")
@@ -123,6 +124,7 @@ def test_other_bits_are_refused():
         Scheme(3)
 
 
+@pytest.mark.gpu
 def test_groups_and_zero_points_survive_on_disk_and_on_a_mesh(tiny_model, tmp_path):
     config, params = tiny_model
     quantized = glm_params.quantize_params(params, Scheme(4, 32, zero_point=True))

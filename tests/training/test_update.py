@@ -53,6 +53,7 @@ def _distance(transformation, steps=300):
     return float(jnp.sqrt(jnp.mean((params - target) ** 2)))
 
 
+@pytest.mark.gpu
 def test_eight_bits_descend_as_far_as_floats():
     narrowed = _distance(scale_by_narrow_adam(0.9, 0.95, 1e-8))
     exact = _distance(optax.scale_by_adam(0.9, 0.95, 1e-8))
@@ -91,6 +92,7 @@ def _steps(recipe, count=3, mesh=None):
     return params, moments, norms
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("moments", MOMENTS)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 4)])
 def test_moments_on_the_host_are_those_of_each_block_by_itself(moments, shape):

@@ -1,0 +1,95 @@
+"""`make test-gpu`: the tests marked `gpu` on the first device there is, CPU beside it.
+
+A plugin of pytest, with the packages of whatever environment it is started in. What needs a
+package that is missing there, or more devices, is left out, and the reason is printed.
+GLM_JAX_TEST_PLATFORMS=cpu tries the selection where there is no GPU.
+"""
+
+import importlib.util
+import os
+
+PLATFORMS = os.environ.setdefault("GLM_JAX_TEST_PLATFORMS", "cuda,cpu")
+os.environ["JAX_PLATFORMS"] = PLATFORMS
+# Several processes may share the device.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+# What glm_jax takes, and an environment made for something else may lack.
+PACKAGES = (
+    "array_record", "beartype", "grain", "httpx2", "matplotlib", "ml_collections", "orbax",
+    "pyarrow", "sentencepiece", "tensorboardX", "tensorstore", "tokamax", "torch", "tqdm", "yaml",
+    "zstandard",
+)  # fmt: skip
+
+
+def _missing() -> list[str]:
+    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        pytest.exit(f"make test-gpu needs a GPU that JAX can use: {reason}", returncode=1)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    device = jax.devices()[0]
+    lines = [f"on {device.device_kind} ({device.platform}), JAX {jax.__version__}"]
+    if missing := _missing():
+        lines.append(f"not installed, so that what needs them is left out: {', '.join(missing)}")
+    return lines
+
+
+def _reason_to_leave_out(error: BaseException | None) -> str | None:
+    """Of a missing package, or of devices; None where a test failed."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError):
+            name = str(error.name).split(".")[0]
+            return f"needs {name}, which is not installed" if name in PACKAGES else None
+        if type(error).__name__ == "MeshError" and "devices, there are" in str(error):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _leaving_out() -> Iterator[None]:
+    try:
+        return (yield)
+    except Exception as error:
+        reason = _reason_to_leave_out(error)
+        if reason is None:
+            raise
+        pytest.skip(reason)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    return (yield from _leaving_out())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    return (yield from _leaving_out())
+
+
+class _Module(pytest.Module):
+    """A file of tests, left out whole where it needs a missing package."""
+
+    def _getobj(self) -> object:
+        try:
+            return super()._getobj()
+        except self.CollectError as error:
+            reason = _reason_to_leave_out(error)
+            if reason is None:
+                raise
+            pytest.skip(reason, allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path, parent) -> pytest.Module:
+    return _Module.from_parent(parent, path=module_path)
