@@ -1,6 +1,10 @@
 """Measures speed as ratios within one run: `make bench`.
 
     python -m launch.benchmark --suite=kernels --output=bench_output
+    python -m launch.benchmark --suite=gpu [--skip=torch --checkpoint=random:13b]
+
+The suite `gpu` is for one GPU: what the card reaches, products, the 130B's decode steps and a
+train step, in under five minutes, with a table for docs/performance.md.
 
 Every round runs each case, so that a machine whose speed drifts drifts for all. A pause
 before each lets the threads of the case before it go to sleep: PyTorch's spin for some
@@ -8,6 +12,7 @@ milliseconds after their work, on the cores that the next case needs. Each case'
 are then woken by a run that does not count.
 """
 
+import importlib
 import json
 import statistics
 import time
@@ -18,25 +23,33 @@ from absl import flags
 from matplotlib import pyplot
 
 from glm_jax import cli
+from glm_jax.errors import UserError
 from glm_jax.files import replacing, write_text
-from launch.suites import convert, decode, evaluate, products, restore, serve, train
+from glm_jax.model.random_weights import is_random
+from launch.suites import gpu, gpu_report
 from launch.suites.case import Case
+from launch.suites.gpu_parts import SHAPES
 
 FLAGS = flags.FLAGS
+# Where each suite is: one is imported alone, for others may need packages that are not there.
 _SUITES = {
-    "convert": convert.convert_suite,
-    "decode": decode.decode_suite,
-    "evaluate": evaluate.evaluate_suite,
-    "decode_step": products.decode_step_suite,
-    "kernels": products.kernels_suite,
-    "restore": restore.restore_suite,
-    "serve": serve.serve_suite,
-    "train": train.train_suite,
+    "convert": "convert",
+    "decode": "decode",
+    "evaluate": "evaluate",
+    "decode_step": "products",
+    "kernels": "products",
+    "restore": "restore",
+    "serve": "serve",
+    "train": "train",
 }
 _PAUSE = 0.02  # seconds
-flags.DEFINE_enum("suite", "decode_step", list(_SUITES), "what to measure")
+flags.DEFINE_enum("suite", "decode_step", [*_SUITES, "gpu"], "what to measure")
 flags.DEFINE_integer("rounds", 15, "timed runs of each case", lower_bound=3)
 flags.DEFINE_string("output", "bench_output", "folder for SUITE.json and SUITE.png")
+flags.DEFINE_multi_enum("skip", [], list(gpu.PARTS), "of --suite=gpu; may be given often")
+flags.DEFINE_string("checkpoint", "random:130b", "of --suite=gpu: a model folder, or random:SIZE")
+flags.DEFINE_string("quantization", None, "of --suite=gpu; int4 for random weights by default")
+flags.DEFINE_enum("shapes", "full", list(SHAPES), "of --suite=gpu; tiny to try it on a CPU")
 
 
 def interleaved(cases: dict[str, Case], rounds: int) -> dict[str, list[float]]:
@@ -86,13 +99,36 @@ def plot(results: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 
 def main() -> None:
+    output = Path(FLAGS.output)
+    if FLAGS.suite == "gpu":
+        measure_gpu(output)
+        return
+    suite = importlib.import_module(f"launch.suites.{_SUITES[FLAGS.suite]}")
     results = {}
-    for title, cases in _SUITES[FLAGS.suite]():
+    for title, cases in getattr(suite, f"{FLAGS.suite}_suite")():
         results[title] = interleaved(cases, FLAGS.rounds)
         report(title, results[title])
-    output = Path(FLAGS.output)
     write_text(output / f"{FLAGS.suite}.json", json.dumps(results, indent=2))
     plot(results, output / f"{FLAGS.suite}.png")
+
+
+def measure_gpu(output: Path) -> None:
+    """gpu.json, gpu.md and gpu.png; the tables are printed too.
+
+    Raises:
+      UserError: nothing could be measured.
+    """
+    checkpoint, quantization = FLAGS.checkpoint, FLAGS.quantization
+    if quantization is None and is_random(checkpoint):
+        quantization = "int4"
+    results = gpu.measure(FLAGS.skip, FLAGS.shapes, checkpoint, quantization)
+    write_text(output / "gpu.json", json.dumps(results, indent=1) + "\n")
+    text = gpu_report.markdown(results)
+    write_text(output / "gpu.md", text)
+    gpu_report.draw(results, output / "gpu.png")
+    print(f"\n{text}\nwritten to {output / 'gpu.json'}, gpu.md and gpu.png")
+    if "device" not in results and set(FLAGS.skip) != set(gpu.PARTS):
+        raise UserError(f"nothing was measured: {results['left_out']}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """A train step beside PyTorch's, and beside what its matrix products alone would take."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +10,8 @@ from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.data.objective import ObjectiveConfig
 from glm_jax.data.pipeline import Batches, Mixture
 from glm_jax.data.records import Record, in_memory
-from glm_jax.sharding import make_mesh
-from glm_jax.training.recipe import Recipe
-from glm_jax.training.state import Batch, init_state
-from glm_jax.training.step import compiled_train_step
-from launch.suites import torch_glm
 from launch.suites.case import Case, find_torch
+from launch.suites.train_step import torch_step_case, train_step_case
 
 BATCH, LENGTH = 4, 512
 _PEAK_SIZE = 2048
@@ -41,7 +36,7 @@ def train_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     samples of one step's batch, and packs them.
     """
     model = config()
-    cases = {"ours": _step_case(model), "peak": _peak_case(model)}
+    cases = {"ours": train_step_case(model, BATCH, LENGTH), "peak": _peak_case(model)}
     cases |= {"input pipeline": _pipeline_case()} | _torch_cases(model)
     title = f"train step, {BATCH} x {LENGTH} tokens, {model.num_layers} layers of 512, float32"
     yield title, cases
@@ -53,34 +48,6 @@ def flops(model: GLMConfig) -> float:
     weights = model.num_layers * layer + model.vocab_size * model.hidden_size
     attention = 2 * model.num_layers * LENGTH * model.hidden_size
     return 6.0 * BATCH * LENGTH * (weights + attention)
-
-
-def _tokens() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 8000, (BATCH, LENGTH)).astype(np.int32)
-
-
-def _step_case(model: GLMConfig) -> Case:
-    recipe = Recipe(total_samples=10**6, dropout=0.0, attention_dropout=0.0)  # as the peer
-    mesh = make_mesh((1, 1, 1))
-    holder: list[Any] = [init_state(model, recipe, jax.random.key(0), mesh)]
-    train_step = compiled_train_step(model, recipe, 1, mesh)
-    shape = (1, BATCH, LENGTH)
-    batch = Batch(
-        tokens=jnp.asarray(_tokens())[None],
-        targets=jnp.asarray(_tokens())[None],
-        loss_weights=jnp.ones(shape),
-        position_ids=jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), shape),
-        context_length=jnp.full(shape, LENGTH // 2, jnp.int32),
-        segment_ids=jnp.ones(shape, jnp.int32),
-        groups=jnp.zeros(shape, jnp.int32),
-    )
-
-    def step() -> object:
-        with jax.set_mesh(mesh):
-            holder[0], metrics = train_step(holder[0], None, batch, jax.random.key(1))
-        return metrics
-
-    return Case(step)
 
 
 def _peak_case(model: GLMConfig) -> Case:
@@ -116,24 +83,9 @@ def _torch_cases(model: GLMConfig) -> dict[str, Case]:
     torch = find_torch()
     if torch is None:
         return {}
-    tokens = torch.from_numpy(_tokens()).long()
-    positions = torch.arange(LENGTH).expand(BATCH, LENGTH)
     rows = torch.arange(LENGTH)
     mask = (rows[None] <= rows[:, None]) | (rows[None] < LENGTH // 2)
-
-    def case(compile_it: bool) -> Case:
-        peer = torch_glm.build(model)
-        optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-4, fused=True)
-        forward = torch.compile(peer) if compile_it else peer
-
-        def step() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            logits = forward(tokens, positions, mask)
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
-            optimizer.step()
-
-        return Case(step)
-
-    return {"torch eager": case(False), "torch.compile": case(True)}
+    return {
+        name: torch_step_case(model, BATCH, LENGTH, compiles=compiles, mask=mask)
+        for name, compiles in (("torch eager", False), ("torch.compile", True))
+    }

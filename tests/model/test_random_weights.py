@@ -13,7 +13,7 @@ from glm_jax.quantization import QuantizationError, QuantizedArray, Scheme, unpa
 from glm_jax.sharding import MeshError, make_mesh
 from glm_jax.tokenizer import byte_tokenizer
 
-SCHEMES = [None, "int8", "int4", "int4,group=32,zero_point"]
+SCHEMES = [None, "int8", "int4,group=32,zero_point"]
 
 
 def _form(tree):
@@ -39,7 +39,7 @@ def test_the_form_is_that_of_a_restored_model(quantization):
         assert not np.array_equal(values[0], values[1])  # layers differ
 
 
-@pytest.mark.parametrize("quantization", SCHEMES[::2])
+@pytest.mark.parametrize("quantization", ["int4"])
 def test_the_same_weights_on_every_mesh_where_restored_ones_lie(quantization):
     _, alone = random_model("random:tiny", quantization=quantization)
     mesh = make_mesh((1, 2, 2))

@@ -1,0 +1,360 @@
+"""What the GPU suite measures, each part in a process of its own:
+
+    python -m launch.suites.gpu_parts products --shapes=full --output=products.jsonl
+
+Results are written as JSON, one a line, as they come: a part that runs out of time has what it
+reached. `--shapes=tiny` tries all of it on a CPU.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm_jax.config import GLMConfig, glm_config
+from glm_jax.decoding.completion import Request
+from glm_jax.decoding.engine import Engine, EngineSettings
+from glm_jax.decoding.prompt import Prompt
+from glm_jax.kernels.quantized_matmul.api import quantized_matmul
+from glm_jax.model.checkpoint import restore
+from glm_jax.model.random_weights import is_random, random_model
+from glm_jax.quantization import QuantizedArray
+from launch.suites.case import find_torch
+from launch.suites.train_step import torch_step_case, train_step_case
+
+Result = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """How large everything is.
+
+    Attributes:
+      copied: bytes of the array that is read and copied.
+      square: side of the matrices that are multiplied.
+      products: inputs and outputs of weights.
+      rows: of products, those that tell most first; `int8_rows` those of products in 8 bits.
+      in_turn: bytes of weights that a product goes through in turn: more than a cache holds.
+      batches: of decode steps; `prompt` and `answer` tokens of each request.
+      prefills: tokens of prompts.
+      train: a named size, rows and tokens of a row.
+    """
+
+    copied: int
+    square: int
+    products: tuple[tuple[int, int], ...]
+    rows: tuple[int, ...]
+    int8_rows: tuple[int, ...]
+    in_turn: int
+    batches: tuple[int, ...]
+    prompt: int
+    answer: int
+    prefills: tuple[int, ...]
+    train: tuple[str, int, int]
+
+
+SHAPES = {
+    # Products of the 130B: its four linears whole, and an eighth of each.
+    "full": Shapes(
+        copied=2 << 30,
+        square=8192,
+        products=(
+            (12288, 36864),
+            (12288, 12288),
+            (12288, 65536),
+            (32768, 12288),
+            (12288, 4608),
+            (1536, 12288),
+            (12288, 8192),
+            (4096, 12288),
+        ),
+        rows=(1, 32, 128, 2048, 8, 64, 16, 512),
+        int8_rows=(1, 16, 128, 2048),
+        in_turn=400 << 20,
+        batches=(1, 8, 32, 64),
+        prompt=100,
+        answer=16,
+        prefills=(128, 1900),
+        train=("1b", 8, 2048),
+    ),
+    "tiny": Shapes(
+        copied=1 << 16,
+        square=64,
+        products=((256, 128),),
+        rows=(1, 16),
+        int8_rows=(1,),
+        in_turn=1 << 15,
+        batches=(1,),
+        prompt=8,
+        answer=3,
+        prefills=(8,),
+        train=("tiny", 2, 32),
+    ),
+}
+_REPEATS = 5
+_COMPILERS = 8  # programs that are compiled at once
+_PAGE = 64  # tokens
+_SPARE = 6 << 30  # bytes that programs need beside weights and cache
+_MOST_TORCH_ROWS = 128
+
+
+def seconds(run: Callable[[], object], repeats: int = 1) -> float:
+    """Median seconds of a call."""
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def interleaved(runs: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
+    """Median seconds of each, in rounds of all; a first round is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            taken = seconds(run)
+            if number:
+                times[name].append(taken)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def rates(shapes: Shapes) -> Iterator[Result]:
+    """How fast memory is read, and copied (read and written); the rate of a large product."""
+    yield {"read_TBps": _read_rate(shapes) / 1e12}
+    array = jnp.ones(shapes.copied // 2, jnp.bfloat16)
+    add = jax.jit(lambda x: x + 1)
+    taken = interleaved({"copy": _often(lambda: add(array))})["copy"] / _REPEATS
+    yield {"copy_TBps": 2 * array.nbytes / taken / 1e12}
+    side = shapes.square
+    x = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
+    product = jax.jit(jnp.matmul)
+    taken = interleaved({"product": _often(lambda: product(x, x))})["product"] / _REPEATS
+    yield {"bfloat16_TFLOPs": 2 * side**3 / taken / 1e12}
+
+
+def _read_rate(shapes: Shapes) -> float:
+    """Bytes a second."""
+    array = jnp.ones(shapes.copied // 4, jnp.int32)
+    largest = jax.jit(jnp.max)
+    taken = interleaved({"read": _often(lambda: largest(array))})["read"] / _REPEATS
+    return array.nbytes / taken
+
+
+def products(shapes: Shapes) -> Iterator[Result]:
+    """Our products with weights in 4 and 8 bits beside XLA's in float16, and PyTorch's in 4."""
+    pool = concurrent.futures.ThreadPoolExecutor(_COMPILERS)
+    for rows in shapes.rows:
+        forms = ["int4", "float16"] + ["int8"] * (rows in shapes.int8_rows)
+        jobs = [(size, form) for size in shapes.products for form in forms]
+        compile_one = functools.partial(_program, shapes, rows)
+        compiled = dict(zip(jobs, pool.map(compile_one, *zip(*jobs, strict=True)), strict=True))
+        for inputs, outputs in shapes.products:
+            runs, counts = {}, {}
+            for form in forms:
+                count = _copies(shapes, inputs * outputs * _bits(form) // 8)
+                weights = [_weight(form, inputs, outputs, i) for i in range(count)]
+                x = jax.random.normal(jax.random.key(7), (rows, inputs), jnp.float16)
+                program = compiled[(inputs, outputs), form]
+                run = functools.partial(program, x, weights)
+                runs[form], counts[form] = _often(run), count * _REPEATS
+            if rows <= _MOST_TORCH_ROWS:
+                peer = _torch_product(shapes, rows, inputs, outputs)
+                if peer is not None:
+                    runs["torch_int4"], counts["torch_int4"] = peer
+            taken = interleaved(runs)
+            found = {f"{form}_us": 1e6 * taken[form] / counts[form] for form in runs}
+            yield {"inputs": inputs, "outputs": outputs, "rows": rows} | found
+
+
+def _often(run: Callable[[], object]) -> Callable[[], object]:
+    """So that starting the work does not count."""
+    return lambda: [run() for _ in range(_REPEATS)]
+
+
+def _bits(form: str) -> int:
+    return int("".join(filter(str.isdigit, form)))
+
+
+def _copies(shapes: Shapes, size: int) -> int:
+    return max(1, min(8, shapes.in_turn // size))
+
+
+def _weight(form: str, inputs: int, outputs: int, seed: int) -> Any:
+    key, bits = jax.random.key(seed), _bits(form)
+    if bits == 16:
+        return jax.random.normal(key, (inputs, outputs), jnp.float16)
+    values = jax.random.bits(key, (inputs * bits // 8, outputs), jnp.uint8).astype(jnp.int8)
+    scales = jax.random.uniform(key, (1, outputs), jnp.float32, 0.005, 0.015)
+    return QuantizedArray(values, scales.astype(jnp.float16), bits, -2)
+
+
+def _program(shapes: Shapes, rows: int, size: tuple[int, int], form: str) -> Any:
+    """A compiled product of rows with each of the copies of a weight."""
+    inputs, outputs = size
+    count = _copies(shapes, inputs * outputs * _bits(form) // 8)
+    weight = jax.eval_shape(lambda: _weight(form, inputs, outputs, 0))
+    x = jax.ShapeDtypeStruct((rows, inputs), jnp.float16)
+    product = jnp.matmul if form == "float16" else quantized_matmul
+    run = jax.jit(lambda x, weights: [product(x, weight) for weight in weights])
+    return run.lower(x, [weight] * count).compile()
+
+
+def _torch_product(shapes: Shapes, rows: int, inputs: int, outputs: int) -> Any:
+    """PyTorch's (tinygemm, groups of 128), and how many copies it goes through."""
+    torch = find_torch()
+    if torch is None or not torch.cuda.is_available():
+        return None
+    count = _copies(shapes, inputs * outputs // 2)
+    x = torch.randn(rows, inputs, dtype=torch.bfloat16, device="cuda")
+    weights = []
+    for _ in range(count):
+        packed = torch.randint(0, 255, (outputs, inputs // 2), dtype=torch.uint8, device="cuda")
+        scales = torch.rand(inputs // 128, outputs, 2, dtype=torch.bfloat16, device="cuda")
+        weights.append((torch.ops.aten._convert_weight_to_int4pack(packed, 8), scales))
+
+    def run() -> None:
+        for packed, scales in weights * _REPEATS:
+            torch.ops.aten._weight_int4pack_mm(x, packed, 128, scales)
+        torch.cuda.synchronize()
+
+    return run, count * _REPEATS
+
+
+def decode(shapes: Shapes, checkpoint: str, quantization: str | None) -> Iterator[Result]:
+    """A decode step of several batches beside what reading its bytes takes, and prefills."""
+    rate = _read_rate(shapes)
+    began = time.perf_counter()
+    load = random_model if is_random(checkpoint) else restore
+    config, params = load(checkpoint, quantization=quantization)
+    jax.block_until_ready(params)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    label = " ".join([checkpoint.split(":")[-1].upper(), (quantization or "float").upper()])
+    made = time.perf_counter() - began
+    yield {"model": label, "weights_GB": size / 1e9, "seconds_to_make": made}
+    itemsize = jnp.dtype(config.compute_dtype).itemsize
+    token_bytes = 2 * config.num_layers * config.hidden_size * itemsize
+    request_tokens = -(-(shapes.prompt + 1 + shapes.answer) // _PAGE) * _PAGE
+    free = _free_bytes() - _SPARE
+    longest = -(-(max(shapes.prefills) + 2) // _PAGE) * _PAGE
+    fitting = [batch for batch in shapes.batches if batch * request_tokens * token_bytes <= free]
+    cache_tokens = max(longest, max(fitting, default=1) * request_tokens)
+    for batch in shapes.batches:
+        if batch not in fitting:
+            yield {"batch": batch, "error": "no memory for its keys and values"}
+            continue
+        settings = EngineSettings(batch, cache_tokens=cache_tokens, prefill_width=shapes.prompt)
+        engine = Engine(params, config, settings)
+        _fill(engine, config, batch, shapes.prompt, 2)  # compiles
+        step = _fill(engine, config, batch, shapes.prompt, shapes.answer)[1]
+        read = size + batch * (shapes.prompt + shapes.answer) * token_bytes
+        yield {"batch": batch, "step_ms": 1e3 * step, "limit_ms": 1e3 * read / rate}
+        if batch == shapes.batches[0]:
+            for tokens in shapes.prefills:
+                _fill(engine, config, 1, tokens, 2)
+                taken = statistics.median(
+                    [_fill(engine, config, 1, tokens, 2)[0] for _ in range(3)]
+                )
+                yield {"prefill": tokens, "ms": 1e3 * (taken - step)}
+        del engine
+
+
+def _free_bytes() -> float:
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit", float("inf")) - stats.get("bytes_in_use", 0)
+
+
+def _fill(
+    engine: Engine, config: GLMConfig, batch: int, prompt: int, answer: int
+) -> tuple[float, float]:
+    """Seconds until every request has its first token, and of a step after that (median)."""
+    assert config.special_tokens is not None
+    rng = np.random.default_rng(0)
+    low, high = 10, min(20000, config.vocab_size - 10)
+    for _ in range(batch):
+        tokens = (*rng.integers(low, high, prompt - 1).tolist(), config.special_tokens.gmask)
+        engine.submit(Request(Prompt(tokens, None), max_tokens=answer, end_tokens=()))
+    first, times = seconds(engine.step), []
+    while not engine.is_idle:
+        times.append(seconds(engine.step))
+    return first, statistics.median(times)
+
+
+def train(shapes: Shapes, dropout: float) -> Iterator[Result]:
+    """A train step of ours."""
+    size, rows, length = shapes.train
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    model = glm_config(size, compute_dtype=dtype, max_sequence_length=length)
+    case = train_step_case(model, rows, length, dropout, remat="dots")
+    taken = interleaved({"step": case.run})["step"]
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    yield {"program": "ours", "dropout": dropout, "ms": 1e3 * taken, "peak_GB": peak / 1e9}
+
+
+def torch_train(shapes: Shapes, dropout: float) -> Iterator[Result]:
+    """The same step by torch.compile, in bfloat16 by autocast."""
+    torch = find_torch()
+    if torch is None:
+        raise SystemExit("torch is not installed")
+    if not torch.cuda.is_available() and shapes is SHAPES["full"]:
+        raise SystemExit("torch has no CUDA")
+    size, rows, length = shapes.train
+    model = glm_config(size, max_sequence_length=length)
+    case = torch_step_case(model, rows, length, dropout)
+    taken = interleaved({"step": case.run})["step"]
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    yield {"program": "torch.compile", "dropout": dropout, "ms": 1e3 * taken, "peak_GB": peak / 1e9}
+
+
+def about() -> Result:
+    """What a measurement was made with."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "jax": jax.__version__,
+        "python": ".".join(map(str, sys.version_info[:3])),
+    }
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("part", choices=["rates", "products", "decode", "train", "torch_train"])
+    parser.add_argument("--shapes", choices=list(SHAPES), default="full")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--checkpoint", default="random:130b")
+    parser.add_argument("--quantization", default=None)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    given = parser.parse_args(arguments)
+    shapes = SHAPES[given.shapes]
+    if given.shapes == "full" and jax.default_backend() != "gpu":
+        raise SystemExit(
+            "--suite=gpu needs a GPU that JAX can use; --shapes=tiny tries it on a CPU"
+        )
+    parts: dict[str, Callable[[], Iterator[Result]]] = {
+        "rates": lambda: rates(shapes),
+        "products": lambda: products(shapes),
+        "decode": lambda: decode(shapes, given.checkpoint, given.quantization),
+        "train": lambda: train(shapes, given.dropout),
+        "torch_train": lambda: torch_train(shapes, given.dropout),
+    }
+    with given.output.open("a", encoding="utf-8") as file:
+        if given.part != "torch_train":  # which has the device to itself
+            print(json.dumps(about()), file=file, flush=True)
+        for result in parts[given.part]():
+            print(json.dumps(result), file=file, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
