@@ -6,7 +6,15 @@ TRITON_CAPABILITY = 8.0  # the least that Triton compiles for
 
 # Of GPUs that are compiled for without being here, under XLA's names for them; a GPU that
 # is here says its own.
-_CAPABILITIES = {"V100": 7.0, "2080": 7.5, "T4": 7.5, "A100": 8.0, "3090": 8.6, "H100": 9.0}
+_CAPABILITIES = {
+    "V100": 7.0,
+    "2080": 7.5,
+    "T4": 7.5,
+    "A100": 8.0,
+    "3090": 8.6,
+    "H100": 9.0,
+    "H200": 9.0,
+}
 
 
 def compute_capability() -> float:

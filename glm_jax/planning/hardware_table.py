@@ -21,6 +21,8 @@ class Case:
       cache: dtype of keys and values, that of computing by default.
       limit: GiB of weights that a device holds; the others wait on its host.
       published: seconds that the original took for 2048 tokens, and with what.
+      measured: milliseconds of a decode step on such hardware, and when; see
+        docs/performance.md.
     """
 
     hardware: str
@@ -29,6 +31,7 @@ class Case:
     cache: str | None = None
     published: str = ""
     limit: float | None = None
+    measured: str = ""
 
 
 CASES = (
@@ -42,6 +45,7 @@ CASES = (
     Case("v100", 8, "int4", published="125 (FasterTransformer)"),
     Case("h100", 1, "int4", "int8"),
     Case("h100", 2, "int4"),
+    Case("h200", 1, "int4", measured="78.8 (2026-11-26)"),
     Case("tpu_v5e", 16, "int4"),
     Case("tpu_v5p", 8, "bfloat16"),
     Case("tpu_v6e", 8, "int8"),
@@ -77,6 +81,7 @@ def _cells(case: Case, model: GLMConfig, described: ConfigDict) -> tuple[str, ..
         f"{1e3 * seconds:.1f} ({plan.roofline.limit})",
         f"{_LENGTH * seconds:.0f}",
         case.published,
+        case.measured or "not measured",
     )
 
 
@@ -90,6 +95,7 @@ TABLE = Table(
         "a token at best, ms",
         "2048 tokens at best, s",
         "published, s",
+        "a token measured, ms",
     ),
     cases=CASES,
     cells=_cells,
