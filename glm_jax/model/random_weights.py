@@ -18,6 +18,7 @@ from glm_jax.model.abstract_params import abstract_quantized
 from glm_jax.model.offload import device_bytes
 from glm_jax.model.params import GLMParams, LayerParams, LinearParams
 from glm_jax.model.stacking import Part, stacked
+from glm_jax.numerics import array_dtype
 from glm_jax.quantization import QuantizedArray, Scheme
 from glm_jax.quantization.packing import join_bytes, split_bytes
 
@@ -73,7 +74,7 @@ def random_model(
     """
     config = random_config(checkpoint)
     if dtype is not None:
-        config = config.replace(param_dtype=dtype, compute_dtype=dtype)
+        config = config.replace(param_dtype=array_dtype(dtype), compute_dtype=dtype)
     return config, random_params(config, mesh, quantization, weight_memory_limit, seed)
 
 

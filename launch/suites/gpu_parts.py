@@ -243,7 +243,7 @@ def decode(shapes: Shapes, checkpoint: str, quantization: str | None) -> Iterato
     label = " ".join([checkpoint.split(":")[-1].upper(), (quantization or "float").upper()])
     made = time.perf_counter() - began
     yield {"model": label, "weights_GB": size / 1e9, "seconds_to_make": made}
-    itemsize = jnp.dtype(config.compute_dtype).itemsize
+    itemsize = jnp.dtype(config.activation_dtype).itemsize
     token_bytes = 2 * config.num_layers * config.hidden_size * itemsize
     request_tokens = -(-(shapes.prompt + 1 + shapes.answer) // _PAGE) * _PAGE
     free = _free_bytes() - _SPARE

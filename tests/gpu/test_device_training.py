@@ -69,13 +69,12 @@ def test_float32_equals_the_cpus(on_cpu):
     assert sum(x.sum() for x in off) < 1e-3 * sum(x.size for x in off)
 
 
-# Programs in bfloat16 that are compiled as quickly as tests on CPU are do not run there.
-@pytest.mark.parametrize("dtype", ["bfloat16"] if IS_GPU else [])
-def test_few_bits_are_near(on_cpu, dtype):
-    losses, _ = _run(jax.devices()[0], dtype)
-    np.testing.assert_allclose(losses, on_cpu[0], rtol=2e-2)
-
-
-def test_moments_in_eight_bits_on_the_host_descend_alike(on_cpu):
-    losses, _ = _run(jax.devices()[0], moments="int8", offload_moments=True)
+# On CPU tests/training has both: there this file shows that it runs.
+@pytest.mark.parametrize(
+    "fields",
+    [{"dtype": "bfloat16"}, {"moments": "int8", "offload_moments": True}] if IS_GPU else [],
+    ids=str,
+)
+def test_few_bits_and_moments_on_the_host_descend_alike(on_cpu, fields):
+    losses, _ = _run(jax.devices()[0], **fields)
     np.testing.assert_allclose(losses, on_cpu[0], rtol=2e-2)
