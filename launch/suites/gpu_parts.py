@@ -164,8 +164,8 @@ def products(shapes: Shapes) -> Iterator[Result]:
             runs, counts = {}, {}
             for form in forms:
                 count = _copies(shapes, inputs * outputs * _bits(form) // 8)
-                weights = [_weight(form, inputs, outputs, i) for i in range(count)]
-                x = jax.random.normal(jax.random.key(7), (rows, inputs), jnp.float16)
+                weights = _weights(form, inputs, outputs, count)
+                x = jnp.full((rows, inputs), 0.1, jnp.float16)
                 program = compiled[(inputs, outputs), form]
                 run = functools.partial(program, x, weights)
                 runs[form], counts[form] = _often(run), count * _REPEATS
@@ -191,13 +191,24 @@ def _copies(shapes: Shapes, size: int) -> int:
     return max(1, min(8, shapes.in_turn // size))
 
 
+@functools.cache
+def _weights(form: str, inputs: int, outputs: int, count: int) -> list[Any]:
+    """Copies of a weight, all different; kept, since every number of rows needs them."""
+    return [_weight(form, inputs, outputs, seed) for seed in range(count)]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _weight(form: str, inputs: int, outputs: int, seed: int) -> Any:
-    key, bits = jax.random.key(seed), _bits(form)
+    """Numbers that look random, by a program that is compiled at once."""
+    bits = _bits(form)
+    shape = (inputs * min(bits, 8) // 8, outputs)
+    place = jax.lax.broadcasted_iota(jnp.uint32, shape, 0) * outputs
+    place += jax.lax.broadcasted_iota(jnp.uint32, shape, 1) + jnp.uint32(seed)
+    mixed = (place ^ (place >> 15)) * jnp.uint32(2654435761)
+    values = (mixed >> 24).astype(jnp.uint8).astype(jnp.int8)
     if bits == 16:
-        return jax.random.normal(key, (inputs, outputs), jnp.float16)
-    values = jax.random.bits(key, (inputs * bits // 8, outputs), jnp.uint8).astype(jnp.int8)
-    scales = jax.random.uniform(key, (1, outputs), jnp.float32, 0.005, 0.015)
-    return QuantizedArray(values, scales.astype(jnp.float16), bits, -2)
+        return values.astype(jnp.float16) / 128
+    return QuantizedArray(values, jnp.full((1, outputs), 0.01, jnp.float16), bits, -2)
 
 
 def _program(shapes: Shapes, rows: int, size: tuple[int, int], form: str) -> Any:
@@ -206,23 +217,31 @@ def _program(shapes: Shapes, rows: int, size: tuple[int, int], form: str) -> Any
     count = _copies(shapes, inputs * outputs * _bits(form) // 8)
     weight = jax.eval_shape(lambda: _weight(form, inputs, outputs, 0))
     x = jax.ShapeDtypeStruct((rows, inputs), jnp.float16)
-    product = jnp.matmul if form == "float16" else quantized_matmul
+    # Traced once, however many copies there are.
+    product = jax.jit(jnp.matmul if form == "float16" else quantized_matmul)
     run = jax.jit(lambda x, weights: [product(x, weight) for weight in weights])
     return run.lower(x, [weight] * count).compile()
 
 
-def _torch_product(shapes: Shapes, rows: int, inputs: int, outputs: int) -> Any:
-    """PyTorch's (tinygemm, groups of 128), and how many copies it goes through."""
+@functools.cache
+def _torch_weights(inputs: int, outputs: int, count: int) -> Any:
     torch = find_torch()
-    if torch is None or not torch.cuda.is_available():
-        return None
-    count = _copies(shapes, inputs * outputs // 2)
-    x = torch.randn(rows, inputs, dtype=torch.bfloat16, device="cuda")
     weights = []
     for _ in range(count):
         packed = torch.randint(0, 255, (outputs, inputs // 2), dtype=torch.uint8, device="cuda")
         scales = torch.rand(inputs // 128, outputs, 2, dtype=torch.bfloat16, device="cuda")
         weights.append((torch.ops.aten._convert_weight_to_int4pack(packed, 8), scales))
+    return weights
+
+
+def _torch_product(shapes: Shapes, rows: int, inputs: int, outputs: int) -> Any:
+    """PyTorch's (tinygemm, groups of 128), and how many products a call is."""
+    torch = find_torch()
+    if torch is None or not torch.cuda.is_available():
+        return None
+    count = _copies(shapes, inputs * outputs // 2)
+    x = torch.randn(rows, inputs, dtype=torch.bfloat16, device="cuda")
+    weights = _torch_weights(inputs, outputs, count)
 
     def run() -> None:
         for packed, scales in weights * _REPEATS:
