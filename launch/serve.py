@@ -5,6 +5,7 @@
         -d '{"model": "glm", "prompt": "The capital of France is [MASK].", "temperature": 0}'
 """
 
+import dataclasses
 from pathlib import Path
 
 from absl import flags
@@ -22,6 +23,7 @@ from launch.model_flags import (
 )
 
 try:
+    from glm_jax.serving.connections import DEFAULT_CONNECTIONS
     from glm_jax.serving.keys import Keys
     from glm_jax.serving.server import Serving, serve
     from glm_jax.serving.service import Limits
@@ -38,6 +40,15 @@ flags.DEFINE_string("host", "127.0.0.1", "address to listen on; 0.0.0.0 for ever
 flags.DEFINE_integer("port", 8000, "0 for any that is free", lower_bound=0, upper_bound=65535)
 flags.DEFINE_string("api_keys", None, "a file of keys, one a line, of which a request needs one")
 flags.DEFINE_multi_string("cors_origin", [], "of pages whose scripts may ask; may be given often")
+flags.DEFINE_multi_string(
+    "allowed_host",
+    [],
+    "a name, without port, under which the server may be asked beside that it listens on; "
+    "*.example.org for all below example.org, * for any; may be given often",
+)
+flags.DEFINE_integer(
+    "max_connections", DEFAULT_CONNECTIONS.count, "that are open at once", lower_bound=1
+)
 flags.DEFINE_integer(
     "prefill_budget", 512, "tokens of prompts between two steps of those that run", lower_bound=1
 )
@@ -69,6 +80,8 @@ def main() -> None:
             limits=Limits(FLAGS.request_seconds, FLAGS.max_body_bytes, FLAGS.max_beams),
             keys=None if FLAGS.api_keys is None else Keys.read(FLAGS.api_keys),
             cors_origins=FLAGS.cors_origin,
+            allowed_hosts=FLAGS.allowed_host,
+            connections=dataclasses.replace(DEFAULT_CONNECTIONS, count=FLAGS.max_connections),
             drain_seconds=FLAGS.drain_seconds,
         ),
     )

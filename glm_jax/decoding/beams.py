@@ -8,12 +8,14 @@ the length that of context, sop and answer together.
 import bisect
 import dataclasses
 import functools
-from collections.abc import Generator, Sequence
-from typing import TypeVar
+import itertools
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from glm_jax.config import GLMConfig, SpecialTokens
@@ -21,7 +23,13 @@ from glm_jax.decoding.prepare import prepare
 from glm_jax.decoding.prompt import Prompt, Resolved, bucket, resolve
 from glm_jax.decoding.restrictions import repeated
 from glm_jax.decoding.settings import check_settings
-from glm_jax.decoding.steps import DecodeState, decode_step, prefill_prompts
+from glm_jax.decoding.steps import (
+    DecodeState,
+    decode_step,
+    pad_prompts,
+    prefill,
+    prefill_prompts,
+)
 from glm_jax.model.cache import init_cache
 from glm_jax.model.params import GLMParams
 from glm_jax.sharding import mesh_of, on_mesh
@@ -89,7 +97,12 @@ def beam_search(
     return finish(beam_steps(params, config, settings, resolved))
 
 
-def finish(steps: Generator[None, None, _Result]) -> _Result:
+# What is done a step at a time. Between steps comes None, or what compiles the next one's program:
+# called, from any thread, before going on, or else left to that step.
+Steps = Generator[Callable[[], object] | None, None, _Result]
+
+
+def finish(steps: Steps[_Result]) -> _Result:
     """What something that is done a step at a time comes to."""
     while True:
         try:
@@ -101,7 +114,7 @@ def finish(steps: Generator[None, None, _Result]) -> _Result:
 
 def beam_steps(
     params: GLMParams, config: GLMConfig, settings: BeamSearch, resolved: Resolved
-) -> Generator[None, None, list[Hypothesis]]:
+) -> Steps[list[Hypothesis]]:
     """`beam_search` a token at a time, so that other work can go on between.
 
     Args:
@@ -110,30 +123,46 @@ def beam_steps(
     [row], special, limit, ends = resolved
     mesh = mesh_of(params)
     params = prepare(params)
+    ahead = functools.partial(_compiling, mesh)
     with on_mesh(mesh):
         cache = init_cache(config, 1, bucket(limit), isinstance(params.layers, tuple), mesh)
+    yield ahead(prefill, params, config, *pad_prompts(config, [row], special.sop), cache)
+    with on_mesh(mesh):
         logits, state = prefill_prompts(params, config, [row], special.sop, cache)
     search = _Search((*row.context, special.sop), settings, ends, bucket(limit))
     # Whatever ends, one continuation more than there are beams goes on.
     count = (len(set(ends)) + 1) * settings.num_beams + 1
-    while True:
-        yield
+    for number in itertools.count():
+        yield None
+        has_new_shapes = number < 2  # one beam, then all
+        banned = search.banned(config.vocab_size)
+        candidates = (logits, *search.state, banned, settings.no_repeat_ngram, count)
+        if has_new_shapes:
+            yield ahead(expand, *candidates)
         with on_mesh(mesh):
-            chosen = expand(
-                logits,
-                search.scores,
-                search.tokens,
-                search.length,
-                search.first,
-                search.banned(config.vocab_size),
-                settings.no_repeat_ngram,
-                count,
-            )
-            search.take(*(np.asarray(x) for x in chosen))
-            if search.is_done or search.length >= limit:
-                return search.best()
-            state = _follow(state, search.parents, search.tokens[:, search.length - 1])
+            search.take(*(np.asarray(x) for x in expand(*candidates)))
+        if search.is_done or search.length >= limit:
+            break
+        followed = (state, search.parents, search.tokens[:, search.length - 1])
+        if has_new_shapes:
+            yield ahead(_follow, *followed)
+        with on_mesh(mesh):
+            state = _follow(*followed)
+        if number == 0:
+            yield ahead(decode_step, params, config, state)
+        with on_mesh(mesh):
             logits, state = decode_step(params, config, state)
+    return search.best()
+
+
+def _compiling(mesh: Mesh | None, program: Any, *arguments: Any) -> Callable[[], object]:
+    """What compiles a program for arguments, which it neither runs on nor donates."""
+
+    def compile_program() -> object:
+        with on_mesh(mesh):
+            return program.lower(*arguments).compile()
+
+    return compile_program
 
 
 class _Search:
@@ -151,6 +180,11 @@ class _Search:
         self.parents = np.zeros(1, np.int32)
         self.is_done = False
         self._ended: list[Hypothesis] = []
+
+    @property
+    def state(self) -> tuple[np.ndarray, np.ndarray, int, int]:
+        """Scores, tokens, and how many of these there are before and in the answer."""
+        return self.scores, self.tokens, self.length, self.first
 
     def _penalised(self, score: float, length: int) -> float:
         return float(score) / ((5 + length) / 6) ** self._settings.length_penalty

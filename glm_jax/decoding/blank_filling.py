@@ -2,11 +2,11 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 from glm_jax.config import GLMConfig, SpecialTokens
-from glm_jax.decoding.beams import BeamSearch, Hypothesis, beam_steps
+from glm_jax.decoding.beams import BeamSearch, Hypothesis, Steps, beam_steps
 from glm_jax.decoding.completion import Request
 from glm_jax.decoding.engine import Engine, EngineSettings
 from glm_jax.decoding.prepare import prepare
@@ -277,7 +277,7 @@ def filling_by_beams(
     settings: BeamSearch,
     max_tokens: int | None = None,
     end_tokens: Sequence[int] | None = None,
-) -> Generator[None, None, list[tuple[PartlyFilled, Hypothesis]]]:
+) -> Steps[list[tuple[PartlyFilled, Hypothesis]]]:
     """Fills all blanks by beam search, a token at a time; `finish` does it at once. Each takes
     its best answer but the last, which has as many as there are beams.
 

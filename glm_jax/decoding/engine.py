@@ -5,7 +5,6 @@ packs; then each step gives one token to every request. Shapes never depend on r
 that `warm_up` compiles all there is to compile.
 """
 
-import collections
 import dataclasses
 import functools
 import math
@@ -32,6 +31,7 @@ from glm_jax.decoding.slots import (
     release,
     request_row,
 )
+from glm_jax.decoding.turns import ALONE, Turn, Turns
 from glm_jax.model.paged_cache import init_paged_cache, row_shards
 from glm_jax.model.params import GLMParams
 from glm_jax.sharding import mesh_of, on_mesh
@@ -131,7 +131,7 @@ class Engine:
         self._step_widths = self._widths_of_steps()
         self._make_state()
         self._tickets = 0
-        self._queue: collections.deque[tuple[int, Request]] = collections.deque()
+        self._queue: Turns[Request] = Turns()
         self._running: dict[int, _Running] = {}  # by slot
         self._prefill: _Prefill | None = None
 
@@ -177,11 +177,12 @@ class Engine:
     def slots(self) -> int:
         return self._slot_count
 
-    def submit(self, request: Request, is_urgent: bool = False) -> int:
+    def submit(self, request: Request, is_urgent: bool = False, turn: Turn = ALONE) -> int:
         """Takes a request; `step` gives its tokens.
 
         Args:
           is_urgent: goes before all that wait.
+          turn: on whose turn it goes; in the order of submission where all have the same.
 
         Returns:
           Its ticket.
@@ -192,7 +193,7 @@ class Engine:
         self.check(request)
         ticket = self._tickets
         self._tickets += 1
-        (self._queue.appendleft if is_urgent else self._queue.append)((ticket, request))
+        self._queue.add(ticket, request, turn, is_urgent)
         return ticket
 
     def check(self, request: Request) -> None:
@@ -211,7 +212,7 @@ class Engine:
 
     def cancel(self, ticket: int) -> None:
         """Ends a request wherever it is; its slot is free for the next step."""
-        self._queue = collections.deque(x for x in self._queue if x[0] != ticket)
+        self._queue.drop(ticket)
         if self._prefill is not None:
             self._prefill.cancelled.add(ticket)
         for slot, running in list(self._running.items()):
@@ -276,7 +277,9 @@ class Engine:
         return Token(running.ticket, token, float(emitted.log_probabilities[row]), reason, some)
 
     def _leave(self, slot: int) -> None:
-        self._pool.give_back(self._running.pop(slot).lease)
+        running = self._running.pop(slot)
+        self._pool.give_back(running.lease)
+        self._queue.drop(running.ticket)
 
     def _entering(self) -> list[int]:
         return [] if self._prefill is None else [entry.slot for entry in self._prefill.entries]
@@ -304,11 +307,11 @@ class Engine:
                 self._prefill = None
 
     def _begin_prefill(self) -> bool:
-        """Forms a pack of requests that wait, in their order; whether there is one."""
+        """Forms a pack of requests that wait, by their turns; whether there is one."""
         entries: list[Entry] = []
         free, used = self._free_slots(), [0] * self._shards
         while self._queue and free:
-            ticket, request = self._queue[0]
+            ticket, request = self._queue.peek()
             count = prefilled(request.prompt)
             room = self._settings.prefill_width if entries else max(count, 1)
             end = self._end(request)
@@ -324,7 +327,7 @@ class Engine:
             slot = min(possible, key=lambda slot: used[self._shard(slot)])
             shard = self._shard(slot)
             entries.append(Entry(ticket, request, slot, self._pool.take(shard, end), end))
-            self._queue.popleft()
+            self._queue.take(ticket)
             free.remove(slot)
             used[shard] += count
         if entries:

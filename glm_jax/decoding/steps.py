@@ -36,15 +36,9 @@ def prefill_prompts(
     params: GLMParams, config: GLMConfig, rows: Sequence[Prompt], sop: int, cache: KVCache
 ) -> tuple[Float[Array, "batch vocab"], DecodeState]:
     """Runs all contexts, padded to one bucket on the right, and their sop and prefix."""
-    lengths = np.array([len(row) for row in rows], np.int32)
-    width = min(bucket(int(lengths.max())), bucket(config.max_sequence_length))
-    tokens = np.zeros((len(rows), width), np.int32)
-    position_ids = np.zeros((len(rows), width), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : lengths[i]] = row.tokens(sop)
-        position_ids[i, : lengths[i]] = row.position_ids()
-    contexts = np.array([len(row.context) for row in rows], np.int32)
-    logits, cache = prefill(params, config, tokens, position_ids, lengths, contexts, cache)
+    padded = pad_prompts(config, rows, sop)
+    _, position_ids, lengths, _ = padded
+    logits, cache = prefill(params, config, *padded, cache)
     last = position_ids[np.arange(len(rows)), lengths - 1]
     state = DecodeState(
         cache=cache,
@@ -54,6 +48,20 @@ def prefill_prompts(
         index=jnp.asarray(lengths - 1),
     )
     return logits, state
+
+
+def pad_prompts(
+    config: GLMConfig, rows: Sequence[Prompt], sop: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What `prefill` takes of prompts: tokens, position_ids, lengths and contexts."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    width = min(bucket(int(lengths.max())), bucket(config.max_sequence_length))
+    tokens = np.zeros((len(rows), width), np.int32)
+    position_ids = np.zeros((len(rows), width), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : lengths[i]] = row.tokens(sop)
+        position_ids[i, : lengths[i]] = row.position_ids()
+    return tokens, position_ids, lengths, np.array([len(row.context) for row in rows], np.int32)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Hashable
 from typing import Any
 
 import anyio
@@ -15,12 +15,18 @@ from starlette.types import Receive, Scope, Send
 from glm_jax.errors import UserError
 from glm_jax.serving.errors import BrokenError, described
 from glm_jax.serving.run import Run
+from glm_jax.serving.service import Service
 
 _GRACE = 30.0  # seconds more that a client has to read what it asked for
 
 
 async def answer(request: Request, run: Run, is_stream: bool) -> Response:
-    """A run's answer, in the form that was asked for. The run is closed in any case."""
+    """A run's answer, in the form that was asked for. The run is closed in any case.
+
+    Raises:
+      UserError: there is no room for it, or the engine does not take it.
+    """
+    run.start(_client(request, run.service))
     if is_stream:
         return EventStream(_events(run), run.close, run.service.limits.seconds + _GRACE)
     try:
@@ -29,6 +35,13 @@ async def answer(request: Request, run: Run, is_stream: bool) -> Response:
         run.close()
     # To one who has gone it makes no difference.
     return Response(status_code=499) if whole is None else JSONResponse(whole)
+
+
+def _client(request: Request, service: Service) -> Hashable:
+    """Who asks: a key, or where none are asked for, an address."""
+    if service.keys is not None:
+        return request.headers.get("authorization", "").partition(" ")[2].strip()
+    return None if request.client is None else request.client.host
 
 
 async def _while_waited_for(request: Request, work: Any) -> dict[str, Any] | None:

@@ -3,22 +3,21 @@
 import typing
 from collections.abc import Callable, Coroutine, Sequence
 from importlib import resources
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
-from pydantic import ValidationError
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from glm_jax.serving import schemas
 from glm_jax.serving.answering import answer
+from glm_jax.serving.bodies import parse
 from glm_jax.serving.completions import CompletionRun
 from glm_jax.serving.errors import add_handlers, refused
 from glm_jax.serving.filling import FillRun
-from glm_jax.serving.guards import Guard
+from glm_jax.serving.guards import Guard, Hosts
 from glm_jax.serving.service import Service
 
 _PAGE = resources.files("glm_jax.serving") / "page"
@@ -29,7 +28,10 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+_SHORT = 1 << 13  # bytes of a body that are read and made tokens of in a millisecond or two
 _METRICS_KIND = "text/plain; version=0.0.4; charset=utf-8"
+
+_Result = TypeVar("_Result")
 
 
 class _LeanRoute(APIRoute):
@@ -46,16 +48,20 @@ class _LeanRoute(APIRoute):
             # Any page that a browser shows can send other kinds, with any parameters behind them.
             sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             if sent != "application/json":
-                message = "JSON is due: send it with 'Content-Type: application/json'"
+                message = "expected JSON: send it with 'Content-Type: application/json'"
                 raise refused(400, message)
-            try:
-                wanted = kind.model_validate_json(await request.body())
-            except ValidationError as error:
-                raise RequestValidationError(error.errors()) from error
+            wanted = await _compute(request, parse, kind, await request.body())
             response: Response = await endpoint(request, wanted, _service(request))
             return response
 
         return handle
+
+
+async def _compute(request: Request, function: Callable[..., _Result], *args: Any) -> _Result:
+    """What a function makes of a request; where that may take long, others go on meanwhile."""
+    if len(await request.body()) <= _SHORT:
+        return function(*args)
+    return await _service(request).compute(function, *args)
 
 
 _bearer = HTTPBearer(auto_error=False, description="A key of the server's.")
@@ -72,11 +78,15 @@ def _service(request: Request) -> Service:
 ServiceOf = Annotated[Service, Depends(_service)]
 
 
-def make_app(service: Service, cors_origins: Sequence[str] = ()) -> FastAPI:
+def make_app(
+    service: Service, hosts: Hosts, head_bytes: int, cors_origins: Sequence[str] = ()
+) -> FastAPI:
     """A server of one model.
 
     Args:
-      cors_origins: of pages whose scripts may ask; none by default.
+      hosts: names that requests may be sent to.
+      head_bytes: of a request's line and headers at most.
+      cors_origins: of pages whose scripts may ask, beside the server's own.
     """
     app = FastAPI(
         title="glm_jax",
@@ -92,7 +102,9 @@ def make_app(service: Service, cors_origins: Sequence[str] = ()) -> FastAPI:
         app.include_router(router, dependencies=keys)
     app.include_router(open_to_all)
     add_handlers(app)
-    app.add_middleware(Guard, service=service)
+    app.add_middleware(
+        Guard, service=service, hosts=hosts, head_bytes=head_bytes, origins=cors_origins
+    )
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -114,13 +126,15 @@ async def completions(
     request: Request, wanted: schemas.CompletionRequest, service: ServiceOf
 ) -> Response:
     """Goes on from prompts, or fills the one blank of each."""
-    return await answer(request, CompletionRun(service, wanted), bool(wanted.stream))
+    run = await _compute(request, CompletionRun, service, wanted)
+    return await answer(request, run, bool(wanted.stream))
 
 
 @asking.post("/v1/fill", responses=_json_or_events(schemas.Filled))
 async def fill(request: Request, wanted: schemas.FillRequest, service: ServiceOf) -> Response:
     """Fills the blanks of a text."""
-    return await answer(request, FillRun(service, wanted), bool(wanted.stream))
+    run = await _compute(request, FillRun, service, wanted)
+    return await answer(request, run, bool(wanted.stream))
 
 
 @asking.post("/tokenize", response_model=schemas.Tokens)
@@ -128,8 +142,13 @@ async def tokenize(
     request: Request, wanted: schemas.TokenizeRequest, service: ServiceOf
 ) -> Response:
     """Tokens of a text, masks among them, as they are: no blank is put at its end."""
-    tokens = service.worker.ready_model().tokenizer.encode(wanted.text)
-    return JSONResponse({"tokens": tokens, "count": len(tokens)})
+    encode = service.worker.ready_model().tokenizer.encode
+
+    def tokenized() -> Response:
+        tokens = encode(wanted.text)
+        return JSONResponse({"tokens": tokens, "count": len(tokens)})
+
+    return await _compute(request, tokenized)
 
 
 def _described(service: Service) -> dict[str, Any]:

@@ -118,29 +118,33 @@ class CompletionRun(Run):
     """A completion request on its way."""
 
     def __init__(self, service: Service, request: CompletionRequest):
-        """Checks a request and hands it to the engine.
+        """Checks a request and makes tokens of it.
 
         Raises:
           HTTPException, UserError: it cannot be answered.
         """
         super().__init__(service, "text_completion", request.model)
         self._request, self._count = request, request.n or 1
-        choice = service.choice(request, request.best_of, "best_of")
-        self._is_search = isinstance(choice, BeamSearch)
+        self._choice = service.choice(request, request.best_of, "best_of")
+        self._is_search = isinstance(self._choice, BeamSearch)
         self._check_beams()
-        self._prompts = [self._begin_prompt(x) for x in _prompts(request)]
-        answers = len(self._prompts) * (1 if self._is_search else self._count)
+        prompts = _prompts(request)
+        self._answers = len(prompts) * (1 if self._is_search else self._count)
         most = service.worker.most_answers
-        if answers > most:
-            raise refused(400, f"{answers} answers: at most {most} in one request", "n")
+        if self._answers > most:
+            raise refused(400, f"{self._answers} answers: at most {most} in one request", "n")
+        # A suffix counts for each.
+        size = len(prompts) * len(request.suffix or "")
+        if size > service.limits.body_bytes:
+            raise refused(400, f"suffix: {size} characters for {len(prompts)} prompts", "suffix")
+        self._prompts = [self._begin_prompt(x) for x in prompts]
         decode, times = self.model.tokenizer.decode, lambda: AnswerTimes(service.metrics)
         self._choices = [
             _Choice(i * self._count + j, prompt, request, decode, times())
             for i, prompt in enumerate(self._prompts)
             for j in range(self._count)
         ]
-        prompt_tokens = sum(len(prompt.partly.tokens) for prompt in self._prompts)
-        self.open(answers, prompt_tokens, lambda: self._submit(choice))
+        self._prompt_tokens = sum(len(prompt.partly.tokens) for prompt in self._prompts)
 
     def _check_beams(self) -> None:
         request = self._request
@@ -169,8 +173,8 @@ class CompletionRun(Run):
             raise refused(400, f"{blanks} blanks: /v1/fill takes more than one", "prompt")
         return _Prompt(partly, *_sides(model, partly, prompt))
 
-    def _submit(self, choice: Any) -> None:
-        request, model = self._request, self.model
+    def _submit(self) -> None:
+        request, model, choice = self._request, self.model, self._choice
         most = request.max_tokens
         if most == 0:
             return

@@ -4,13 +4,15 @@ import logging
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 
 from glm_jax.errors import UserError
 
 _RETRY_SECONDS = 1
+_SHOWN = 200  # characters of what a client sent that an error repeats
 
 
 class BusyError(UserError):
@@ -76,32 +78,25 @@ def error_response(error: Exception) -> JSONResponse:
 
 def add_handlers(app: FastAPI) -> None:
     """Has all errors of an app answered in this form."""
-    for kind in (UserError, BrokenError, StarletteHTTPException, Exception):
+    for kind in (UserError, BrokenError, StarletteHTTPException):
         app.add_exception_handler(kind, _answer)
-    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(ClientDisconnect, _answer_no_one)
 
 
 async def _answer(request: Request, error: Exception) -> JSONResponse:
     status, content, headers = described(error)
     if status in (404, 405) and content["error"]["code"] is None:
-        content["error"]["message"] += f": {request.method} {request.url.path}"
+        content["error"]["message"] += f": {request.method} {_shown(request.scope['path'])}"
     if status == 500:
-        logging.getLogger(__name__).error("%s %s", request.method, request.url.path, exc_info=error)
+        path = _shown(request.scope["path"])
+        logging.getLogger(__name__).error("%s %s", request.method, path, exc_info=error)
     return JSONResponse(content, status, headers)
 
 
-async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    found = [item | {"place": _place(item)} for item in error.errors()]
-    param = found[0]["place"][0] if found[0]["place"] else None
-    # What may have several forms has an error for each; the wrong kind is the least telling.
-    of_param = [item for item in found if item["place"][:1] == found[0]["place"][:1]]
-    telling = [item for item in of_param if not item["type"].endswith("_type")] or of_param
-    reasons = dict.fromkeys(item["msg"] for item in telling)
-    message = f"{param or 'the body'}: " + "; or: ".join(reasons)
-    return JSONResponse(body(message, "invalid_request_error", param), 400)
+async def _answer_no_one(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)
 
 
-def _place(item: Any) -> list[str]:
-    """Where in the body an error is."""
-    return [str(part) for part in item["loc"]]
+def _shown(path: str) -> str:
+    """A path that a client made, as one short line."""
+    return path[:_SHOWN] if path.isprintable() else ascii(path[:_SHOWN])

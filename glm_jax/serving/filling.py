@@ -23,7 +23,7 @@ class FillRun(Run):
     """A text on its way to be filled."""
 
     def __init__(self, service: Service, request: FillRequest):
-        """Checks a request, and hands its first blank to the engine.
+        """Checks a request and makes tokens of it.
 
         Raises:
           HTTPException, UserError: it cannot be answered.
@@ -31,7 +31,7 @@ class FillRun(Run):
         super().__init__(service, "fill", request.model)
         self._request = request
         tokenizer, limit = self.model.tokenizer, self.model.engine.max_length
-        choice = service.choice(request, request.num_beams, "num_beams")
+        self._choice = service.choice(request, request.num_beams, "num_beams")
         self._special = tokenizer.special_tokens
         self._ends = self._special.end_tokens
         self._partly = PartlyFilled.begin(
@@ -43,10 +43,11 @@ class FillRun(Run):
         self._pieces: list[dict[str, Any]] = []
         self._text = TextStream(tokenizer.decode)
         self._stream = TokenStream(self._show)
-        self._is_search = isinstance(choice, BeamSearch)
-        self.open(1, len(self._partly.tokens), lambda: self._submit(choice))
+        self._is_search = isinstance(self._choice, BeamSearch)
+        self._prompt_tokens = len(self._partly.tokens)
 
-    def _submit(self, choice: Any) -> None:
+    def _submit(self) -> None:
+        choice = self._choice
         if isinstance(choice, BeamSearch):
             params, config, most = self.model.params, self.model.config, self._request.max_tokens
             self.exchange.search(0, filling_by_beams(params, config, self._partly, choice, most))

@@ -1,6 +1,12 @@
-"""What every request passes before it is read: its key, its size; and how long it took."""
+"""What every request passes before it is read: where it was sent and from where, its key, its
+size; and how long it took."""
 
+import ipaddress
+import logging
+import socket
 import time
+import urllib.parse
+from collections.abc import Collection, Sequence
 
 from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -9,14 +15,82 @@ from glm_jax.serving.errors import error_response, refused
 from glm_jax.serving.service import Service
 
 _OPEN = ("/", "/health", "/ready", "/metrics", "/openapi.json")
-_BEARER = "Bearer "
+_LOCAL = ("localhost", "127.0.0.1", "::1")
+
+
+class Hosts:
+    """Names under which a server may be asked.
+
+    A page that a browser shows can have its own name lead to this machine; the requests that
+    it sends then bear that name.
+    """
+
+    def __init__(self, names: Collection[str], any_address: bool = False):
+        """
+        Args:
+          names: in any case, IPv6 addresses without brackets; `*.example.org` for all below
+            example.org, `*` for all.
+          any_address: takes each IP address, too: no page can have one as its name but who
+            serves there.
+        """
+        self._names = frozenset(name.lower().strip("[]") for name in names)
+        self._any_address = any_address or "*" in self._names
+
+    @classmethod
+    def of(cls, host: str, more: Sequence[str] = ()) -> "Hosts":
+        """The names of a server that listens on an address.
+
+        Args:
+          host: that it listens on, a name or an address.
+          more: names that it has besides.
+        """
+        names = {host, *more}
+        try:
+            is_everywhere = ipaddress.ip_address(host).is_unspecified
+        except ValueError:
+            is_everywhere = False
+        if is_everywhere:
+            names |= {*_LOCAL, socket.gethostname(), socket.getfqdn()}
+        elif host in _LOCAL or host.startswith("127."):
+            names |= {*_LOCAL}
+        return cls(names, is_everywhere)
+
+    def has(self, header: str) -> bool:
+        """Whether a Host header names the server; its port may be any."""
+        try:
+            name = urllib.parse.urlsplit(f"//{header}").hostname or ""
+        except ValueError:
+            return False
+        if "*" in self._names or name in self._names:
+            return True
+        if self._any_address and _is_address(name):
+            return True
+        parents = (name[i:] for i, letter in enumerate(name) if letter == ".")
+        return any(f"*{parent}" in self._names for parent in parents)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 class Guard:
-    """Refuses requests without a key, or that are too large, and counts all of them."""
+    """Refuses requests that were not meant for this server, come without a key or are too
+    large, answers for those that end in an error, and counts all of them."""
 
-    def __init__(self, app: ASGIApp, service: Service):
+    def __init__(
+        self, app: ASGIApp, service: Service, hosts: Hosts, head_bytes: int, origins: Sequence[str]
+    ):
+        """
+        Args:
+          head_bytes: of request line and headers at most.
+          origins: of pages whose scripts may ask, beside the server's own.
+        """
         self._app, self._service = app, service
+        self._hosts, self._head_bytes, self._origins = hosts, head_bytes, frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -30,33 +104,77 @@ class Guard:
                 status = message["status"]
             await send(message)
 
-        refusal = self._refusal(scope)
+        # HEAD is GET whose body is left out, which uvicorn does.
+        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         try:
-            if refusal is not None:
+            if (refusal := self._refusal(scope)) is not None:
                 await error_response(refusal)(scope, receive, sending)
             else:
-                await self._app(scope, self._limited(receive), sending)
+                await self._app(inner, self._limited(receive), sending)
+        except Exception as error:
+            logging.getLogger(__name__).error(
+                "%s %r", scope["method"], scope["path"], exc_info=error
+            )
+            if status:  # a part of an answer must not look like the whole of it
+                raise
+            await error_response(error)(scope, receive, sending)
         finally:
-            route = scope.get("route")
+            route = inner.get("route")
             endpoint = "other" if route is None else route.path
             metrics = self._service.metrics
-            metrics.requests.labels(endpoint, str(status)).inc()
+            metrics.requests.labels(endpoint, str(status or 499)).inc()
             metrics.request_seconds.labels(endpoint).observe(time.perf_counter() - began)
 
     def _refusal(self, scope: Scope) -> HTTPException | None:
         headers = dict(scope["headers"])
+        # What follows on the connection may be a part of the body, or a request.
+        if b"transfer-encoding" in headers and b"content-length" in headers:
+            message = "both Content-Length and Transfer-Encoding: send one"
+            return refused(400, message, headers={"Connection": "close"})
+        return (
+            self._check_head(scope)
+            or self._check_names(headers)
+            or self._check_key(scope, headers.get(b"authorization", b""))
+            or self._check_length(headers.get(b"content-length", b"0"))
+        )
+
+    def _check_head(self, scope: Scope) -> HTTPException | None:
+        size = len(scope["raw_path"]) + len(scope["query_string"])
+        size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+        if size <= self._head_bytes:
+            return None
+        message = f"the headers are over {self._head_bytes} bytes: send fewer"
+        return refused(431, message)
+
+    def _check_names(self, headers: dict[bytes, bytes]) -> HTTPException | None:
+        host = headers.get(b"host", b"").decode("latin-1")
+        # HTTP/1.0 needs none, and browsers always name one.
+        if host and not self._hosts.has(host):
+            message = f"the server has no name {host[:99]!r}: --allowed_host gives it one"
+            return refused(403, message, code="host_not_allowed")
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        # A proxy may have taken TLS off, so that of a scheme nothing is known here.
+        is_ours = bool(host) and origin.partition("://")[2].lower() == host.lower()
+        if not origin or is_ours or not {origin, "*"}.isdisjoint(self._origins):
+            return None
+        message = f"pages of {origin[:99]!r} may not ask: --cors_origin allows them to"
+        return refused(403, message, code="origin_not_allowed")
+
+    def _check_key(self, scope: Scope, authorization: bytes) -> HTTPException | None:
         path, keys = scope["path"], self._service.keys
         is_open = path in _OPEN or path.startswith("/page/") or scope["method"] == "OPTIONS"
-        if keys is not None and not is_open:
-            given = headers.get(b"authorization", b"").decode("latin-1")
-            if not (given.startswith(_BEARER) and keys.has(given.removeprefix(_BEARER))):
-                message = "no valid API key: send one as 'Authorization: Bearer KEY'"
-                more = {"WWW-Authenticate": "Bearer"}
-                return refused(401, message, code="invalid_api_key", headers=more)
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._service.limits.body_bytes:
-            return self._too_large()
-        return None
+        if keys is None or is_open:
+            return None
+        scheme, _, key = authorization.strip().partition(b" ")
+        if scheme.lower() == b"bearer" and keys.has(key.strip()):
+            return None
+        message = "no valid API key: send one as 'Authorization: Bearer KEY'"
+        more = {"WWW-Authenticate": "Bearer"}
+        return refused(401, message, code="invalid_api_key", headers=more)
+
+    def _check_length(self, length: bytes) -> HTTPException | None:
+        is_large = length.isdigit() and int(length) > self._service.limits.body_bytes
+        return self._too_large() if is_large else None
 
     def _too_large(self) -> HTTPException:
         most = self._service.limits.body_bytes

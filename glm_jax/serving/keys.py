@@ -16,8 +16,11 @@ class Keys:
     """Keys of which a request must bring one."""
 
     def __init__(self, keys: list[str]):
-        # Digests are all of one length, so that comparing them tells nothing of a key's.
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        # Digests are all of one length, so that comparing them tells nothing of a key's. Beyond
+        # ASCII, clients write a header in either encoding.
+        known = {key.encode() for key in keys}
+        known |= {key.encode("latin-1") for key in keys if max(map(ord, key)) < 256}
+        self._digests = [hashlib.sha256(key).digest() for key in known]
 
     @classmethod
     def read(cls, file: str) -> "Keys":
@@ -36,7 +39,8 @@ class Keys:
             raise KeysError(f"--api_keys={file}: no key in it, so that no one could ask")
         return cls(keys)
 
-    def has(self, key: str) -> bool:
-        """Whether a key is one of them, in a time that does not depend on which."""
-        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    def has(self, key: bytes) -> bool:
+        """Whether a key, as it is sent, is one of them, in a time that does not depend on
+        which."""
+        digest = hashlib.sha256(key).digest()
         return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0

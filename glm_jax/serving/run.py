@@ -2,22 +2,26 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Hashable
 from typing import Any
 
 from glm_jax.serving.service import Service, new_id
 
 
 class Run(ABC):
-    """A request on its way; to be closed.
+    """A request on its way; to be started, and to be closed.
 
     Attributes:
       service: that answers.
-      exchange: its place with the engine, once it is `open`.
+      exchange: its place with the engine, once it is started.
     """
 
+    _answers = 1  # that it asks for at once, at most
+    _prompt_tokens = 0
+
     def __init__(self, service: Service, kind: str, model: str | None):
-        """
+        """Checks a request; from any thread.
+
         Args:
           kind: what an answer's JSON calls itself.
           model: that is asked for.
@@ -30,20 +34,27 @@ class Run(ABC):
         self._kind, self._created = kind, int(time.time())
         self._id = new_id(kind)
 
-    def open(self, answers: int, prompt_tokens: int, submit: Callable[[], None]) -> None:
-        """Takes a place for so many answers and hands the request to the engine.
+    def start(self, client: Hashable) -> None:
+        """Hands the request to the engine; on the event loop.
+
+        Args:
+          client: who asks; clients take turns.
 
         Raises:
           UserError: there is no room, or the engine does not take it.
         """
-        self._prompt_tokens = prompt_tokens
-        self.exchange = self.service.worker.open(answers, self.service.limits.seconds)
+        limits = self.service.limits
+        self.exchange = self.service.worker.open(self._answers, limits.seconds, client)
         try:
-            submit()
+            self._submit()
         except BaseException:
             self.close()
             raise
-        self.service.metrics.prompt_tokens.inc(prompt_tokens)
+        self.service.metrics.prompt_tokens.inc(self._prompt_tokens)
+
+    @abstractmethod
+    def _submit(self) -> None:
+        """Asks for the answers, or for the first of them."""
 
     def close(self) -> None:
         """Gives up what is not answered yet."""

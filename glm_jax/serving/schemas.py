@@ -1,12 +1,13 @@
 """What clients send and get, as JSON; the OpenAPI document is made of this."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field
 
 from glm_jax.decoding.settings import SETTINGS, Number
 
 _STOPS = 4
+_PROMPTS = 4096  # of which a server may take fewer
 
 
 def _whole(value: Any) -> Any:
@@ -36,6 +37,12 @@ Temperature = Annotated[float, _within("temperature", le=2)]
 Probability = Annotated[float, _within("top_p")]
 Beams = Annotated[int, _within("num_beams"), _WHOLE]
 Zero = Annotated[float, Field(ge=0, le=0)]
+
+
+# Of what may be long, the first error is enough.
+_Item = TypeVar("_Item")
+_List = Annotated[list[_Item], Field(min_length=1), FailFast()]
+_Prompts = Annotated[list[_Item], Field(min_length=1, max_length=_PROMPTS), FailFast()]
 
 
 class _Strict(BaseModel):
@@ -73,12 +80,7 @@ class CompletionRequest(_Choosing):
     without is written on from."""
 
     model: Name
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[Token], Field(min_length=1)]
-        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]
-    )
+    prompt: str | _Prompts[str] | _List[Token] | _Prompts[_List[Token]]
     suffix: str | None = Field(None, description="text behind the blank that is filled")
     max_tokens: Annotated[int, _within("max_tokens", ge=0), _WHOLE] | None = 16
     temperature: Temperature | None = 1.0

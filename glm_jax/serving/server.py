@@ -3,24 +3,33 @@
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import uvicorn
 import uvloop
 
 from glm_jax.errors import UserError
 from glm_jax.serving.app import make_app
+from glm_jax.serving.connections import (
+    DEFAULT_CONNECTIONS,
+    ConnectionLimits,
+    Connections,
+    allow_connections,
+)
+from glm_jax.serving.guards import Hosts
 from glm_jax.serving.keys import Keys
 from glm_jax.serving.metrics import Metrics
 from glm_jax.serving.service import DEFAULT_LIMITS, Limits, Service
 from glm_jax.serving.worker import ServedModel, Worker
 
 _BACKLOG = 2048
-_IDLE_SECONDS = 75  # until a connection that asks nothing is closed
+_log = logging.getLogger(__name__)
 
 
 class ServerError(UserError):
@@ -35,7 +44,9 @@ class Serving:
       name: the model's, as clients ask for it.
       port: 0 for any that is free.
       max_waiting: answers that may wait for a slot.
-      cors_origins: of pages whose scripts may ask.
+      cors_origins: of pages whose scripts may ask, beside the server's own.
+      allowed_hosts: names that requests may be sent to, beside those of `host`.
+      connections: how many there may be, and what each may take.
       drain_seconds: that requests have to end when the server is to go down.
     """
 
@@ -46,6 +57,8 @@ class Serving:
     limits: Limits = DEFAULT_LIMITS
     keys: Keys | None = None
     cors_origins: Sequence[str] = ()
+    allowed_hosts: Sequence[str] = ()
+    connections: ConnectionLimits = DEFAULT_CONNECTIONS
     drain_seconds: float = 600.0
 
 
@@ -73,13 +86,20 @@ class Server:
         self._failed = asyncio.Event()
         worker = Worker(load, serving.max_waiting, metrics, self._failed.set)
         self.service = Service(worker, serving.name, metrics, serving.limits, serving.keys)
+        hosts = Hosts.of(serving.host, serving.allowed_hosts)
+        # Chunks have sizes of their own, which are to be no more than what is in them.
+        connections: Any = Connections(serving.connections, 2 * serving.limits.body_bytes)
         config = uvicorn.Config(
-            make_app(self.service, serving.cors_origins),
+            make_app(self.service, hosts, serving.connections.head_bytes, serving.cors_origins),
+            http=connections,
+            ws="none",  # no endpoint takes them
+            h11_max_incomplete_event_size=serving.connections.head_bytes,
+            proxy_headers=False,  # anyone can write them, and no one reads them
             lifespan="off",
             log_config=None,
             access_log=False,
             backlog=_BACKLOG,
-            timeout_keep_alive=_IDLE_SECONDS,
+            timeout_keep_alive=serving.connections.idle_seconds,  # type: ignore[arg-type]
             timeout_graceful_shutdown=max(1, round(serving.drain_seconds)),
             server_header=False,
         )
@@ -124,6 +144,12 @@ def serve(load: Callable[[], ServedModel], serving: Serving) -> None:
       ServerError: the address cannot be had.
       Exception: what `load`, or the engine, failed by.
     """
+    wanted = serving.connections.count
+    count = allow_connections(wanted)
+    if count < wanted:
+        _log.warning("--max_connections=%d: %d, for want of open files (ulimit -n)", wanted, count)
+    connections = dataclasses.replace(serving.connections, count=count)
+    serving = dataclasses.replace(serving, connections=connections)
     with bound_socket(serving.host, serving.port) as listening:
         still_loads = uvloop.run(_serve(load, serving, listening))
     if still_loads:

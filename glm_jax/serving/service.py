@@ -1,9 +1,12 @@
 """What the parts of a server share."""
 
+import asyncio
 import dataclasses
 import secrets
 import time
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from glm_jax.decoding.beams import BeamSearch
 from glm_jax.decoding.requests import TextRequest
@@ -14,6 +17,7 @@ from glm_jax.serving.metrics import Metrics
 from glm_jax.serving.schemas import CompletionRequest, FillRequest
 from glm_jax.serving.worker import Worker
 
+_Result = TypeVar("_Result")
 # Settings that requests have by the names that the engine has them by.
 _OUR_SETTINGS = (
     "top_k",
@@ -57,6 +61,14 @@ class Service:
     limits: Limits = DEFAULT_LIMITS
     keys: Keys | None = None
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    # Of two threads, so that one long body waits for another but not for ten.
+    _threads: Executor = dataclasses.field(
+        default_factory=lambda: ThreadPoolExecutor(2, "request"), repr=False
+    )
+
+    async def compute(self, function: Callable[..., _Result], *args: Any) -> _Result:
+        """What a function returns, run beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
     def check_model(self, name: str | None) -> None:
         """Refuses a request for another model."""

@@ -1,26 +1,26 @@
 """The engine in a thread of its own, and an event loop that asks it for answers."""
 
 import asyncio
-import collections
 import contextlib
 import dataclasses
 import functools
 import gc
 import queue
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from glm_jax.config import GLMConfig
+from glm_jax.decoding.beams import Steps
 from glm_jax.decoding.blank_filling import TextCodec
 from glm_jax.decoding.completion import Request, Token
 from glm_jax.decoding.engine import Engine
+from glm_jax.decoding.turns import Turn, Turns
 from glm_jax.errors import UserError
 from glm_jax.model.params import GLMParams
 from glm_jax.serving.errors import BrokenError, BusyError, TooSlowError, UnavailableError
 from glm_jax.serving.metrics import Metrics
-
-Search = Generator[None, None, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +35,32 @@ class ServedModel:
 
 @dataclasses.dataclass
 class _Ask:
-    """One answer that is awaited: where it goes, and by which number."""
+    """One answer that is awaited: where it goes, and by which number.
+
+    Attributes:
+      ticket: the engine's, of one that it makes.
+      search: the number of the search that it is.
+    """
 
     exchange: "Exchange"
     key: int
     ticket: int | None = None
+    search: int | None = None
     is_done: bool = False
+
+
+@dataclasses.dataclass
+class _Search:
+    """A search: a step of it at a time runs in the engine's thread.
+
+    Attributes:
+      compiling: its next program, elsewhere, so that others do not wait for that. Where it cannot
+        be compiled, the step that needs it will say so.
+    """
+
+    ask: _Ask
+    steps: Steps[Any]
+    compiling: Future[object] | None = None
 
 
 class Exchange:
@@ -50,8 +70,10 @@ class Exchange:
     the exchange ends leaves the engine before its next step.
     """
 
-    def __init__(self, worker: "Worker", model: ServedModel, seconds: float):
+    def __init__(self, worker: "Worker", model: ServedModel, seconds: float, client: Hashable):
         self.model = model
+        self.turn: Turn = (client, self)
+        self.running = 0  # answers that are not whole yet
         self._worker = worker
         self._deadline = asyncio.get_running_loop().time() + seconds
         self._seconds = seconds
@@ -67,19 +89,20 @@ class Exchange:
         self.model.engine.check(request)
         self._ask(key, lambda ask: self._worker.begin(ask, request, is_urgent))
 
-    def search(self, key: int, steps: Search) -> None:
+    def search(self, key: int, steps: Steps[Any]) -> None:
         """Has something done a step at a time, which gives what it returns."""
         self._ask(key, lambda ask: self._worker.begin_search(ask, steps))
 
     def _ask(self, key: int, begin: Callable[[_Ask], None]) -> None:
         ask = self._asks[key] = _Ask(self, key)
+        self.running += 1
         self._worker.tell(lambda: begin(ask))
 
     def cancel(self, key: int) -> None:
         """Ends what is asked for under a number."""
         ask = self._asks.pop(key, None)
         if ask is not None and not ask.is_done:
-            ask.is_done = True
+            self._finish(ask)
             self._worker.tell(lambda: self._worker.end(ask))
 
     async def next(self) -> tuple[int, Any]:
@@ -108,8 +131,12 @@ class Exchange:
         if ask.is_done:
             return
         if not isinstance(item, Token) or item.finish_reason is not None:
-            ask.is_done = True
+            self._finish(ask)
         self._arrivals.put_nowait((ask.key, item))
+
+    def _finish(self, ask: _Ask) -> None:
+        ask.is_done = True
+        self.running -= 1
 
     def fail(self, error: Exception) -> None:
         self._arrivals.put_nowait((-1, error))
@@ -148,11 +175,14 @@ class Worker:
         self._load, self._max_waiting, self._metrics = load, max_waiting, metrics
         self._on_failure = on_failure
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._exchanges: dict[Exchange, int] = {}  # how many answers each may have
+        self._exchanges: set[Exchange] = set()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         # Of the thread:
         self._asks: dict[int, _Ask] = {}
-        self._searches: collections.deque[tuple[_Ask, Search]] = collections.deque()
+        self._searches: Turns[_Search] = Turns()
+        self._search_count = 0
+        self._search: _Search | None = None  # that goes on, one for its memory
+        self._compiler = ThreadPoolExecutor(1, "compiler")
 
     def start(self) -> None:
         """Begins to load the model; on the event loop that will ask."""
@@ -199,30 +229,33 @@ class Worker:
             raise UnavailableError("the model is being loaded: ask again later")
         return self.model
 
-    def open(self, answers: int, seconds: float) -> Exchange:
+    def open(self, answers: int, seconds: float, client: Hashable = None) -> Exchange:
         """A client's place, to be closed.
 
         Args:
           answers: that it asks for at once, at most.
           seconds: until they must be there.
+          client: who asks; clients take turns, and so do the exchanges of each.
 
         Raises:
           BusyError: too many wait already.
           UnavailableError: there is no model yet, or the server goes down.
         """
         model = self.ready_model()
-        if sum(self._exchanges.values()) + answers > self.most_answers:
+        # What is whole but not yet read takes no room here.
+        running = sum(exchange.running for exchange in self._exchanges)
+        if running + answers > self.most_answers:
             raise BusyError(
                 f"{self._max_waiting} answers wait already, which is all there is room for: "
                 "ask again later"
             )
-        exchange = Exchange(self, model, seconds)
-        self._exchanges[exchange] = answers
+        exchange = Exchange(self, model, seconds, client)
+        self._exchanges.add(exchange)
         return exchange
 
     def forget(self, exchange: Exchange) -> None:
         """Frees the place of an exchange that is closed."""
-        self._exchanges.pop(exchange, None)
+        self._exchanges.discard(exchange)
 
     def tell(self, command: Callable[[], None]) -> None:
         """Has the thread do something before its next step."""
@@ -232,18 +265,27 @@ class Worker:
 
     def begin(self, ask: _Ask, request: Request, is_urgent: bool) -> None:
         assert self.model is not None
-        ask.ticket = self.model.engine.submit(request, is_urgent)
+        ask.ticket = self.model.engine.submit(request, is_urgent, ask.exchange.turn)
         self._asks[ask.ticket] = ask
 
-    def begin_search(self, ask: _Ask, steps: Search) -> None:
-        self._searches.append((ask, steps))
+    def begin_search(self, ask: _Ask, steps: Steps[Any]) -> None:
+        ask.search = self._search_count
+        self._search_count += 1
+        self._searches.add(ask.search, _Search(ask, steps), ask.exchange.turn)
 
     def end(self, ask: _Ask) -> None:
         if ask.ticket in self._asks and ask.ticket is not None:
             assert self.model is not None
             self.model.engine.cancel(ask.ticket)
             del self._asks[ask.ticket]
-        self._searches = collections.deque(x for x in self._searches if x[0] is not ask)
+        if ask.search is not None:
+            self._end_search(ask)
+
+    def _end_search(self, ask: _Ask) -> None:
+        assert ask.search is not None
+        self._searches.drop(ask.search)
+        if self._search is not None and self._search.ask is ask:
+            self._search = None
 
     def _run(self) -> None:
         try:
@@ -267,8 +309,9 @@ class Worker:
     def _take_commands(self, engine: Engine) -> bool:
         """Does what was told; waits where there is nothing else to do. False at the end."""
         while True:
-            is_idle = engine.is_idle and not self._searches
-            self._metrics.observe_load(engine, len(self._searches))
+            searches = len(self._searches) + (self._search is not None)
+            is_idle = engine.is_idle and (not searches or self._is_compiling)
+            self._metrics.observe_load(engine, searches)
             try:
                 command = self._inbox.get(block=is_idle)
             except queue.Empty:
@@ -285,21 +328,40 @@ class Worker:
             arrived.append((self._asks[token.ticket], token))
             if token.finish_reason is not None:
                 del self._asks[token.ticket]
-        if self._searches:  # one at a time, for its memory
-            ask, steps = self._searches[0]
-            try:
-                next(steps)
-                return arrived
-            except StopIteration as end:
-                arrived.append((ask, end.value))
-            except UserError as error:
-                arrived.append((ask, error))
-            except Exception as error:  # no memory, say: the engine has its own
-                broken = BrokenError(f"a search failed: {error}")
-                broken.__cause__ = error
-                arrived.append((ask, broken))
-            self._searches.popleft()
+        arrived += self._step_search()
         return arrived
+
+    @property
+    def _is_compiling(self) -> bool:
+        """Whether the search that goes on waits for its next program."""
+        compiling = None if self._search is None else self._search.compiling
+        return compiling is not None and not compiling.done()
+
+    def _step_search(self) -> list[tuple[_Ask, Any]]:
+        """A step of the search that goes on, or of the next one."""
+        if self._search is None and self._searches:
+            number, _ = self._searches.peek()
+            self._search = self._searches.take(number)
+        if self._search is None or self._is_compiling:
+            return []
+        ask, steps = self._search.ask, self._search.steps
+        found: Any
+        try:
+            compile_next = next(steps)
+            if compile_next is not None:
+                self._search.compiling = self._compiler.submit(compile_next)
+                # Even where the thread waits for something to do.
+                self._search.compiling.add_done_callback(lambda _: self.tell(lambda: None))
+            return []
+        except StopIteration as end:
+            found = end.value
+        except UserError as error:
+            found = error
+        except Exception as error:  # no memory, say: the engine has its own
+            found = BrokenError(f"a search failed: {error}")
+            found.__cause__ = error
+        self._end_search(ask)
+        return [(ask, found)]
 
     # And this on the event loop again.
 

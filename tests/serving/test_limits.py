@@ -70,7 +70,7 @@ def test_one_who_goes_away_frees_the_slot_within_a_step(model, slow_steps, strea
         address = served.url.removeprefix("http://").split(":")
         content = json.dumps(ASKED | {"stream": stream}).encode()
         head = (
-            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(content)}\r\n\r\n"
         )
         with socket.create_connection((address[0], int(address[1]))) as connection:
