@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import uvicorn
@@ -104,6 +104,11 @@ class Server:
             server_header=False,
         )
         self._uvicorn = _Uvicorn(config)
+
+    @property
+    def connections(self) -> Collection[Any]:
+        """Connections that are open."""
+        return self._uvicorn.server_state.connections
 
     def drain(self) -> None:
         """Takes no one new and ends when all who are there are answered; told twice, at once."""

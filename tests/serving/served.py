@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import threading
 import time
 
@@ -34,10 +35,13 @@ class Served:
     Attributes:
       url: of the server.
       service: its parts.
+      loop: its event loop.
     """
 
-    def __init__(self, load, **serving):
+    def __init__(self, load, send_buffer=None, **serving):
         self._listening = bound_socket("127.0.0.1", 0)
+        if send_buffer is not None:
+            self._listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
         self.error = None
         self._load, self._serving = load, Serving(NAME, **serving)
@@ -49,7 +53,7 @@ class Served:
 
     async def _run(self):
         self.server = Server(self._load, self._serving)
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._is_there.set()
         try:
             await self.server.run(self._listening)
@@ -60,8 +64,12 @@ class Served:
         while httpx2.get(self.url + "/ready").status_code != 200:
             time.sleep(0.05)
 
+    @property
+    def connections(self):
+        return list(self.server.connections)
+
     def drain(self):
-        self._loop.call_soon_threadsafe(self.server.drain)
+        self.loop.call_soon_threadsafe(self.server.drain)
 
     def join(self):
         self._thread.join(60)
@@ -87,3 +95,18 @@ def wait_idle(served):
     while not engine.is_idle or served.service.worker.open_exchanges:
         assert time.monotonic() < deadline, "slots are still taken"
         time.sleep(0.01)
+
+
+def list_of(item, size):
+    """JSON of so many characters."""
+    return "[" + ",".join([item] * (size // (len(item) + 1))) + "]"
+
+
+async def most_lag(until):
+    """The longest time for which the event loop did nothing else."""
+    most = 0.0
+    while not until.is_set():
+        before = time.perf_counter()
+        await asyncio.sleep(0.005)
+        most = max(most, time.perf_counter() - before)
+    return most

@@ -1,5 +1,6 @@
 """What a server refuses, what it gives up, and how it ends."""
 
+import asyncio
 import concurrent.futures
 import json
 import socket
@@ -8,9 +9,10 @@ import time
 
 import httpx2
 import pytest
-from served import NAME, Served, running, tiny_served, wait_idle
+from served import NAME, Served, list_of, most_lag, running, tiny_served, wait_idle
 
 from glm_jax.errors import UserError
+from glm_jax.serving.connections import ConnectionLimits
 from glm_jax.serving.errors import UnavailableError
 from glm_jax.serving.keys import Keys, KeysError
 from glm_jax.serving.server import ServerError, bound_socket
@@ -297,6 +299,127 @@ def test_a_search_that_fails_harms_no_other(model, monkeypatch):
         asked = {"model": NAME, "prompt": "a", "best_of": 2, "max_tokens": 2}
         _error(_post(served, json=asked), 500)
         assert _post(served).status_code == 200
+
+
+def test_a_search_compiles_while_others_go_on(model, monkeypatch):
+    may_compile = threading.Event()
+
+    def search(*args):
+        yield may_compile.wait
+        yield None
+        assert may_compile.is_set()
+        raise UserError("the end")
+
+    monkeypatch.setattr("glm_jax.serving.completions.filling_by_beams", search)
+    asked = {"model": NAME, "prompt": "a", "best_of": 2}
+    with running(lambda: model) as served, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        searching = [pool.submit(_post, served, json=asked) for _ in range(2)]
+        try:
+            for _ in range(2):
+                assert _post(served, json=ASKED | {"max_tokens": 3}).status_code == 200
+            assert not any(search.done() for search in searching)
+        finally:
+            may_compile.set()
+        for search in searching:
+            assert _error(search.result(), 400)["message"] == "the end"
+
+
+def test_clients_take_turns(model, slow_steps, monkeypatch):
+    order = []
+
+    def search(params, config, partly, settings, most):
+        order.append(partly.tokens[:2])
+        yield None
+        raise UserError("the end")
+
+    monkeypatch.setattr("glm_jax.serving.completions.filling_by_beams", search)
+    ends = {}
+
+    def ask(served, name, **more):
+        _post(served, json=ASKED | {"max_tokens": 4} | more)
+        ends[name] = time.monotonic()
+
+    searching = {"best_of": 2, "temperature": None, "seed": None}
+    with running(lambda: model) as served, concurrent.futures.ThreadPoolExecutor(4) as pool:
+        pool.submit(ask, served, "many", n=32)
+        pool.submit(ask, served, "searches", prompt=["ab"] * 9, **searching)
+        while not model.engine.running or not order:
+            time.sleep(0.001)
+        pool.submit(ask, served, "one")
+        pool.submit(ask, served, "search", prompt="cd", **searching)
+    assert ends["one"] < ends["many"] - 0.5  # of 32 steps in slots of four, each 0.05 s
+    found = [tokens == order[0] for tokens in order]
+    assert 0 < found.index(False) < 5
+
+
+def _ask_and_read_nothing(served, **more):
+    """A client whose answers fill what little room there is on their way."""
+    host, port = served.url.removeprefix("http://").split(":")
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    connection.connect((host, int(port)))
+    content = json.dumps(ASKED | {"stream": True, "logprobs": 5} | more).encode()
+    head = f"Host: localhost\r\nContent-Length: {len(content)}\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n{head}\r\n"
+    connection.sendall(head.encode() + content)
+    return connection
+
+
+@pytest.mark.parametrize("stall_seconds", [0.2, 60.0])
+def test_who_reads_nothing_takes_no_room(model, stall_seconds):
+    limits = ConnectionLimits(stall_seconds=stall_seconds)
+    served = Served(lambda: model, max_waiting=0, connections=limits, send_buffer=4096)
+    try:
+        served.wait_ready()
+        with _ask_and_read_nothing(served, n=model.engine.slots):
+            while not served.service.worker.open_exchanges:
+                time.sleep(0.001)
+            while not model.engine.is_idle:
+                time.sleep(0.001)
+            whole = {"n": model.engine.slots, "max_tokens": 2}
+            assert _post(served, json=ASKED | whole).status_code == 200
+            if stall_seconds < 1:
+                wait_idle(served)
+            else:
+                assert served.service.worker.open_exchanges == 1
+    finally:
+        served.drain()
+        served.join()
+
+
+def test_large_bodies_stop_no_one(model):
+    bodies = {
+        "objects": list_of("{}", 300_000),
+        "texts": list_of('"a"', 900_000),
+        "tokens": list_of("1", 300_000),
+        "token lists": list_of("[1]", 600_000),
+        "a word": f'"{"a" * 900_000}"',
+    }
+    over = asyncio.Event()
+    headers = {"Content-Type": "application/json"}
+    with running(lambda: model) as served:
+        lag = asyncio.run_coroutine_threadsafe(most_lag(over), served.loop)
+        for name, prompt in bodies.items():
+            content = f'{{"model": "{NAME}", "prompt": {prompt}}}'.encode()
+            refused = _post(served, json=None, content=content, headers=headers)
+            assert len(_error(refused, 400)["message"]) < 300, name
+        served.loop.call_soon_threadsafe(over.set)
+        assert lag.result() < 1  # it was up to 13
+
+
+def test_prompts_are_counted_before_they_are_read(model, monkeypatch):
+    def encode(tokenizer, text):
+        raise AssertionError("a prompt was read")
+
+    with running(lambda: model) as served:
+        monkeypatch.setattr(type(model.tokenizer), "encode", encode)
+        most = served.service.worker.most_answers
+        too_many = _post(served, json=ASKED | {"prompt": ["a"] * (most + 1)})
+        assert f"{most + 1} answers: at most {most}" in _error(too_many, 400)["message"]
+        long = {"prompt": ["a"] * 200, "suffix": "b" * 9000}
+        assert (
+            "suffix: 1800000 characters" in _error(_post(served, json=ASKED | long), 400)["message"]
+        )
 
 
 def test_an_address_that_is_taken():
