@@ -212,6 +212,11 @@ class Worker:
         return self.ready_model().engine.slots + self._max_waiting
 
     @property
+    def running(self) -> int:
+        """Answers in slots and waiting: what is whole but not yet read is none of them."""
+        return sum(exchange.running for exchange in self._exchanges)
+
+    @property
     def open_exchanges(self) -> int:
         """Clients that are there."""
         return len(self._exchanges)
@@ -242,9 +247,7 @@ class Worker:
           UnavailableError: there is no model yet, or the server goes down.
         """
         model = self.ready_model()
-        # What is whole but not yet read takes no room here.
-        running = sum(exchange.running for exchange in self._exchanges)
-        if running + answers > self.most_answers:
+        if self.running + answers > self.most_answers:
             raise BusyError(
                 f"{self._max_waiting} answers wait already, which is all there is room for: "
                 "ask again later"

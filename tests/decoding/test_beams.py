@@ -3,6 +3,7 @@
 import json
 import re
 
+import jax
 import pytest
 from conftest import GOLDEN
 from stub_tokenizer import WordTokenizer
@@ -81,3 +82,32 @@ def test_settings_that_cannot_be_are_refused():
     for wrong in ({"num_beams": 0}, {"no_repeat_ngram": -1}, {"min_tokens": -2}):
         with pytest.raises(SamplingError, match=re.escape(next(iter(wrong)))):
             BeamSearch(**wrong)
+
+
+def test_programs_can_be_compiled_before_the_steps_that_need_them(
+    golden_float32, golden_special, caplog
+):
+    """By anyone, so that a server's other requests do not wait for it."""
+    config, params = golden_float32
+    tokenizer = WordTokenizer(golden_special)
+    partly = PartlyFilled.begin(tokenizer, FILL[0]["text"], FILL[0]["out_seq_length"])
+    settings = BeamSearch(2)
+    jax.clear_caches()
+    of_steps, ahead = [], []
+    compiled = lambda: [
+        found.group(1)
+        for record in caplog.records
+        if (found := re.match(r"Finished XLA compilation of jit\((\w+)\)", record.getMessage()))
+    ]
+    with jax.log_compiles(True):
+        steps = filling_by_beams(params, config, partly, settings, 4)
+        for compile_next in steps:
+            of_steps += compiled()
+            caplog.clear()
+            if compile_next is not None:
+                compile_next()
+                ahead += compiled()
+                caplog.clear()
+    programs = {"prefill", "expand", "_follow", "decode_step"}
+    assert programs == set(ahead)
+    assert not programs & set(of_steps)

@@ -372,16 +372,16 @@ def test_who_reads_nothing_takes_no_room(model, stall_seconds):
     try:
         served.wait_ready()
         with _ask_and_read_nothing(served, n=model.engine.slots):
-            while not served.service.worker.open_exchanges:
-                time.sleep(0.001)
-            while not model.engine.is_idle:
-                time.sleep(0.001)
+            worker = served.service.worker
+            for is_there in (lambda: worker.running, lambda: not worker.running):
+                while not is_there():
+                    time.sleep(0.001)
             whole = {"n": model.engine.slots, "max_tokens": 2}
             assert _post(served, json=ASKED | whole).status_code == 200
             if stall_seconds < 1:
                 wait_idle(served)
             else:
-                assert served.service.worker.open_exchanges == 1
+                assert worker.open_exchanges == 1
     finally:
         served.drain()
         served.join()
