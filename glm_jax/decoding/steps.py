@@ -6,6 +6,7 @@ run on `engine`.
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +27,10 @@ class DecodeState:
     """What a step needs and changes. All [batch]; index counts cache positions."""
 
     cache: KVCache
-    tokens: Int[Array, " batch"]
-    position_ids: Int[Array, " batch"]
-    position_steps: Int[Array, " batch"]
-    index: Int[Array, " batch"]
+    tokens: Int[Any, " batch"]
+    position_ids: Int[Any, " batch"]
+    position_steps: Int[Any, " batch"]
+    index: Int[Any, " batch"]
 
 
 def prefill_prompts(

@@ -1,5 +1,7 @@
 """Keys and values of the tokens already seen."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -22,10 +24,10 @@ class LayerCache:
         None for floats.
     """
 
-    keys: Shaped[Array, "*layers batch heads length head_dim"]
-    values: Shaped[Array, "*layers batch heads length head_dim"]
-    key_scales: Float[Array, "*layers batch heads length"] | None = None
-    value_scales: Float[Array, "*layers batch heads length"] | None = None
+    keys: Shaped[Any, "*layers batch heads length head_dim"]
+    values: Shaped[Any, "*layers batch heads length head_dim"]
+    key_scales: Float[Any, "*layers batch heads length"] | None = None
+    value_scales: Float[Any, "*layers batch heads length"] | None = None
 
 
 KVCache = LayerCache | tuple[LayerCache, ...]
