@@ -247,7 +247,10 @@ class Worker:
           UnavailableError: there is no model yet, or the server goes down.
         """
         model = self.ready_model()
-        if self.running + answers > self.most_answers:
+        # Whoever fills the queue is not to shut the others out.
+        is_new = all(e.turn[0] != client for e in self._exchanges if e.running)
+        room = self.most_answers + (model.engine.slots if is_new else 0)
+        if self.running + answers > room:
             raise BusyError(
                 f"{self._max_waiting} answers wait already, which is all there is room for: "
                 "ask again later"

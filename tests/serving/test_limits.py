@@ -352,6 +352,25 @@ def test_clients_take_turns(model, slow_steps, monkeypatch):
     assert 0 < found.index(False) < 5
 
 
+def test_who_fills_the_queue_shuts_no_one_out(model, slow_steps):
+    with (
+        running(lambda: model, max_waiting=2, keys=Keys(["a", "b"])) as served,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        room = model.engine.slots + 2
+        ask = lambda key, **more: _post(
+            served,
+            headers={"Authorization": f"Bearer {key}"},
+            json=ASKED | {"max_tokens": 8} | more,
+        )
+        filling = pool.submit(ask, "a", n=room)
+        while served.service.worker.running < room:
+            time.sleep(0.001)
+        assert ask("a").status_code == 429
+        assert ask("b").status_code == 200
+        assert filling.result().status_code == 200
+
+
 def _ask_and_read_nothing(served, **more):
     """A client whose answers fill what little room there is on their way."""
     host, port = served.url.removeprefix("http://").split(":")
