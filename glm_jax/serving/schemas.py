@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from glm_jax.decoding.settings import SETTINGS, Number
 
@@ -41,8 +41,8 @@ Zero = Annotated[float, Field(ge=0, le=0)]
 
 # Of what may be long, the first error is enough.
 _Item = TypeVar("_Item")
-_List = Annotated[list[_Item], Field(min_length=1), FailFast()]
-_Prompts = Annotated[list[_Item], Field(min_length=1, max_length=_PROMPTS), FailFast()]
+_List = Annotated[list[_Item], Field(min_length=1, fail_fast=True)]
+_Prompts = Annotated[list[_Item], Field(min_length=1, max_length=_PROMPTS, fail_fast=True)]
 
 
 class _Strict(BaseModel):
