@@ -11,11 +11,16 @@ from collections.abc import Collection, Sequence
 from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from glm_jax.errors import UserError
 from glm_jax.serving.errors import error_response, refused
 from glm_jax.serving.service import Service
 
 _OPEN = ("/", "/health", "/ready", "/metrics", "/openapi.json")
 _LOCAL = ("localhost", "127.0.0.1", "::1")
+
+
+class HostError(UserError):
+    """What no server can be asked by."""
 
 
 class Hosts:
@@ -43,7 +48,13 @@ class Hosts:
         Args:
           host: that it listens on, a name or an address.
           more: names that it has besides.
+
+        Raises:
+          HostError: one of these is no name.
         """
+        for name in more:
+            if "/" in name or (":" in name and not _is_address(name.strip("[]"))):
+                raise HostError(f"--allowed_host={name}: give a name without scheme and port")
         names = {host, *more}
         try:
             is_everywhere = ipaddress.ip_address(host).is_unspecified

@@ -12,7 +12,7 @@ import pytest
 from served import Served
 
 from glm_jax.serving.connections import ConnectionLimits
-from glm_jax.serving.guards import Hosts
+from glm_jax.serving.guards import HostError, Hosts
 from glm_jax.serving.keys import Keys
 
 SHORT = ConnectionLimits(head_seconds=0.3, body_seconds=0.3, idle_seconds=0.3, stall_seconds=0.3)
@@ -225,6 +225,12 @@ def test_names_of_a_server(host, more, known, unknown):
     for port in ("", ":8000"):
         assert all(hosts.has(bracketed(name) + port) for name in known)
         assert not any(hosts.has(bracketed(name) + port) for name in unknown)
+
+
+@pytest.mark.parametrize("name", ["http://glm.example", "glm.example:8000", "a/b"])
+def test_what_is_no_name_of_a_server(name):
+    with pytest.raises(HostError, match=f"--allowed_host={name}: give a name"):
+        Hosts.of("127.0.0.1", [name])
 
 
 def test_head_is_get_without_the_body(served):
