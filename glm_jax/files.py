@@ -5,11 +5,13 @@ Everything is written beside its place, synced to the disk and renamed (`put_in_
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from glm_jax import processes
 from glm_jax.errors import UserError
@@ -112,6 +114,22 @@ def _sync_one(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def read_json(path: Path, error: type[UserError], if_missing: str) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+      error: the file is missing, which `if_missing` says, or cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as missing:
+        raise error(if_missing) from missing
+    except OSError as unreadable:
+        raise error(f"{path}: {unreadable.strerror}") from unreadable
+    except (ValueError, RecursionError) as wrong:
+        raise error(f"{path} is not JSON: {str(wrong)[:200]}") from wrong
 
 
 @contextlib.contextmanager

@@ -16,11 +16,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from glm_jax import files, processes
-from glm_jax.config import ConfigError, GLMConfig
+from glm_jax.config import GLMConfig
 from glm_jax.model import adapters as model_adapters
 from glm_jax.model import params as glm_params
 from glm_jax.model import parts
 from glm_jax.model.adapters import AdapterConfig
+from glm_jax.model.checksums import CHECKSUMS_FILE, checked_files, write_checksums
 from glm_jax.model.params import Adapters, LayerNormParams
 from glm_jax.model.parts import PARAMS_FOLDER, CheckpointError
 
@@ -72,6 +73,8 @@ def save_adapter(
         if processes.is_first():
             about = dataclasses.asdict(adapter) | {"model": identity}
             files.write_text(partial / ADAPTER_FILE, json.dumps(about, indent=2) + "\n")
+            written = (partial / ADAPTER_FILE, partial / _PART / CHECKSUMS_FILE)
+            write_checksums(partial, written, {})
 
 
 def load_adapter(
@@ -85,19 +88,21 @@ def load_adapter(
 
     Raises:
       CheckpointError: there are none, or they belong to another model.
+      DamageError: a file or an array is not what was written.
     """
     folder = Path(path).absolute()
     file = folder / ADAPTER_FILE
+    if_missing = (
+        f"{path} holds no adapters ({ADAPTER_FILE} is missing): give the folder `adapter` of a "
+        "fine-tuning run's workdir"
+    )
+    about = files.read_json(file, CheckpointError, if_missing)
+    with parts.readable(folder):
+        checked_files(folder)
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
-        of_model = about.pop("model")
+        of_model = dict(about.pop("model"))
         adapter = AdapterConfig.from_dict(about)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(
-            f"{path} holds no adapters ({ADAPTER_FILE} is missing): give the folder `adapter` of a "
-            "fine-tuning run's workdir"
-        ) from error
-    except (ValueError, KeyError, AttributeError, ConfigError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: {error!r}; save the adapters again") from error
     if of_model != identity:
         differs = next((n for n, v in identity.items() if of_model.get(n) != v), "model")

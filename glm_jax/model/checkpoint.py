@@ -13,12 +13,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from glm_jax import config as glm_config
-from glm_jax import files, processes
+from glm_jax import files, processes, tokenizer
 from glm_jax.config import ConfigError, GLMConfig
 from glm_jax.model import adapters, parts
 from glm_jax.model import params as glm_params
 from glm_jax.model.adapter_files import load_adapter, model_identity
+from glm_jax.model.checksums import CHECKSUMS_FILE, checked_files, write_checksums
 from glm_jax.model.offload import HostStack, device_bytes
 from glm_jax.model.params import KERNEL_AXES, GLMParams, LayerParams, LinearParams
 from glm_jax.model.parts import PARAMS_FOLDER, CheckpointError
@@ -29,6 +29,7 @@ from glm_jax.quantization import QuantizedArray, Scheme
 
 CONFIG_FILE = "config.json"
 _PART_BYTES = 4 << 30
+_EDITABLE = (CONFIG_FILE, tokenizer.MODEL_FILE, tokenizer.CONFIG_FILE)
 
 
 def save_model(
@@ -67,11 +68,22 @@ def _layers_a_part(config: GLMConfig, layers: Any) -> int:
     return max(1, min(config.num_layers, _PART_BYTES // max(size, 1)))
 
 
-def describe_model(partial: Path, config: GLMConfig, extra_files: tuple[Path, ...] = ()) -> None:
-    """Puts beside all parameters what makes their folder a model folder."""
+def describe_model(
+    partial: Path,
+    config: GLMConfig,
+    extra_files: tuple[Path, ...] = (),
+    checksums: dict[str, int] | None = None,
+) -> None:
+    """Puts beside all parameters what makes their folder a model folder.
+
+    Args:
+      checksums: of arrays that lie in the folder itself; those of parts lie with them.
+    """
     for file in extra_files:
         shutil.copy2(file, partial / file.name)
     files.write_text(partial / CONFIG_FILE, config.to_json())
+    of_parts = (partial / PARAMS_FOLDER).glob(f"*/{CHECKSUMS_FILE}")
+    write_checksums(partial, (*partial.iterdir(), *of_parts), checksums or {})
 
 
 def load_config(path: str | os.PathLike[str]) -> GLMConfig:
@@ -81,15 +93,28 @@ def load_config(path: str | os.PathLike[str]) -> GLMConfig:
       CheckpointError: there is none, or it cannot be read.
     """
     file = Path(path) / CONFIG_FILE
+    if_missing = (
+        f"{path} holds no model ({CONFIG_FILE} is missing): give a folder that a converter, "
+        "a training run's export or save_model wrote"
+    )
+    fields = files.read_json(file, CheckpointError, if_missing)
     try:
-        return glm_config.GLMConfig.from_json(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(
-            f"{path} holds no model ({CONFIG_FILE} is missing): give a folder that a converter, "
-            "a training run's export or save_model wrote"
-        ) from error
+        return GLMConfig.from_dict(fields)
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from error
+
+
+def check_files(path: str | os.PathLike[str]) -> dict[str, int] | None:
+    """Checks the files of a model folder that lie beside its parameters.
+
+    Returns:
+      The checksums of arrays among them; None for a folder without checksums.
+
+    Raises:
+      DamageError: one is missing, or is not what was written.
+    """
+    with parts.readable(Path(path)):
+        return checked_files(Path(path), _EDITABLE)
 
 
 def stored_bits(path: str | os.PathLike[str], config: GLMConfig) -> int | None:
@@ -131,12 +156,14 @@ def restore(
     Raises:
       CheckpointError: no complete model there, or one quantised in another way; no adapters,
         or another model's.
+      DamageError: a file or an array is not what was written.
       QuantizationError: `quantization` says nothing known, or groups do not divide.
       MeshError: the shapes do not divide over the mesh.
       OffloadError: the limit leaves no room for two blocks.
     """
     scheme = None if quantization is None else Scheme.parse(quantization)
     config = load_config(path)
+    check_files(path)
     folder = Path(path).absolute() / PARAMS_FOLDER
     ranges = parts.layer_ranges(folder, config.num_layers)
     described = _abstract(config, mesh)

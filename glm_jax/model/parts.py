@@ -5,8 +5,10 @@ the layers from the first number up to the second, stacked. A converter writes e
 a part: its memory then stays at a layer, and a part that is there is whole.
 """
 
+import contextlib
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,24 @@ import jax
 import orbax.checkpoint as ocp
 from flax import serialization
 
+from glm_jax import files, processes
 from glm_jax.errors import UserError
+from glm_jax.model.checksums import (
+    DamageError,
+    array_checksums,
+    checked_files,
+    damaged,
+    write_checksums,
+)
 from glm_jax.model.params import GLMParams
-from glm_jax.model.reading import empty_buffers, placed, read_into
+from glm_jax.model.reading import (
+    array_name,
+    empty_buffers,
+    open_arrays,
+    placed,
+    read_into,
+    stored_chunks,
+)
 
 PARAMS_FOLDER = "params"  # of a model folder
 EMBEDDING = "embedding"
@@ -28,6 +45,15 @@ _CHUNK_BYTES = 16 << 20
 
 class CheckpointError(UserError):
     """A folder that holds no complete model; the message says what is missing where."""
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns the system's errors of reading a folder or file into CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path}: {error.strerror or error}") from error
 
 
 def on_one_device(tree: Any, device: jax.Device | None = None) -> Any:
@@ -50,12 +76,16 @@ def embedding_tree(params: GLMParams) -> dict[str, Any]:
 
 
 def is_whole(folder: Path, name: str) -> bool:
-    """Whether a part is there; Orbax renames a part to its name when it is whole."""
-    return (folder / name).is_dir()
+    """Whether a part is there, and its files are as they were written."""
+    try:
+        return checked_files(folder / name) is not None
+    except DamageError:
+        return False
 
 
 def write_part(folder: Path, name: str, tree: Any) -> None:
-    """Writes a part; of several processes that share arrays each its own shards.
+    """Writes a part with its checksums; of several processes that share arrays each its own
+    shards.
 
     Arrays are stored in chunks within their shards, uncompressed: weights hardly shrink,
     and compression would take longer than the disk.
@@ -63,13 +93,28 @@ def write_part(folder: Path, name: str, tree: Any) -> None:
     state = serialization.to_state_dict(tree)
     options = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), state)
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+    partial = folder / f"{name}.partial"
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(folder / name, state, save_args=options)
+        checkpointer.save(partial, state, save_args=options, force=True)
+    checksums = processes.gather(_checksums(partial, state))
+    if processes.is_first():
+        write_checksums(partial, partial.rglob("*"), checksums)
+        files.put_in_place(partial, folder / name)
+    processes.wait(f"the part {name} is whole")
+
+
+def _checksums(folder: Path, state: dict[str, Any]) -> dict[str, int]:
+    """Of the chunks that this process has written, from the arrays in memory."""
+    arrays = {array_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(state)}
+    found: dict[str, int] = {}
+    for (name, array), store in zip(arrays.items(), open_arrays(folder, list(arrays)), strict=True):
+        found |= array_checksums(name, array, stored_chunks(store))
+    return found
 
 
 def remove_unfinished(folder: Path, name: str) -> None:
-    """Removes what a process that was killed left of a part."""
-    for path in folder.glob(f"{name}.*"):
+    """Removes what a process that was killed left of a part, or one that is damaged."""
+    for path in (folder / name, *folder.glob(f"{name}.*")):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -79,7 +124,8 @@ def layer_ranges(folder: Path, num_layers: int) -> list[tuple[int, int]]:
     Raises:
       CheckpointError: layers that are missing, or there twice.
     """
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    with readable(folder):
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     matches = filter(None, map(_LAYERS.fullmatch, sorted(names)))
     ranges = [(int(match[1]), int(match[2])) for match in matches]
     reached = 0
@@ -95,11 +141,23 @@ def layer_ranges(folder: Path, num_layers: int) -> list[tuple[int, int]]:
 
 
 def part_metadata(folder: Path, name: str) -> Any:
-    """The tree of what a part's arrays are, without reading them."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(folder / name).item_metadata
-    if metadata is None:
-        raise CheckpointError(f"{folder / name} is no whole checkpoint: convert or export again")
+    """The tree of what a part's arrays are, without reading them.
+
+    Raises:
+      DamageError: a file of the part is missing or damaged.
+      CheckpointError: it is no checkpoint, or cannot be read.
+    """
+    with readable(folder / name):
+        checked_files(folder / name)
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                metadata = checkpointer.metadata(folder / name).item_metadata
+        except OSError:
+            raise
+        except Exception as error:  # whatever a library finds wrong with a damaged file
+            raise damaged(folder / name, f"{error!r}"[:200]) from error
+    if metadata is None or not isinstance(metadata.tree, dict):
+        raise damaged(folder / name, "it is no whole checkpoint")
     return metadata.tree
 
 
@@ -113,6 +171,7 @@ def read_part(folder: Path, name: str, target: Any, metadata: Any) -> Any:
     Raises:
       CheckpointError: an array is missing, or has another shape.
     """
+    _check_shapes(folder / name, target, metadata)  # before memory of its config's sizes is had
     buffers = jax.tree.map(empty_buffers, target)
     read_part_into(folder, name, target, buffers, metadata)
     return jax.tree.map(lambda x, b: placed(x, b, x.shape, None), target, buffers)
@@ -125,15 +184,22 @@ def read_part_into(folder: Path, name: str, target: Any, buffers: Any, metadata:
       buffers: a tree like `target`, of `Buffers`.
       metadata: the part's.
     """
+    _check_shapes(folder / name, target, metadata)
+    into = serialization.to_state_dict(buffers)
+    with readable(folder / name):
+        checksums = checked_files(folder / name)
+        read_into(folder / name, serialization.to_state_dict(target), into, checksums)
+
+
+def _check_shapes(part: Path, target: Any, metadata: Any) -> None:
     expected = serialization.to_state_dict(target)
     found = dict(jax.tree_util.tree_leaves_with_path(metadata))
     for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
-        label = jax.tree_util.keystr(path, simple=True, separator=".")
+        label = array_name(path)
         if path not in found:
-            raise CheckpointError(f"{folder / name}: the parameter {label} is missing")
+            raise CheckpointError(f"{part}: the parameter {label} is missing")
         if tuple(found[path].shape) != tuple(leaf.shape):
             raise CheckpointError(
-                f"{folder / name}: {label} is {tuple(found[path].shape)}, its config says "
+                f"{part}: {label} is {tuple(found[path].shape)}, its config says "
                 f"{tuple(leaf.shape)}"
             )
-    read_into(folder / name, expected, serialization.to_state_dict(buffers))

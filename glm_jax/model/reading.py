@@ -9,6 +9,7 @@ import ctypes
 import dataclasses
 import math
 from collections.abc import Iterator
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,15 @@ import jax
 import numpy as np
 import tensorstore as ts
 from jax.sharding import SingleDeviceSharding
+
+from glm_jax.model.checksums import (
+    Chunks,
+    chunk_checksum,
+    chunk_key,
+    damaged,
+    whole_slices,
+    within,
+)
 
 _LINE_BYTES = 64  # at which jax takes an array of numpy as it is
 _READS_AT_ONCE = 8
@@ -77,40 +87,117 @@ def empty_buffers(leaf: Any, shape: tuple[int, ...] | None = None) -> Buffers:
     return Buffers(found)
 
 
-def read_into(folder: Path, target: dict[str, Any], into: dict[str, Any]) -> None:
-    """Reads the arrays of a checkpoint.
+def read_into(
+    folder: Path, target: dict[str, Any], into: dict[str, Any], checksums: dict[str, int] | None
+) -> None:
+    """Reads the arrays of a checkpoint; each chunk is checked while it is in the processor's
+    cache and others are being read.
 
     Args:
       folder: of an Orbax checkpoint of zarr arrays in an OCDBT store.
       target: nested dictionaries of `jax.ShapeDtypeStruct` with shardings.
       into: dictionaries alike, of `Buffers`.
+      checksums: of the chunks; None to read unchecked.
+
+    Raises:
+      DamageError: a chunk cannot be read, or is not what was written.
     """
     limit = {"limit": _READS_AT_ONCE}
     context = ts.Context({"file_io_concurrency": limit, "cache_pool": {"total_bytes_limit": 0}})
     described = jax.tree_util.tree_leaves_with_path(target)
-    opening = [ts.open(_spec(folder, path), open=True, context=context) for path, _ in described]
-    writing = []
-    for (_, leaf), buffers, store in zip(described, jax.tree.leaves(into), opening, strict=True):
-        writing += _start(store.result(), leaf, buffers)
-    for written in writing:
-        written.result()
+    stores = open_arrays(folder, [array_name(path) for path, _ in described], context)
+    reads = [
+        read
+        for (path, leaf), buffers, store in zip(
+            described, jax.tree.leaves(into), stores, strict=True
+        )
+        for read in _chunk_reads(folder, array_name(path), store, leaf, buffers, checksums)
+    ]
+    with futures.ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+        for _ in pool.map(_ChunkRead.run, reads):
+            pass
 
 
-def _spec(folder: Path, path: Any) -> dict[str, Any]:
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
+def array_name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def open_arrays(folder: Path, names: list[str], context: ts.Context | None = None) -> list[Any]:
+    """The arrays of a checkpoint, unread.
+
+    Raises:
+      DamageError: one cannot be opened.
+    """
+    opening = [ts.open(_spec(folder, name), open=True, context=context) for name in names]
+    return [_result(folder, name, store) for name, store in zip(names, opening, strict=True)]
+
+
+def stored_chunks(store: Any) -> Chunks:
+    return Chunks(tuple(store.shape), tuple(store.chunk_layout.read_chunk.shape))
+
+
+def _spec(folder: Path, name: str) -> dict[str, Any]:
     store = {"driver": "ocdbt", "base": folder.absolute().as_uri(), "path": f"{name}/"}
-    return {"driver": "zarr", "kvstore": store}
+    return {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}
 
 
-def _start(store: Any, leaf: Any, buffers: Buffers) -> list[Any]:
-    if store.dtype.numpy_dtype != leaf.dtype:
-        store = ts.cast(store, ts.dtype(leaf.dtype))
-    begun = {}
+def _result(folder: Path, name: str, future: Any) -> Any:
+    try:
+        return future.result()
+    except (ValueError, OSError) as error:  # of whatever kind the library finds it to be
+        raise damaged(f"{folder}: {name}", str(error)[:200]) from error
+
+
+def _chunk_reads(
+    folder: Path, name: str, store: Any, leaf: Any, buffers: Buffers, checksums: Any
+) -> Iterator["_ChunkRead"]:
+    chunks = stored_chunks(store)
+    is_compressed = store.spec().to_json()["metadata"].get("compressor") is not None
+    if is_compressed or any(a > b for a, b in zip(chunks.chunk, chunks.shape, strict=True)):
+        # What a compressed chunk takes in memory is known when it is too late.
+        raise damaged(f"{folder}: {name}", "it is compressed, or its chunks are larger than it is")
+    begun = set()
     for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
         buffer = buffers.by_device[device]
-        if id(buffer) not in begun:
-            begun[id(buffer)] = ts.array(buffer).write(store[index])
-    return list(begun.values())
+        if buffer.ctypes.data in begun:
+            continue
+        begun.add(buffer.ctypes.data)
+        region = whole_slices(index, leaf.shape)
+        for number, place in chunks.overlapping(region):
+            key = chunk_key(name, number)
+            if checksums is not None and key not in checksums:
+                raise damaged(f"{folder}: {name}", f"its chunk {key} has no checksum")
+            expected = None if checksums is None else checksums[key]
+            yield _ChunkRead(folder, name, store, place, region, buffer, expected)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ChunkRead:
+    """A chunk to read into the part that a buffer, which has a region of the array, has of it."""
+
+    folder: Path
+    name: str
+    store: Any
+    place: tuple[slice, ...]
+    region: tuple[slice, ...]
+    buffer: np.ndarray
+    checksum: int | None
+
+    def run(self) -> None:
+        shared = tuple(
+            slice(max(a.start, b.start), min(a.stop, b.stop))
+            for a, b in zip(self.place, self.region, strict=True)
+        )
+        target = self.buffer[within(shared, self.region)]
+        dtype = self.store.dtype.numpy_dtype
+        is_direct = shared == self.place and dtype == self.buffer.dtype
+        # Of a chunk that belongs to several devices all is read, to be checked.
+        chunk = target if is_direct else np.empty([s.stop - s.start for s in self.place], dtype)
+        _result(self.folder, self.name, ts.array(chunk).write(self.store[self.place]))
+        if self.checksum is not None and chunk_checksum(chunk) != self.checksum:
+            raise damaged(f"{self.folder}: {self.name}", "it is not what was written")
+        if not is_direct:
+            target[...] = chunk[within(shared, self.place)]
 
 
 def placed(leaf: Any, buffers: Buffers, shape: tuple[int, ...], kind: str | None) -> jax.Array:

@@ -1,0 +1,182 @@
+"""Checksums of stored arrays, chunk by chunk, and of the files around them.
+
+Every part of a model folder, and every folder of adapters, has a `checksums.json`. Folders
+without one, of earlier versions, are read unchecked.
+"""
+
+import dataclasses
+import itertools
+import json
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm_jax import files
+from glm_jax.errors import UserError
+
+CHECKSUMS_FILE = "checksums.json"
+# Files up to this size are checked as they are opened; what larger ones hold is arrays, whose
+# chunks are checked as they are read.
+_SMALL_BYTES = 1 << 20
+_WORDS = {8: np.uint64, 4: np.uint32, 2: np.uint16, 1: np.uint8}
+
+
+class DamageError(UserError):
+    """Stored data that is not what was written; the message names the file or the array."""
+
+
+def chunk_checksum(chunk: np.ndarray) -> int:
+    """The checksum of an array of up to some MiB, which need not be contiguous.
+
+    The array's words are summed modulo 2^64 for each index of its first axis that is longer
+    than 1; the result is the CRC-32 of these sums. Sums take a fifth of the time that a CRC of
+    all bytes takes (0.03 and 0.16 s a GiB on one core), and reading takes 0.3 s.
+    """
+    if chunk.ndim == 0:
+        chunk = chunk[None]
+    if chunk.strides[-1] != chunk.itemsize:
+        chunk = np.ascontiguousarray(chunk)
+    row = chunk.shape[-1] * chunk.itemsize
+    word = next(_WORDS[size] for size in _WORDS if row % size == 0)
+    words = chunk.view(word)
+    first = next((axis for axis, size in enumerate(words.shape) if size > 1), 0)
+    others = tuple(axis for axis in range(words.ndim) if axis != first)
+    sums = words.sum(axis=others, dtype=np.uint64)
+    return zlib.crc32(np.ascontiguousarray(sums, "<u8"))
+
+
+class _ChangedError(DamageError):
+    """A file that is there, and is another."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """The regular grid of chunks that an array is stored in.
+
+    Attributes:
+      shape: of the array.
+      chunk: of a chunk; those at the array's ends may be smaller.
+    """
+
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+
+    def overlapping(
+        self, region: tuple[slice, ...]
+    ) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
+        """The index and the place in the array of each chunk that a region has a part in."""
+        ranges = [
+            range(part.start // size, -(-part.stop // size))
+            for part, size in zip(region, self.chunk, strict=True)
+        ]
+        for index in itertools.product(*ranges):
+            yield index, self.place(index)
+
+    def place(self, index: tuple[int, ...]) -> tuple[slice, ...]:
+        return tuple(
+            slice(i * size, min((i + 1) * size, end))
+            for i, size, end in zip(index, self.chunk, self.shape, strict=True)
+        )
+
+
+def chunk_key(name: str, index: tuple[int, ...]) -> str:
+    return f"{name}/{'.'.join(map(str, index))}"
+
+
+def array_checksums(name: str, array: Any, chunks: Chunks) -> dict[str, int]:
+    """The checksums of an array's chunks by `chunk_key`; of a jax array those that this
+    process writes. Chunks lie within its shards."""
+    if not hasattr(array, "addressable_shards"):
+        array = np.asarray(array)
+        pieces = [(tuple(slice(0, size) for size in array.shape), array)]
+    else:
+        pieces = [
+            (whole_slices(shard.index, array.shape), np.asarray(shard.data))
+            for shard in array.addressable_shards
+            if shard.replica_id == 0
+        ]
+    return {
+        chunk_key(name, index): chunk_checksum(piece[within(place, region)])
+        for region, piece in pieces
+        for index, place in chunks.overlapping(region)
+    }
+
+
+def whole_slices(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """Slices with both their ends."""
+    return tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
+
+
+def within(place: tuple[slice, ...], region: tuple[slice, ...]) -> tuple[slice, ...]:
+    """Where a place in an array lies in a region of it that contains it."""
+    return tuple(
+        slice(a.start - b.start, a.stop - b.start) for a, b in zip(place, region, strict=True)
+    )
+
+
+def write_checksums(folder: Path, paths: Iterable[Path], chunks: dict[str, int]) -> None:
+    """Writes `checksums.json` of a folder.
+
+    Args:
+      paths: the folder's files that it lists, which are all there.
+      chunks: by `chunk_key`; see `array_checksums`.
+    """
+    found = {}
+    for path in sorted(path for path in paths if path.is_file()):
+        size = path.stat().st_size
+        name = path.relative_to(folder).as_posix()
+        found[name] = [size, zlib.crc32(path.read_bytes()) if size <= _SMALL_BYTES else None]
+    text = json.dumps({"files": found, "chunks": chunks}, indent=0)
+    files.write_text(folder / CHECKSUMS_FILE, text + "\n")
+
+
+def checked_files(folder: Path, may_change: tuple[str, ...] = ()) -> dict[str, int] | None:
+    """Checks that a folder's files are there and whole, small ones by their checksums.
+
+    Args:
+      may_change: files that a user may edit: that they changed is said on stderr.
+
+    Returns:
+      The checksums of the arrays' chunks; None for a folder without checksums.
+
+    Raises:
+      DamageError: a file is missing, has another size or other content.
+      OSError: a file cannot be read.
+    """
+    try:
+        text = (folder / CHECKSUMS_FILE).read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        content = json.loads(text)
+        listed = {str(name): (int(size), crc) for name, (size, crc) in content["files"].items()}
+        chunks: dict[str, int] = dict(content["chunks"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged(folder / CHECKSUMS_FILE, "it lists no checksums") from error
+    for name, (size, crc) in listed.items():
+        try:
+            _check_file(folder / name, size, crc)
+        except _ChangedError as error:
+            if name not in may_change:
+                raise
+            print(f"{folder / name} was edited, or is damaged: {error}", file=sys.stderr)
+    return chunks
+
+
+def _check_file(path: Path, size: int, crc: int | None) -> None:
+    try:
+        found = path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise damaged(path, "it is missing") from error
+    if found != size:
+        raise damaged(path, f"it has {found} bytes of {size}", _ChangedError)
+    if crc is not None and zlib.crc32(path.read_bytes()) != crc:
+        raise damaged(path, "it is not what was written", _ChangedError)
+
+
+def damaged(what: Any, why: str, kind: type[DamageError] = DamageError) -> DamageError:
+    return kind(f"{what} is damaged: {why}; copy the folder again, or write it again")
