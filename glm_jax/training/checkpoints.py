@@ -1,9 +1,14 @@
-"""Checkpoints of a run: the train state and where its data stands, saved as one."""
+"""Checkpoints of a run: the train state and where its data stands, saved as one.
+
+TensorStore checks every chunk of every array as it reads it; `checksums.json` lists the files.
+"""
 
 import contextlib
 import errno
+import gc
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +18,12 @@ import jax
 import orbax.checkpoint as ocp
 from flax import serialization
 from jax.sharding import Mesh
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from glm_jax import processes
+from glm_jax import files, processes
 from glm_jax.config import GLMConfig
 from glm_jax.errors import UserError, is_no_room
+from glm_jax.model.checksums import DamageError, checked_files, damaged, write_checksums
 from glm_jax.training.recipe import Recipe
 from glm_jax.training.state import (
     TrainState,
@@ -29,6 +36,30 @@ from glm_jax.training.state import (
 _MINUTES_CHECKED = 10  # steps between looks at the clock, which processes must agree on
 
 
+_ITEMS = ("state", "data")
+_DAMAGED_FOLDER = "damaged_checkpoints"  # beside that of the checkpoints
+
+
+def _zarr_metadata(
+    global_shape: tuple[int, ...], chunk_shape: tuple[int, ...], use_compression: bool
+) -> dict[str, Any]:
+    """Of an array whose chunks have checksums, which Orbax has no option for."""
+    codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    if use_compression:
+        codecs.append({"name": "zstd", "configuration": {"level": 1}})
+    grid = {"name": "regular", "configuration": {"chunk_shape": chunk_shape}}
+    return {
+        "shape": global_shape,
+        "chunk_grid": grid,
+        "codecs": [*codecs, {"name": "crc32c"}],
+    }
+
+
+if not callable(tensorstore_utils._build_zarr3_metadata):
+    raise ImportError("this version of Orbax describes its arrays elsewhere")
+tensorstore_utils._build_zarr3_metadata = _zarr_metadata
+
+
 class SavingError(UserError):
     """A checkpoint that could not be written; those before it stay."""
 
@@ -36,22 +67,47 @@ class SavingError(UserError):
 class RunCheckpoints:
     """The checkpoints under a run's folder; a half-written one never counts."""
 
-    def __init__(self, folder: Path, every: int, minutes: float, kept: int, kept_every: int):
+    def __init__(
+        self,
+        folder: Path,
+        every: int,
+        minutes: float,
+        kept: int,
+        kept_every: int,
+        is_strict: bool = False,
+    ):
         """Args:
         every: steps between checkpoints.
         minutes: time after which one is due besides; 0 for steps alone.
         kept: how many of the newest stay.
         kept_every: those of steps that this divides stay for good; 0 for none.
+        is_strict: a damaged checkpoint is an error, and is not passed over.
         """
         options = ocp.CheckpointManagerOptions(
             max_to_keep=kept,
             keep_period=kept_every or None,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._complete),
         )
         self._folder, self._every, self._seconds = folder, every, 60 * minutes
-        self._saved_at = time.monotonic()
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._saved_at, self._is_strict = time.monotonic(), is_strict
+        handlers = {
+            "state": ocp.PyTreeCheckpointHandler(use_zarr3=True),
+            "data": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(), options=options, item_handlers=handlers
+        )
+
+    def _complete(self) -> None:
+        """Lists and syncs the files of a checkpoint that is written and has no name yet."""
+        if not processes.is_first():
+            return
+        for folder in self._folder.glob("*.orbax-checkpoint-tmp*"):
+            written = [path for item in _ITEMS for path in (folder / item).rglob("*")]
+            write_checksums(folder, written, {})
+            files.sync(folder)
 
     def is_due(self, step: int) -> bool:
         """Whether `save` should be called after this step; the same in all processes."""
@@ -76,7 +132,7 @@ class RunCheckpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(serialization.to_state_dict(state)),
+                    state=ocp.args.PyTreeSave(serialization.to_state_dict(state)),
                     data=ocp.args.JsonSave(data_state),
                 ),
                 force=True,
@@ -98,31 +154,70 @@ class RunCheckpoints:
     ) -> tuple[TrainState, Any] | None:
         """The newest whole checkpoint as (state, data state), None if there is none yet.
 
+        Newer ones that are damaged are named on stderr and moved to `damaged_checkpoints`.
+
         Raises:
           SavingError: a save that is under way failed.
+          DamageError: a checkpoint is damaged and none before it is whole, or `is_strict`.
           UserError: the checkpoint is of another model or recipe.
         """
         self.wait()
-        step = self._manager.latest_step()
-        if step is None:
-            return None
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                restored = self._restore(step, config, recipe, mesh)
+            except DamageError as error:
+                if self._is_strict or step == steps[-1] or jax.process_count() > 1:
+                    raise
+                print(
+                    f"{error}; going on from step {steps[steps.index(step) + 1]}", file=sys.stderr
+                )
+                self._move_away(step)
+            else:
+                return restored
+        return None
+
+    def _restore(
+        self, step: int, config: GLMConfig, recipe: Recipe, mesh: Mesh
+    ) -> tuple[TrainState, Any]:
         target = abstract_saved_state(config, recipe, mesh)
+        expected = serialization.to_state_dict(target)
+        folder = self._folder / str(step)
+        is_listed = checked_files(folder) is not None
+        restored, failure = None, ""
         try:
+            _refuse_other(folder, self._manager.item_metadata(step)["state"], expected)
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(serialization.to_state_dict(target)),
+                    state=ocp.args.PyTreeRestore(
+                        expected,
+                        restore_args=ocp.checkpoint_utils.construct_restore_args(expected),
+                    ),
                     data=ocp.args.JsonRestore(),
                 ),
             )
-        except (ValueError, KeyError) as error:
-            raise UserError(
-                f"{self._folder / str(step)} is a checkpoint of another model or recipe: go on "
-                f"with its config, or name another workdir ({str(error)[:300]})"
-            ) from error
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # of whatever kind a library finds damage to be
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            failure = f"{str(error)[:300]}"
+        if restored is None:
+            _forget_broken_reads()
+            doubt = "" if is_listed else "; or it is of another model or recipe"
+            raise damaged(folder, failure + doubt)
         state: TrainState = serialization.from_state_dict(target, restored["state"])
         # Its buffers are new: what is donated to a step must belong to jax alone.
         return step_form(state, abstract_state(config, recipe, mesh)), restored["data"]
+
+    def _move_away(self, step: int) -> None:
+        """Takes a damaged checkpoint from those that count; its step will be saved again."""
+        target = self._folder.parent / _DAMAGED_FOLDER / str(step)
+        target.parent.mkdir(exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        (self._folder / str(step)).rename(target)
+        self._manager.reload()
 
     def wait(self) -> None:
         """Returns when saves under way are on disk.
@@ -155,3 +250,28 @@ class RunCheckpoints:
                 f"no room for {which} in {self._folder}: {last}; make room and start the same "
                 f"command again ({str(error)[:200]})"
             ) from error
+
+
+def _refuse_other(folder: Path, metadata: Any, expected: dict[str, Any]) -> None:
+    """Raises UserError where a checkpoint has other arrays than a run's state."""
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
+
+    found, wanted = shapes(getattr(metadata, "tree", metadata)), shapes(expected)
+    if found != wanted:
+        name = next(n for n in found | wanted if found.get(n) != wanted.get(n))
+        raise UserError(
+            f"{folder} is a checkpoint of another model or recipe: go on with its config, or name "
+            f"another workdir ({name} is {found.get(name)}, and {wanted.get(name)} here)"
+        )
+
+
+def _forget_broken_reads() -> None:
+    """Without the traces that Orbax's other reads would print when they are collected."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
