@@ -1,13 +1,17 @@
-"""Output that is whole or not there, after a loss of power too.
+"""Output that is whole or not there, after a loss of power too, and written by one at a time.
 
 Everything is written beside its place, synced to the disk and renamed (`put_in_place`).
 """
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
+import socket
+import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +22,94 @@ from glm_jax.errors import UserError
 
 # Errors of writing alone: the files that are read at the same time do not raise them.
 _OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system
 
 
 class OutputError(UserError):
     """An output that cannot be written; what was there before is as it was."""
+
+
+class LockedError(OutputError):
+    """An output that another process is writing."""
+
+
+@contextlib.contextmanager
+def locked(path: Path, number: int = 0, count: int = 1) -> Iterator[None]:
+    """Keeps other processes from writing to `path`, which need not be there yet.
+
+    The system opens the lock when this process ends, however it does: only the file of the lock,
+    `.NAME.lock` beside `path`, may stay. Of joined processes the first has the lock. On a file
+    system without locks there is none, which a line on stderr says.
+
+    Args:
+      number, count: of processes that are not joined and share the output; each number comes
+        once, and a process that is alone shares with none.
+
+    Raises:
+      LockedError: another process has it; the message names it.
+    """
+    if processes.are_joined() and not processes.is_first():
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_lock(path, "", count > 1))
+        if count > 1:
+            stack.enter_context(_lock(path, f".{number}", False))
+        yield
+
+
+@contextlib.contextmanager
+def _lock(path: Path, suffix: str, is_shared: bool) -> Iterator[None]:
+    path = path.absolute()
+    is_inside = path.is_dir() and not os.access(path.parent, os.W_OK)
+    file = (path if is_inside else path.parent) / f".{path.name}{suffix}.lock"
+    with explained(path):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _open_lock(path, file, is_shared)
+    if descriptor is None:
+        yield
+        return
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        holder = f"process {os.getpid()} on {socket.gethostname()} since {since}"
+        os.pwrite(descriptor, holder.ljust(200).encode(), 0)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            # The file goes with its last holder, while no other can have it.
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.unlink()
+        os.close(descriptor)
+
+
+def _open_lock(path: Path, file: Path, is_shared: bool) -> int | None:
+    """An open file that is locked; None where the file system has no locks."""
+    kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(file)):
+                    return descriptor
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip()
+            os.close(descriptor)
+            raise LockedError(
+                f"{path} is being written by {holder or 'another process'}: wait until that has "
+                "ended, or name another folder"
+            ) from error
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno not in _NO_LOCKS:
+                raise
+            print(
+                f"{path}: no locks on this file system ({error.strerror}): see to it that no "
+                "other process writes there",
+                file=sys.stderr,
+            )
+            return None
+        os.close(descriptor)  # its last holder has just removed it
 
 
 @contextlib.contextmanager
@@ -33,7 +121,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     # No two writers share a name, on whatever hosts they run.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    with _explained(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
@@ -54,7 +142,7 @@ def write_text(path: Path, text: str) -> None:
 
 def refuse_non_empty(path: Path) -> None:
     """Raises OutputError where writing to `path` would mix with what is there."""
-    with _explained(path):
+    with explained(path):
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
             raise OutputError(f"output {path} is not empty: remove it or name another folder")
 
@@ -68,9 +156,9 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
       OutputError: there is something at `path` already, or it cannot be written.
     """
     target = Path(path).absolute()
-    refuse_non_empty(target)
     partial = target.with_name(f"{target.name}.partial")
-    with _explained(target):
+    with locked(target), explained(target):
+        refuse_non_empty(target)
         if processes.is_first():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -133,7 +221,7 @@ def read_json(path: Path, error: type[UserError], if_missing: str) -> Any:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Turns the system's errors about an output into one line."""
     try:
         yield

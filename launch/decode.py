@@ -15,6 +15,7 @@ from absl import flags
 from glm_jax import cli
 from glm_jax.decoding.answers import merge
 from glm_jax.decoding.batch import Batch, Share, run_batch
+from glm_jax.files import locked
 from launch.model_flags import (
     MODEL_IDENTITY,
     define_engine_flags,
@@ -60,9 +61,10 @@ def main() -> None:
         truncates=FLAGS.too_long == "truncate",
         settings=engine_settings(),
     )
-    batch.claim({name: getattr(FLAGS, name) for name in MODEL_IDENTITY})
-    config, params = load_model(share.mesh)
-    answered = run_batch(batch, share, config, params, tokenizer)
+    with locked(folder, share.process, share.count):
+        batch.claim({name: getattr(FLAGS, name) for name in MODEL_IDENTITY})
+        config, params = load_model(share.mesh)
+        answered = run_batch(batch, share, config, params, tokenizer)
     if share.writes:
         print(f"{answered} prompts answered by this process; --merge puts all answers together")
 

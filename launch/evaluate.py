@@ -18,6 +18,7 @@ from glm_jax.evaluation.results import RESULTS_FILE, compare, read_results
 from glm_jax.evaluation.run import check, evaluate
 from glm_jax.evaluation.task_config import TaskError, find_tasks, load_task
 from glm_jax.evaluation.tasks import Model
+from glm_jax.files import locked
 from launch.model_flags import (
     MODEL_IDENTITY,
     define_model_flags,
@@ -66,11 +67,12 @@ def main() -> None:
         print(f"{len(configs)} tasks: all data can be used")
         return
     share = Share.of_process(FLAGS.mesh, *cli.join_processes(may_be_apart=True))
-    config, params = load_model(share.mesh)
-    model = Model(params, config, tokenizer, FLAGS.batch_tokens)
     output = Path(FLAGS.output)
-    identity = {name: getattr(FLAGS, name) for name in MODEL_IDENTITY}
-    results = evaluate(configs, Path(FLAGS.data), output, model, share, identity)
+    with locked(output, share.process, share.count):
+        config, params = load_model(share.mesh)
+        model = Model(params, config, tokenizer, FLAGS.batch_tokens)
+        identity = {name: getattr(FLAGS, name) for name in MODEL_IDENTITY}
+        results = evaluate(configs, Path(FLAGS.data), output, model, share, identity)
     if results is None:
         print("this process is done; the last one to end writes the results")
     elif share.writes:

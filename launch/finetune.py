@@ -9,6 +9,7 @@ from pathlib import Path
 from absl import flags
 
 from glm_jax import cli, processes
+from glm_jax.files import locked
 from glm_jax.training.finetuning import finetune, outcome
 from launch.training_flags import define_training_flags, last_step, profiled_steps
 
@@ -20,7 +21,8 @@ flags.DEFINE_string("checkpoint", None, "the model folder to begin with", requir
 def main() -> None:
     cli.join_processes()
     workdir = Path(FLAGS.workdir)
-    history = finetune(FLAGS.config, Path(FLAGS.checkpoint), workdir, profiled_steps())
+    with locked(workdir):
+        history = finetune(FLAGS.config, Path(FLAGS.checkpoint), workdir, profiled_steps())
     if processes.is_first():
         print(f"{last_step(history)}{outcome(workdir)}")
 

@@ -13,6 +13,7 @@ from glm_jax import cli
 from glm_jax.data import pipeline
 from glm_jax.data.documents import KINDS_OF_FILES, find_files
 from glm_jax.data.prepare import prepare
+from glm_jax.files import locked
 from glm_jax.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
@@ -27,16 +28,18 @@ flags.DEFINE_integer("most_bad_lines", 100, "left out and listed; more are an er
 
 
 def main() -> None:
-    about = prepare(
-        find_files(FLAGS.input),
-        Path(FLAGS.output),
-        Tokenizer(FLAGS.tokenizer),
-        kind=FLAGS.kind,
-        language=FLAGS.language,
-        window=pipeline.window_length(FLAGS.sequence_length),
-        processes=FLAGS.processes,
-        most_bad_lines=FLAGS.most_bad_lines,
-    )
+    output = Path(FLAGS.output)
+    with locked(output):
+        about = prepare(
+            find_files(FLAGS.input),
+            output,
+            Tokenizer(FLAGS.tokenizer),
+            kind=FLAGS.kind,
+            language=FLAGS.language,
+            window=pipeline.window_length(FLAGS.sequence_length),
+            processes=FLAGS.processes,
+            most_bad_lines=FLAGS.most_bad_lines,
+        )
     print(
         f"wrote {FLAGS.output}: {about['records']} records, {about['tokens']} tokens, "
         f"{len(about['shards'])} shards; {about['bad_lines']} bad lines left out"

@@ -9,6 +9,7 @@ from pathlib import Path
 from absl import flags
 
 from glm_jax import cli, processes
+from glm_jax.files import locked
 from glm_jax.training.loop import train
 from glm_jax.training.results import MODEL_FOLDER
 from launch.training_flags import define_training_flags, last_step, profiled_steps
@@ -20,7 +21,8 @@ define_training_flags("configs/train_tiny.py")
 def main() -> None:
     cli.join_processes()
     workdir = Path(FLAGS.workdir)
-    history = train(FLAGS.config, workdir, profiled_steps())
+    with locked(workdir):
+        history = train(FLAGS.config, workdir, profiled_steps())
     if processes.is_first():
         print(f"{last_step(history)}the model is in {workdir / MODEL_FOLDER}")
 

@@ -9,7 +9,7 @@ from absl import flags
 
 from glm_jax import cli
 from glm_jax.data.documents import find_files, read_documents
-from glm_jax.files import refuse_non_empty
+from glm_jax.files import locked, refuse_non_empty
 from glm_jax.tokenizer import train_tokenizer
 
 FLAGS = flags.FLAGS
@@ -21,9 +21,11 @@ flags.DEFINE_integer("num_text_tokens", 8000, "pieces of text, bytes included", 
 
 
 def main() -> None:
-    refuse_non_empty(Path(FLAGS.output))
-    documents = read_documents(find_files(FLAGS.input))
-    tokenizer = train_tokenizer(documents, FLAGS.output, FLAGS.num_text_tokens)
+    output = Path(FLAGS.output)
+    with locked(output):
+        refuse_non_empty(output)
+        documents = read_documents(find_files(FLAGS.input))
+        tokenizer = train_tokenizer(documents, output, FLAGS.num_text_tokens)
     print(f"wrote {FLAGS.output}: {tokenizer.vocab_size} ids, special tokens included")
 
 

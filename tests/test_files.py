@@ -1,6 +1,7 @@
 """Output is whole or not there."""
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from glm_jax import files
 from glm_jax.decoding import answers
-from glm_jax.files import OutputError
+from glm_jax.files import LockedError, OutputError
 from glm_jax.tokenizer import TokenizerConfig, save_tokenizer
 
 
@@ -97,3 +98,32 @@ def test_an_error_of_something_else_is_not_the_outputs(tmp_path):
     with pytest.raises(FileNotFoundError), files.replacing(tmp_path / "a"):
         (tmp_path / "nowhere").read_text()
     assert not list(tmp_path.iterdir())
+
+
+def test_two_writers_of_one_output(tmp_path):
+    output = tmp_path / "out"
+    with files.locked(output):
+        with pytest.raises(LockedError, match=rf"process {os.getpid()} on .* since 20\d\d-"):
+            _write_folder(output)
+        with pytest.raises(LockedError), files.locked(output, 1, 2):
+            pass
+    with files.locked(output, 0, 2), files.locked(output, 1, 2):
+        for others in ((0, 2), (0, 1), (1, 3)):
+            with pytest.raises(LockedError, match="by process"), files.locked(output, *others):
+                pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dead_holder_leaves_the_lock_open(tmp_path):
+    (tmp_path / ".out.lock").write_text("process 1 on another host since yesterday")
+    _write_folder(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with files.locked(tmp_path / "out"):
+        assert "no locks on this file system" in capsys.readouterr().err

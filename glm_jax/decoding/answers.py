@@ -9,6 +9,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +26,10 @@ MERGED_FILE = "answers.jsonl"
 _JOB_FILE = "job.json"
 _PART = "part_{process:05d}_{number:05d}.jsonl"
 _RECORDS_A_PART = 10_000
+_MAX_REQUESTS = 1 << 32
+_JOB_CHECKSUM = "crc32"
+# The last field of a line of a part: of the line as it would be without it.
+_CHECKSUM = re.compile(rb', "crc32": "([0-9a-f]{8})"\}\n$')
 # JSON allows them inside a text; some readers of lines break there.
 _LINE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
@@ -58,7 +65,8 @@ def claim(folder: Path, job: dict[str, Any]) -> None:
         if not file.exists():
             if any(folder.glob("*.jsonl")):
                 raise JobError(f"{folder} holds files that no job wrote: name another --output")
-            files.write_text(file, json.dumps(job, indent=2) + "\n")
+            content = job | {_JOB_CHECKSUM: _job_checksum(job)}
+            files.write_text(file, json.dumps(content, indent=2) + "\n")
         found = read_job(folder)
     except OSError as error:
         raise JobError(f"--output={folder}: {error.strerror}") from error
@@ -74,36 +82,76 @@ def read_job(folder: Path) -> dict[str, Any]:
     """What `claim` wrote.
 
     Raises:
-      JobError: the folder is no job's.
+      JobError: the folder is no job's, or its file is damaged.
     """
-    try:
-        job: dict[str, Any] = json.loads((folder / _JOB_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise JobError(
-            f"{folder} is no job's output: {_JOB_FILE} is not there or no JSON"
-        ) from error
+    file = folder / _JOB_FILE
+    job = files.read_json(file, JobError, f"{folder} is no job's output: {_JOB_FILE} is missing")
+    # Those of earlier versions have no checksum.
+    if not isinstance(job, dict) or job.pop(_JOB_CHECKSUM, None) not in (None, _job_checksum(job)):
+        raise JobError(f"{file} is not what was written: name another --output")
     return job
 
 
-def _whole_lines(folder: Path) -> Iterator[tuple[Path, int, bytes, int]]:
-    """File, place, content and request index of every line that was written to its end."""
+def _job_checksum(job: dict[str, Any]) -> int:
+    fields = {name: value for name, value in job.items() if name != _JOB_CHECKSUM}
+    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
+
+
+def requests_of(folder: Path) -> int:
+    """How many requests a job has.
+
+    Raises:
+      JobError: see `read_job`.
+    """
+    try:
+        requests = read_job(folder)["input"]["requests"]
+    except (KeyError, TypeError) as error:
+        raise JobError(f"{folder / _JOB_FILE} does not say how many requests there are") from error
+    if not isinstance(requests, int) or not 0 < requests < _MAX_REQUESTS:
+        raise JobError(f"{folder / _JOB_FILE}: {requests!r} requests")
+    return requests
+
+
+def _whole_lines(folder: Path, requests: int | None) -> Iterator[tuple[Path, int, bytes, int]]:
+    """File, place, content without its checksum and request index of every whole line.
+
+    A damaged one counts as not there, which a line on stderr says.
+
+    Args:
+      requests: of the job; None if not known.
+    """
     for part in sorted(folder.glob("part_*.jsonl")):
         with part.open("rb") as file:
             place = 0
-            for line in file:
-                try:
-                    index = json.loads(line)["index"] if line.endswith(b"\n") else None
-                except (ValueError, KeyError, TypeError):
-                    index = None  # a machine that lost power leaves such lines
-                if isinstance(index, int):
-                    yield part, place, line, index
+            for number, line in enumerate(file, 1):
+                index, content = _checked(line, requests)
+                if index is not None:
+                    yield part, place, content, index
+                elif line.endswith(b"\n") and b"\0" not in line:  # as losing power leaves them
+                    message = "this answer is not what was written, and does not count"
+                    print(f"{part}:{number}: {message}", file=sys.stderr)
                 place += len(line)
+
+
+def _checked(line: bytes, requests: int | None) -> tuple[int | None, bytes]:
+    """The request index of a line, None where it is not whole, and its content."""
+    match = _CHECKSUM.search(line)
+    content = line if match is None else line[: match.start()] + b"}\n"
+    if not line.endswith(b"\n") or (match and zlib.crc32(content) != int(match[1], 16)):
+        return None, content
+    try:
+        index = json.loads(content)["index"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None, content
+    is_index = isinstance(index, int) and not isinstance(index, bool) and index >= 0
+    is_ours = is_index and (requests is None or index < requests)
+    return index if is_ours else None, content
 
 
 def answered(folder: Path, requests: int) -> np.ndarray:
     """bool [requests], true for those that have an answer."""
     done = np.zeros(requests, bool)
-    for _, _, _, index in _whole_lines(folder):
+    for _, _, _, index in _whole_lines(folder, requests):
         done[index] = True
     return done
 
@@ -111,7 +159,7 @@ def answered(folder: Path, requests: int) -> np.ndarray:
 def read_records(folder: Path) -> dict[int, dict[str, Any]]:
     """The first record of each index that has one."""
     records: dict[int, dict[str, Any]] = {}
-    for _, _, line, index in _whole_lines(folder):
+    for _, _, line, index in _whole_lines(folder, None):
         if index not in records:
             records[index] = json.loads(line)
     return records
@@ -128,8 +176,10 @@ class AnswerWriter:
         self._folder, self._process = folder, process
         self._file: BinaryIO | None = None
         self._records = 0
-        named = folder.glob(f"part_{process:05d}_*.jsonl")
-        self._number = 1 + max((int(path.stem.rsplit("_", 1)[1]) for path in named), default=-1)
+        numbers = (
+            path.stem.rsplit("_", 1)[1] for path in folder.glob(f"part_{process:05d}_*.jsonl")
+        )
+        self._number = 1 + max((int(n) for n in numbers if n.isdecimal()), default=-1)
 
     def write(self, record: dict[str, Any]) -> None:
         """One line, given to the system before this returns."""
@@ -137,7 +187,9 @@ class AnswerWriter:
             text = json.dumps(record, ensure_ascii=False, allow_nan=False).translate(_LINE_BREAKS)
         except ValueError as error:  # JSON has no NaN: the model's numbers are none
             raise JobError(f"the answer {record.get('index')} is no JSON: {error}") from error
-        line = (text + "\n").encode("utf-8", "backslashreplace")
+        content = text.encode("utf-8", "backslashreplace")
+        checksum = zlib.crc32(content + b"\n")
+        line = content[:-1] + f', "crc32": "{checksum:08x}"}}\n'.encode()
         try:
             if self._file is None:
                 name = _PART.format(process=self._process, number=self._number)
@@ -153,9 +205,13 @@ class AnswerWriter:
 
     def close(self) -> None:
         if self._file is not None:
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
+            try:
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                raise JobError(f"{self._file.name}: {error.strerror}") from error
+            finally:
+                self._file.close()
+                self._file = None
 
 
 def merge(folder: Path) -> Path:
@@ -164,11 +220,11 @@ def merge(folder: Path) -> Path:
     Raises:
       JobError: answers are missing.
     """
-    requests = read_job(folder)["input"]["requests"]
+    requests = requests_of(folder)
     numbers: dict[Path, int] = {}
     where = np.full((requests, 2), -1, np.int64)  # file and place of each
-    for part, place, _, index in _whole_lines(folder):
-        if index < requests and where[index, 0] < 0:
+    for part, place, _, index in _whole_lines(folder, requests):
+        if where[index, 0] < 0:
             where[index] = numbers.setdefault(part, len(numbers)), place
     missing = int((where[:, 0] < 0).sum())
     if missing:
@@ -184,5 +240,5 @@ def merge(folder: Path) -> Path:
         with output:
             for number, place in where.tolist():
                 opened[number].seek(place)
-                output.write(opened[number].readline())
+                output.write(_checked(opened[number].readline(), requests)[1])
     return target

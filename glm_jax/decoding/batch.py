@@ -106,7 +106,7 @@ def run_batch(
       JobError: answers cannot be written.
       PromptError: engine settings that the model does not allow.
     """
-    requests = answers.read_job(batch.folder)["input"]["requests"]
+    requests = answers.requests_of(batch.folder)
     done = answers.answered(batch.folder, requests)
     processes.wait("answers that are there are known")
     own = range(part.process, requests, part.count)

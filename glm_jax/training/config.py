@@ -118,6 +118,7 @@ def run_fields() -> dict[str, Any]:
         checkpoint_minutes=0.0,  # besides; 0 for steps alone
         checkpoints_kept=2,
         checkpoints_kept_every=0,  # steps of which one stays for good; 0 for none
+        checkpoints_strict=False,  # a damaged one ends the run; else the one before goes on
         peak_flops=0.0,  # of a device, for model FLOPs utilisation; 0 to measure it
     )
 

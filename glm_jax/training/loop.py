@@ -168,12 +168,13 @@ def _closing(thing: Any) -> Iterator[Any]:
     thing.close()
 
 
-def _saving(config: ConfigDict) -> tuple[int, float, int, int]:
+def _saving(config: ConfigDict) -> tuple[int, float, int, int, bool]:
     return (
         config.checkpoint_every,
         config.checkpoint_minutes,
         config.checkpoints_kept,
         config.checkpoints_kept_every,
+        config.checkpoints_strict,
     )
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 
 import numpy as np
 import pytest
@@ -215,6 +216,58 @@ def test_what_was_half_written_is_answered_again(tmp_path):
     records = [json.loads(line) for line in merge(tmp_path).read_text().splitlines()]
     assert [record["index"] for record in records] == [0, 1, 2, 3]
     assert (records[2]["text"] == "a\u2028\ud800b") is True
+
+
+@pytest.mark.parametrize("flips", range(8))
+def test_a_changed_byte_of_an_answer_is_found(flips, tmp_path, capsys):
+    claim(tmp_path, {"input": {"requests": 2}})
+    writer = AnswerWriter(tmp_path, 0)
+    for index in range(2):
+        writer.write({"index": index, "text": "Paris"})
+    writer.close()
+    [part] = tmp_path.glob("part_*")
+    content = part.read_bytes()
+    first = content.index(b"\n")
+    changed = bytearray(content)
+    changed[random.Random(flips).randrange(first - len(b', "crc32": "01234567"}'))] ^= 1 << flips
+    part.write_bytes(changed)
+    assert answered(tmp_path, 2).tolist() == [False, True]
+    assert f"{part}:1: this answer is not what was written" in capsys.readouterr().err
+    with pytest.raises(JobError, match="1 of 2 answers are missing"):
+        merge(tmp_path)
+    again = AnswerWriter(tmp_path, 0)
+    again.write({"index": 0, "text": "Paris"})
+    again.close()
+    records = [json.loads(line) for line in merge(tmp_path).read_text().splitlines()]
+    assert records == [{"index": 0, "text": "Paris"}, {"index": 1, "text": "Paris"}]
+
+
+@pytest.mark.parametrize("index", ["-1", "2", "true", "0.0", '"0"', "null", "[" * 9999])
+def test_an_index_of_no_request_is_no_answer(index, tmp_path):
+    claim(tmp_path, {"input": {"requests": 2}})
+    (tmp_path / "part_00000_00000.jsonl").write_text(f'{{"index": {index}, "text": "c"}}\n')
+    assert not answered(tmp_path, 2).any()
+    with pytest.raises(JobError, match="2 of 2 answers are missing"):
+        merge(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"input": {"requests": 1e99}}', "\0", "[" * 9999]
+)
+def test_a_damaged_description_of_a_job_is_found(content, tmp_path):
+    claim(tmp_path, {"input": {"requests": 9}})
+    file = tmp_path / "job.json"
+    file.write_text(content)
+    with pytest.raises(JobError, match=r"job\.json"):
+        merge(tmp_path)
+
+
+def test_a_changed_number_in_the_description_of_a_job_is_found(tmp_path):
+    claim(tmp_path, {"input": {"requests": 9}})
+    file = tmp_path / "job.json"
+    file.write_text(file.read_text().replace("9", "1", 1))
+    with pytest.raises(JobError, match="is not what was written"):
+        merge(tmp_path)
 
 
 def test_parts_have_so_many_records(tmp_path, monkeypatch):
