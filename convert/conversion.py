@@ -103,21 +103,20 @@ def convert_shards(
             f"{source} is quantised to int{checkpoint.bits(config)} already: leave out "
             "--quantization"
         )
-    with files.locked(output, options.process_id, options.num_processes):
-        conversion = _Conversion(checkpoint, config, options, output)
-        conversion.open(_plan(checkpoint, config, options))
-        try:
-            conversion.write_parts()
-        except files.OutputError as error:
-            raise _no_room(conversion.partial, str(error)) from error
-        except UserError:
-            shutil.rmtree(conversion.partial, ignore_errors=True)
-            raise
-        except Exception as error:
-            if is_no_room(error):
-                raise _no_room(conversion.partial, str(error)[:200]) from error
-            raise
-        conversion.finish(() if tokenizer is None else tokenizer.files)
+    conversion = _Conversion(checkpoint, config, options, output)
+    conversion.open(_plan(checkpoint, config, options))
+    try:
+        conversion.write_parts()
+    except files.OutputError as error:
+        raise _no_room(conversion.partial, str(error)) from error
+    except UserError:
+        shutil.rmtree(conversion.partial, ignore_errors=True)
+        raise
+    except Exception as error:
+        if is_no_room(error):
+            raise _no_room(conversion.partial, str(error)[:200]) from error
+        raise
+    conversion.finish(() if tokenizer is None else tokenizer.files)
 
 
 def _no_room(partial: Path, why: str) -> ConvertError:

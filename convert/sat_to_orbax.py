@@ -10,6 +10,7 @@ from absl import flags
 
 from convert.conversion import PIECES, Options, convert_shards, keep_freed_memory
 from glm_jax import cli, processes
+from glm_jax.files import locked
 from glm_jax.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
@@ -45,7 +46,8 @@ def main() -> None:
         num_processes=count,
     )
     tokenizer = None if FLAGS.tokenizer is None else Tokenizer(FLAGS.tokenizer)
-    convert_shards(FLAGS.input, Path(FLAGS.output), options, tokenizer)
+    with locked(Path(FLAGS.output), number, count):
+        convert_shards(FLAGS.input, Path(FLAGS.output), options, tokenizer)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_jax import processes
-from glm_jax.errors import UserError
+from glm_jax.errors import UserError, is_no_room
 
 # Errors of writing alone: the files that are read at the same time do not raise them.
 _OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -222,10 +222,20 @@ def read_json(path: Path, error: type[UserError], if_missing: str) -> Any:
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turns the system's errors about an output into one line."""
+    """Turns the system's errors about an output, and libraries' of a full disk, into one line.
+
+    Raises:
+      OutputError: the output cannot be written.
+    """
     try:
         yield
-    except OSError as error:
+    except UserError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError):
+            if is_no_room(error):
+                raise OutputError(f"output {path} cannot be written: its disk is full") from error
+            raise
         above = {str(folder) for folder in (path, *path.parents)}
         is_of_path = str(error.filename) in above or str(error.filename).startswith(f"{path}.")
         if error.errno not in _OF_OUTPUT and not is_of_path:

@@ -100,7 +100,7 @@ def array_checksums(name: str, array: Any, chunks: Chunks) -> dict[str, int]:
             if shard.replica_id == 0
         ]
     return {
-        chunk_key(name, index): chunk_checksum(piece[within(place, region)])
+        chunk_key(name, index): chunk_checksum(piece[*within(place, region), ...])
         for region, piece in pieces
         for index, place in chunks.overlapping(region)
     }
@@ -126,7 +126,8 @@ def write_checksums(folder: Path, paths: Iterable[Path], chunks: dict[str, int])
       chunks: by `chunk_key`; see `array_checksums`.
     """
     found = {}
-    for path in sorted(path for path in paths if path.is_file()):
+    own = folder / CHECKSUMS_FILE  # of an earlier try
+    for path in sorted(path for path in paths if path.is_file() and path != own):
         size = path.stat().st_size
         name = path.relative_to(folder).as_posix()
         found[name] = [size, zlib.crc32(path.read_bytes()) if size <= _SMALL_BYTES else None]

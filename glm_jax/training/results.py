@@ -50,8 +50,7 @@ def replace_result(folder: Path, step: int, write: Callable[[Path], None]) -> No
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
-        new.rename(folder)
-        with files.replacing(about) as partial:
-            partial.write_text(content, "utf-8")
+        files.put_in_place(new, folder)
+        files.write_text(about, content)
         shutil.rmtree(old, ignore_errors=True)
     processes.wait(f"{folder.name} is in its place")
