@@ -46,7 +46,7 @@ def chunk_checksum(chunk: np.ndarray) -> int:
     first = next((axis for axis, size in enumerate(words.shape) if size > 1), 0)
     others = tuple(axis for axis in range(words.ndim) if axis != first)
     sums = words.sum(axis=others, dtype=np.uint64)
-    return zlib.crc32(np.ascontiguousarray(sums, "<u8"))
+    return zlib.crc32(sums.astype("<u8").tobytes())
 
 
 class _ChangedError(DamageError):

@@ -188,7 +188,8 @@ class _ChunkRead:
             slice(max(a.start, b.start), min(a.stop, b.stop))
             for a, b in zip(self.place, self.region, strict=True)
         )
-        target = self.buffer[*within(shared, self.region), ...]
+        place: tuple[Any, ...] = within(shared, self.region)
+        target = self.buffer[(*place, ...)]  # an array even where it has no axes
         dtype = self.store.dtype.numpy_dtype
         is_direct = shared == self.place and dtype == self.buffer.dtype
         # Of a chunk that belongs to several devices all is read, to be checked.

@@ -191,6 +191,8 @@ def test_damaged_adapters(written, tmp_path):
     load_adapter(folder, CONFIG, {"a": 1}, None)
     rng = random.Random(0)
     for path in _files(folder):
+        if path == folder / CHECKSUMS_FILE:  # blanks in it do not matter
+            continue
         content = path.read_bytes()
         changed = bytearray(content)
         if content:
@@ -199,7 +201,7 @@ def test_damaged_adapters(written, tmp_path):
             path.unlink()
             if wrong is not None:
                 path.write_bytes(wrong)
-            if wrong != content and not (wrong is None and path.parent == folder):
+            if wrong != content:
                 with pytest.raises(UserError) as refused:
                     load_adapter(folder, CONFIG, {"a": 1}, None)
                 assert "\n" not in str(refused.value)
