@@ -163,9 +163,9 @@ def restore(
     """
     scheme = None if quantization is None else Scheme.parse(quantization)
     config = load_config(path)
-    check_files(path)
     folder = Path(path).absolute() / PARAMS_FOLDER
     ranges = parts.layer_ranges(folder, config.num_layers)
+    check_files(path)
     described = _abstract(config, mesh)
 
     def cast(part: Any) -> Any:
