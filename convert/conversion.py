@@ -91,7 +91,7 @@ def convert_shards(
     files.refuse_non_empty(output)
     if options.quantization is not None:
         Scheme.parse(options.quantization)
-    checkpoint = SatCheckpoint(source, options.is_checked)
+    checkpoint = SatCheckpoint(source, options.is_checked, options.dtype)
     config = checkpoint.config(options.num_heads, options.max_sequence_length)
     if tokenizer is not None:
         config = config.replace(special_tokens=tokenizer.special_tokens)

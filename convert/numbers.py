@@ -2,10 +2,16 @@
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from convert.errors import ConvertError
 
+_WIDER = {
+    "float16": "leave them in bfloat16 or float32",
+    "bfloat16": "leave them in float32",
+    "float32": "they are no weights that a model can have",
+}
 _BLOCK = 1 << 19  # what fits in a cache
 
 
@@ -28,7 +34,7 @@ def cast(values: Any, dtype: Any) -> np.ndarray:
     """Floats in another dtype.
 
     Raises:
-      ConvertError: numbers that float16 cannot hold.
+      ConvertError: numbers that are beyond it.
     """
     array = np.asarray(values)
     if array.dtype == dtype:
@@ -36,11 +42,11 @@ def cast(values: Any, dtype: Any) -> np.ndarray:
     with np.errstate(over="ignore"):
         narrow = array.astype(dtype)
     overflown = 0
-    if narrow.dtype == np.float16:
+    if ml_dtypes.finfo(narrow.dtype).max < ml_dtypes.finfo(array.dtype).max:
         overflown = count_non_finite(narrow) - count_non_finite(array)
     if overflown:
         raise ConvertError(
-            f"{overflown} numbers of a tensor of {list(array.shape)} are beyond float16, which "
-            "was asked for, or which the released layout has: leave them in bfloat16 or float32"
+            f"{overflown} numbers of a tensor of {list(array.shape)} are beyond {narrow.dtype}, "
+            f"which was asked for, or which the released layout has: {_WIDER[str(narrow.dtype)]}"
         )
     return narrow

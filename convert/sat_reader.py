@@ -13,15 +13,18 @@ from etils import epath
 
 from convert import sat_layout
 from convert.errors import ConvertError
-from convert.numbers import count_non_finite
+from convert.numbers import cast, count_non_finite
 from convert.sat_layout import Allocate
 from convert.sat_source import find_shards
 from convert.torch_file import LazyTensor, TorchFile
+from convert.torch_pickle import Foreign
 from glm_jax.config import RELEASED_VOCAB_SIZE, GLMConfig, SpecialTokens
 from glm_jax.model import params as glm_params
 from glm_jax.model.params import LayerNormParams, LayerParams, LinearParams
 from glm_jax.quantization import QuantizedArray
 
+_LAYER = re.compile(r"transformer\.layers\.([0-9]{1,9})\.")
+_RANK = re.compile(r"mp_rank_([0-9]{2,9})_model_states")
 _FREQUENCIES = "rotary_emb.inv_freq"
 # What a training run counts; shards of one iteration agree in it.
 _COUNTERS = ("iteration", "global_steps", "global_samples")
@@ -39,16 +42,21 @@ class SatCheckpoint:
       ConvertError: a shard cannot be read, or shards do not belong together.
     """
 
-    def __init__(self, source: epath.PathLike, is_checked: bool = True):
+    def __init__(
+        self, source: epath.PathLike, is_checked: bool = True, double_dtype: str | None = None
+    ):
         """Args:
         source: as `find_shards` takes it.
-        is_checked: hold what is read against the files' checksums.
+        is_checked: compare what is read with the files' checksums.
+        double_dtype: what float64 is read as, which no model here has: float32 by default.
         """
+        self._double_dtype = np.dtype(double_dtype or np.float32)
         self.shards = [TorchFile(file, is_checked) for file in find_shards(source)]
         self.non_finite: dict[str, int] = {}
         self._lock, self._own = threading.Lock(), threading.local()
         self._modules = [module(shard) for shard in self.shards]
         self._check_alike()
+        self._check_ranks()
         self._frequencies = _take_frequencies(self._modules)
         if not self.has_learned_positions:
             self._check_count()
@@ -82,6 +90,37 @@ class SatCheckpoint:
                         f"{shard.name} is of {counter} {values[1]}, {self.shards[0].name} of "
                         f"{values[0]}: give shards of one iteration"
                     )
+
+    def _check_ranks(self) -> None:
+        """Refuses a shard that stands under another's name: archives name their first file."""
+        for rank, shard in enumerate(self.shards):
+            match = _RANK.fullmatch(shard.saved_as)
+            if match and int(match[1]) != rank:
+                raise ConvertError(
+                    f"{shard.name} is the shard {shard.saved_as}.pt under another name: fetch "
+                    f"mp_rank_{rank:02d}_model_states.pt again"
+                )
+
+    def _check_doubles(self) -> None:
+        """Refuses shards whose split weights are all the same bytes, whatever their names."""
+        first = self._modules[0]
+        split = [
+            name
+            for name, tensor in first.items()
+            if sat_layout.merged_shape(name, tensor.shape, 2) != tensor.shape
+            and len(tensor.shape) == 2
+        ]
+        if not split:
+            return
+        seen: dict[Any, str] = {}
+        for shard, tensors in zip(self.shards, self._modules, strict=True):
+            found = tuple(tensors[name].stored_checksum for name in split)
+            if found in seen:
+                raise ConvertError(
+                    f"{shard.name} and {seen[found]} hold the same weights: one shard is there "
+                    "twice and another is missing; fetch both again"
+                )
+            seen[found] = shard.name
 
     def _check_count(self) -> None:
         """Whether there are as many shards as a shard's shapes tell."""
@@ -117,6 +156,8 @@ class SatCheckpoint:
                 "GLM-large do; this is GLM-130B's architecture, with rotary positions, and cannot "
                 "run it (convert.inspect shows what it holds)"
             )
+        self._check_doubles()
+        num_layers = self._count_layers()
         hidden, rows = self._hidden_and_rows()
         embedding = self.tensor(sat_layout.EMBEDDING)
         inner = _size(self.tensor(f"{sat_layout.linear_name(0, 'dense_h_to_4h')}.bias"))
@@ -128,31 +169,54 @@ class SatCheckpoint:
                     "give --num_heads"
                 )
             num_heads = hidden // (2 * self._frequencies)
+        if min(hidden, num_heads, _size(embedding)) < 1:
+            raise ConvertError(
+                f"{self.shards[0].name}: {hidden} hidden numbers, {num_heads} heads, "
+                f"{_size(embedding)} words: this is no model"
+            )
         if hidden % num_heads or rows * count != 3 * hidden or num_heads % count:
             raise ConvertError(
                 f"{self.shards[0].name}: hidden size {hidden} and {rows} query-key-value rows in "
                 f"each of {count} shards do not divide by {num_heads} heads: check --num_heads"
             )
-        numbers = [re.match(r"transformer\.layers\.(\d+)\.", name) for name in self.names]
         vocab_size = embedding.shape[0] * count
         return GLMConfig(
-            num_layers=1 + max(int(match[1]) for match in numbers if match),
+            num_layers=num_layers,
             hidden_size=hidden,
             inner_hidden_size=inner * count // 2,
             num_heads=num_heads,
             vocab_size=vocab_size,
             max_sequence_length=max_sequence_length,
             rotary_dtype="float16",
-            param_dtype=str(embedding.dtype),
-            compute_dtype=str(embedding.dtype),
+            param_dtype=str(self._dtype(embedding)),
+            compute_dtype=str(self._dtype(embedding)),
             special_tokens=SpecialTokens() if vocab_size == RELEASED_VOCAB_SIZE else None,
         )
 
+    def _count_layers(self) -> int:
+        """How many blocks there are, by the names of their tensors."""
+        matches = filter(None, map(_LAYER.match, self.names))
+        found = sorted({int(match[1]) for match in matches})
+        for expected, layer in enumerate(found):
+            if layer != expected:
+                raise ConvertError(
+                    f"{self.shards[0].name}: it holds tensors of layer {layer}, and none of layer "
+                    f"{expected}"
+                )
+        return len(found)
+
     def tensor(self, name: str, rank: int = 0) -> LazyTensor:
+        shard = self.shards[rank]
         try:
             return self._modules[rank][name]
         except KeyError as error:
-            raise ConvertError(f"{self.shards[rank].name}: the tensor {name} is missing") from error
+            other = shard.content["module"].get(name)
+            is_what = f"is {other.name}" if isinstance(other, Foreign) else "is missing"
+            raise ConvertError(f"{shard.name}: the tensor {name} {is_what}") from error
+
+    def _dtype(self, tensor: LazyTensor) -> np.dtype[Any]:
+        """What a tensor is read as."""
+        return self._double_dtype if tensor.dtype == np.float64 else tensor.dtype
 
     def check(self, config: GLMConfig) -> None:
         """Raises ConvertError where a tensor is missing or of another shape than the config
@@ -160,12 +224,20 @@ class SatCheckpoint:
         shapes = sat_layout.shard_shapes(config, len(self.shards), self.bits(config))
         for rank, shard in enumerate(self.shards):
             for name, shape in shapes.items():
-                found = self.tensor(name, rank).shape
-                if found != shape:
-                    raise ConvertError(f"{shard.name}: {name} is {found}, expected {shape}")
+                tensor = self.tensor(name, rank)
+                if tensor.shape != shape:
+                    raise ConvertError(f"{shard.name}: {name} is {tensor.shape}, expected {shape}")
+                is_integer = f"{name.removesuffix('.weight')}.{sat_layout.SCALE}" in shapes
+                is_integer = is_integer and name.endswith(".weight")
+                if tensor.dtype.kind in "iub" and (tensor.dtype != np.int8 or not is_integer):
+                    raise ConvertError(f"{shard.name}: {name} holds {tensor.dtype}, no weights")
 
     def _read(self, name: str, rank: int = 0, allocate: Allocate = np.empty) -> np.ndarray:
-        values = self.tensor(name, rank).read(allocate)
+        tensor = self.tensor(name, rank)
+        if tensor.dtype == self._dtype(tensor):
+            values = tensor.read(allocate)
+        else:
+            values = cast(tensor.read(), self._dtype(tensor))
         count = count_non_finite(values)
         if count:
             with self._lock:
@@ -178,20 +250,23 @@ class SatCheckpoint:
         name = sat_layout.linear_name(0, "query_key_value")
         if f"{name}.{sat_layout.SCALE}" not in self._modules[0]:
             return None
-        return 8 * self.tensor(f"{name}.weight").shape[1] // config.hidden_size
+        columns = self.tensor(f"{name}.weight").shape[1:]
+        bits = 8 * math.prod(columns) / config.hidden_size
+        if bits not in (4, 8):
+            raise ConvertError(f"{self.shards[0].name}: {name} has {bits:g} bits, not 4 or 8")
+        return int(bits)
 
     def embedding(self, config: GLMConfig, allocate: Allocate = np.empty) -> np.ndarray:
         """[vocab, embed]."""
         first = self.tensor(sat_layout.EMBEDDING)
         rows = first.shape[0]
-        whole = allocate((config.vocab_size, config.hidden_size), first.dtype)
+        whole = allocate((config.vocab_size, config.hidden_size), self._dtype(first))
 
         def read(rank: int) -> None:
             part = whole[rank * rows : (rank + 1) * rows]
-            into: Allocate = lambda shape, dtype: part.reshape(shape)
-            found = self._read(sat_layout.EMBEDDING, rank, into)
-            if found.base is None or not np.shares_memory(found, part):
-                part[:] = found  # rows that were not one after another
+            found = self._read(sat_layout.EMBEDDING, rank, lambda shape, dtype: part)
+            if found is not part:
+                part[:] = found  # what was cast
 
         with futures.ThreadPoolExecutor(min(len(self.shards), os.cpu_count() or 1)) as pool:
             list(pool.map(read, range(len(self.shards))))
@@ -244,7 +319,7 @@ class SatCheckpoint:
             own = self._buffer if kind == "weight" else np.empty
             return self._read(f"{prefix}.{kind}", rank, own)
 
-        dtype, count = self.tensor(f"{prefix}.weight").dtype, len(self.shards)
+        dtype, count = self._dtype(self.tensor(f"{prefix}.weight")), len(self.shards)
         return sat_layout.merge_linear(config, name, count, read, dtype, bits, pieces, allocate)
 
     def _buffer(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -11,8 +11,10 @@ from etils import epath
 
 from convert.byte_source import ByteSource, FileBytes, JoinedBytes, RangeBytes, Stream, read
 from convert.errors import ConvertError
+from convert.file_kinds import known_kind
 
-_SHARD = re.compile(r"mp_rank_(\d\d+)_model_states\.pt")
+_SHARD = re.compile(r"mp_rank_([0-9]{2,9})_model_states\.pt")
+_LATEST_BYTES = 1000
 _PART = re.compile(r"(?P<stem>.+\.tar)\.part[_.-]?(?P<number>\d+|[a-z]+)")
 
 
@@ -64,7 +66,7 @@ def _in_folder(folder: epath.Path) -> list[ByteSource]:
             str(p.relative_to(folder)): p for p in place.iterdir() if _SHARD.fullmatch(p.name)
         }
     latest = folder / "latest"
-    named = latest.read_text() if latest.exists() else None
+    named = _read_latest(FileBytes(latest)) if latest.exists() else None
     if not files and named is None:
         inner = [p for p in folder.iterdir() if p.is_dir() and (p / "latest").exists()]
         if len(inner) == 1:
@@ -75,10 +77,16 @@ def _in_folder(folder: epath.Path) -> list[ByteSource]:
 
 def _in_archive(archive: ByteSource) -> list[ByteSource]:
     files: dict[str, ByteSource] = {}
-    named = None
+    named, end = None, 0
     try:
         with tarfile.open(fileobj=io.BufferedReader(Stream(archive)), mode="r:") as tar:
             for member in tar:
+                if member.offset < end:
+                    raise ConvertError(
+                        f"{archive.name}: the entry {member.name[:100]!r} has no possible size: "
+                        "fetch it again"
+                    )
+                end = member.offset_data + max(member.size, 0)
                 name = PurePosixPath(member.name)
                 if ".." in name.parts or name.is_absolute():
                     raise ConvertError(
@@ -94,18 +102,24 @@ def _in_archive(archive: ByteSource) -> list[ByteSource]:
                     file.read_into(
                         member.size - 1, memoryview(bytearray(1))
                     )  # says what is missing
-                if name.name == "latest" and member.size < 1000:
-                    text = bytearray(member.size)
-                    file.read_into(0, memoryview(text))
-                    named = text.decode(errors="replace")
+                if name.name == "latest":
+                    named = _read_latest(file)
                 if _SHARD.fullmatch(name.name):
                     files[str(name)] = file
-    except tarfile.TarError as error:
-        raise ConvertError(
-            f"{archive.name} is not a whole tar archive ({error}): fetch it again"
-        ) from error
+    # Numbers and texts of headers that are none, and headers of headers of headers.
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+        if isinstance(error, ConvertError):
+            raise
+        kind = known_kind(archive) or f"is not a whole tar archive ({error}): fetch it again"
+        raise ConvertError(f"{archive.name} {kind}") from error
+    if not files and (kind := known_kind(archive)) and not _is_tar(archive):
+        raise ConvertError(f"{archive.name} {kind}")
     chosen = _choose(list(files), named, archive.name)
     return [files[name] for name in chosen]
+
+
+def _read_latest(file: ByteSource) -> str:
+    return read(file, 0, min(file.size, _LATEST_BYTES)).decode(errors="replace")
 
 
 def _choose(names: list[str], named: str | None, where: str) -> list[str]:
@@ -127,8 +141,8 @@ def _choose(names: list[str], named: str | None, where: str) -> list[str]:
         iteration = named.strip().strip("\"'").strip()
         if iteration not in by_iteration or not iteration:
             raise ConvertError(
-                f"{where}: `latest` names {iteration!r}, but there is no folder of that name with "
-                f"shards{_and_what_is(by_iteration)}"
+                f"{where}: `latest` names {iteration[:100]!r}, but there is no folder of that name "
+                f"with shards{_and_what_is(by_iteration)}"
             )
     elif not by_iteration:
         raise ConvertError(f"{where} holds no mp_rank_RR_model_states.pt")
@@ -140,11 +154,11 @@ def _choose(names: list[str], named: str | None, where: str) -> list[str]:
     else:
         iteration = next(iter(by_iteration))
     ranks = by_iteration[iteration]
-    missing = sorted(set(range(max(ranks) + 1)) - set(ranks))
-    if missing:
-        raise ConvertError(
-            f"{where}: the shard mp_rank_{missing[0]:02d}_model_states.pt is missing"
-        )
+    for expected, rank in enumerate(sorted(ranks)):
+        if rank != expected:
+            raise ConvertError(
+                f"{where}: the shard mp_rank_{expected:02d}_model_states.pt is missing"
+            )
     return [ranks[rank] for rank in sorted(ranks)]
 
 

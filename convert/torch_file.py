@@ -1,17 +1,18 @@
 """Reads PyTorch's zip files of tensors without PyTorch.
 
 Such a file is a zip of uncompressed byte ranges, one per storage, and a pickle that
-says which tensor is which range. Only the pickle is read; a tensor's bytes are read when
-they are asked for, and held against the zip's checksum.
+says which tensor is which view of which range. Only the pickle is read; a tensor's bytes are
+read when they are asked for, and compared with the zip's checksum.
 """
 
 import dataclasses
 import io
 import math
 import struct
+import threading
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 from convert import torch_pickle
 from convert.byte_source import ByteSource, FileBytes, Stream, read
 from convert.errors import ConvertError
+from convert.file_kinds import known_kind
 
 STORAGES: dict[str, np.dtype[Any]] = {
     "HalfStorage": np.dtype(np.float16),
@@ -36,10 +38,15 @@ STORAGES: dict[str, np.dtype[Any]] = {
 }
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., name length, extra length
 _LARGEST_PICKLE = 1 << 26
+_MAX_RANK = 16
+# Views can have more numbers than a file has bytes, and read the same bytes again and again.
+_MAX_TIMES = 16
+_SMALL_BYTES = 1 << 22
+_BLOCK_BYTES = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
-class _Storage:
+class Storage:
     key: str
     dtype: np.dtype[Any]
     size: int
@@ -50,7 +57,7 @@ class LazyTensor:
     """A tensor that is still on disk."""
 
     file: "TorchFile"
-    storage: _Storage
+    storage: Storage
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -63,22 +70,63 @@ class LazyTensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def stored_checksum(self) -> tuple[int, ...]:
+        """What tells its content from others', without reading it: its storage's checksum, and
+        where in the storage it lies."""
+        checksum = self.file.entry_of(self.storage).CRC
+        return checksum, self.offset, *self.shape, *self.strides
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its elements lie one after another, in the order of its axes."""
+        expected = 1
+        for n, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if n != 1 and stride != expected:
+                return False
+            expected *= n
+        return True
+
     def read(self, allocate: Callable[[tuple[int, ...], Any], np.ndarray] = np.empty) -> np.ndarray:
-        """The tensor in memory; nothing of it is kept by the file.
+        """The tensor in memory, its elements one after another; nothing of it stays in the file.
 
         Args:
-          allocate: gives an array of a shape and dtype to read into.
+          allocate: gives the array of its shape and dtype that it is read into.
 
         Raises:
           ConvertError: its bytes are not all there, or not those that were written.
         """
         if 0 in self.shape:
             return np.empty(self.shape, self.dtype)
-        steps = [(n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)]
-        flat = allocate((sum(steps) + 1,), self.dtype)
-        self.file.read_elements(self.storage, self.offset, flat)
-        strides = [s * flat.itemsize for s in self.strides]
-        return np.lib.stride_tricks.as_strided(flat, self.shape, strides)
+        whole = allocate(self.shape, self.dtype)
+        if self.is_contiguous:
+            self.file.read_elements(self.storage, self.offset, whole.reshape(-1))
+        else:
+            self._read_view(whole)
+        return whole
+
+    def _read_view(self, whole: np.ndarray) -> None:
+        """Fills an array of the tensor's shape, some of the rows that lie farthest apart at a
+        time: what lies between its elements may be large."""
+        order = sorted(range(len(self.shape)), key=lambda axis: -self.strides[axis])
+        shape, strides = ([x[axis] for axis in order] for x in (self.shape, self.strides))
+        target = whole.transpose(order)
+        row = _span(shape[1:], strides[1:])
+        count = shape[0]  # of rows that are read at once: all where they overlap
+        if row <= strides[0]:
+            count = max(1, _BLOCK_BYTES // (strides[0] * self.dtype.itemsize))
+        for first in range(0, shape[0], count):
+            size = min(count, shape[0] - first)
+            flat = np.empty((size - 1) * strides[0] + row, self.dtype)
+            self.file.read_elements(self.storage, self.offset + first * strides[0], flat)
+            steps = [stride * flat.itemsize for stride in strides]
+            rows = np.lib.stride_tricks.as_strided(flat, (size, *shape[1:]), steps)
+            target[first : first + size] = rows
+
+
+def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from a view's first to its last."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
 
 
 class TorchFile:
@@ -89,6 +137,7 @@ class TorchFile:
         objects of training code.
       checksum: of the names, sizes and checksums of all its entries: two files with the
         same have the same content.
+      saved_as: the name of the archive's folder: the file's first name, without its suffix.
 
     Raises:
       ConvertError: the file is missing, truncated, of another format, its parts are not
@@ -106,17 +155,20 @@ class TorchFile:
             with zipfile.ZipFile(stream) as archive:
                 entries = archive.infolist()
         except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError) as error:
-            raise ConvertError(
-                f"{self.name} is truncated or not a PyTorch zip file ({error}): fetch it again"
-            ) from error
+            kind = known_kind(self._source) if self._source.size else None
+            if kind is None or kind.startswith("is a zip"):
+                kind = f"is truncated or not a PyTorch zip file ({error}): fetch it again"
+            raise ConvertError(f"{self.name} {kind}") from error
         self._entries = {entry.filename: entry for entry in entries}
         self._check_sizes(entries)
         pickles = [n for n in self._entries if n.count("/") == 1 and n.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ConvertError(f"{self.name} is not a PyTorch file: it holds no data.pkl")
-        self._root = pickles[0].removesuffix("data.pkl")
+        self.saved_as = pickles[0].removesuffix("/data.pkl")
         self._places = {name: self._data_offset(entry) for name, entry in self._entries.items()}
-        self._tensor_bytes = 0
+        self._refuse_big_endian()
+        self._lock, self._is_whole = threading.Lock(), set[str]()
+        self._read_bytes = self._tensor_bytes = 0
         self.content = torch_pickle.load(
             self._read_pickle(pickles[0]),
             self.name,
@@ -154,6 +206,16 @@ class TorchFile:
                 "is truncated or was tampered with"
             )
 
+    def _refuse_big_endian(self) -> None:
+        entry = self._entries.get(f"{self.saved_as}/byteorder")
+        if entry is not None and entry.file_size < 100:
+            order = bytes(read(self._source, self._places[entry.filename], entry.file_size))
+            if order != b"little":
+                raise ConvertError(
+                    f"{self.name} was written by a machine of another byte order ({order!r}): "
+                    "save it again on a little-endian one"
+                )
+
     def _read_pickle(self, name: str) -> bytes:
         entry = self._entries[name]
         if entry.file_size > _LARGEST_PICKLE:
@@ -169,22 +231,48 @@ class TorchFile:
                 f"{self._entries[name].CRC:08x} was written): fetch it again"
             )
 
-    def read_elements(self, storage: _Storage, first: int, elements: np.ndarray) -> None:
-        """Fills a flat array; elements of a whole storage are held against its checksum."""
-        name = f"{self._root}data/{storage.key}"
+    def read_elements(self, storage: Storage, first: int, elements: np.ndarray) -> None:
+        """Fills a flat array with some elements of a storage, all of which is compared with its
+        checksum."""
+        name = self.entry_of(storage).filename
+        view = memoryview(elements.view(np.uint8).data)
+        self._source.read_into(self._places[name] + first * storage.dtype.itemsize, view)
+        if len(view) == self._entries[name].file_size:
+            self._check(name, zlib.crc32(view))
+        elif self._is_checked:
+            self._check_whole(name)
+
+    def entry_of(self, storage: Storage) -> zipfile.ZipInfo:
+        """The zip's entry that holds a storage.
+
+        Raises:
+          ConvertError: it is missing, or too short.
+        """
+        name = f"{self.saved_as}/data/{storage.key}"
         entry = self._entries.get(name)
         if entry is None:
             raise ConvertError(f"{self.name}: the storage {name} is missing")
-        item = storage.dtype.itemsize
-        if entry.file_size < storage.size * item:
+        needed = storage.size * storage.dtype.itemsize
+        if entry.file_size < needed:
             raise ConvertError(
                 f"{self.name}: the storage {name} holds {entry.file_size} bytes, "
-                f"its tensors need {storage.size * item}"
+                f"its tensors need {needed}"
             )
-        view = memoryview(elements.view(np.uint8).data)
-        self._source.read_into(self._places[name] + first * item, view)
-        if len(view) == entry.file_size:
-            self._check(name, zlib.crc32(view))
+        return entry
+
+    def _check_whole(self, name: str) -> None:
+        """Checks an entry of which only some is read: once for all that read of it."""
+        with self._lock:
+            if name in self._is_whole:
+                return
+            size, found = self._entries[name].file_size, 0
+            buffer = memoryview(bytearray(min(size, _BLOCK_BYTES)))
+            for start in range(0, size, _BLOCK_BYTES):
+                part = buffer[: min(_BLOCK_BYTES, size - start)]
+                self._source.read_into(self._places[name] + start, part)
+                found = zlib.crc32(part, found)
+            self._check(name, found)
+            self._is_whole.add(name)
 
     def _data_offset(self, entry: zipfile.ZipInfo) -> int:
         """Where an entry's bytes begin. Looked at for all when a file is opened, so that
@@ -203,31 +291,54 @@ class TorchFile:
             raise ConvertError(f"{self.name} is truncated inside {entry.filename!r}")
         return int(place)
 
-    def _open_storage(self, pid: Any) -> _Storage:
+    def _open_storage(self, pid: Any) -> Storage | torch_pickle.Foreign:
         kind, named, key, _, size = pid
-        dtype = STORAGES.get(named.name) if isinstance(named, torch_pickle.Global) else None
-        if kind != "storage" or not isinstance(size, int) or not isinstance(key, str):
+        is_storage = kind == "storage" and isinstance(named, torch_pickle.Global)
+        if not is_storage or not isinstance(size, int) or not isinstance(key, str):
             raise ConvertError(f"{self.name}: its pickle has an unknown kind of storage")
+        dtype = STORAGES.get(named.name)
         if dtype is None:
-            raise ConvertError(f"{self.name}: its pickle has storages of an unknown dtype")
-        return _Storage(key, dtype, size)
+            return torch_pickle.Foreign(f"{named.module}.{named.name}")
+        return Storage(key, dtype, size)
 
     def _rebuild_tensor(
-        self, storage: _Storage, offset: int, shape: Any, strides: Any, *_: Any
-    ) -> LazyTensor:
-        shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
-        if len(shape) != len(strides) or min((offset, *shape, *strides)) < 0:
+        self, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any
+    ) -> LazyTensor | torch_pickle.Foreign:
+        if not isinstance(storage, Storage):
+            return torch_pickle.Foreign("a tensor of a dtype that is not read")
+        if rest[2:] and rest[2]:
+            return torch_pickle.Foreign("a tensor that is negated or conjugated when it is read")
+        if max(len(shape), len(strides)) > _MAX_RANK:
+            raise ConvertError(f"{self.name}: a tensor has {len(shape)} axes")
+        numbers = (offset, *shape, *strides)
+        if not all(isinstance(n, int) and 0 <= n < 2**63 for n in numbers):
+            raise ConvertError(f"{self.name}: a tensor's shape or strides are no sizes")
+        if len(shape) != len(strides):
             raise ConvertError(f"{self.name}: a tensor has shape {shape}, strides {strides}")
-        steps = [(n - 1) * s for n, s in zip(shape, strides, strict=True)]
-        if 0 not in shape and offset + sum(steps) >= storage.size:
+        span = 0 if 0 in shape else _span(shape, strides)
+        if span and offset + span > storage.size:
+            last = offset + span - 1
             raise ConvertError(
-                f"{self.name}: a tensor {shape} reaches element {offset + sum(steps)} of a storage "
+                f"{self.name}: a tensor {shape} reaches element {last} of a storage "
                 f"of {storage.size}"
             )
-        tensor = LazyTensor(self, storage, offset, shape, strides)
-        self._tensor_bytes += 0 if 0 in shape else tensor.nbytes
-        if self._tensor_bytes > self._source.size:
+        tensor = LazyTensor(self, storage, offset, tuple(shape), tuple(strides))
+        item = storage.dtype.itemsize
+        self._count(math.prod(max(n, 1) for n in shape) * item, span * item)
+        return tensor
+
+    def _count(self, tensor: int, span: int) -> None:
+        """Bounds what reading all tensors can take, in bytes: one is no larger than the file (or
+        small), all together are some times as large (where they share storages, or repeat what
+        they read)."""
+        self._tensor_bytes += tensor
+        self._read_bytes += span
+        size = max(self._source.size, _SMALL_BYTES)
+        if (
+            tensor > size
+            or self._tensor_bytes > _MAX_TIMES * size
+            or self._read_bytes > _MAX_TIMES * self._source.size
+        ):
             raise ConvertError(
                 f"{self.name}: its tensors claim more than its {self._source.size} bytes"
             )
-        return tensor

@@ -1,22 +1,37 @@
 """Reads the pickle of a PyTorch file without running anything that it names.
 
 A pickle is a program for a machine with a stack. The standard library's machine calls what
-the program names; this one knows tensors and plain containers, holds anything else that
-training code is known to leave beside them as `Foreign`, and refuses the rest.
+the program names; this one knows tensors and plain containers, and leaves a `Foreign` in place of
+anything else that training code puts beside them. It refuses programs that name functions of
+the standard library, which are attacks.
 """
 
 import dataclasses
 import pickletools
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from convert.errors import ConvertError
 
-# Packages whose objects stand beside the weights in checkpoints of training runs.
-_KNOWN_BESIDE = (
-    "SwissArmyTransformer", "apex", "argparse", "collections", "datetime", "deepspeed",
-    "megatron", "model", "numpy", "pathlib", "sat", "torch",
-)  # fmt: skip
+# Of the standard library, the modules whose objects are data: those of Python 2 have other names.
+_DATA_MODULES = frozenset({
+    "_codecs", "_decimal", "_random", "argparse", "array", "collections", "copyreg", "datetime",
+    "decimal", "enum", "fractions", "functools", "ipaddress", "itertools", "logging", "numbers",
+    "pathlib", "random", "re", "time", "types", "typing", "uuid", "zoneinfo",
+})  # fmt: skip
+_BUILTINS = ("builtins", "__builtin__")
+_DATA_BUILTINS = frozenset({
+    "Ellipsis", "NotImplemented", "bool", "bytearray", "bytes", "complex", "dict", "float",
+    "frozenset", "int", "list", "long", "object", "range", "set", "slice", "str", "tuple", "type",
+    "unicode", "xrange",
+})  # fmt: skip
+_STANDARD_LIBRARY = sys.stdlib_module_names | {"__builtin__", "commands", "urllib2"}
+# Of dictionaries, how many arguments come before the pairs.
+_DICTIONARIES = {"OrderedDict": 0, "defaultdict": 1}
+_MAX_NAME = 1000  # characters
+_MAX_KEY = 1 << 12  # characters of text, bits of a number: a key is hashed and compared
+_MAX_ARGUMENTS = 16
 _MARK = object()
 
 
@@ -26,6 +41,9 @@ class Global:
 
     module: str
     name: str
+
+
+_TENSOR_CLASSES = (Global("torch", "Tensor"), Global("torch.nn.parameter", "Parameter"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +66,13 @@ def load(
       where: what messages call the file.
       rebuild: builds a tensor from the arguments of PyTorch's `_rebuild_tensor_v2`.
       open_storage: gives the storage of a persistent id.
-      most_steps: of the program, above which it is refused.
+      most_steps: of the program, and as many items of pairs that it names again and again;
+        above that it is refused.
 
     Raises:
       ConvertError: the pickle is broken, asks for what no checkpoint needs, or is too long.
     """
-    machine = _Machine(where, rebuild, open_storage)
+    machine = _Machine(where, rebuild, open_storage, most_steps)
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if count >= most_steps:
@@ -69,9 +88,10 @@ def load(
 
 
 class _Machine:
-    def __init__(self, where: str, rebuild: Any, open_storage: Any):
+    def __init__(self, where: str, rebuild: Any, open_storage: Any, most_items: int):
         self.stack: list[Any] = []
         self._memo: dict[int, Any] = {}
+        self._left = most_items
         self._where, self._rebuild, self._open_storage = where, rebuild, open_storage
 
     def step(self, name: str, argument: Any) -> None:
@@ -133,10 +153,8 @@ class _Machine:
     def _set(self, target: Any, items: list[Any]) -> None:
         if isinstance(target, dict):
             for key, value in zip(items[::2], items[1::2], strict=True):
-                # To hash nested tuples can take longer than anyone lives.
-                if not isinstance(key, str | int | float | bytes | None):
-                    raise ConvertError(f"{self._where}: its pickle has a {type(key).__name__} key")
-                target[key] = value
+                if _is_key(key):
+                    target[key] = value
         elif not isinstance(target, Foreign):
             raise ConvertError(f"{self._where}: its pickle sets items of a {type(target).__name__}")
 
@@ -158,6 +176,14 @@ class _Machine:
         elif not isinstance(target, Foreign):
             raise ConvertError(f"{self._where}: its pickle appends to a {type(target).__name__}")
 
+    def _dup(self, _: Any) -> None:
+        self.stack.append(self.stack[-1])
+
+    def _pop_mark(self, _: Any) -> None:
+        self._to_mark()
+
+    _frozenset = _list  # items need not be hashable
+
     def _global(self, argument: str) -> None:
         self.stack.append(self._named(*argument.split(" ", 1)))
 
@@ -168,7 +194,11 @@ class _Machine:
         self.stack.append(self._named(module, name))
 
     def _named(self, module: str, name: str) -> Global:
-        if module.split(".")[0] not in _KNOWN_BESIDE:
+        top = module.split(".")[0]
+        is_data = name in _DATA_BUILTINS if module in _BUILTINS else top in _DATA_MODULES
+        if len(module) + len(name) > _MAX_NAME:
+            raise ConvertError(f"{self._where}: its pickle asks for a name of {len(name)} letters")
+        if top in _STANDARD_LIBRARY and not is_data:
             raise ConvertError(
                 f"{self._where}: its pickle asks for {module}.{name}, which no checkpoint needs; "
                 "the file is refused and nothing of it was run"
@@ -181,6 +211,18 @@ class _Machine:
 
     _newobj = _reduce
 
+    def _newobj_ex(self, _: Any) -> None:
+        self.stack.pop()  # arguments by name
+        self._reduce(None)
+
+    def _obj(self, _: Any) -> None:
+        function, *arguments = self._to_mark()
+        self.stack.append(self._called(function, tuple(arguments)))
+
+    def _inst(self, argument: str) -> None:
+        function = self._named(*argument.split(" ", 1))
+        self.stack.append(self._called(function, tuple(self._to_mark())))
+
     def _build(self, _: Any) -> None:
         self.stack.pop()  # attributes of an object that is not built, or that needs none
 
@@ -188,25 +230,55 @@ class _Machine:
         self.stack.append(self._open_storage(self.stack.pop()))
 
     def _called(self, function: Any, arguments: Any) -> Any:
+        """What a call gives where that is a tensor or a dictionary; else a `Foreign`."""
+        if isinstance(function, Foreign):
+            return function
         if not isinstance(function, Global):
             raise ConvertError(f"{self._where}: its pickle calls a {type(function).__name__}")
-        if function == Global("torch._utils", "_rebuild_tensor_v2"):
-            return self._rebuild(*arguments)
-        if function == Global("torch._utils", "_rebuild_parameter"):
-            return arguments[0]
-        if function == Global("collections", "OrderedDict"):
-            made: dict[Any, Any] = {}
-            for pairs in arguments:
-                for key, value in pairs:
-                    self._set(made, [key, value])
-            return made
-        return Foreign(f"{function.module}.{function.name}")
+        name = function.name
+        if not isinstance(arguments, tuple):
+            arguments = ()  # something that was not built
+        if function.module == "torch._utils" and len(arguments) <= _MAX_ARGUMENTS:
+            if name == "_rebuild_tensor_v2":
+                return self._rebuild(*arguments)
+            if name in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
+                return arguments[0]
+        # A tensor that has attributes besides.
+        if function == Global("torch._tensor", "_rebuild_from_type_v2"):
+            rebuild, kind, inner, _ = arguments
+            if kind in _TENSOR_CLASSES and rebuild != function:
+                return self._called(rebuild, inner)
+        if function.module == "collections" and name in _DICTIONARIES:
+            return self._dictionary(arguments[_DICTIONARIES[name] :])
+        return Foreign(f"{function.module}.{name}")
+
+    def _dictionary(self, arguments: Any) -> dict[Any, Any]:
+        made: dict[Any, Any] = {}
+        for pairs in arguments:
+            items = list(pairs.items()) if isinstance(pairs, dict) else pairs
+            # The same pairs can be given to one call after another.
+            self._left -= 1 + len(items)
+            if self._left < 0:
+                raise ConvertError(f"{self._where}: its pickle fills dictionaries without an end")
+            for key, value in items:
+                self._set(made, [key, value])
+        return made
+
+
+def _is_key(key: Any) -> bool:
+    """Whether a dictionary keeps an item: what has another key is no weight, and to hash it (nested
+    tuples, long numbers) can take longer than anyone lives."""
+    if isinstance(key, int):
+        return key.bit_length() <= _MAX_KEY
+    if isinstance(key, str | bytes):
+        return len(key) <= _MAX_KEY
+    return key is None or isinstance(key, float)
 
 
 _VALUES = frozenset({
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
-    "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINSTRING", "BINSTRING",
-    "SHORT_BINBYTES", "BINBYTES", "BINBYTES8",
+    "STRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINSTRING",
+    "BINSTRING", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8",
 })  # fmt: skip
 _CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
