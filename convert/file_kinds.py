@@ -1,4 +1,6 @@
-"""What a file is that is not the expected one, and what to do about it."""
+"""What a file is that is not the expected one, and what to do about it; what names may be."""
+
+import re
 
 from convert.byte_source import ByteSource, read
 
@@ -16,9 +18,21 @@ _COMPRESSED = {
 _WEB_PAGE = (b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<error", b"<!--")
 
 
-def known_kind(source: ByteSource) -> str | None:
-    """Says of a file that was not expected what it is and what to do, as what follows its name
-    in a sentence; None where it is none of the known ones."""
+def is_plain_name(name: str) -> bool:
+    """Whether a name, of a flag or in a file, can be one of a file or folder: never a path."""
+    return re.fullmatch(r"\w[\w.+-]{0,200}", name) is not None
+
+
+def known_kind(source: ByteSource, expected: str) -> str | None:
+    """Says what a file is that should be of another kind, and what to do, in words that follow
+    its name in a sentence.
+
+    Args:
+      expected: "zip", "tar", "safetensors" or "json".
+
+    Returns:
+      None where it is nothing that is known, or of the expected kind.
+    """
     head = bytes(read(source, 0, min(_HEAD, source.size)))
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for magic, name in _COMPRESSED.items():
@@ -31,19 +45,20 @@ def known_kind(source: ByteSource) -> str | None:
             "is a web page, not the file itself (of an error or a login, often): open it to read "
             "why, and download the file again"
         )
-    if text.startswith((b'{"', b"{'")):
+    if expected != "json" and text.startswith((b'{"', b"{'")):
         return "is JSON, not the file itself (a server's error, often): read it, and download again"
     if _LEGACY_MAGIC in head[:32]:
         return (
             "is in the format that PyTorch had before 1.6, which is no zip file: rewrite it with "
             "PyTorch, torch.save(torch.load(FILE, map_location='cpu'), FILE)"
         )
-    if head.startswith(b"PK\x03\x04"):
+    if expected != "zip" and head.startswith(b"PK\x03\x04"):
         return "is a zip file, one shard perhaps: give the folder that holds all shards"
-    if head[257:262] == b"ustar":
+    if expected != "tar" and head[257:262] == b"ustar":
         return "is a tar archive: give it, or its parts, as the input, not as a shard"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < source.size:
-        return "is a safetensors file, not a shard"
+    is_safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < source.size
+    if expected != "safetensors" and is_safetensors:
+        return "is a safetensors file: give the folder that it and its index lie in"
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return "is a pickle by itself, not a PyTorch zip file: save it with torch.save"
     if len(head) == _HEAD and not any(head):

@@ -10,10 +10,9 @@ from typing import Any
 
 import jax
 from absl import flags
-from safetensors import safe_open
 
 from convert import sat_layout
-from convert.opening import SAFETENSORS_INDEX
+from convert.opening import SAFETENSORS_INDEX, open_safetensors
 from convert.sat_reader import SatCheckpoint
 from glm_jax import cli
 from glm_jax.config import GLMConfig
@@ -43,7 +42,7 @@ def _folder_rows(folder: Path, config: GLMConfig) -> Iterator[Row]:
 
 def _safetensors_rows(folder: Path) -> Iterator[Row]:
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "np") as tensors:
+        with open_safetensors(file) as tensors:
             for name in list(tensors.keys()):
                 part = tensors.get_slice(name)
                 yield name, tuple(part.get_shape()), part.get_dtype()
@@ -93,5 +92,7 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("num_heads", None, "attention heads, where shards do not tell")
+    flags.DEFINE_integer(
+        "num_heads", None, "attention heads, where shards do not tell", lower_bound=1
+    )
     cli.run_with_paths(main, "PATH")

@@ -1,5 +1,6 @@
 """Any form of a model, layer by layer: what the tools that compare, show and export read."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,13 @@ import jax
 import ml_dtypes
 import numpy as np
 from etils import epath
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from convert import sat_layout
+from convert.byte_source import FileBytes
 from convert.errors import ConvertError
+from convert.file_kinds import is_plain_name, known_kind
+from convert.plain_reading import PlainModel, WholeTensors
 from convert.sat_reader import SatCheckpoint
 from glm_jax.config import GLMConfig
 from glm_jax.model import parts
@@ -51,6 +55,16 @@ def open_model(path: epath.PathLike, num_heads: int | None = None) -> OpenModel:
     Raises:
       ConvertError, CheckpointError: it is none of them, or not whole.
     """
+    return _open(path, num_heads)
+
+
+def open_plainly(path: epath.PathLike, num_heads: int | None = None) -> OpenModel:
+    """`open_model`, whose released tensors are read by code that is not the converter's
+    (`plain_reading`): what the converter does wrong shows as a difference."""
+    return _open(path, num_heads).plain()
+
+
+def _open(path: epath.PathLike, num_heads: int | None) -> "_Folder | _Safetensors | _Shards":
     folder = Path(path)
     if (folder / CONFIG_FILE).exists() and (folder / parts.PARAMS_FOLDER).is_dir():
         return _Folder(folder)
@@ -89,6 +103,9 @@ class _Folder:
             for i in range(end - first):
                 yield jax.tree.map(lambda x, i=i: np.asarray(x[i]), some)
 
+    def plain(self) -> OpenModel:
+        return self
+
 
 class _Shards:
     def __init__(self, path: epath.PathLike, num_heads: int | None):
@@ -109,13 +126,16 @@ class _Shards:
         for i in range(self.config.num_layers):
             yield self.checkpoint.layer(self.config, i)
 
+    def plain(self) -> OpenModel:
+        whole = WholeTensors(self.checkpoint)
+        return PlainModel(self.kind, self.config, self.bits, whole, whole.of_each_shard)
+
 
 class _Safetensors:
     def __init__(self, folder: Path):
         self._folder = folder
         self.config = load_config(folder)
-        index = json.loads((folder / SAFETENSORS_INDEX).read_text(encoding="utf-8"))
-        self._files: dict[str, str] = index["weight_map"]
+        self._files = read_index(folder)
         self.bits: int | None = None
         self.kind = f"safetensors, {_precision(self)}"
 
@@ -123,7 +143,7 @@ class _Safetensors:
         file = self._files.get(name)
         if file is None or not (self._folder / file).exists():
             raise ConvertError(f"{self._folder}: {name} is missing")
-        with safe_open(self._folder / file, "np") as tensors:
+        with open_safetensors(self._folder / file) as tensors:
             values: np.ndarray = tensors.get_tensor(name)
         return values.view(ml_dtypes.bfloat16) if values.dtype == np.dtype("V2") else values
 
@@ -153,6 +173,45 @@ class _Safetensors:
                 for name in sat_layout.LAYERNORMS
             }
             yield LayerParams(**norms, **linears)
+
+    def plain(self) -> OpenModel:
+        return PlainModel(self.kind, self.config, self.bits, self._read)
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """The file in `folder` that holds a tensor, by the tensor's name.
+
+    Raises:
+      ConvertError: it is no index, or names files elsewhere.
+    """
+    path = folder / SAFETENSORS_INDEX
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = set(files.values())
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        kind = known_kind(FileBytes(path), "json")
+        kind = kind or f"is no index of safetensors ({error!r}): export again"
+        raise ConvertError(f"{path} {kind}") from error
+    for name in names:
+        if not isinstance(name, str) or not is_plain_name(name):
+            raise ConvertError(f"{path}: {name!r} is no name of a file beside it: export again")
+    return dict(files)
+
+
+@contextlib.contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """A file of safetensors.
+
+    Raises:
+      ConvertError: it is missing, damaged or of another format.
+    """
+    try:
+        with safe_open(path, "np") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        kind = known_kind(FileBytes(path), "safetensors")
+        kind = kind or f"is damaged or no safetensors file ({error}): export or fetch it again"
+        raise ConvertError(f"{path} {kind}") from error
 
 
 def _precision(model: OpenModel) -> str:

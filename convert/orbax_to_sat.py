@@ -7,14 +7,15 @@ from pathlib import Path
 
 from absl import flags
 
-from convert.sat_writer import write_shards
+from convert.sat_writer import ITERATION_RULE, is_iteration, write_shards
 from glm_jax import cli
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("input", None, "a model folder", required=True)
 flags.DEFINE_string("output", None, "folder to write; must not hold anything", required=True)
-flags.DEFINE_integer("shards", 8, "tensor-parallel shards to write")
+flags.DEFINE_integer("shards", 8, "tensor-parallel shards to write", lower_bound=1)
 flags.DEFINE_string("iteration", "49300", "the name that `latest` gives")
+flags.register_validator("iteration", is_iteration, ITERATION_RULE)
 flags.DEFINE_enum("quantization", None, ["int8", "int4"], "of each shard's rows by themselves")
 flags.DEFINE_string("adapter", None, "folder of adapters to merge into a float model")
 

@@ -81,12 +81,12 @@ def _in_archive(archive: ByteSource) -> list[ByteSource]:
     try:
         with tarfile.open(fileobj=io.BufferedReader(Stream(archive)), mode="r:") as tar:
             for member in tar:
-                if member.offset < end:
+                if member.offset < end or member.size < 0:
                     raise ConvertError(
                         f"{archive.name}: the entry {member.name[:100]!r} has no possible size: "
                         "fetch it again"
                     )
-                end = member.offset_data + max(member.size, 0)
+                end = member.offset_data + member.size
                 name = PurePosixPath(member.name)
                 if ".." in name.parts or name.is_absolute():
                     raise ConvertError(
@@ -107,12 +107,13 @@ def _in_archive(archive: ByteSource) -> list[ByteSource]:
                 if _SHARD.fullmatch(name.name):
                     files[str(name)] = file
     # Numbers and texts of headers that are none, and headers of headers of headers.
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError) as error:
         if isinstance(error, ConvertError):
             raise
-        kind = known_kind(archive) or f"is not a whole tar archive ({error}): fetch it again"
+        kind = known_kind(archive, "tar")
+        kind = kind or f"is not a whole tar archive ({error}): fetch it again"
         raise ConvertError(f"{archive.name} {kind}") from error
-    if not files and (kind := known_kind(archive)) and not _is_tar(archive):
+    if not files and (kind := known_kind(archive, "tar")):
         raise ConvertError(f"{archive.name} {kind}")
     chosen = _choose(list(files), named, archive.name)
     return [files[name] for name in chosen]

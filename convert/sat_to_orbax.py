@@ -18,8 +18,12 @@ flags.DEFINE_string(
     "input", None, "folder with `latest`, an iteration's, a .tar, or its parts", required=True
 )
 flags.DEFINE_string("output", None, "folder to write; must not hold anything", required=True)
-flags.DEFINE_integer("num_heads", None, "attention heads, where the shards do not tell")
-flags.DEFINE_integer("max_sequence_length", 2048, "positions that the model was trained with")
+flags.DEFINE_integer(
+    "num_heads", None, "attention heads, where the shards do not tell", lower_bound=1
+)
+flags.DEFINE_integer(
+    "max_sequence_length", 2048, "positions that the model was trained with", lower_bound=1
+)
 flags.DEFINE_string("tokenizer", None, "folder or .model file, copied into the output")
 flags.DEFINE_enum("dtype", None, ["float16", "bfloat16", "float32"], "of floats; as stored")
 flags.DEFINE_string("quantization", None, "int8, int4, or such as int4,group=128")

@@ -10,6 +10,7 @@ import numpy as np
 
 from convert import sat_layout
 from convert.errors import ConvertError
+from convert.file_kinds import is_plain_name
 from convert.merging import open_with
 from convert.numbers import cast
 from convert.opening import OpenModel
@@ -21,6 +22,12 @@ from glm_jax.model.params import LINEAR_NAMES, LinearParams
 from glm_jax.quantization import QuantizedArray, Scheme, quantize
 
 Parts = list[np.ndarray]  # of one tensor, by rank
+ITERATION_RULE = "a name of letters, digits, '.', '-', '_' or '+', which is not 'latest'"
+
+
+def is_iteration(name: str) -> bool:
+    """Whether a folder of shards can have a name."""
+    return is_plain_name(name) and name != "latest"
 
 
 def write_shards(
@@ -42,12 +49,15 @@ def write_shards(
       adapter: a folder of adapters to merge into the kernels of a float model.
 
     Raises:
-      ConvertError: sizes or groups that do not divide into the shards.
+      ConvertError: sizes or groups that do not divide into the shards; an iteration that is no
+        name of a folder.
       CheckpointError: no model at `source`.
       OutputError: the output folder is not empty, or cannot be written.
     """
     if shards < 1:
         raise ConvertError(f"--shards={shards}: at least 1")
+    if not is_iteration(iteration):
+        raise ConvertError(f"--iteration={iteration!r}: {ITERATION_RULE}")
     with files.whole_folder(output) as partial:
         model = open_with(source, adapter)
         config = model.config

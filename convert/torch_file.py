@@ -137,6 +137,7 @@ class TorchFile:
         objects of training code.
       checksum: of the names, sizes and checksums of all its entries: two files with the
         same have the same content.
+      source: the bytes of the file.
       saved_as: the name of the archive's folder: the file's first name, without its suffix.
 
     Raises:
@@ -146,18 +147,17 @@ class TorchFile:
 
     def __init__(self, source: ByteSource | Path, is_checked: bool = True):
         """Args:
-        is_checked: hold tensors against the zip's checksums.
+        is_checked: compare tensors with the zip's checksums.
         """
-        self._source = FileBytes(source) if isinstance(source, Path) else source
-        self.name, self._is_checked = self._source.name, is_checked
+        self.source = FileBytes(source) if isinstance(source, Path) else source
+        self.name, self._is_checked = self.source.name, is_checked
         try:
-            stream = io.BufferedReader(Stream(self._source))
+            stream = io.BufferedReader(Stream(self.source))
             with zipfile.ZipFile(stream) as archive:
                 entries = archive.infolist()
         except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError) as error:
-            kind = known_kind(self._source) if self._source.size else None
-            if kind is None or kind.startswith("is a zip"):
-                kind = f"is truncated or not a PyTorch zip file ({error}): fetch it again"
+            kind = known_kind(self.source, "zip")
+            kind = kind or f"is truncated or not a PyTorch zip file ({error}): fetch it again"
             raise ConvertError(f"{self.name} {kind}") from error
         self._entries = {entry.filename: entry for entry in entries}
         self._check_sizes(entries)
@@ -174,12 +174,12 @@ class TorchFile:
             self.name,
             self._rebuild_tensor,
             self._open_storage,
-            20_000 + self._source.size // 64,
+            20_000 + self.source.size // 64,
         )
 
     @property
     def size(self) -> int:
-        return self._source.size
+        return self.source.size
 
     @property
     def checksum(self) -> str:
@@ -200,16 +200,16 @@ class TorchFile:
                     "file is refused"
                 )
         total = sum(entry.file_size for entry in entries)
-        if total > self._source.size:
+        if total > self.source.size:
             raise ConvertError(
-                f"{self.name}: its entries claim {total} bytes, it has {self._source.size}: it "
+                f"{self.name}: its entries claim {total} bytes, it has {self.source.size}: it "
                 "is truncated or was tampered with"
             )
 
     def _refuse_big_endian(self) -> None:
         entry = self._entries.get(f"{self.saved_as}/byteorder")
         if entry is not None and entry.file_size < 100:
-            order = bytes(read(self._source, self._places[entry.filename], entry.file_size))
+            order = bytes(read(self.source, self._places[entry.filename], entry.file_size))
             if order != b"little":
                 raise ConvertError(
                     f"{self.name} was written by a machine of another byte order ({order!r}): "
@@ -220,7 +220,7 @@ class TorchFile:
         entry = self._entries[name]
         if entry.file_size > _LARGEST_PICKLE:
             raise ConvertError(f"{self.name}: its pickle has {entry.file_size} bytes, too many")
-        data = bytes(read(self._source, self._places[name], entry.file_size))
+        data = bytes(read(self.source, self._places[name], entry.file_size))
         self._check(name, zlib.crc32(data))
         return data
 
@@ -236,7 +236,7 @@ class TorchFile:
         checksum."""
         name = self.entry_of(storage).filename
         view = memoryview(elements.view(np.uint8).data)
-        self._source.read_into(self._places[name] + first * storage.dtype.itemsize, view)
+        self.source.read_into(self._places[name] + first * storage.dtype.itemsize, view)
         if len(view) == self._entries[name].file_size:
             self._check(name, zlib.crc32(view))
         elif self._is_checked:
@@ -269,7 +269,7 @@ class TorchFile:
             buffer = memoryview(bytearray(min(size, _BLOCK_BYTES)))
             for start in range(0, size, _BLOCK_BYTES):
                 part = buffer[: min(_BLOCK_BYTES, size - start)]
-                self._source.read_into(self._places[name] + start, part)
+                self.source.read_into(self._places[name] + start, part)
                 found = zlib.crc32(part, found)
             self._check(name, found)
             self._is_whole.add(name)
@@ -277,9 +277,9 @@ class TorchFile:
     def _data_offset(self, entry: zipfile.ZipInfo) -> int:
         """Where an entry's bytes begin. Looked at for all when a file is opened, so that
         parts in a wrong order are found before anything is converted."""
-        if entry.header_offset + LOCAL_HEADER.size > self._source.size:
+        if entry.header_offset + LOCAL_HEADER.size > self.source.size:
             raise ConvertError(f"{self.name} is truncated: fetch it again")
-        header = read(self._source, entry.header_offset, LOCAL_HEADER.size)
+        header = read(self.source, entry.header_offset, LOCAL_HEADER.size)
         signature, name_length, extra_length = LOCAL_HEADER.unpack(header)
         if signature != b"PK\x03\x04":
             raise ConvertError(
@@ -287,7 +287,7 @@ class TorchFile:
                 "its parts are in a wrong order"
             )
         place = entry.header_offset + LOCAL_HEADER.size + name_length + extra_length
-        if place + entry.file_size > self._source.size:
+        if place + entry.file_size > self.source.size:
             raise ConvertError(f"{self.name} is truncated inside {entry.filename!r}")
         return int(place)
 
@@ -333,12 +333,12 @@ class TorchFile:
         they read)."""
         self._tensor_bytes += tensor
         self._read_bytes += span
-        size = max(self._source.size, _SMALL_BYTES)
+        size = max(self.source.size, _SMALL_BYTES)
         if (
             tensor > size
             or self._tensor_bytes > _MAX_TIMES * size
-            or self._read_bytes > _MAX_TIMES * self._source.size
+            or self._read_bytes > _MAX_TIMES * self.source.size
         ):
             raise ConvertError(
-                f"{self.name}: its tensors claim more than its {self._source.size} bytes"
+                f"{self.name}: its tensors claim more than its {self.source.size} bytes"
             )

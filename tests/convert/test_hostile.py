@@ -6,6 +6,7 @@ import pickle
 import shutil
 import signal
 import struct
+import tarfile
 import time
 import tracemalloc
 import zipfile
@@ -20,6 +21,7 @@ from convert import sat_reader, torch_pickle
 from convert.byte_source import RangeBytes, read
 from convert.conversion import Options, convert_shards
 from convert.errors import ConvertError
+from convert.sat_source import find_shards
 from convert.torch_file import TorchFile
 from convert.torch_writer import write_torch_file
 
@@ -101,6 +103,11 @@ def _read_all(source):
         ((2**62, 2**62), (1, 1), 8, 1, "reaches element"),
         ((4,), (1, 1), 8, 1, "strides"),
         ((8,), (1,), 2**60, 1, "its tensors need"),
+        ((0, 2**62), (2**62, 2**62), 8, 1, "claim more than"),
+        ((0, 2**40), (1, 1), 8, 1, "claim more than"),
+        ((0, 2**1000), (1, 1), 8, 1, "are no sizes"),
+        ((0,) * 6000, (2**60,) * 6000, 8, 1, "6000 axes"),
+        ((2, 2048), (2048, 0), 4096, 400, "claim more than"),  # a storage again and again
     ],
 )
 def test_tensors_that_claim_more_than_there_is(tmp_path, shape, strides, size, count, message):
@@ -110,9 +117,32 @@ def test_tensors_that_claim_more_than_there_is(tmp_path, shape, strides, size, c
         _read_all(path)
 
 
+_ORDERED = b"ccollections\nOrderedDict\n"
+_PAIRS = b"(" + b"(K\x01K\x02t" * 900 + b"lq\x010"
+_MANY_PAIRS = b"(" + b"h\x01" * 900 + b"tq\x020"
+_LONG = b"a" * (1 << 19)
+_USED_AS_KEY = b"q\x010}" + b"h\x01Ns" * 9000 + b"."
+_SHAPE = b"(" + b"K\x00" * 6000 + b"tq\x010"
+_REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\nq\x020"
+_STORAGE = b"(X\x07\x00\x00\x00storagectorch\nHalfStorage\nX\x01\x00\x00\x000NK\x01tQq\x030"
+
+
+_TENSOR = b"h\x02(h\x03K\x00h\x01h\x01tR"
+
+
 @pytest.mark.parametrize(
     "pickled",
     [
+        # Dictionaries of the same pairs, many times over, in as many calls.
+        b"\x80\x02" + _PAIRS + _MANY_PAIRS + b"(" + (_ORDERED + b"h\x02R") * 900 + b"t.",
+        b"\x80\x02" + _PAIRS + b"(" + (_ORDERED + b"h\x01\x85R") * 900 + b"t.",
+        b"\x80\x02" + (_ORDERED + b"(") * 900 + b")" + b"tR" * 900 + b".",
+        # One shape for tensor after tensor.
+        b"\x80\x02" + _SHAPE + _REBUILD + _STORAGE + b"(" + _TENSOR * 3000 + b"t.",
+        # A long number, a long text and a long name, used again and again.
+        b"\x80\x02\x8b" + struct.pack("<I", 1 << 19) + _LONG + _USED_AS_KEY,
+        b"\x80\x02X" + struct.pack("<I", 1 << 19) + _LONG + _USED_AS_KEY,
+        b"\x80\x02ctorch\n" + _LONG + b"\nq\x010(" + b"h\x01)R" * 8000 + b"t.",
         b"\x80\x02" + b"]" * 3_000_000 + b".",  # a list a byte
         b"\x80\x02)" + b"2\x86" * 60 + b"q\x00}h\x00K\x01s.",  # hashing it takes 2^60 steps
         b"\x80\x02}r\xff\xff\xff\x7f.",  # a memo of 2^31 places
@@ -218,6 +248,61 @@ def test_two_thousand_mutated_files(changes, cut):
         os.system = before
     assert not calls
     assert peak < 2 * len(_WHOLE), peak
+
+
+@pytest.mark.parametrize("size", ["-1536", "-512", "-1", "-99999999999999999999999", "9" * 30])
+def test_entries_of_a_tar_archive_have_a_size(tmp_path, size):
+    """Going back by 1536 bytes a reader is where it began."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        entry = tarfile.TarInfo("x/mp_rank_00_model_states.pt")
+        entry.pax_headers = {"size": size}
+        tar.addfile(entry)
+        tar.addfile(tarfile.TarInfo("x/latest"))
+    signal.alarm(20)  # a hang ends the test
+    with pytest.raises(ConvertError, match=r"a\.tar.*(no possible size|are needed)"):
+        find_shards(tmp_path / "a.tar")
+    signal.alarm(0)
+
+
+def test_headers_of_headers_end(tmp_path):
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = b"L", 512
+    block = header.tobuf(tarfile.GNU_FORMAT) + b"a" * 512
+    (tmp_path / "a.tar").write_bytes(block * 3000)
+    with pytest.raises(ConvertError, match="not a whole tar archive"):
+        find_shards(tmp_path / "a.tar")
+    header.size = 1 << 60
+    (tmp_path / "a.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + b"a" * 512)
+    with pytest.raises(ConvertError, match="not a whole tar archive"):
+        find_shards(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("rank", ["30000000", "999999999", "9" * 200])
+def test_ranks_and_layers_cost_nothing_by_their_numbers(tmp_path, rank):
+    (tmp_path / f"mp_rank_{rank}_model_states.pt").touch()
+    tracemalloc.start()
+    with pytest.raises(
+        ConvertError, match=r"mp_rank_00_model_states\.pt is missing|holds no mp_rank"
+    ):
+        find_shards(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("layer", ["3", "7", "99999999", "99999999999", "9" * 5000])
+def test_a_layer_without_those_before_it_is_refused(tmp_path, layer):
+    path = tmp_path / "mp_rank_00_model_states.pt"
+    module = {n: t.read() for n, t in TorchFile(SHARD).content["module"].items()}
+    weight = module.pop("transformer.layers.2.attention.dense.weight")
+    beyond = {f"transformer.layers.{layer}.attention.dense.weight": weight}
+    write_torch_file(path, module | beyond)
+    message = rf"layer {layer}, and none of layer 3" if len(layer) in (1, 8) else "is missing"
+    if layer == "3":
+        message = "is missing"
+    began = time.process_time()
+    with pytest.raises(ConvertError, match=message):
+        convert_shards(tmp_path, tmp_path / "out", OPTIONS)
+    assert time.process_time() - began < 2
 
 
 def test_ranges_do_not_reach_beyond_themselves():

