@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from etils import epath
 
-from convert.errors import ConvertError
+from convert.errors import ConvertError, SourceError
 
 
 class ByteSource(Protocol):
@@ -58,17 +58,26 @@ class FileBytes:
             )
         done = 0
         while done < len(buffer):
-            if self._is_local:
-                count = os.preadv(self._file.fileno(), [buffer[done:]], offset + done)
-            else:
-                with self._lock:
-                    self._file.seek(offset + done)
-                    data = self._file.read(len(buffer) - done)
-                count = len(data)
-                buffer[done : done + count] = data
+            try:
+                count = self._read_some(offset + done, buffer[done:])
+            except OSError as error:
+                why = error.strerror or str(error)
+                raise SourceError(
+                    f"{self.name} cannot be read at byte {offset + done}: {why}; when it can, give "
+                    "the same command again"
+                ) from error
             if not count:
                 raise ConvertError(f"{self.name} became shorter while it was read")
             done += count
+
+    def _read_some(self, offset: int, buffer: memoryview) -> int:
+        if self._is_local:
+            return os.preadv(self._file.fileno(), [buffer], offset)
+        with self._lock:
+            self._file.seek(offset)
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 class JoinedBytes:

@@ -20,7 +20,7 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from convert.errors import ConvertError
+from convert.errors import ConvertError, SourceError
 from convert.numbers import cast
 from convert.sat_reader import SatCheckpoint
 from glm_jax import files
@@ -86,7 +86,8 @@ def convert_shards(
 
     Raises:
       ConvertError: the input is not a whole released checkpoint; nothing is left behind.
-      OutputError: the output folder is not empty.
+      SourceError: the input cannot be read this time; what is converted stays.
+      OutputError: the output folder is not empty, or cannot be written.
     """
     files.refuse_non_empty(output)
     if options.quantization is not None:
@@ -104,19 +105,22 @@ def convert_shards(
             "--quantization"
         )
     conversion = _Conversion(checkpoint, config, options, output)
-    conversion.open(_plan(checkpoint, config, options))
-    try:
-        conversion.write_parts()
-    except files.OutputError as error:
-        raise _no_room(conversion.partial, str(error)) from error
-    except UserError:
-        shutil.rmtree(conversion.partial, ignore_errors=True)
-        raise
-    except Exception as error:
-        if is_no_room(error):
-            raise _no_room(conversion.partial, str(error)[:200]) from error
-        raise
-    conversion.finish(() if tokenizer is None else tokenizer.files)
+    with files.explained(output):
+        conversion.open(_plan(checkpoint, config, options))
+        try:
+            conversion.write_parts()
+        except files.OutputError as error:
+            raise _no_room(conversion.partial, str(error)) from error
+        except SourceError:
+            raise
+        except UserError:
+            shutil.rmtree(conversion.partial, ignore_errors=True)
+            raise
+        except Exception as error:
+            if is_no_room(error):
+                raise _no_room(conversion.partial, str(error)[:200]) from error
+            raise
+        conversion.finish(() if tokenizer is None else tokenizer.files)
 
 
 def _no_room(partial: Path, why: str) -> ConvertError:

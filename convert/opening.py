@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from glm_jax.model.checkpoint import CONFIG_FILE, load_config, restore_layers, s
 from glm_jax.model.params import LINEAR_NAMES, LayerNormParams, LayerParams, LinearParams
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
+CHECKSUMS = "crc32"  # of tensors, in the index's metadata, where our exporter wrote it
 
 
 class OpenModel(Protocol):
@@ -135,16 +137,33 @@ class _Safetensors:
     def __init__(self, folder: Path):
         self._folder = folder
         self.config = load_config(folder)
-        self._files = read_index(folder)
+        self._files, self._checksums = read_index(folder)
+        # Before shapes of layers are listed: a config can claim any number of them.
+        if self.config.num_layers > len(self._files):
+            raise ConvertError(
+                f"{folder} holds {len(self._files)} tensors, its config says "
+                f"{self.config.num_layers} layers: export it again"
+            )
+        self._shapes = sat_layout.shard_shapes(self.config, 1)
         self.bits: int | None = None
         self.kind = f"safetensors, {_precision(self)}"
 
     def _read(self, name: str) -> np.ndarray:
         file = self._files.get(name)
-        if file is None or not (self._folder / file).exists():
-            raise ConvertError(f"{self._folder}: {name} is missing")
+        if file is None:
+            raise ConvertError(f"{self._folder}: {name} is missing: export it again")
         with open_safetensors(self._folder / file) as tensors:
+            shape = tuple(tensors.get_slice(name).get_shape())
+            if shape != self._shapes[name]:
+                raise ConvertError(
+                    f"{self._folder / file}: {name} is {shape}, its config says "
+                    f"{self._shapes[name]}: export it again"
+                )
             values: np.ndarray = tensors.get_tensor(name)
+        if self._checksums.get(name, found := tensor_checksum(values)) != found:
+            raise ConvertError(
+                f"{self._folder / file}: {name} is damaged: export or fetch it again"
+            )
         return values.view(ml_dtypes.bfloat16) if values.dtype == np.dtype("V2") else values
 
     def embedding(self) -> np.ndarray:
@@ -178,24 +197,32 @@ class _Safetensors:
         return PlainModel(self.kind, self.config, self.bits, self._read)
 
 
-def read_index(folder: Path) -> dict[str, str]:
-    """The file in `folder` that holds a tensor, by the tensor's name.
+def tensor_checksum(tensor: np.ndarray) -> str:
+    """Of a contiguous array's bytes, in hexadecimal."""
+    return f"{zlib.crc32(tensor.reshape(-1).view(np.uint8).data):08x}"
+
+
+def read_index(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The files in `folder` that hold its tensors, by the tensors' names, and the checksums of
+    tensors that have one.
 
     Raises:
       ConvertError: it is no index, or names files elsewhere.
     """
     path = folder / SAFETENSORS_INDEX
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        index = json.loads(path.read_text(encoding="utf-8"))
+        files, checksums = index["weight_map"], index.get("metadata", {}).get(CHECKSUMS, {})
         names = set(files.values())
+        checksums = dict(checksums)
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         kind = known_kind(FileBytes(path), "json")
-        kind = kind or f"is no index of safetensors ({error!r}): export again"
+        kind = kind or f"is no index of safetensors ({error!r}): export it again"
         raise ConvertError(f"{path} {kind}") from error
     for name in names:
         if not isinstance(name, str) or not is_plain_name(name):
-            raise ConvertError(f"{path}: {name!r} is no name of a file beside it: export again")
-    return dict(files)
+            raise ConvertError(f"{path}: {name!r} is no name of a file beside it: export it again")
+    return files, checksums
 
 
 @contextlib.contextmanager
@@ -208,6 +235,8 @@ def open_safetensors(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "np") as tensors:
             yield tensors
+    except FileNotFoundError as error:
+        raise ConvertError(f"{path} is missing: export or fetch it again") from error
     except (OSError, SafetensorError) as error:
         kind = known_kind(FileBytes(path), "safetensors")
         kind = kind or f"is damaged or no safetensors file ({error}): export or fetch it again"

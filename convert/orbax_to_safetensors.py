@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from convert import sat_layout
 from convert.errors import ConvertError
-from convert.opening import SAFETENSORS_INDEX, open_model
+from convert.opening import CHECKSUMS, SAFETENSORS_INDEX, open_model, tensor_checksum
 from glm_jax import cli
 from glm_jax.files import whole_folder, write_text
 from glm_jax.model.checkpoint import describe_model
@@ -32,6 +32,7 @@ class _Files:
         self._folder, self._most = folder, most
         self._waiting: dict[str, np.ndarray] = {}
         self._names: list[list[str]] = []
+        self._checksums: dict[str, str] = {}
         self.bytes = 0
 
     def add(self, name: str, tensor: Any) -> None:
@@ -39,6 +40,7 @@ class _Files:
         if self._waiting and self._size() + array.nbytes > self._most:
             self._write()
         self._waiting[name] = array
+        self._checksums[name] = tensor_checksum(array)
         self.bytes += array.nbytes
 
     def _size(self) -> int:
@@ -58,7 +60,8 @@ class _Files:
             file = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
             (self._folder / f"{i}.partial").rename(self._folder / file)
             files |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self.bytes}, "weight_map": files}
+        about = {"total_size": self.bytes, CHECKSUMS: self._checksums}
+        index = {"metadata": about, "weight_map": files}
         write_text(self._folder / SAFETENSORS_INDEX, json.dumps(index, indent=1))
 
 
