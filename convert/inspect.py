@@ -12,7 +12,7 @@ import jax
 from absl import flags
 
 from convert import sat_layout
-from convert.opening import SAFETENSORS_INDEX, open_safetensors
+from convert.opening import SAFETENSORS_INDEX, open_safetensors, read_index
 from convert.sat_reader import SatCheckpoint
 from glm_jax import cli
 from glm_jax.config import GLMConfig
@@ -41,8 +41,9 @@ def _folder_rows(folder: Path, config: GLMConfig) -> Iterator[Row]:
 
 
 def _safetensors_rows(folder: Path) -> Iterator[Row]:
-    for file in sorted(folder.glob("*.safetensors")):
-        with open_safetensors(file) as tensors:
+    files, _ = read_index(folder)
+    for file in sorted(set(files.values())):
+        with open_safetensors(folder / file) as tensors:
             for name in list(tensors.keys()):
                 part = tensors.get_slice(name)
                 yield name, tuple(part.get_shape()), part.get_dtype()
