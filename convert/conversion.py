@@ -207,13 +207,29 @@ class _Conversion:
         layers = [parts.layers_part(i, i + 1) for i in range(self._config.num_layers)]
         return [parts.EMBEDDING, *layers]
 
+    def _own_names(self) -> list[str]:
+        return self._names()[self._options.process_id :: self._options.num_processes]
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether an earlier run, or another process, left a part, and all that was written: it
+        is read for that."""
+        if not parts.is_whole(self._folder, name):
+            return False
+        try:
+            metadata = parts.part_metadata(self._folder, name)
+            target = parts.on_one_device(metadata, jax.devices("cpu")[0])
+            parts.read_part(self._folder, name, target, metadata)
+        except UserError:
+            return False
+        return True
+
     def write_parts(self) -> None:
         """Reads a part while the one before is written."""
-        own = self._names()[self._options.process_id :: self._options.num_processes]
+        own = self._own_names()
         with futures.ThreadPoolExecutor(1) as writer:
             writing: futures.Future[None] | None = None
             for name in tqdm(own, desc="converting", unit="part", mininterval=1):
-                if parts.is_whole(self._folder, name):
+                if self._is_whole(name):
                     continue
                 parts.remove_unfinished(self._folder, name)
                 tree = self._embedding() if name == parts.EMBEDDING else self._layer(name)
@@ -298,7 +314,9 @@ class _Conversion:
 
     def finish(self, extra_files: tuple[Path, ...]) -> None:
         """Gives the folder its name when the parts of all processes are there."""
-        if not all(parts.is_whole(self._folder, name) for name in self._names()):
+        done = self._own_names()  # which were checked, or written, just now
+        others = [name for name in self._names() if name not in done]
+        if not all(self._is_whole(name) for name in others):
             print(f"this process's parts of {self._output} are done, others are not yet")
             return
         for left in self._folder.glob("*.orbax-checkpoint-tmp*"):

@@ -41,8 +41,7 @@ def _folder_rows(folder: Path, config: GLMConfig) -> Iterator[Row]:
 
 
 def _safetensors_rows(folder: Path) -> Iterator[Row]:
-    files, _ = read_index(folder)
-    for file in sorted(set(files.values())):
+    for file in sorted(set(read_index(folder).values())):
         with open_safetensors(folder / file) as tensors:
             for name in list(tensors.keys()):
                 part = tensors.get_slice(name)

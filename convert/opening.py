@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,16 +20,22 @@ from convert.plain_reading import PlainModel, WholeTensors
 from convert.sat_reader import SatCheckpoint
 from glm_jax.config import GLMConfig
 from glm_jax.model import parts
-from glm_jax.model.checkpoint import CONFIG_FILE, load_config, restore_layers, stored_bits
+from glm_jax.model.checkpoint import (
+    CONFIG_FILE,
+    check_files,
+    load_config,
+    restore_layers,
+    stored_bits,
+)
+from glm_jax.model.checksums import chunk_checksum, damaged
 from glm_jax.model.params import LINEAR_NAMES, LayerNormParams, LayerParams, LinearParams
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
-CHECKSUMS = "crc32"  # of tensors, in the index's metadata, where our exporter wrote it
 
 
 class OpenModel(Protocol):
     """Attributes:
-    kind: what it is, in words.
+    kind: what it is, in words, and whether there is nothing to check it with.
     config: its architecture.
     bits: 8 or 4 of a quantised one.
     """
@@ -78,10 +83,11 @@ def _open(path: epath.PathLike, num_heads: int | None) -> "_Folder | _Safetensor
 class _Folder:
     def __init__(self, folder: Path):
         self.config = load_config(folder)
+        checksums = check_files(folder)
         self._params = folder.absolute() / parts.PARAMS_FOLDER
         self._ranges = parts.layer_ranges(self._params, self.config.num_layers)
         self.bits = stored_bits(folder, self.config)
-        self.kind = f"model folder, {_precision(self)}"
+        self.kind = f"model folder, {_precision(self)}{_if_unchecked(checksums)}"
         self._norm: LayerNormParams | None = None
 
     def embedding(self) -> np.ndarray:
@@ -137,7 +143,8 @@ class _Safetensors:
     def __init__(self, folder: Path):
         self._folder = folder
         self.config = load_config(folder)
-        self._files, self._checksums = read_index(folder)
+        self._files = read_index(folder)
+        self._checksums = check_files(folder)
         # Before shapes of layers are listed: a config can claim any number of them.
         if self.config.num_layers > len(self._files):
             raise ConvertError(
@@ -146,7 +153,7 @@ class _Safetensors:
             )
         self._shapes = sat_layout.shard_shapes(self.config, 1)
         self.bits: int | None = None
-        self.kind = f"safetensors, {_precision(self)}"
+        self.kind = f"safetensors, {_precision(self)}{_if_unchecked(self._checksums)}"
 
     def _read(self, name: str) -> np.ndarray:
         file = self._files.get(name)
@@ -160,10 +167,8 @@ class _Safetensors:
                     f"{self._shapes[name]}: export it again"
                 )
             values: np.ndarray = tensors.get_tensor(name)
-        if self._checksums.get(name, found := tensor_checksum(values)) != found:
-            raise ConvertError(
-                f"{self._folder / file}: {name} is damaged: export or fetch it again"
-            )
+        if self._checksums is not None and self._checksums.get(name) != chunk_checksum(values):
+            raise damaged(f"{self._folder / file}: {name}", "it is not what was written")
         return values.view(ml_dtypes.bfloat16) if values.dtype == np.dtype("V2") else values
 
     def embedding(self) -> np.ndarray:
@@ -197,24 +202,16 @@ class _Safetensors:
         return PlainModel(self.kind, self.config, self.bits, self._read)
 
 
-def tensor_checksum(tensor: np.ndarray) -> str:
-    """Of a contiguous array's bytes, in hexadecimal."""
-    return f"{zlib.crc32(tensor.reshape(-1).view(np.uint8).data):08x}"
-
-
-def read_index(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """The files in `folder` that hold its tensors, by the tensors' names, and the checksums of
-    tensors that have one.
+def read_index(folder: Path) -> dict[str, str]:
+    """The files in `folder` that hold its tensors, by the tensors' names.
 
     Raises:
       ConvertError: it is no index, or names files elsewhere.
     """
     path = folder / SAFETENSORS_INDEX
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        files, checksums = index["weight_map"], index.get("metadata", {}).get(CHECKSUMS, {})
+        files: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names = set(files.values())
-        checksums = dict(checksums)
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         kind = known_kind(FileBytes(path), "json")
         kind = kind or f"is no index of safetensors ({error!r}): export it again"
@@ -222,7 +219,7 @@ def read_index(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
     for name in names:
         if not isinstance(name, str) or not is_plain_name(name):
             raise ConvertError(f"{path}: {name!r} is no name of a file beside it: export it again")
-    return files, checksums
+    return files
 
 
 @contextlib.contextmanager
@@ -241,6 +238,10 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         kind = known_kind(FileBytes(path), "safetensors")
         kind = kind or f"is damaged or no safetensors file ({error}): export or fetch it again"
         raise ConvertError(f"{path} {kind}") from error
+
+
+def _if_unchecked(checksums: Any) -> str:
+    return "" if checksums is not None else ", without checksums"
 
 
 def _precision(model: OpenModel) -> str:

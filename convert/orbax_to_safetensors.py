@@ -15,10 +15,11 @@ from safetensors.numpy import save_file
 
 from convert import sat_layout
 from convert.errors import ConvertError
-from convert.opening import CHECKSUMS, SAFETENSORS_INDEX, open_model, tensor_checksum
+from convert.opening import SAFETENSORS_INDEX, open_model
 from glm_jax import cli
 from glm_jax.files import whole_folder, write_text
 from glm_jax.model.checkpoint import describe_model
+from glm_jax.model.checksums import chunk_checksum
 from glm_jax.model.params import LINEAR_NAMES
 from glm_jax.quantization import QuantizedArray
 
@@ -32,7 +33,7 @@ class _Files:
         self._folder, self._most = folder, most
         self._waiting: dict[str, np.ndarray] = {}
         self._names: list[list[str]] = []
-        self._checksums: dict[str, str] = {}
+        self.checksums: dict[str, int] = {}
         self.bytes = 0
 
     def add(self, name: str, tensor: Any) -> None:
@@ -40,7 +41,7 @@ class _Files:
         if self._waiting and self._size() + array.nbytes > self._most:
             self._write()
         self._waiting[name] = array
-        self._checksums[name] = tensor_checksum(array)
+        self.checksums[name] = chunk_checksum(array)
         self.bytes += array.nbytes
 
     def _size(self) -> int:
@@ -60,8 +61,7 @@ class _Files:
             file = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
             (self._folder / f"{i}.partial").rename(self._folder / file)
             files |= dict.fromkeys(names, file)
-        about = {"total_size": self.bytes, CHECKSUMS: self._checksums}
-        index = {"metadata": about, "weight_map": files}
+        index = {"metadata": {"total_size": self.bytes}, "weight_map": files}
         write_text(self._folder / SAFETENSORS_INDEX, json.dumps(index, indent=1))
 
 
@@ -91,7 +91,7 @@ def export(source: Path, output: Path, most_bytes: int) -> None:
         files.add(f"{sat_layout.FINAL_LAYERNORM}.weight", last.scale)
         files.add(f"{sat_layout.FINAL_LAYERNORM}.bias", last.bias)
         files.close()
-        describe_model(partial, model.config)
+        describe_model(partial, model.config, checksums=files.checksums)
     print(f"wrote {output}: {files.bytes:,} bytes")
 
 

@@ -57,7 +57,7 @@ class WholeTensors:
         size = shape[axis] // halves
         cut = [*shape[:axis], halves, count, size, *shape[axis + 1 :]]
         whole = np.empty(cut, first.dtype)
-        place = (slice(None),) * (axis + 1)
+        place: tuple[Any, ...] = (slice(None),) * (axis + 1)
         for rank in range(count):
             part = first if rank == 0 else self._part(name, rank)
             whole[(*place, rank)] = part.reshape([*shape[:axis], halves, size, *shape[axis + 1 :]])
@@ -115,7 +115,7 @@ class PlainModel:
                 name: self._norm(f"{prefix}.{name}")
                 for name in ("input_layernorm", "post_attention_layernorm")
             }
-            linears = {
+            linears: dict[str, Any] = {
                 name: self._linear(f"{prefix}.{block}.{name}", name)
                 for name, block in _BLOCKS.items()
             }

@@ -32,11 +32,13 @@ def run(main: Callable[[], None]) -> None:
 
 
 def run_with_paths(main: Callable[[list[str]], None], *names: str) -> None:
-    """`run` for a tool that takes as many paths as `names` says, besides flags."""
+    """`run` for a tool that takes the paths that `names` says, besides flags: "[B]" may be left
+    out."""
+    required = [name for name in names if not name.startswith("[")]
 
     def parse(argv: list[str]) -> list[str]:
         rest = _parse_known(argv)
-        if len(rest) - 1 != len(names):
+        if not len(required) <= len(rest) - 1 <= len(names):
             _fail(f"{len(rest) - 1} paths given, expected {' '.join(names)}", 2)
         return rest
 

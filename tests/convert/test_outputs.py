@@ -18,10 +18,11 @@ from convert.inspect import describe
 from convert.merging import write_merged
 from convert.opening import open_model, open_plainly
 from convert.sat_writer import write_shards
+from convert.verify import check
 from glm_jax import restore
 from glm_jax.errors import UserError
 from glm_jax.files import OutputError
-from glm_jax.model import adapters, parts
+from glm_jax.model import adapters, checksums, parts
 from glm_jax.model.adapter_files import model_identity, save_adapter
 from glm_jax.model.checkpoint import load_config
 from glm_jax.model.params import init_of
@@ -162,7 +163,7 @@ _LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_flip, rf"{_FILE}: transformer\S+ is damaged"),
+        (_flip, f"{_FILE} is damaged"),
         (lambda f: (f / _FILE).write_bytes((f / _FILE).read_bytes()[:-1]), f"{_FILE} is damaged"),
         (lambda f: (f / _FILE).write_bytes(b""), f"{_FILE} is damaged"),
         (lambda f: (f / _FILE).write_bytes(_LFS), f"{_FILE} is a Git LFS pointer"),
@@ -170,12 +171,12 @@ _LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n"
         (lambda f: (f / INDEX).write_text("[" * 100_000), f"{INDEX} is no index"),
         (lambda f: (f / INDEX).write_bytes(b"\xff\xfe"), f"{INDEX} is no index"),
         (lambda f: (f / INDEX).write_text('{"weight_map": [1]}'), f"{INDEX} is no index"),
-        (_edit(lambda i: i.update(metadata=[1])), f"{INDEX} is no index"),
-        (_edit(lambda i: i["weight_map"].popitem()), "is missing"),
         (_rename_all(f"../safetensors/{_FILE}"), "is no name of a file beside it"),
         (_rename_all("/etc/passwd"), "is no name of a file beside it"),
+        (_edit(lambda i: i["weight_map"].popitem()), "is missing"),
         (_rename_all(7), "7 is no name of a file"),
-        (_set_config(num_layers=10**18), "holds 39 tensors, its config says"),
+        (_set_config(num_layers=10**18), r"num_layers|holds 39 tensors, its config says"),
+        (_set_config(num_layers=10**4), "holds 39 tensors, its config says"),
         (_set_config(vocab_size=1024), r"is \(512, 64\), its config says \(1024, 64\)"),
     ],
 )
@@ -183,6 +184,8 @@ _LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n"
 def test_safetensors_that_are_not_what_was_written(made, tmp_path, change, message, opened):
     folder = tmp_path / "safetensors"
     shutil.copytree(made / "safetensors", folder)
+    if change is not _flip:
+        (folder / "checksums.json").unlink()  # as of one that others wrote
     change(folder)
     with pytest.raises(UserError, match=message):
         _read_all(opened(folder))
@@ -191,12 +194,92 @@ def test_safetensors_that_are_not_what_was_written(made, tmp_path, change, messa
             describe(str(folder), None)
 
 
+def test_a_damaged_tensor_of_a_large_file_is_named(made, tmp_path, monkeypatch):
+    """Files of some size are not read twice: their tensors have the checksums."""
+    monkeypatch.setattr(checksums, "_SMALL_BYTES", 1000)
+    orbax_to_safetensors.export(made / "model", tmp_path / "out", 100_000)
+    assert check(open_model(tmp_path / "out")) == 39
+    _flip(tmp_path / "out")
+    for opened in (open_model, open_plainly):
+        with pytest.raises(UserError, match=rf"{_FILE}: transformer\.\S+ is damaged"):
+            check(opened(tmp_path / "out"))
+
+
 def _read_all(model):
     return model.embedding(), model.final_layernorm(), list(model.layers())
 
 
 def test_safetensors_of_others_have_no_checksums(made, tmp_path):
     shutil.copytree(made / "safetensors", tmp_path / "in")
-    _edit(lambda index: index.pop("metadata"))(tmp_path / "in")
+    (tmp_path / "in" / "checksums.json").unlink()
     _flip(tmp_path / "in")
-    _read_all(open_model(tmp_path / "in"))
+    model = open_model(tmp_path / "in")
+    assert model.kind == "safetensors, float16, without checksums"
+    assert check(model) == 39
+
+
+@pytest.mark.parametrize("form", ["model", "safetensors", "shards"])
+def test_a_model_alone_is_checked(made, tmp_path, form):
+    shutil.copytree(SHARDS if form == "shards" else made / form, tmp_path / "in")
+    assert check(open_model(tmp_path / "in")) == 39
+    data = [p for p in (tmp_path / "in").rglob("*") if p.is_file() and p.stat().st_size > 5000]
+    for path in data:
+        before = path.read_bytes()
+        changed = bytearray(before)
+        changed[len(changed) // 2] ^= 16
+        path.write_bytes(bytes(changed))
+        with pytest.raises(UserError, match="damaged"):
+            check(open_model(tmp_path / "in"))
+        path.write_bytes(before)
+    assert len(data) >= {"model": 4, "safetensors": 4, "shards": 2}[form]
+
+
+def _damage_one(part):
+    """Of a part's larger files a byte."""
+    path = max((p for p in part.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def _empty(name):
+    return lambda part: [p.write_bytes(b"") for p in part.rglob(name)]
+
+
+@pytest.mark.parametrize("index", [0, 2])
+@pytest.mark.parametrize(
+    "harm",
+    [_damage_one, _empty("_METADATA"), _empty("manifest.ocdbt"), _empty("_CHECKPOINT_METADATA"),
+     _empty("checksums.json"), lambda part: (part / "checksums.json").unlink(),
+     lambda part: [shutil.rmtree(part), part.mkdir()]],
+)  # fmt: skip
+def test_what_an_earlier_run_left_is_checked_before_it_counts(made, tmp_path, harm, index):
+    """Of a conversion that ended with everything there but its name."""
+    partial = tmp_path / "out.partial"
+    shutil.copytree(made / "model", partial)
+    (partial / "config.json").unlink()
+    harm(sorted((partial / "params").iterdir())[index])
+    convert_shards(SHARDS, tmp_path / "out", OPTIONS)
+    assert check(open_model(tmp_path / "out")) == 39
+    expected = load_golden("tp2", "float16")[1]
+    jax.tree.map(np.testing.assert_array_equal, restore(tmp_path / "out")[1], expected)
+
+
+def test_numbers_that_changed_in_what_an_earlier_run_left_are_found(tmp_path, monkeypatch):
+    """Files of some size have no checksum of their own; all is read."""
+    monkeypatch.setattr(checksums, "_SMALL_BYTES", 1000)
+    convert_shards(SHARDS, tmp_path / "out", OPTIONS)
+    (tmp_path / "out" / "config.json").unlink()
+    (tmp_path / "out").rename(tmp_path / "out.partial")
+    _damage_one(tmp_path / "out.partial" / "params" / parts.layers_part(1, 2))
+    convert_shards(SHARDS, tmp_path / "out", OPTIONS)
+    assert check(open_model(tmp_path / "out")) == 39
+
+
+def test_what_is_whole_is_not_written_again(made, tmp_path):
+    partial = tmp_path / "out.partial"
+    shutil.copytree(made / "model", partial)
+    (partial / "config.json").unlink()
+    times = {p.name: p.stat().st_ino for p in (partial / "params").iterdir()}
+    convert_shards(SHARDS, tmp_path / "out", OPTIONS)
+    assert times == {p.name: p.stat().st_ino for p in (tmp_path / "out" / "params").iterdir()}
