@@ -16,7 +16,7 @@ from glm_jax.model.adapter_files import identity_of, load_adapter
 from glm_jax.model.adapters import merged_kernel
 from glm_jax.model.checkpoint import describe_model
 from glm_jax.model.params import LayerNormParams, LayerParams, LinearParams, map_layer_linears
-from glm_jax.tokenizer import Tokenizer, TokenizerError
+from glm_jax.tokenizer import MODEL_FILE, Tokenizer
 
 
 class MergedModel:
@@ -98,7 +98,5 @@ def write_merged(source: Path, adapter: Path, output: Path) -> None:
 
 
 def _tokenizer_files(source: Path) -> tuple[Path, ...]:
-    try:
-        return Tokenizer(source).files
-    except TokenizerError:  # not every model folder has one
-        return ()
+    """Of a folder that has a tokenizer: not every one has."""
+    return Tokenizer(source).files if (source / MODEL_FILE).exists() else ()

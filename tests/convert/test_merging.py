@@ -1,5 +1,7 @@
 """Adapters merged into a model, whatever it is written as."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from glm_jax.model.adapters import AdapterConfig
 from glm_jax.model.checkpoint import load_config
 from glm_jax.model.params import init_of
 from glm_jax.model.parts import CheckpointError
+from glm_jax.tokenizer import TokenizerError
 
 ADAPTER = AdapterConfig(rank=3, alpha=6.0, targets=("query_key_value", "dense_h_to_4h"))
 
@@ -78,6 +81,14 @@ def test_integers_and_other_models_are_refused(converted, tmp_path):
     with pytest.raises(CheckpointError, match="holds no adapters"):
         write_merged(converted / "model", tmp_path / "int4", tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_tokenizer_that_cannot_be_read_is_not_left_out(converted, tmp_path):
+    shutil.copytree(converted / "model", tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.model").write_bytes(b"garbled")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.model"):
+        write_merged(tmp_path / "model", converted / "adapter", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_sum_beyond_the_dtype_is_refused(converted, tmp_path):
