@@ -105,7 +105,7 @@ def convert_shards(
             "--quantization"
         )
     conversion = _Conversion(checkpoint, config, options, output)
-    with files.explained(output):
+    with files.explained(output.absolute()):
         conversion.open(_plan(checkpoint, config, options))
         try:
             conversion.write_parts()
@@ -172,13 +172,16 @@ class _Conversion:
         if not self.partial.exists():
             # Made beside and renamed: of several processes one makes it, with its plan.
             beside = self.partial.with_name(f"{self.partial.name}.{os.getpid()}")
-            (beside / parts.PARAMS_FOLDER).mkdir(parents=True)
             text = json.dumps(plan, indent=1)
-            files.write_text(beside / _PLAN_FILE, text)
             try:
+                (beside / parts.PARAMS_FOLDER).mkdir(parents=True)
+                files.write_text(beside / _PLAN_FILE, text)
                 files.put_in_place(beside, self.partial)
             except OSError:
-                shutil.rmtree(beside)
+                if self._found_plan() is None:  # or another process was first
+                    raise
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
         if self._found_plan() != plan:
             raise ConvertError(
                 f"{self.partial} holds a conversion of another source or with other options: "
@@ -189,7 +192,7 @@ class _Conversion:
     def _found_plan(self) -> Any:
         """Of the conversion that the folder holds, also of one that was about to end."""
         for name in (_PLAN_FILE, PROVENANCE_FILE):
-            with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            with contextlib.suppress(FileNotFoundError, ValueError):
                 return json.loads((self.partial / name).read_text(encoding="utf-8"))
         return None
 

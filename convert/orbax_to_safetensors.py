@@ -6,6 +6,7 @@ Names and [outputs, inputs] are the released layout's, whole and not split.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -103,4 +104,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("input", None, "a model folder", required=True)
     flags.DEFINE_string("output", None, "folder to write; must not hold anything", required=True)
     flags.DEFINE_float("file_gigabytes", 5.0, "of a file", lower_bound=1e-6)
+    flags.register_validator("file_gigabytes", math.isfinite, "a number")
     cli.run(main)

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -74,7 +75,21 @@ def test_an_output_that_cannot_be_written_is_one_line(made, tmp_path, monkeypatc
         TOOLS[tool](made, tmp_path / place)
     monkeypatch.undo()
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "full", "mine"]
+    with monkeypatch.context() as patched:
+        patched.chdir(tmp_path)  # a path that is not absolute
+        with pytest.raises(OutputError, match=r"^output [^\n]*$"):
+            TOOLS[tool](made, Path(place if place != "read-only" else "file/read-only"))
     assert (tmp_path / "file").read_text() == (tmp_path / "full" / "mine").read_text() == "mine"
+
+
+def test_a_conversion_that_cannot_begin_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OutputError, match="No space left"):
+        convert_shards(SHARDS, tmp_path / "out", OPTIONS)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("tool", ["orbax_to_sat", "orbax_to_safetensors", "merge_adapter"])
