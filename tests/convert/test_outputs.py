@@ -83,7 +83,7 @@ def test_an_output_that_cannot_be_written_is_one_line(made, tmp_path, monkeypatc
 
 
 def test_a_conversion_that_cannot_begin_leaves_nothing(tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_text", full)
