@@ -61,9 +61,9 @@ def locked(path: Path, number: int = 0, count: int = 1) -> Iterator[None]:
 @contextlib.contextmanager
 def _lock(path: Path, suffix: str, is_shared: bool) -> Iterator[None]:
     path = path.absolute()
-    is_inside = path.is_dir() and not os.access(path.parent, os.W_OK)
-    file = (path if is_inside else path.parent) / f".{path.name}{suffix}.lock"
     with explained(path):
+        is_inside = path.is_dir() and not os.access(path.parent, os.W_OK)
+        file = (path if is_inside else path.parent) / f".{path.name}{suffix}.lock"
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _open_lock(path, file, is_shared)
     if descriptor is None:

@@ -41,6 +41,7 @@ _LAYERS = re.compile(r"layers_(\d{5})_(\d{5})")
 # A reader copies each chunk once more, to where it belongs: cheap while it is in the processor's
 # cache and its buffer is had again, twice the time of the whole read where a chunk is an array.
 _CHUNK_BYTES = 16 << 20
+_AROUND_BYTES = 1 << 20  # what is written around the arrays, and disks' blocks
 
 
 class CheckpointError(UserError):
@@ -94,6 +95,7 @@ def write_part(folder: Path, name: str, tree: Any) -> None:
     options = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), state)
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)
     partial = folder / f"{name}.partial"
+    _check_room(folder, state)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(partial, state, save_args=options, force=True)
     checksums = processes.gather(_checksums(partial, state))
@@ -101,6 +103,17 @@ def write_part(folder: Path, name: str, tree: Any) -> None:
         write_checksums(partial, partial.rglob("*"), checksums)
         files.put_in_place(partial, folder / name)
     processes.wait(f"the part {name} is whole")
+
+
+def _check_room(folder: Path, state: dict[str, Any]) -> None:
+    """Says no before Orbax does, whose threads each print a trace when a disk is full."""
+    folder.mkdir(parents=True, exist_ok=True)
+    needed = sum(array.nbytes for array in jax.tree.leaves(state)) + _AROUND_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise files.OutputError(
+            f"output {folder} cannot be written: {free >> 20} MiB of {needed >> 20} are free"
+        )
 
 
 def _checksums(folder: Path, state: dict[str, Any]) -> dict[str, int]:

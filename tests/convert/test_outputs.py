@@ -108,6 +108,20 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(made, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_that_fills_up_in_a_conversion_is_seen_before_orbax_sees_it(tmp_path, monkeypatch):
+    """Whose threads would each print a trace."""
+    usage = shutil.disk_usage(tmp_path)
+    answers = iter([usage, usage, usage._replace(free=1 << 20)])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: next(answers))
+    with pytest.raises(ConvertError, match=r"1 MiB of 1 are free.*what is converted stays"):
+        convert_shards(SHARDS, tmp_path / "out", OPTIONS)
+    monkeypatch.undo()
+    left = [p.name for p in (tmp_path / "out.partial" / "params").iterdir()]
+    assert left == [parts.EMBEDDING]
+    convert_shards(SHARDS, tmp_path / "out", OPTIONS)
+    assert check(open_model(tmp_path / "out")) == 39
+
+
 def test_a_source_that_cannot_be_read_this_time_costs_nothing(tmp_path, monkeypatch):
     """The disk or network it lies on fails: what is converted stays, and is gone on with."""
     read, count = FileBytes._read_some, [0]
