@@ -27,7 +27,7 @@ def _start(source, output):
 
 def _parts(output):
     folder = output.with_name(output.name + ".partial") / "params"
-    return {p.name for p in folder.glob("*") if "tmp" not in p.name} if folder.is_dir() else set()
+    return {p.name for p in folder.glob("*") if "." not in p.name} if folder.is_dir() else set()
 
 
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path, capsys):
