@@ -319,20 +319,19 @@ class _Conversion:
         """Gives the folder its name when the parts of all processes are there."""
         done = self._own_names()  # which were checked, or written, just now
         others = [name for name in self._names() if name not in done]
-        if not all(self._is_whole(name) for name in others):
-            print(f"this process's parts of {self._output} are done, others are not yet")
-            return
-        for left in self._folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(left, ignore_errors=True)
         try:
-            if (self.partial / _PLAN_FILE).exists():
-                (self.partial / _PLAN_FILE).replace(self.partial / PROVENANCE_FILE)
-            describe_model(self.partial, self._config, extra_files)
-            files.put_in_place(self.partial, self._output)
-        except FileNotFoundError:
-            if not (self._output / CONFIG_FILE).exists():
-                raise
-            print(f"another process gave {self._output} its name")
+            with files.locked(self.partial):  # of processes that end at once, one
+                is_named = (self._output / CONFIG_FILE).exists()
+                is_whole = not is_named and all(self._is_whole(name) for name in others)
+                if is_whole:
+                    self._give_name(extra_files)
+        except files.LockedError:
+            is_named, is_whole = True, False
+        if is_named:
+            print(f"another process gives {self._output} its name")
+        elif not is_whole:
+            print(f"this process's parts of {self._output} are done, others are not yet")
+        if not is_whole:
             return
         for name, count in self._checkpoint.non_finite.items():
             print(f"{name} holds {count} numbers that are NaN or infinite")
@@ -342,6 +341,14 @@ class _Conversion:
             f"wrote {self._output}: {glm_params.parameter_count(self._config):,} parameters, "
             f"{kind}, from {len(self._checkpoint.shards)} shards"
         )
+
+    def _give_name(self, extra_files: tuple[Path, ...]) -> None:
+        for left in self._folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(left, ignore_errors=True)
+        if (self.partial / _PLAN_FILE).exists():
+            (self.partial / _PLAN_FILE).replace(self.partial / PROVENANCE_FILE)
+        describe_model(self.partial, self._config, extra_files)
+        files.put_in_place(self.partial, self._output)
 
 
 def _bytes_below(folder: Path) -> int:

@@ -1,5 +1,6 @@
 """Released shards in every form that people have them in, and parts that are not whole."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -14,12 +15,13 @@ from conftest import GOLDEN, POSITIONS, load_golden
 from fsspec.implementations.memory import MemoryFileSystem
 from torch_files import read_module, save_torch
 
+from convert import conversion
 from convert.conversion import Options, convert_shards
 from convert.errors import ConvertError
 from convert.sat_reader import SatCheckpoint
 from convert.sat_source import find_shards
 from convert.sat_writer import write_shards
-from glm_jax import restore
+from glm_jax import files, restore
 from glm_jax.model import parts
 from glm_jax.model.params import quantize_params
 from glm_jax.quantization import Scheme
@@ -241,6 +243,32 @@ def test_two_processes_convert_halves_and_the_last_gives_the_name(tmp_path, caps
     _, params = restore(tmp_path / "out")
     _, expected = load_golden("tp1", "float16")
     jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_of_processes_that_end_at_once_one_gives_the_name(tmp_path, capsys, monkeypatch):
+    """The other comes while the first is at it, or after it."""
+    options = [
+        dataclasses.replace(OPTIONS, process_id=i, num_processes=2, max_sequence_length=POSITIONS)
+        for i in range(2)
+    ]
+    source = CHECKPOINTS / "tp4"
+    convert_shards(source, tmp_path / "out", options[0])
+    assert "others are not yet" in capsys.readouterr().out
+    with files.locked(tmp_path / "out.partial"):
+        convert_shards(source, tmp_path / "out", options[1])
+    assert "another process gives" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+    def overtaken(self):
+        monkeypatch.undo()
+        convert_shards(source, tmp_path / "out", OPTIONS)
+
+    monkeypatch.setattr(conversion._Conversion, "write_parts", overtaken)
+    convert_shards(source, tmp_path / "out", options[0])
+    assert "another process gives" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    expected = load_golden("tp1", "float16")[1]
+    jax.tree.map(np.testing.assert_array_equal, restore(tmp_path / "out")[1], expected)
 
 
 def test_arrays_lie_in_pieces_and_provenance_beside_them(tmp_path):
