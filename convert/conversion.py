@@ -4,7 +4,6 @@ was broken off goes on with the layers that are not there yet."""
 import contextlib
 import ctypes
 import dataclasses
-import functools
 import importlib.metadata
 import json
 import math
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from convert.errors import ConvertError, SourceError
 from convert.numbers import cast
+from convert.quantizing import quantized_kernel
 from convert.sat_reader import SatCheckpoint
 from glm_jax import files
 from glm_jax.config import GLMConfig
@@ -31,7 +31,7 @@ from glm_jax.model import parts
 from glm_jax.model.checkpoint import CONFIG_FILE, describe_model
 from glm_jax.model.params import KERNEL_AXES, LINEAR_NAMES, LayerParams, LinearParams
 from glm_jax.model.reading import aligned_empty
-from glm_jax.quantization import QuantizedArray, Scheme, quantize
+from glm_jax.quantization import QuantizedArray, Scheme
 from glm_jax.sharding import make_mesh, parameter_sharding
 from glm_jax.tokenizer import Tokenizer
 
@@ -40,7 +40,6 @@ from glm_jax.tokenizer import Tokenizer
 PIECES = 16
 PROVENANCE_FILE = "provenance.json"
 _PLAN_FILE = "conversion.json"
-_SLICES = (32, 16, 8, 4, 2, 1)  # of a kernel's outputs
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names in malloc.h
 
 
@@ -281,7 +280,7 @@ class _Conversion:
             kernel = linear.kernel
             if self._options.quantization is not None:
                 scheme = Scheme.parse(self._options.quantization)
-                kernel = _quantized(kernel, scheme, KERNEL_AXES[name])
+                kernel = quantized_kernel(kernel, scheme, KERNEL_AXES[name])
             if isinstance(kernel, QuantizedArray):
                 values = self._place(kernel.values, axes)
                 kernel = kernel.replace(values=values)  # type: ignore[attr-defined]
@@ -359,34 +358,6 @@ def _bytes_below(folder: Path) -> int:
             with contextlib.suppress(FileNotFoundError):
                 size += os.stat(os.path.join(parent, name)).st_size
     return size
-
-
-def _quantized(kernel: np.ndarray, scheme: Scheme, axes: Any) -> QuantizedArray:
-    """A stacked kernel [1, inputs, *outputs] in few bits, some outputs at a time: what is
-    searched for is searched for in float32."""
-    outputs = kernel.shape[2:]
-    flat = kernel.reshape(*kernel.shape[:2], -1)
-    count = next(n for n in _SLICES if flat.shape[2] % n == 0)
-    found = [_quantize_slice(part, scheme) for part in np.split(flat, count, axis=2)]
-
-    def joined(name: str) -> Any:
-        arrays = [np.asarray(getattr(part, name)) for part in found]
-        whole = np.concatenate(arrays, axis=2)
-        return whole.reshape(*whole.shape[:2], *outputs)
-
-    return QuantizedArray(
-        values=joined("values"),
-        scales=joined("scales"),
-        bits=scheme.bits,
-        contraction_axis=glm_params.contraction_axis(kernel),
-        zero_points=joined("zero_points") if scheme.zero_point else None,
-        axes=axes,
-    )
-
-
-@functools.partial(jax.jit, static_argnames="scheme")
-def _quantize_slice(part: jax.Array, scheme: Scheme) -> QuantizedArray:
-    return quantize(part, scheme, -2)
 
 
 class _Buffers:
