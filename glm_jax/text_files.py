@@ -183,6 +183,23 @@ def parse_json(text: str) -> Any:
     return value
 
 
+def to_json(value: Any, **options: Any) -> str:
+    """A value as JSON; numbers that are not finite, which JSON has not, become null.
+
+    Args:
+      options: of `json.dumps`.
+    """
+    return json.dumps(_without_infinities(value), allow_nan=False, **options)
+
+
+def _without_infinities(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_infinities(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_infinities(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):

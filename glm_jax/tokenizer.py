@@ -229,7 +229,7 @@ def train_tokenizer(
             max_sentence_length=_MAX_LINE_BYTES,
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise TokenizerError(f"sentencepiece: {error}") from error
     processor = sentencepiece.SentencePieceProcessor()
     processor.LoadFromSerializedProto(model.getvalue())

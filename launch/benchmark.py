@@ -13,7 +13,6 @@ are then woken by a run that does not count.
 """
 
 import importlib
-import json
 import statistics
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from glm_jax import cli
 from glm_jax.errors import UserError
 from glm_jax.files import replacing, write_text
 from glm_jax.model.random_weights import is_random
+from glm_jax.text_files import to_json
 from launch.suites import gpu, gpu_report
 from launch.suites.case import Case
 from launch.suites.gpu_parts import SHAPES
@@ -108,7 +108,7 @@ def main() -> None:
     for title, cases in getattr(suite, f"{FLAGS.suite}_suite")():
         results[title] = interleaved(cases, FLAGS.rounds)
         report(title, results[title])
-    write_text(output / f"{FLAGS.suite}.json", json.dumps(results, indent=2))
+    write_text(output / f"{FLAGS.suite}.json", to_json(results, indent=2))
     plot(results, output / f"{FLAGS.suite}.png")
 
 

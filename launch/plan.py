@@ -7,7 +7,6 @@ Takes the compilers that `make test-aot` installs (in .venv-aot).
 """
 
 import importlib
-import json
 import os
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from glm_jax.planning.plan import JOBS, PRECISIONS, PlanError, Question
 from glm_jax.planning.reports import draw, line, record, table
 from glm_jax.planning.sweep import Tried, attempt, smallest, sweep
 from glm_jax.sharding import MeshError
+from glm_jax.text_files import to_json
 from glm_jax.training import config as train_config
 from launch.model_flags import is_scheme, model_config
 
@@ -142,7 +142,7 @@ def write(found: list[Tried], described: ConfigDict) -> None:
     folder = Path(FLAGS.output)
     records = [record(tried) for tried in found]
     content = {"hardware": described.device_kind, "plans": records}
-    text = json.dumps(content, indent=1)
+    text = to_json(content, indent=1)
     write_text(folder / "plan.json", text + "\n")
     draw([tried for tried in found if tried.plan is not None][:20], folder / "plan.png")
 

@@ -17,13 +17,17 @@ flags.DEFINE_string(
     "input", None, "comma-separated text or .jsonl files and patterns", required=True
 )
 flags.DEFINE_string("output", None, "folder to write; must not hold anything", required=True)
-flags.DEFINE_integer("num_text_tokens", 8000, "pieces of text, bytes included", lower_bound=300)
+flags.DEFINE_integer(
+    "num_text_tokens", 8000, "pieces of text, bytes included", lower_bound=300, upper_bound=10**6
+)
 
 
 def main() -> None:
     output = Path(FLAGS.output)
     with locked(output):
         refuse_non_empty(output)
+        # What cannot be written is known before the work, not after it.
+        output.mkdir(parents=True, exist_ok=True)
         documents = read_documents(find_files(FLAGS.input))
         tokenizer = train_tokenizer(documents, output, FLAGS.num_text_tokens)
     print(f"wrote {FLAGS.output}: {tokenizer.vocab_size} ids, special tokens included")

@@ -5,7 +5,6 @@ of the GPUs that the model behind it used.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 from absl import flags
@@ -17,6 +16,7 @@ from glm_jax.config import glm_config
 from glm_jax.files import write_text
 from glm_jax.kernels.quantized_matmul import tuning
 from glm_jax.kernels.quantized_matmul.tuning import Gpu, Problem
+from glm_jax.text_files import to_json
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("output", str(Path(tuning.__file__).with_name(tuning.FILE)), "file to write")
@@ -73,7 +73,7 @@ def main() -> None:
         "gpus": {name: dataclasses.asdict(gpu) for name, gpu in gpus.items()},
         "blocks": blocks,
     }
-    text = json.dumps(content, indent=1)
+    text = to_json(content, indent=1)
     write_text(Path(FLAGS.output), text.replace("\n   ", " ").replace("\n  ]", " ]") + "\n")
     print(f"{len(blocks)} products on {len(gpus)} GPUs: {FLAGS.output}")
 

@@ -11,6 +11,7 @@ import functools
 import json
 import multiprocessing
 from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from glm_jax.data.documents import text_records as records_of_text
 from glm_jax.data.records import DATASET_FILE, DataError, Record, fingerprint
 from glm_jax.errors import UserError
 from glm_jax.files import replacing, write_text
-from glm_jax.text_files import is_json_lines, is_packed, raw_lines
+from glm_jax.text_files import is_json_lines, is_packed, raw_lines, read_json
 from glm_jax.tokenizer import Tokenizer
 
 BAD_LINES_FILE = "bad_lines.txt"
@@ -102,18 +103,21 @@ def prepare(
     _begin(output, about)
     counts = _run(jobs, output, settings, processes)
     bad = list(_bad_lines(jobs, counts))
-    listed = "".join(f"{file}:{line}: {reason}\n" for file, line, reason in bad)
-    write_text(output / BAD_LINES_FILE, listed)
+    lines = [f"{file}:{line}: {reason}" for file, line, reason in bad]
+    # A file's name can be any bytes.
+    lines = [line.encode("utf-8", "backslashreplace").decode() for line in lines]
+    write_text(output / BAD_LINES_FILE, "".join(f"{line}\n" for line in lines))
     if len(bad) > most_bad_lines:
         raise DataError(
             f"{len(bad)} bad lines, more than {most_bad_lines}; all are in "
-            f"{output / BAD_LINES_FILE}, the first: {'; '.join(listed.splitlines()[:_SHOWN])}"
+            f"{output / BAD_LINES_FILE}, the first: {'; '.join(lines[:_SHOWN])}"
         )
     about |= {name: sum(c[name] for c in counts) for name in ("records", "tokens", "lines")}
     about["bad_lines"] = len(bad)
     if not about["records"]:
-        raise DataError(f"{files[0]}: no text in the training files")
-    write_text(output / DATASET_FILE, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+        shown = f"; {len(bad)} bad lines, the first: {lines[0]}" if bad else ""
+        raise DataError(f"{files[0]}: no text in the training files{shown}")
+    write_text(output / DATASET_FILE, json.dumps(about, indent=2) + "\n")
     return about
 
 
@@ -121,7 +125,7 @@ def _begin(output: Path, about: dict[str, Any]) -> None:
     """Notes what is prepared here, or checks that it is the same as what was begun."""
     plan_file = output / "plan.json"
     if plan_file.is_file():
-        begun = json.loads(plan_file.read_text(encoding="utf-8"))
+        begun = _read(plan_file)
         differing = [name for name in about if begun.get(name) != about[name]]
         if differing:
             raise DataError(
@@ -132,7 +136,7 @@ def _begin(output: Path, about: dict[str, Any]) -> None:
     if output.exists() and any(output.iterdir()):
         raise DataError(f"output {output} is not empty: remove it or name another folder")
     output.mkdir(parents=True, exist_ok=True)
-    write_text(plan_file, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+    write_text(plan_file, json.dumps(about, indent=2) + "\n")
 
 
 def _run(
@@ -150,17 +154,35 @@ def _run(
         elif todo:
             context = multiprocessing.get_context("spawn")
             with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
-                for done in concurrent.futures.as_completed(pool.submit(work, j) for j in todo):
-                    done.result()
-                    bar.update()
-    return [json.loads(_counts_file(output, job).read_text(encoding="utf-8")) for job in jobs]
+                try:
+                    for done in concurrent.futures.as_completed(pool.submit(work, j) for j in todo):
+                        done.result()
+                        bar.update()
+                except BrokenProcessPool as error:
+                    raise DataError(
+                        "a process was killed: is memory short? go on with fewer --processes"
+                    ) from error
+                finally:
+                    pool.shutdown(cancel_futures=True)  # after an error the rest is not waited for
+    return [_read(_counts_file(output, job)) for job in jobs]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What an earlier call noted in a folder."""
+    try:
+        content = read_json(file)
+    except UserError as error:
+        raise DataError(f"{error}: remove {file.parent} and prepare it again") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: no JSON object: remove {file.parent} and prepare it again")
+    return content
 
 
 def _do(job: Job, output: Path, settings: Settings) -> None:
     tokenizer = Tokenizer(settings.tokenizer)
     with replacing(output / job.shard) as partial:
         counts = _write_shard(job, partial, tokenizer, settings)
-    write_text(_counts_file(output, job), json.dumps(counts, ensure_ascii=False))
+    write_text(_counts_file(output, job), json.dumps(counts))
 
 
 def _write_shard(job: Job, path: Path, tokenizer: Tokenizer, settings: Settings) -> dict[str, Any]:

@@ -6,7 +6,6 @@ the folder is not whole and nothing trains on it.
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import grain
 import numpy as np
 
 from glm_jax.errors import UserError
+from glm_jax.text_files import read_json
 from glm_jax.tokenizer import Tokenizer
 
 DATASET_FILE = "dataset.json"
@@ -90,16 +90,16 @@ def open_dataset(folder: Path, tokenizer: Tokenizer) -> Dataset:
       DataError: there is no whole dataset, a shard is missing, or it was tokenised by
         another tokenizer.
     """
-    try:
-        about = json.loads((folder / DATASET_FILE).read_text(encoding="utf-8"))
-        shards, name, tokens = about["shards"], about["language"], about["tokens"]
-        made_by = about["tokenizer"]
-    except FileNotFoundError as error:
+    if not (folder / DATASET_FILE).exists():
         raise DataError(
             f"{folder} holds no whole dataset ({DATASET_FILE} is missing): run prepare_data "
             "on it, again if it was broken off"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
+        )
+    try:
+        about = read_json(folder / DATASET_FILE)
+        shards, name, tokens = list(map(str, about["shards"])), about["language"], about["tokens"]
+        made_by, records = about["tokenizer"], about["records"]
+    except (UserError, KeyError, TypeError) as error:
         raise DataError(f"{folder / DATASET_FILE}: {error!r}; prepare the data again") from error
     if made_by != fingerprint(tokenizer):
         raise DataError(f"{folder} was tokenised by another tokenizer: prepare it with this one")
@@ -108,9 +108,9 @@ def open_dataset(folder: Path, tokenizer: Tokenizer) -> Dataset:
     if missing:
         raise DataError(f"{folder}: the shard {missing[0]} is missing; prepare the data again")
     source = grain.sources.ArrayRecordDataSource([str(file) for file in files])
-    if len(source) != about["records"]:
+    if len(source) != records:
         raise DataError(
-            f"{folder} holds {len(source)} records, {DATASET_FILE} says {about['records']}: "
+            f"{folder} holds {len(source)} records, {DATASET_FILE} says {records}: "
             "prepare the data again"
         )
     return Dataset(name, source, tokens)

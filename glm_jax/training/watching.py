@@ -18,6 +18,7 @@ from glm_jax.config import GLMConfig
 from glm_jax.files import write_text
 from glm_jax.model import params as glm_params
 from glm_jax.numerics import array_dtype, einsum, products_as
+from glm_jax.text_files import to_json
 
 METRICS_FILE = "metrics.jsonl"
 _PEAK_SIZE = 2048
@@ -95,7 +96,7 @@ class Watcher:
         self.history.append(line)
         if not self._writes:
             return
-        self._lines.write(json.dumps(line) + "\n")
+        self._lines.write(to_json(line) + "\n")
         self._lines.flush()
         for name, value in line.items():
             if isinstance(value, int | float) and name != "step":

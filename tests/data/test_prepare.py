@@ -118,6 +118,49 @@ def test_instructions(tmp_path, tokenizer):
     assert tokenizer.special_tokens.mask in second.tokens[: second.prompt_length]
 
 
+def test_marked_multi_frame_and_misnamed_files_are_read_whole(tmp_path, tokenizer):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    pack = lambda text: zstandard.ZstdCompressor().compress(text.encode())
+    (folder / "a.jsonl.zst").write_bytes(pack('\ufeff{"text": "one"}\n') + pack('{"text": "two"}'))
+    (folder / "b.txt").write_bytes(gzip.compress("\ufeffthree\x0cthree\r\nfour".encode()))
+    (folder / "c.txt").write_bytes("\ufefffive\u2028five\n".encode() + b"six\n" * 500)
+    about = _prepare(folder, tmp_path / "out", tokenizer, window=100, part_bytes=100)
+    assert about["bad_lines"] == 0
+    texts = [tokenizer.decode(tokens[:-1]) for tokens in _tokens(tmp_path / "out", tokenizer)]
+    assert texts[:5] == ["one", "two", "three\x0cthree", "four", "five\u2028five"]
+    assert texts[5:] == ["six"] * 500
+
+
+def test_lines_that_are_no_text_are_counted_and_named(tmp_path, tokenizer):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    lines = [b'{"text": "a \\ud83d"}', b"[" * 100_000, b'{"text": NaN}', b"\xff", b'"\0"', b"{}"]
+    (folder / "a.jsonl").write_bytes(b"\n".join([*lines, b'{"text": "good"}']))
+    about = _prepare(folder, tmp_path / "out", tokenizer, part_bytes=10**6)
+    assert (about["records"], about["bad_lines"]) == (1, 6)
+    listed = (tmp_path / "out" / "bad_lines.txt").read_text().splitlines()
+    reasons = ["half of a char", "nested", "NaN", "not UTF-8", "NUL", 'no JSON object with "text"']
+    for number, (line, reason) in enumerate(zip(listed, reasons, strict=True), 1):
+        assert line.startswith(f"{folder / 'a.jsonl'}:{number}: ")
+        assert reason in line
+        assert len(line) < 300
+    (folder / "a.jsonl").write_bytes(b"\n".join(lines))
+    with pytest.raises(DataError, match=r"no text .*; 6 bad lines, the first: .*a\.jsonl:1: "):
+        _prepare(folder, tmp_path / "none", tokenizer, part_bytes=10**6)
+
+
+def test_damaged_notes_of_a_folder_are_named(source, tmp_path, tokenizer):
+    _prepare(source, tmp_path / "out", tokenizer)
+    for content in (b"{", b"[]", b"[" * 100_000, b"\xff\xfe{\0", b"{}"):
+        for name in ("dataset.json", "plan.json"):
+            (tmp_path / "out" / name).write_bytes(content)
+        with pytest.raises(DataError, match=r"dataset\.json: .*prepare the data again"):
+            open_dataset(tmp_path / "out", tokenizer)
+        with pytest.raises(DataError, match=r"plan\.json.*prepare it again|begun with another"):
+            _prepare(source, tmp_path / "out", tokenizer)
+
+
 def test_what_does_not_fit_is_refused(source, tmp_path, tokenizer):
     _prepare(source, tmp_path / "out", tokenizer)
     with pytest.raises(DataError, match="begun with another window"):
