@@ -16,6 +16,7 @@ from glm_jax.text_files import (
     read_json,
     read_lines,
     read_text,
+    to_json,
 )
 
 TEXT = "one\r\ntwo\x0cstill\u2028two\x85still\rtwo\n\n三"
@@ -134,6 +135,12 @@ def test_what_is_no_json_is_one_line(tmp_path, text):
 def test_json_of_a_hundred_levels_and_many_brackets_is_read():
     assert parse_json("[" * 100 + "]" * 100)
     assert len(parse_json("[" + "[],{}," * 1000 + "[1.5]]")) == 2001
+
+
+def test_written_json_has_no_nan():
+    value = {"loss": float("nan"), "scales": [1.5, float("inf")], "step": 3, "text": "NaN"}
+    expected = {"loss": None, "scales": [1.5, None], "step": 3, "text": "NaN"}
+    assert parse_json(to_json(value, indent=1)) == expected
 
 
 def test_halves_of_characters_are_named():

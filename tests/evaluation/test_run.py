@@ -1,5 +1,6 @@
 """Scoring in packs and on meshes, and evaluations that stop and go on."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,14 +9,16 @@ import pytest
 from running import ROOT
 from stub_tokenizer import WordTokenizer
 
-from glm_jax.decoding.answers import JobError
+from glm_jax.decoding.answers import AnswerWriter, JobError
 from glm_jax.decoding.batch import Share
 from glm_jax.decoding.prepare import prepare
+from glm_jax.errors import UserError
 from glm_jax.evaluation import reports
 from glm_jax.evaluation.examples import Example
 from glm_jax.evaluation.packing import pack
+from glm_jax.evaluation.results import ResultsError, read_results
 from glm_jax.evaluation.run import data_files, evaluate
-from glm_jax.evaluation.scoring import Scorer
+from glm_jax.evaluation.scoring import Scorer, ScoringError
 from glm_jax.evaluation.sequences import choice_sequence, continuation
 from glm_jax.evaluation.task_config import TaskConfig, TaskError, find_tasks, load_task
 from glm_jax.evaluation.tasks import Model, MultipleChoice
@@ -157,6 +160,33 @@ def test_only_what_is_missing_is_asked(tmp_path, model, data, monkeypatch):
     asked.clear()
     assert run() == whole
     assert asked == []
+
+
+def test_a_model_without_finite_numbers_is_an_error_and_leaves_no_record(tmp_path, model, data):
+    damaged = dataclasses.replace(
+        model.params.final_layernorm, bias=np.full(64, np.nan, np.float32)
+    )
+    params = dataclasses.replace(model.params, final_layernorm=damaged)
+    broken = Model(params, model.config, model.tokenizer)
+    with pytest.raises(ScoringError, match="not finite"):
+        evaluate([TASK], data, tmp_path / "out", broken, ALONE, {"checkpoint": "x"})
+    assert not [p for p in (tmp_path / "out").rglob("part_*") if p.read_bytes()]
+    with pytest.raises(JobError, match="answer 3 is no JSON"):
+        AnswerWriter(tmp_path, 0).write({"index": 3, "log_probabilities": [float("nan")]})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b'{"tasks": 1}', b'{"tasks": {"a": 1}}', b"[" * 100_000, b"\xff\xfe{\0",
+     b'{"tasks": {"a": {"groups": {"b": {"files": {"c": {"metrics": {}, "units": 3}}}}}}}',
+     b'{"tasks": {"a": {"groups": {"b": {"files": {"c": {"metrics": {"m": {"value": "x"}}}}}}}}}'],
+)  # fmt: skip
+def test_what_is_no_results_file_is_named(tmp_path, content):
+    (tmp_path / "results.json").write_bytes(content)
+    with pytest.raises(ResultsError, match=r"results\.json"):
+        read_results(tmp_path / "results.json")
+    with pytest.raises(UserError, match=r"results\.json"):
+        reports.read_published(tmp_path / "results.json")
 
 
 def test_records_of_something_else_are_refused(tmp_path, model, data):
