@@ -15,7 +15,7 @@ from glm_jax.model.layers import Dropout
 from glm_jax.model.params import GLMParams, unstack_layers
 from glm_jax.model.training import training_hidden
 from glm_jax.model.visibility import Visibility
-from glm_jax.numerics import products_as
+from glm_jax.numerics import trained_products
 from glm_jax.sharding import constrain, constrain_parameters, is_for_cpu
 from glm_jax.training.loss import cross_entropy
 from glm_jax.training.optimizer import clipping, learning_rate
@@ -159,7 +159,7 @@ def train_step(
     """
     # A step that is tried again after one was skipped drops other activations.
     key = jax.random.fold_in(jax.random.fold_in(key, state.step), state.monitor.skipped)
-    with products_as(config.compute_dtype):
+    with trained_products(config.compute_dtype, is_for_cpu()):
         gradients, sums = _gradients(state, frozen, batch, config, recipe, groups, key)
     counted = jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
     scale = state.monitor.loss_scale
@@ -205,6 +205,6 @@ def evaluation_step(
     """Sums of losses and counts by group, [groups] each, of one batch [1, batch, seq]."""
     part = jax.tree.map(lambda x: x[0], batch)
     params = whole_model(trained, frozen, recipe)
-    with products_as(config.compute_dtype):
+    with trained_products(config.compute_dtype, is_for_cpu()):
         _, sums = loss_sums(params, config, part, recipe, groups)
     return {name: sums[name] for name in ("group_losses", "group_counts")}
