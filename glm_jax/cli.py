@@ -18,6 +18,7 @@ from glm_jax import processes, supervision
 from glm_jax.errors import UserError, system_refusal
 
 _OVERLAP = "xla_gpu_enable_latency_hiding_scheduler"
+_GREATEST = 2**63 - 1  # of a flag's number
 _OUTPUTS = ("output", "workdir")  # flags
 
 
@@ -138,11 +139,27 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 def _parse_known(argv: list[str]) -> list[str]:
     try:
-        return list(flags.FLAGS(argv))
+        rest = list(flags.FLAGS(argv))
+        _check_numbers()
+        return rest
     except BrokenPipeError:  # of --help
         raise
     except (flags.Error, ValueError, AttributeError, KeyError, OSError) as error:
         _fail(error, status=2)
+
+
+def _check_numbers() -> None:
+    """Refuses numbers that no flag takes, as bounds of a flag let NaN pass.
+
+    Raises:
+      flags.IllegalFlagValueError: names the flag.
+    """
+    for name in flags.FLAGS:
+        value = flags.FLAGS[name].value
+        if isinstance(value, int | float) and not abs(value) <= _GREATEST:
+            raise flags.IllegalFlagValueError(
+                f"flag --{name}={value}: expected a number from {-_GREATEST} to {_GREATEST}"
+            )
 
 
 def _fail(message: object, status: int) -> NoReturn:

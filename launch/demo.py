@@ -33,7 +33,9 @@ from launch.demo_finetuning import interval, teach
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("output", "demo_output", "folder to write; an earlier demo there is removed")
-flags.DEFINE_integer("steps", None, "training steps; those of configs/demo.py by default")
+flags.DEFINE_integer(
+    "steps", None, "training steps; those of configs/demo.py by default", lower_bound=1
+)
 
 _SHARDS = 4
 _TEXTS = (

@@ -44,7 +44,9 @@ flags.DEFINE_string("quantization", None, "int8, int4, or int4,group=128: instea
 flags.register_validator("quantization", is_scheme)
 flags.DEFINE_enum("cache_dtype", None, ["float16", "bfloat16", "int8"], "of keys and values")
 flags.DEFINE_integer("batch", 1, "requests that decode together, or rows", lower_bound=1)
-flags.DEFINE_integer("length", None, "tokens of each; the model's positions by default")
+flags.DEFINE_integer(
+    "length", None, "tokens of each; the model's positions by default", lower_bound=1
+)
 flags.DEFINE_float(
     "weight_memory_limit",
     None,
@@ -87,6 +89,8 @@ def question(described: ConfigDict) -> Question:
         data, fsdp, tensor = (int(size) for size in sizes.split(","))
     except ValueError as error:
         raise MeshError(f"--mesh={sizes}: sizes of data,fsdp,tensor") from error
+    if min(data, fsdp, tensor) < 1:
+        raise MeshError(f"--mesh={sizes}: each at least 1")
     is_training = FLAGS.job == "train"
     return Question(
         model=model,
@@ -118,9 +122,17 @@ def main() -> None:
     described = hardware(FLAGS.hardware)
     asked = question(described)
     if FLAGS.sweep:
-        found = sweep(asked, described, lambda tried: print(line(tried), flush=True))
-        if not found:
+        errors = set()
+
+        def show(tried: Tried) -> None:
+            errors.add(tried.error)
+            print(line(tried), flush=True)
+
+        found = sweep(asked, described, show)
+        if not found and "" in errors:
             raise PlanError("nothing that was tried fits: more devices, or fewer bits")
+        if not found:
+            raise PlanError(f"nothing could be planned: {'; '.join(sorted(errors)[:3])}")
         print(f"\nfastest: {line(found[0])}")
         write(found, described)
         return

@@ -26,8 +26,15 @@ def define_training_flags(example: str) -> None:
     )
     flags.register_validator(
         "profile_steps",
-        lambda steps: not steps or (len(steps) == 2 and all(step.isdigit() for step in steps)),
-        "give the first step and the last, such as 10,12",
+        lambda steps: (
+            not steps
+            or (
+                len(steps) == 2
+                and all(step.isascii() and step.isdigit() for step in steps)
+                and 1 <= int(steps[0]) <= int(steps[1])
+            )
+        ),
+        "give the first step, from 1 on, and the last, such as 10,12",
     )
 
 

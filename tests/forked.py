@@ -32,14 +32,14 @@ class Try:
 
     Attributes:
       is_full: no file can be written, as where a disk is full.
-      parses: other command lines of the same module, of which only the flags are parsed, one
-        after another: the answer's stdout is the list of their statuses.
+      bad_numbers: instead of running it, each of its flags that is a number is parsed as each of
+        these; the answer's stdout is {"--flag=text": status}.
     """
 
     command: tuple[str, ...]
     cwd: str
     is_full: bool = False
-    parses: tuple[tuple[str, ...], ...] = ()
+    bad_numbers: tuple[str, ...] = ()
 
 
 def run_all(tries, environment):
@@ -95,7 +95,7 @@ def _begin(tried):
         if tried["is_full"]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
         os.chdir(tried["cwd"])
-        status = _run(tried["command"], tried["parses"])
+        status = _run(tried["command"], tried["bad_numbers"])
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
@@ -105,14 +105,17 @@ def _begin(tried):
         os._exit(status)
 
 
-def _run(command, parses):
+def _run(command, bad_numbers):
     sys.argv = list(command)
-    if parses:
+    if bad_numbers:
+        from absl import flags
+
         from glm_jax import cli
 
         cli.run = cli.run_with_paths = lambda *_: None
+        of_libraries = set(flags.FLAGS)
         runpy.run_module(command[0], run_name="__main__", alter_sys=True)
-        print(json.dumps([_parse(arguments) for arguments in parses]))
+        print(json.dumps(_statuses(command[1:], bad_numbers, of_libraries)))
         return 0
     try:
         runpy.run_module(command[0], run_name="__main__", alter_sys=True)
@@ -124,18 +127,23 @@ def _run(command, parses):
     return 0
 
 
-def _parse(arguments):
+def _statuses(arguments, bad_numbers, of_libraries):
     from absl import flags
 
     from glm_jax import cli
 
-    for name in flags.FLAGS:
-        flags.FLAGS[name].unparse()
-    try:
-        cli._parse_known(["it", *arguments])
-    except SystemExit as error:
-        return error.code
-    return 0
+    ours = (flags.FLAGS[name] for name in set(flags.FLAGS) - of_libraries)
+    numbers = sorted(flag.name for flag in ours if flag.flag_type() in ("int", "float"))
+    statuses = {}
+    for given in [f"--{name}={text}" for name in numbers for text in bad_numbers]:
+        for name in flags.FLAGS:
+            flags.FLAGS[name].unparse()
+        try:
+            cli._parse_known(["it", *arguments, given])
+            statuses[given] = 0
+        except SystemExit as error:
+            statuses[given] = error.code
+    return statuses
 
 
 def _finish(child, readers):

@@ -36,6 +36,10 @@ class PlanError(UserError):
     """A job that cannot be planned; the message says why."""
 
 
+class CompilerError(UserError):
+    """The compiler that all plans of a platform need is not installed."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Question:
     """What is asked.
@@ -121,12 +125,18 @@ def make_plan(question: Question, hardware: ConfigDict) -> Plan:
     """Compiles a job's program and measures it.
 
     Raises:
-      PlanError: the platform's compiler is not installed, or refuses the program.
+      CompilerError: the platform's compiler is not installed.
+      PlanError: it refuses the program, or the question makes no sense.
     """
     hosts = -(-question.devices // topology.devices_a_host(hardware))
     try:
         devices = topology.devices(hardware, question.devices, hosts)
-    except (RuntimeError, ValueError) as error:
+    except RuntimeError as error:
+        raise CompilerError(
+            f"{hardware.device_kind}: its compiler is not here ({_first_line(error)}): "
+            "make .venv-aot/.aot VENV=.venv-aot, or pip install 'glm_jax[aot]'"
+        ) from error
+    except ValueError as error:
         raise PlanError(f"{hardware.device_kind}: {_first_line(error)}") from error
     mesh = make_mesh(question.mesh, devices)
     quantization = question.precision if question.precision.startswith("int") else None

@@ -43,14 +43,12 @@ EVALUATE = {"checkpoint": "model", "task": "tasks", "data": "data", "output": "O
 COMMANDS = {
     "launch.train": (TRAIN, ["config.data.files"], ["config.data.tokenizer"], ["workdir"]),
     "launch.finetune": (FINETUNE, ["config.data.files"], ["checkpoint"], ["workdir"]),
-    "launch.plot": (
-        {"workdir": "run", "output": "OUT/curves.png"}, [], ["workdir"], ["output"],
-    ),
+    "launch.plot": ({"workdir": "folder"}, [], ["workdir"], []),
     "launch.plan": ({"hardware": "a100-40g", "output": "OUT"}, [], [], []),
     "launch.tune": ({"output": "OUT/blocks.json"}, [], [], ["output"]),
     "launch.demo": ({"output": "OUT", "steps": "1"}, [], [], ["output"]),
     "launch.train_tokenizer": (
-        {"input": "text.txt", "output": "OUT", "num_text_tokens": "300"},
+        {"input": "text.txt", "output": "OUT", "num_text_tokens": "400"},
         ["input"], [], ["output"],
     ),
     "launch.prepare_data": (
@@ -67,7 +65,8 @@ COMMANDS = {
         ["input"], ["checkpoint", "tokenizer", "adapter"], [],
     ),
     "launch.decode": (DECODE, ["input"], ["checkpoint", "tokenizer"], ["output"]),
-    "launch.evaluate": (EVALUATE, ["task"], ["checkpoint", "data"], ["output"]),
+    # Its data and its output come after the model: their cases take a second each.
+    "launch.evaluate": (EVALUATE, ["task"], ["checkpoint"], []),
     "launch.serve": ({"checkpoint": "model"}, ["api_keys"], ["checkpoint"], []),
     "convert.inspect": ({"": "shards"}, [], [""], []),
     "convert.verify": ({"num_heads": "8", "": "shards", " ": "shards"}, [], ["", " "], []),
@@ -88,6 +87,15 @@ COMMANDS = {
 }  # fmt: skip
 FILES = ("missing", "empty", "binary", "utf16", "unreadable", "folder")
 FOLDERS = ("missing", "empty", "folder", "unreadable_folder", "text.txt", "run")
+# Which are no errors: a file is replaced, there is nothing to do, a bad line has a record.
+GOOD = {
+    ("launch.generate", "input", "empty"),
+    ("launch.decode", "input", "binary"),
+    ("launch.tune", "output", "text.txt"),
+    ("launch.plot", "workdir", "run"),
+}
+WITHOUT_NUMBERS = ("launch.plot", "launch.tune", "launch.prepare_task", "convert.merge_adapter")
+BAD_NUMBERS = ("nan", "inf", "-inf", "-1", "x", "1e400", "99999999999999999999", "")
 OUTPUTS = ("read_only/x", "text.txt", "text.txt/x", "full")
 
 
@@ -129,11 +137,16 @@ def _tries(folder):
         situations += [(flag, s) for flag in folders for s in FOLDERS]
         situations += [(flag, s) for flag in outputs for s in OUTPUTS]
         for flag, situation in situations:
+            if (module, flag, situation) in GOOD:
+                continue
             is_full = situation == "full"
             chosen = flags | ({} if is_full else {flag: situation})
             place = f"out{len(tries)}"
             command = (module, *(a.replace("OUT", place) for a in _arguments(chosen)))
             tries[module, flag, situation] = Try(command, str(folder), is_full)
+        tries[module, "numbers", ""] = Try(
+            (module, *_arguments(flags)), str(folder), bad_numbers=BAD_NUMBERS
+        )
     return tries
 
 
@@ -146,7 +159,18 @@ def answers(tmp_path_factory, tokenizer, corpus):
     return dict(zip(tries, done, strict=True))
 
 
-CASES = list(_tries("x"))
+ALL = list(_tries("x"))
+CASES = [case for case in ALL if case[1] != "numbers"]
+
+
+@pytest.mark.parametrize("case", [c for c in ALL if c[1] == "numbers"], ids=lambda c: c[0])
+def test_no_flag_takes_a_number_that_makes_no_sense(answers, case):
+    status, stdout, stderr = answers[case]
+    assert status == 0, stderr[-1500:]
+    statuses = json.loads(stdout)
+    assert bool(statuses) == (case[0] not in WITHOUT_NUMBERS)
+    taken = {given for given, status in statuses.items() if status != 2}
+    assert taken <= {"--length_penalty=-1"}  # which favours short answers
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case))
