@@ -175,7 +175,7 @@ def check_fields(config: ConfigDict) -> None:
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"data.kind": value} of nested dictionaries."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in fields.items():
         is_inner = isinstance(value, dict)
         flat |= _flat(value, f"{prefix}{name}.") if is_inner else {prefix + name: value}
