@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import multiprocessing
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -155,15 +156,21 @@ def _run(
             context = multiprocessing.get_context("spawn")
             with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
                 try:
-                    for done in concurrent.futures.as_completed(pool.submit(work, j) for j in todo):
+                    # Ctrl-C is for this process, not for the workers, which start here.
+                    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                    futures = [pool.submit(work, job) for job in todo]
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+                    for done in concurrent.futures.as_completed(futures):
                         done.result()
                         bar.update()
                 except BrokenProcessPool as error:
                     raise DataError(
                         "a process was killed: is memory short? go on with fewer --processes"
                     ) from error
-                finally:
-                    pool.shutdown(cancel_futures=True)  # after an error the rest is not waited for
+                except BaseException:  # what they have begun is begun again
+                    for worker in multiprocessing.active_children():
+                        worker.terminate()
+                    raise
     return [_read(_counts_file(output, job)) for job in jobs]
 
 

@@ -1,0 +1,87 @@
+"""How command lines end: what is no bug is one line and a status, a bug keeps its trace."""
+
+import errno
+import importlib
+import os
+import signal
+import sys
+
+import pytest
+
+import convert
+import launch
+from glm_jax import cli
+from glm_jax.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _same_handler():
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def _ends_by(error, monkeypatch):
+    def run(*_, **__):
+        raise error
+
+    monkeypatch.setattr(cli.app, "run", run)
+    cli.run(lambda: None)
+
+
+def _system_error(number, *paths):
+    return OSError(number, os.strerror(number), *paths)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
+        (UserError("two\nlines"), 1, "error: two lines\n"),
+        (_system_error(errno.EACCES, "x/y"), 1, "error: x/y: Permission denied\n"),
+        (_system_error(errno.ENOTDIR, "x/y"), 1, "error: x/y: Not a directory\n"),
+        (_system_error(errno.ENOENT, "x"), 1, "error: x: No such file or directory\n"),
+        (_system_error(errno.ENOSPC), 1, "error: standard output: No space left on device\n"),
+        (ValueError("tensorstore: Permission denied [a/b]"), 1, "Permission denied [a/b]\n"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 9 TB"), 1, "error: out of memory: RESOURCE_EXH"),
+        (MemoryError(), 1, "error: out of memory: MemoryError\n"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_what_is_no_bug_is_a_line_and_a_status(error, status, line, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as raised:
+        _ends_by(error, monkeypatch)
+    assert raised.value.code == status
+    said = capsys.readouterr().err
+    assert line in said
+    assert said.count("\n") == bool(line)
+
+
+def test_an_error_may_have_a_status_of_its_own(monkeypatch):
+    error = UserError("stopped")
+    error.status = 143
+    with pytest.raises(SystemExit) as raised:
+        _ends_by(error, monkeypatch)
+    assert raised.value.code == 143
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), KeyError("a"), ValueError("x")])
+def test_a_bug_keeps_its_trace(error, monkeypatch):
+    with pytest.raises(type(error)) as raised:
+        _ends_by(error, monkeypatch)
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("package", [launch, convert])
+def test_ctrl_c_while_a_command_line_imports_is_no_trace(package, monkeypatch):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    importlib.reload(package)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # of an import alone
+    monkeypatch.setattr(sys, "argv", ["-m"])
+    importlib.reload(package)
+    ended = []
+    monkeypatch.setattr(package.os, "_exit", ended.append)
+    monkeypatch.setattr(package.os, "write", lambda *given: ended.append(given))
+    signal.raise_signal(signal.SIGINT)
+    assert ended == [(2, b"error: interrupted\n"), 130]
