@@ -1,8 +1,8 @@
 """Beam search: the likeliest answers as wholes, not token after token.
 
 As the original's deterministic `BeamSearchStrategy`: scores are sums of log-probabilities;
-an answer that has ended is held against others by its score over ((5 + length) / 6) ** p,
-the length that of context, sop and answer together.
+an answer that has ended is compared with others by its score over ((5 + length) / 6) ** p,
+the length that of context, sop, prefix and answer together. A search of one beam is greedy.
 """
 
 import bisect
@@ -22,6 +22,7 @@ from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.decoding.prepare import prepare
 from glm_jax.decoding.prompt import Prompt, Resolved, bucket, resolve
 from glm_jax.decoding.restrictions import repeated
+from glm_jax.decoding.sampling import check_banned, no_numbers, nothing_allowed
 from glm_jax.decoding.settings import check_settings
 from glm_jax.decoding.steps import (
     DecodeState,
@@ -35,7 +36,7 @@ from glm_jax.model.params import GLMParams
 from glm_jax.sharding import mesh_of, on_mesh
 
 _Result = TypeVar("_Result")
-_BANNED = -65504.0  # a logit that is never chosen; the original's
+_BANNED = -65504.0  # the logit of a banned token, by which others' probabilities are the original's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,8 @@ def beam_search(
 
     Raises:
       PromptError: special tokens unknown, or a prompt that leaves no room.
+      SamplingError: a banned token that is not in the vocabulary, or no token may come.
+      LogitsError: the model gives no numbers.
     """
     resolved = resolve([prompt], config, max_length, end_tokens, special_tokens)
     return finish(beam_steps(params, config, settings, resolved))
@@ -119,8 +122,13 @@ def beam_steps(
 
     Args:
       resolved: of one prompt, by `prompt.resolve`.
+
+    Raises:
+      SamplingError, LogitsError: as `beam_search`.
     """
     [row], special, limit, ends = resolved
+    named = (*settings.banned_tokens, *itertools.chain(*settings.banned_prefixes))
+    check_banned(named, config.vocab_size)
     mesh = mesh_of(params)
     params = prepare(params)
     ahead = functools.partial(_compiling, mesh)
@@ -129,7 +137,7 @@ def beam_steps(
     yield ahead(prefill, params, config, *pad_prompts(config, [row], special.sop), cache)
     with on_mesh(mesh):
         logits, state = prefill_prompts(params, config, [row], special.sop, cache)
-    search = _Search((*row.context, special.sop), settings, ends, bucket(limit))
+    search = _Search(row.tokens(special.sop), settings, ends, bucket(limit))
     # Whatever ends, one continuation more than there are beams goes on.
     count = (len(set(ends)) + 1) * settings.num_beams + 1
     for number in itertools.count():
@@ -215,11 +223,22 @@ class _Search:
         """Goes on with the best candidates that have not ended.
 
         Args:
-          scores, parents, tokens: of candidates, best first.
+          scores, parents, tokens: of candidates, best first; a score of -inf is of none.
+
+        Raises:
+          LogitsError: a score that is no number.
+          SamplingError: no candidate, and no answer so far.
         """
+        if np.isnan(scores).any():
+            raise no_numbers(self.length - self.first)
         beams = self._settings.num_beams
         kept: list[tuple[float, int, int]] = []
-        for score, parent, token in zip(scores, parents, tokens, strict=True):
+        # Greedy has one candidate: an end that is less likely ends nothing.
+        candidates = 1 if beams == 1 else len(scores)
+        is_allowed = scores[:candidates] > -np.inf
+        for score, parent, token in zip(
+            *(x[:candidates][is_allowed] for x in (scores, parents, tokens)), strict=True
+        ):
             if int(token) in self._ends:
                 row = np.append(self.tokens[parent, : self.length], token)
                 self._add(row, float(score))
@@ -227,6 +246,11 @@ class _Search:
                 kept.append((score, parent, token))
             else:
                 break
+        if not kept:  # all have ended, or may not go on
+            self.is_done = True
+            if not self._ended:
+                raise nothing_allowed(self.length - self.first)
+            return
         self.scores = np.array([score for score, _, _ in kept], np.float32)
         self.parents = np.array([parent for _, parent, _ in kept], np.int32)
         self.tokens = self.tokens[self.parents]
@@ -267,6 +291,7 @@ def expand(
         jnp.asarray(tokens), each(length), each(first), each(no_repeat_ngram), vocab
     )
     total = jax.nn.log_softmax(jnp.where(banned, _BANNED, logits), axis=-1) + scores[:, None]
+    total = jnp.where(banned, -jnp.inf, total)
     best, places = jax.lax.top_k(total.reshape(-1), min(count, total.size))
     return best, (places // vocab).astype(jnp.int32), (places % vocab).astype(jnp.int32)
 

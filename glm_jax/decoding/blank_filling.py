@@ -220,7 +220,7 @@ def fill(
         engine.submit(request)
         answer: list[int] = []
         while not engine.is_idle:
-            answer += [token.token for token in engine.step()]
+            answer += [token.checked().token for token in engine.step()]
             stream.show(partly, partly.special.without_end(answer, ends))
         partly = partly.filled(answer, ends)
     stream.finish(partly)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from glm_jax.decoding.prompt import Prompt
 from glm_jax.decoding.sampling import Sampling
+from glm_jax.errors import UserError
 
 _GREEDY = Sampling()
 
@@ -37,10 +38,11 @@ class Token:
     Attributes:
       ticket: the request's.
       log_probability: in nats; 0 where not asked for.
-      finish_reason: "stop" after an end token, "length" where there is no more room; None
-        while the request goes on.
+      finish_reason: "stop" after an end token, "length" where there is no more room, "error"
+        where there was no token to choose, which ends the request too; None while it goes on.
       alternatives: the likeliest tokens of this place with their log-probabilities, best
         first; none where not asked for.
+      error: to be raised for the request, where `finish_reason` is "error".
     """
 
     ticket: int
@@ -48,6 +50,17 @@ class Token:
     log_probability: float
     finish_reason: str | None
     alternatives: tuple[tuple[int, float], ...] = ()
+    error: UserError | None = None
+
+    def checked(self) -> "Token":
+        """The token itself.
+
+        Raises:
+          UserError: `error`.
+        """
+        if self.error is not None:
+            raise self.error
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +74,12 @@ class Completion:
 
 
 def completion(tokens: Sequence[Token]) -> Completion:
-    """All of a request's tokens as one answer."""
-    reason = tokens[-1].finish_reason
+    """All of a request's tokens as one answer.
+
+    Raises:
+      UserError: the request's own, by which it ended.
+    """
+    reason = tokens[-1].checked().finish_reason
     assert reason is not None
     return Completion(
         ticket=tokens[0].ticket,

@@ -23,6 +23,7 @@ from glm_jax.decoding.prepare import prepare
 from glm_jax.decoding.programs import Pack
 from glm_jax.decoding.prompt import PromptError, check_prompt
 from glm_jax.decoding.slots import (
+    FAILURES,
     Emitted,
     admit,
     check_sampling,
@@ -72,13 +73,14 @@ class EngineSettings:
 
 @dataclasses.dataclass(frozen=True)
 class _Running:
-    """A request in a slot, and how many tokens it may still get."""
+    """A request in a slot, how many tokens it may still get, and how many it has."""
 
     ticket: int
     lease: Lease
     left: int
     end_tokens: frozenset[int]
     alternatives: bool
+    given: int = 0
 
 
 @dataclasses.dataclass
@@ -247,6 +249,8 @@ class Engine:
             width = next(w for w in self._step_widths if w >= len(self._running))
             numbers = [*self._running, *self._free_slots(), *self._entering()][:width]
             emitted = jax.device_get(self._run_step(numbers))
+            if emitted.failures.any():
+                self._cache = programs.clear_failed(self._cache)
         given = []
         for place, (slot, running) in enumerate(list(self._running.items())):
             row = slot if width == self._slot_count else place
@@ -261,20 +265,24 @@ class Engine:
         return emitted
 
     def _give(self, slot: int, running: _Running, emitted: Emitted, row: int) -> Token:
-        token, reason = int(emitted.tokens[row]), None
-        if token in running.end_tokens:
+        token, reason, error = int(emitted.tokens[row]), None, None
+        if failure := int(emitted.failures[row]):
+            reason, error = "error", FAILURES[failure](running.given)
+        elif token in running.end_tokens:
             reason = "stop"
         elif running.left == 1:
             reason = "length"
         if reason is None:
-            self._running[slot] = dataclasses.replace(running, left=running.left - 1)
+            given = running.given + 1
+            self._running[slot] = dataclasses.replace(running, given=given, left=running.left - 1)
         else:
             self._leave(slot)
         some: tuple[tuple[int, float], ...] = ()
         if running.alternatives:
             told = emitted.alternatives[row], emitted.alternative_log_probabilities[row]
             some = tuple(zip(*(x.tolist() for x in told), strict=True))
-        return Token(running.ticket, token, float(emitted.log_probabilities[row]), reason, some)
+        log_probability = float(emitted.log_probabilities[row])
+        return Token(running.ticket, token, log_probability, reason, some, error)
 
     def _leave(self, slot: int) -> None:
         running = self._running.pop(slot)
@@ -397,3 +405,4 @@ class Engine:
             self._slots = release(self._slots, np.int32(0))
             for width in self._step_widths:
                 self._run_step(range(width))
+            self._cache = programs.clear_failed(self._cache)

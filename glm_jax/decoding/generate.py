@@ -44,6 +44,8 @@ def generate(
 
     Raises:
       PromptError: no prompts, special tokens unknown, or a prompt that leaves no room.
+      SamplingError: bans leave no token.
+      LogitsError: the model gives no numbers.
     """
     rows, special, limit, ends = resolve(prompts, config, max_length, end_tokens, special_tokens)
     # Sizes that many calls have in common: a program serves them all.
@@ -57,7 +59,7 @@ def generate(
     while not engine.is_idle:
         column = np.full(len(rows), -1, np.int32)
         for token in engine.step():
-            outputs[token.ticket].append(token.token)
+            outputs[token.ticket].append(token.checked().token)
             column[token.ticket] = token.token
         if on_tokens is not None:
             on_tokens(column)

@@ -103,7 +103,7 @@ class Job:
             else:
                 yield self._record(text)
         except UserError as error:
-            yield _base(line) | {"line": line.number, "error": str(error)}
+            yield _failed(line, error)
 
     def _begin(self, line: Line) -> PartlyFilled:
         request, limit = line.request, self._engine.max_length
@@ -125,7 +125,11 @@ class Job:
         if token.finish_reason is None:
             return
         del self._texts[token.ticket]
-        finished = completion(text.tokens)
+        try:
+            finished = completion(text.tokens)
+        except UserError as error:
+            yield _failed(text.line, error)
+            return
         text.completions.append(finished)
         text.tokens.clear()
         text.partly = text.partly.filled(finished.tokens, self._engine.special.end_tokens)
@@ -175,6 +179,10 @@ class Job:
 def _base(line: Line) -> Record:
     record = {"index": line.index, "id": line.id}
     return record if line.metadata is None else record | {"metadata": line.metadata}
+
+
+def _failed(line: Line, error: UserError) -> Record:
+    return _base(line) | {"line": line.number, "error": str(error)}
 
 
 def _seed_of(seed: int, index: int) -> int:

@@ -93,6 +93,19 @@ def step(
     return emitted, put_back(slots, numbers, some), cache
 
 
+@functools.partial(jax.jit, donate_argnames="cache")
+def clear_failed(cache: PagedKVCache) -> PagedKVCache:
+    """The cache with 0 for what is no finite number. Pages are read whole, and NaN times the
+    probability 0 of a masked position is NaN: a failed request's would fail the next to have them.
+    """
+
+    def clear(x: Array) -> Array:
+        return jnp.where(jnp.isfinite(x), x, 0) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    cleared: PagedKVCache = jax.tree.map(clear, cache)
+    return cleared
+
+
 def _step(
     params: GLMParams, config: GLMConfig, slots: Slots, cache: PagedKVCache, pages_a_layer: int
 ) -> tuple[Emitted, Slots, PagedKVCache]:

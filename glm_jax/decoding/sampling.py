@@ -1,14 +1,62 @@
 """How the next token is chosen from its logits."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from glm_jax.decoding.settings import SamplingError, check_settings
+from glm_jax.errors import UserError
 
 _BLOCK = 64
+# Below these the most likely token is drawn whatever float32 makes of them: logits that differ
+# at all differ by more than this, and no likeliest token of a vocabulary is this unlikely.
+_MIN_TEMPERATURE = 1e-6
+_MIN_TOP_P = 1e-6
+
+
+class LogitsError(UserError):
+    """Scores that are no numbers: by broken weights, or products beyond a narrow type's range."""
+
+    def __init__(self, where: str):
+        """
+        Args:
+          where: which of the logits, such as "at token 3 of the answer".
+        """
+        super().__init__(
+            f"the model's logits {where} are NaN or infinite: check the checkpoint "
+            "(convert.verify), or compute in float32"
+        )
+
+
+def no_numbers(number: int) -> LogitsError:
+    """What to raise where an answer's logits are no numbers.
+
+    Args:
+      number: of the token in the answer, from 0.
+    """
+    return LogitsError(f"at token {number + 1} of the answer")
+
+
+def nothing_allowed(number: int) -> SamplingError:
+    """What to raise where bans leave no token to choose.
+
+    Args:
+      number: of the token in the answer, from 0.
+    """
+    return SamplingError(f"every token is banned at token {number + 1} of the answer: ban less")
+
+
+def check_banned(tokens: Iterable[int], vocab: int) -> None:
+    """
+    Raises:
+      SamplingError: a token that is not in the vocabulary.
+    """
+    for token in tokens:
+        if not 0 <= token < vocab:
+            raise SamplingError(f"banned token {token} is not in the vocabulary")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +64,7 @@ class Sampling:
     """How one request's tokens are chosen.
 
     Attributes:
-      temperature: divides the logits; 0 takes the likeliest token.
+      temperature: divides the logits; 0, and what is as good as 0, takes the likeliest token.
       top_k: keep only the k likeliest tokens and their equals; 0 keeps all.
       top_p: of those, keep the likeliest whose probabilities sum to p, the one that
         crosses p included; 0 keeps all.
@@ -45,7 +93,8 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0 or self.top_k == 1
+        is_narrow = self.top_k == 1 or 0 < self.top_p < _MIN_TOP_P
+        return self.temperature < _MIN_TEMPERATURE or is_narrow
 
     @property
     def is_restricted(self) -> bool:

@@ -1,7 +1,8 @@
 """The requests that run together, a slot each, and how their next tokens are chosen."""
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,13 +16,20 @@ from glm_jax.config import GLMConfig
 from glm_jax.decoding import sampling as sampling_lib
 from glm_jax.decoding.completion import Request
 from glm_jax.decoding.restrictions import Restrictions, restrict
-from glm_jax.decoding.sampling import Sampling
+from glm_jax.decoding.sampling import Sampling, check_banned, no_numbers, nothing_allowed
 from glm_jax.decoding.settings import SamplingError
+from glm_jax.errors import UserError
 from glm_jax.sharding import activation_sharding, surrounding_mesh
 
 # Room for banned sequences; static, so that no request needs a program of its own.
 MOST_SEQUENCES, LONGEST_SEQUENCE = 32, 8
 ALTERNATIVES = 5  # likeliest tokens that are told of a place
+_NO_NUMBERS, _STUCK = 1, 2
+# Why a request ends without a token: what to raise for its n-th.
+FAILURES: dict[int, Callable[[int], UserError]] = {
+    _NO_NUMBERS: no_numbers,
+    _STUCK: nothing_allowed,
+}
 
 
 @struct.dataclass
@@ -72,12 +80,14 @@ class Emitted:
 
     Attributes:
       tokens: -1 where there is none.
+      failures: 0, or which of `FAILURES` ends the request instead of its token.
       log_probabilities: nats; the model's, before any restriction or temperature. 0 where
         none were asked for.
       alternatives, alternative_log_probabilities: of the likeliest tokens, best first.
     """
 
     tokens: Int[Any, " slots"]
+    failures: Int[Any, " slots"]
     log_probabilities: Float[Any, " slots"]
     alternatives: Int[Any, "slots some"]
     alternative_log_probabilities: Float[Any, "slots some"]
@@ -138,10 +148,7 @@ def check_sampling(sampling: Sampling, vocab: int) -> None:
       SamplingError: more, or longer, banned sequences than a slot has room for, or a token
         that is not in the vocabulary.
     """
-    named = [*sampling.banned_tokens, *(t for s in sampling.banned_sequences for t in s)]
-    outside = [token for token in named if not 0 <= token < vocab]
-    if outside:
-        raise SamplingError(f"banned token {outside[0]} is not in the vocabulary")
+    check_banned((*sampling.banned_tokens, *itertools.chain(*sampling.banned_sequences)), vocab)
     if len(sampling.banned_sequences) > MOST_SEQUENCES or any(
         len(sequence) > LONGEST_SEQUENCE for sequence in sampling.banned_sequences
     ):
@@ -218,13 +225,16 @@ def choose(logits: Float[Array, "slots vocab"], slots: Slots) -> tuple[Emitted, 
     """
     length = slots.index + 1
     active = slots.is_active
-    chosen = jax.lax.cond(
+    chosen, may_choose = jax.lax.cond(
         jnp.any(active & (slots.is_restricted | ~slots.is_greedy)),
         lambda: _choose_as_asked(logits, slots),
-        lambda: sampling_lib.greedy(logits),
+        lambda: (sampling_lib.greedy(logits), jnp.ones_like(active)),
     )
     rows = jnp.arange(len(chosen))
-    goes_on = active & ~slots.is_end[rows, chosen] & (length + 1 < slots.end)
+    are_numbers = jnp.all(jnp.isfinite(logits), axis=-1)
+    failures = jnp.where(are_numbers, jnp.where(may_choose, 0, _STUCK), _NO_NUMBERS) * active
+    goes_on = active & (failures == 0)
+    goes_on &= ~slots.is_end[rows, chosen] & (length + 1 < slots.end)
     moved = active.astype(jnp.int32)
     at = jnp.minimum(length, slots.tokens.shape[1] - 1)
     kept = jnp.where(active, chosen, slots.tokens[rows, at])
@@ -235,7 +245,7 @@ def choose(logits: Float[Array, "slots vocab"], slots: Slots) -> tuple[Emitted, 
         position_id=slots.position_id + slots.position_step * moved,
         tokens=slots.tokens.at[rows, at].set(kept),
     )
-    emitted = Emitted(jnp.where(active, chosen, -1), *_told(logits, chosen, slots))
+    emitted = Emitted(jnp.where(active, chosen, -1), failures, *_told(logits, chosen, slots))
     return jax.tree.map(_everywhere, emitted), changed
 
 
@@ -264,7 +274,9 @@ def _told(logits: Array, chosen: Array, slots: Slots) -> tuple[Array, Array, Arr
     return found
 
 
-def _choose_as_asked(logits: Array, slots: Slots) -> Array:
+def _choose_as_asked(logits: Array, slots: Slots) -> tuple[Array, Array]:
+    """Tokens, and whether there was one to choose."""
+
     def restricted() -> Array:
         length = slots.index + 1
         changed = restrict(
@@ -275,11 +287,12 @@ def _choose_as_asked(logits: Array, slots: Slots) -> Array:
     is_any = jnp.any(slots.is_active & slots.is_restricted)
     allowed = jax.lax.cond(is_any, restricted, lambda: logits)
     likeliest = sampling_lib.greedy(allowed)
-    return jax.lax.cond(
+    chosen = jax.lax.cond(
         jnp.any(slots.is_active & ~slots.is_greedy),
         lambda: jnp.where(slots.is_greedy, likeliest, _draw(allowed, slots)),
         lambda: likeliest,
     )
+    return chosen, allowed[jnp.arange(len(chosen)), likeliest] > -jnp.inf
 
 
 def _draw(logits: Array, slots: Slots) -> Array:

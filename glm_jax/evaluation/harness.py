@@ -146,7 +146,7 @@ class HarnessModel(LM):
         while not engine.is_idle:
             for token in engine.step():
                 answer, own = answers[token.ticket], stops[token.ticket]
-                answer.append(token.token)
+                answer.append(token.checked().token)
                 text = self._text(answer) if own else ""
                 if any(stop in text for stop in own):
                     engine.cancel(token.ticket)

@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from glm_jax.decoding.sampling import LogitsError
 from glm_jax.errors import UserError
 
 _RETRY_SECONDS = 1
@@ -48,6 +49,8 @@ def described(error: Exception) -> tuple[int, Any, dict[str, str]]:
             return 503, body(message, "server_error", code="unavailable"), headers
         case TooSlowError():
             return 504, body(message, "server_error", code="timeout"), {}
+        case LogitsError():
+            return 500, body(message, "server_error"), {}
         case UserError():
             return 400, body(message, "invalid_request_error"), {}
         case StarletteHTTPException():

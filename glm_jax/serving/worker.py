@@ -331,7 +331,7 @@ class Worker:
         tokens = engine.step()
         self._metrics.count_tokens(len(tokens))
         for token in tokens:
-            arrived.append((self._asks[token.ticket], token))
+            arrived.append((self._asks[token.ticket], token.error or token))
             if token.finish_reason is not None:
                 del self._asks[token.ticket]
         arrived += self._step_search()
