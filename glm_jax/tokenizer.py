@@ -8,6 +8,7 @@ sentencepiece vocabulary, so that they survive its normalisation.
 import dataclasses
 import io
 import json
+import operator
 import os
 import re
 import tempfile
@@ -17,14 +18,16 @@ from typing import Any
 
 import sentencepiece
 
-from glm_jax.config import SpecialTokens
+from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.errors import UserError
 from glm_jax.files import replacing, write_text
+from glm_jax.text_files import check_characters
 
 MODEL_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
 LINE_BREAK, TAB = "<n>", "<|tab|>"
 _MAX_BLANKS = 80
+_MAX_ID = 2**31 - 1
 # sentencepiece leaves out a line with one of these without a word, and one past its limit.
 _UNTRAINABLE = re.compile("[\u2585\0]")
 _MAX_LINE_BYTES = 1 << 16
@@ -97,15 +100,19 @@ class Tokenizer:
             raise TokenizerError(f"{model} is missing: give a sentencepiece model file")
         config_file = model.with_name(CONFIG_FILE)
         self.files: tuple[Path, ...] = (model,)
-        if config is None and config_file.is_file():
+        if config is None and config_file.exists():
             config = _read_config(config_file)
             self.files = (model, config_file)
         self._config = config or TokenizerConfig()
+        config_ids = {"text_offset": self._config.text_offset}
+        _check_ids(config_ids | vars(self._config.special_tokens), self.files[-1])
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model.read_bytes())
         except RuntimeError as error:
             raise TokenizerError(f"{model} is not a sentencepiece model") from error
+        except OSError as error:
+            raise TokenizerError(f"{model}: {error.strerror}") from error
         self.special_tokens = self._config.special_tokens
         self._special_ids = {
             getattr(self.special_tokens, name): text for text, name in _SPECIAL_TEXTS.items()
@@ -119,7 +126,8 @@ class Tokenizer:
                 f"{model}: the text ids {self._text_ids.start} to {self._text_ids.stop - 1} and "
                 f"the special tokens overlap ({inside[0] if inside else 'two share an id'})"
             )
-        self.vocab_size = 1 + max(*self._special_ids, self._text_ids.stop - 1)
+        special_ids = dataclasses.astuple(self.special_tokens)
+        self.vocab_size = 1 + max(*special_ids, self._text_ids.stop - 1)
         self._continued_prefix = self._encode_pieces(LINE_BREAK)
 
     def encode(self, text: str, control_words: tuple[str, ...] = CONTROL_WORDS) -> list[int]:
@@ -129,7 +137,11 @@ class Tokenizer:
           control_words: those of `CONTROL_WORDS` that become special ids; the others are text
             as any other. None of them, (), for texts that only speak of them: documents,
             answers, choices.
+
+        Raises:
+          TextFileError: the text has half of a character.
         """
+        check_characters(text)  # sentencepiece would end in an error of its binding
         ids: list[int] = []
         parts = _split(text, control_words)
         for i, part in enumerate(parts):
@@ -142,7 +154,11 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Text of ids; special tokens appear by name unless they are skipped."""
+        """Text of ids; special tokens appear by name unless they are skipped.
+
+        Raises:
+          TokenizerError: an id that is negative, or no integer.
+        """
         return "".join(self._decoded_runs(ids, skip_special_tokens))
 
     def is_special(self, token: int) -> bool:
@@ -166,7 +182,7 @@ class Tokenizer:
     def _decoded_runs(self, ids: Iterable[int], skip_special_tokens: bool) -> Iterator[str]:
         run: list[int] = []
         is_continued = False
-        for token in ids:
+        for token in map(checked_id, ids):
             if token in self._text_ids:
                 run.append(token - self._config.text_offset)
                 continue
@@ -183,6 +199,55 @@ class Tokenizer:
             prefix = [token - self._config.text_offset for token in self._continued_prefix]
             return _restore_blanks(self._processor.DecodeIds(prefix + pieces))[1:]
         return _restore_blanks(self._processor.DecodeIds(pieces))
+
+
+def checked_id(token: Any) -> int:
+    """A token's id as an int.
+
+    Raises:
+      TokenizerError: it is negative, or no integer.
+    """
+    is_integer = hasattr(token, "__index__") and not isinstance(token, bool)
+    try:
+        number = operator.index(token) if is_integer else -1
+    except TypeError:  # an array of several, or of floats
+        number = -1
+    if number < 0:
+        raise TokenizerError(f"{token!r} is no token: expected an integer of at least 0")
+    return number
+
+
+def check_fits(tokenizer: Any, config: GLMConfig) -> None:
+    """Checks that a tokenizer is one of a model; before its weights are read.
+
+    Args:
+      tokenizer: has `special_tokens` and, where it knows, `vocab_size`.
+
+    Raises:
+      TokenizerError: it has ids that the model does not have, or other special tokens.
+    """
+    special: SpecialTokens = tokenizer.special_tokens
+    named = dataclasses.asdict(special)
+    outside = [name for name, token in named.items() if not 0 <= token < config.vocab_size]
+    size = getattr(tokenizer, "vocab_size", 0)
+    advice = "give the model's own tokenizer"
+    if outside:
+        raise TokenizerError(
+            f"the tokenizer does not fit the model: its {outside[0]} is {named[outside[0]]}, and "
+            f"the model's vocabulary ends at {config.vocab_size - 1}: {advice}"
+        )
+    if size > config.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer does not fit the model: it has {size} ids, and the model's "
+            f"vocabulary {config.vocab_size}: {advice}"
+        )
+    of_model = named if config.special_tokens is None else dataclasses.asdict(config.special_tokens)
+    other = [name for name, token in named.items() if of_model[name] != token]
+    if other:
+        raise TokenizerError(
+            f"the tokenizer does not fit the model: its {other[0]} is {named[other[0]]}, and the "
+            f"model's is {of_model[other[0]]}: {advice}"
+        )
 
 
 def save_tokenizer(folder: str | os.PathLike[str], model: bytes, config: TokenizerConfig) -> None:
@@ -209,7 +274,8 @@ def train_tokenizer(
     Raises:
       TokenizerError: no text, or fewer pieces asked for than characters need.
     """
-    lines = [line for text in texts for line in _training_lines(text)]
+    checked = map(check_characters, texts)
+    lines = [line for text in checked for line in _training_lines(text)]
     if not lines:
         raise TokenizerError("no text to train a tokenizer on")
     model = io.BytesIO()
@@ -281,10 +347,24 @@ def _restore_blanks(text: str) -> str:
 def _read_config(path: Path) -> TokenizerConfig:
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        special = SpecialTokens(**fields.pop("special_tokens"))
+        ids: dict[str, Any] = fields.pop("special_tokens")
+        _check_ids({"text_offset": fields.get("text_offset", 0)} | ids, path)
+        special = SpecialTokens(**ids)
         config = TokenizerConfig(special_tokens=special, **fields)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except TokenizerError:
+        raise
+    except KeyError as error:
+        raise TokenizerError(f"{path}: the field {error} is missing") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise TokenizerError(f"{path}: {error}") from error
+    except OSError as error:
+        raise TokenizerError(f"{path}: {error.strerror}") from error
     if config.segments not in ("separate", "continued"):
         raise TokenizerError(f'{path}: segments={config.segments!r}: "separate" or "continued"')
     return config
+
+
+def _check_ids(ids: dict[str, Any], path: Path) -> None:
+    for name, token in ids.items():
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= _MAX_ID:
+            raise TokenizerError(f"{path}: {name}={token!r}: expected an int from 0 to {_MAX_ID}")

@@ -12,12 +12,11 @@ from glm_jax.decoding.engine import EngineSettings
 from glm_jax.decoding.prepare import prepare
 from glm_jax.decoding.requests import TextRequest
 from glm_jax.decoding.settings import SETTINGS, SamplingError
-from glm_jax.errors import UserError
 from glm_jax.model.checkpoint import load_config, restore
 from glm_jax.model.params import GLMParams
 from glm_jax.model.random_weights import is_random, random_config, random_model
 from glm_jax.quantization import QuantizationError, Scheme
-from glm_jax.tokenizer import Tokenizer, byte_tokenizer
+from glm_jax.tokenizer import Tokenizer, byte_tokenizer, check_fits
 
 FLAGS = flags.FLAGS
 # Flags that decide what a model answers; another mesh or more slots do not.
@@ -154,24 +153,21 @@ def model_config() -> GLMConfig:
 
 
 def load_tokenizer() -> Tokenizer:
-    """The tokenizer of the flags: of random weights one whose tokens are bytes by default.
+    """The tokenizer of the flags, before the model's weights are read: of random weights one
+    whose tokens are bytes by default.
 
     Raises:
-      UserError: there is none, or no such model.
+      UserError: there is none, it is not the model's, or there is no such model.
     """
-    if not is_random(FLAGS.checkpoint):
-        return Tokenizer(FLAGS.tokenizer or FLAGS.checkpoint)
-    config = random_config(FLAGS.checkpoint)
-    if FLAGS.tokenizer is None:
-        assert config.special_tokens is not None
-        print("no --tokenizer: each byte of a text is a token", file=sys.stderr)
-        return byte_tokenizer(config.special_tokens, config.vocab_size)
-    tokenizer = Tokenizer(FLAGS.tokenizer)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"--tokenizer={FLAGS.tokenizer} has ids up to {tokenizer.vocab_size - 1}, "
-            f"{FLAGS.checkpoint} {config.vocab_size} words: give a smaller one, or none"
-        )
+    config = model_config()
+    if is_random(FLAGS.checkpoint):
+        if FLAGS.tokenizer is None:
+            assert config.special_tokens is not None
+            print("no --tokenizer: each byte of a text is a token", file=sys.stderr)
+            return byte_tokenizer(config.special_tokens, config.vocab_size)
+        config = config.replace(special_tokens=None)  # it has learnt none
+    tokenizer = Tokenizer(FLAGS.tokenizer or FLAGS.checkpoint)
+    check_fits(tokenizer, config)
     return tokenizer
 
 

@@ -19,7 +19,6 @@ from launch.model_flags import (
     engine_settings,
     load_model,
     load_tokenizer,
-    model_config,
 )
 
 try:
@@ -59,9 +58,8 @@ flags.DEFINE_float("request_seconds", 600, "until an answer must be whole", lowe
 flags.DEFINE_float("drain_seconds", 600, "that requests have to end after SIGTERM", lower_bound=1)
 
 
-def load() -> ServedModel:
+def load(tokenizer: Tokenizer) -> ServedModel:
     """The model of the flags, behind an engine."""
-    tokenizer = load_tokenizer()
     config, params = load_model(None if FLAGS.mesh is None else parse_mesh(FLAGS.mesh))
     settings = engine_settings(FLAGS.prefill_budget)
     engine = Engine(params, config, settings, tokenizer.special_tokens)
@@ -69,9 +67,9 @@ def load() -> ServedModel:
 
 
 def main() -> None:
-    model_config()  # before anyone is answered
+    tokenizer = load_tokenizer()  # before anyone is answered
     serve(
-        load,
+        lambda: load(tokenizer),
         Serving(
             name=FLAGS.name or Path(FLAGS.checkpoint).resolve().name,
             host=FLAGS.host,

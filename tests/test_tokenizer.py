@@ -1,6 +1,7 @@
 """Text goes to ids in icetk's layout and comes back as it was."""
 
 import dataclasses
+import json
 
 import pytest
 import sentencepiece
@@ -8,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm_jax.config import SpecialTokens
+from glm_jax.errors import UserError
 from glm_jax.tokenizer import (
+    CONFIG_FILE,
     MODEL_FILE,
     Tokenizer,
     TokenizerConfig,
@@ -131,6 +134,43 @@ def test_no_line_is_left_out_of_training(tmp_path):
     assert not any(piece.startswith("<0x") for piece in processor.EncodeAsPieces("éqx<M"))
     special = set(dataclasses.asdict(tokenizer.special_tokens).values())
     assert special.isdisjoint(tokenizer.encode("<eop>[MASK]</s>", ()))
+
+
+@pytest.mark.parametrize("text", ["a \ud83d b", "[MASK] \udc80", "\ud83d"])
+def test_half_a_character_is_an_error_of_its_text(tokenizer, tmp_path, text):
+    with pytest.raises(UserError, match="half of a character"):
+        tokenizer.encode(text)
+    with pytest.raises(UserError, match="half of a character"):
+        train_tokenizer(["fine", text], tmp_path, 500)
+    assert tokenizer.encode("fine")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("eop", -1), ("sop", 1.5), ("mask", "150000"), ("eos", None), ("eod", True), ("enc", 2**31)],
+)
+def test_ids_that_are_none_are_refused(tokenizer, tmp_path, name, value):
+    model = tokenizer.files[0].read_bytes()
+    special = dataclasses.asdict(tokenizer.special_tokens) | {name: value}
+    for config in ({"special_tokens": special}, {"special_tokens": {}, "text_offset": value}):
+        save_tokenizer(tmp_path, model, TokenizerConfig())
+        text = json.dumps({"text_offset": 0} | config)
+        (tmp_path / CONFIG_FILE).write_text(text, encoding="utf-8")
+        with pytest.raises(TokenizerError, match=f"{CONFIG_FILE}: .*: expected an int"):
+            Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"[" * 100_000, b"{}", b"[]", b"3", b'{"special_tokens": 3}', None]
+)
+def test_a_config_that_is_none_is_refused(tokenizer, tmp_path, content):
+    (tmp_path / MODEL_FILE).write_bytes(tokenizer.files[0].read_bytes())
+    if content is None:
+        (tmp_path / CONFIG_FILE).mkdir()
+    else:
+        (tmp_path / CONFIG_FILE).write_bytes(content)
+    with pytest.raises(TokenizerError, match=CONFIG_FILE):
+        Tokenizer(tmp_path)
 
 
 def test_no_text_is_refused(tmp_path):

@@ -13,6 +13,7 @@ from glm_jax.decoding.prepare import prepare
 from glm_jax.decoding.prompt import Prompt, PromptError, bucket, resolve
 from glm_jax.decoding.sampling import Sampling
 from glm_jax.model.params import GLMParams
+from glm_jax.tokenizer import check_fits
 
 # Tokens in order, and whether they fill a blank, as soon as nothing will change them.
 OnTokens = Callable[[Sequence[int], bool], None]
@@ -194,7 +195,11 @@ def fill_blanks(
 
     Raises:
       PromptError: the text is longer than max_length leaves room for.
+      TokenizerError: the tokenizer is not the model's.
+      SamplingError: bans leave no token.
+      LogitsError: the model gives no numbers.
     """
+    check_fits(tokenizer, config)
     limit = max_length or config.max_sequence_length
     partly = PartlyFilled.begin(tokenizer, text, limit)
     longest = min(bucket(limit), config.max_sequence_length)

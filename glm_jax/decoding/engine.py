@@ -21,7 +21,8 @@ from glm_jax.decoding.packing import Entry, pack_prompts, pack_width, prefilled,
 from glm_jax.decoding.page_pool import Lease, PagePool
 from glm_jax.decoding.prepare import prepare
 from glm_jax.decoding.programs import Pack
-from glm_jax.decoding.prompt import PromptError, check_prompt
+from glm_jax.decoding.prompt import PromptError, check_end_tokens, check_prompt
+from glm_jax.decoding.settings import SETTINGS
 from glm_jax.decoding.slots import (
     FAILURES,
     Emitted,
@@ -112,12 +113,14 @@ class Engine:
         """Makes pages and slots on the mesh that the parameters lie on.
 
         Raises:
-          PromptError: special tokens unknown, or a max_length past the model's positions.
+          PromptError: special tokens that are unknown or not in the vocabulary, or a max_length
+            past the model's positions.
         """
         settings = settings or EngineSettings()
         special = special_tokens or config.special_tokens
         if special is None:
             raise PromptError("this model's special tokens are not known: pass special_tokens")
+        check_end_tokens(dataclasses.astuple(special), config)
         self.special: SpecialTokens = special
         self.max_length = settings.max_length or config.max_sequence_length
         if self.max_length > config.max_sequence_length:
@@ -202,14 +205,15 @@ class Engine:
         """Whether `submit` takes a request; from any thread.
 
         Raises:
-          PromptError: the prompt leaves no room for an answer, or is no tokens.
-          SamplingError: more banned sequences than there is room for.
+          PromptError: the prompt leaves no room for an answer, or is no tokens, or an end token
+            is none.
+          SamplingError: a seed out of range, or more banned sequences than there is room for.
         """
         check_prompt(request.prompt, self._config, self.max_length)
         if request.max_tokens is not None and request.max_tokens < 1:
             raise PromptError(f"max_tokens={request.max_tokens}: at least 1")
-        if not 0 <= request.seed < 2**32:
-            raise PromptError(f"seed={request.seed}: from 0 to 2**32 - 1")
+        SETTINGS["seed"].checked("seed", request.seed)
+        check_end_tokens(request.end_tokens or (), self._config)
         check_sampling(request.sampling, self._config.vocab_size)
 
     def cancel(self, ticket: int) -> None:

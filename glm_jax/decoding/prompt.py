@@ -1,18 +1,27 @@
 """What is to be completed: a context with a blank, and how much room an answer has."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.errors import UserError
+from glm_jax.tokenizer import TokenizerError, checked_id
 
 _SMALLEST_BUCKET = 32
 
 
 class PromptError(UserError):
     """A prompt that the model cannot take; the message says why."""
+
+
+def _checked(tokens: Iterable[Any]) -> tuple[int, ...]:
+    try:
+        return tuple(map(checked_id, tokens))
+    except TokenizerError as error:
+        raise PromptError(str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +61,14 @@ class Prompt:
         return positions
 
     @classmethod
-    def from_tokens(cls, tokens: Sequence[int], special: SpecialTokens) -> "Prompt":
+    def from_tokens(cls, tokens: Iterable[int], special: SpecialTokens) -> "Prompt":
         """Fills the first [MASK], else the first [sMASK], else [gMASK], which is appended
-        where there is no mask at all."""
-        context = tuple(int(token) for token in tokens)
+        where there is no mask at all.
+
+        Raises:
+          PromptError: a token that is negative, or no integer.
+        """
+        context = _checked(tokens)
         for mask in (special.mask, special.smask):
             if mask in context:
                 return cls(context, context.index(mask))
@@ -64,14 +77,15 @@ class Prompt:
         return cls(context, None)
 
     @classmethod
-    def unidirectional(cls, tokens: Sequence[int], special: SpecialTokens) -> "Prompt":
+    def unidirectional(cls, tokens: Iterable[int], special: SpecialTokens) -> "Prompt":
         """Continues a text each of whose tokens sees only those before it: they follow a
         [gMASK] that is all of the context.
 
         Raises:
-          PromptError: the text has a mask, which only a context that is seen whole can have.
+          PromptError: the text has a mask, which only a context that is seen whole can have; or
+            a token that is negative, or no integer.
         """
-        text = tuple(int(token) for token in tokens)
+        text = _checked(tokens)
         if {special.mask, special.smask, special.gmask} & set(text):
             raise PromptError("a blank in a unidirectional text: leave out the mask, or fill it")
         return cls((special.gmask,), None, text)
@@ -99,7 +113,9 @@ def resolve(
     limit = config.max_sequence_length if max_length is None else max_length
     rows = [p if isinstance(p, Prompt) else Prompt.from_tokens(p, special) for p in prompts]
     _check_prompts(rows, config, limit)
-    return rows, special, limit, special.end_tokens if end_tokens is None else tuple(end_tokens)
+    ends = special.end_tokens if end_tokens is None else tuple(end_tokens)
+    check_end_tokens((special.sop, *ends), config)
+    return rows, special, limit, ends
 
 
 def bucket(length: int, least: int = _SMALLEST_BUCKET) -> int:
@@ -114,9 +130,19 @@ def check_prompt(prompt: Prompt, config: GLMConfig, limit: int) -> None:
             f"{len(prompt.context) + len(prompt.prefix)} tokens: with sop and one answer token "
             f"it is past {limit}; shorten it"
         )
-    for token in (*prompt.context, *prompt.prefix):
-        if not 0 <= token < config.vocab_size:
+    for token in _checked((*prompt.context, *prompt.prefix)):
+        if token >= config.vocab_size:
             raise PromptError(f"token {token} is not in the vocabulary")
+    position = prompt.mask_position
+    if position is not None and not 0 <= position < len(prompt.context):
+        raise PromptError(f"mask_position={position}: not within the context")
+
+
+def check_end_tokens(tokens: Iterable[int], config: GLMConfig) -> None:
+    """Raises PromptError for an end token that no answer can have."""
+    for token in _checked(tokens):
+        if token >= config.vocab_size:
+            raise PromptError(f"end token {token} is not in the vocabulary")
 
 
 def _check_prompts(rows: Sequence[Prompt], config: GLMConfig, limit: int) -> None:

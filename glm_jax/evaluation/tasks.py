@@ -33,7 +33,7 @@ from glm_jax.evaluation.sequences import (
 )
 from glm_jax.evaluation.task_config import STRATEGIES, TaskConfig, TaskError
 from glm_jax.model.params import GLMParams
-from glm_jax.tokenizer import TokenizerConfig
+from glm_jax.tokenizer import TokenizerConfig, check_fits
 
 _SLOTS = 32
 
@@ -44,12 +44,18 @@ class Model:
 
     Attributes:
       batch_tokens: that are scored at once.
+
+    Raises:
+      TokenizerError: the tokenizer is not the model's.
     """
 
     params: GLMParams
     config: GLMConfig
     tokenizer: TextCodec
     batch_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        check_fits(self.tokenizer, self.config)
 
     @property
     def special(self) -> SpecialTokens:

@@ -13,9 +13,9 @@ from glm_jax.model.adapters import AdapterConfig
 from glm_jax.model.checkpoint import load_config, restore, stored_bits
 from glm_jax.model.params import GLMParams, unstack_layers
 from glm_jax.sharding import is_cpu, parse_mesh
-from glm_jax.tokenizer import Tokenizer
+from glm_jax.tokenizer import Tokenizer, check_fits
 from glm_jax.training import config as train_config
-from glm_jax.training.loop import Job, check_vocabulary, run_job
+from glm_jax.training.loop import Job, run_job
 from glm_jax.training.results import MODEL_FOLDER, replace_result, save_trained
 from glm_jax.training.state import TrainState, init_state, start_state
 
@@ -73,7 +73,7 @@ def finetune(
     config = resolved(config, checkpoint, stored)
     train_config.check(config)
     tokenizer = Tokenizer(config.data.tokenizer)
-    check_vocabulary(stored, tokenizer)
+    check_fits(tokenizer, stored)
     model = stored.replace(**_formats(config))
     recipe, mesh = train_config.recipe(config), parse_mesh(config.mesh)
     identity = model_identity(checkpoint, stored)

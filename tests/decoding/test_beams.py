@@ -8,10 +8,16 @@ import pytest
 from conftest import GOLDEN
 from stub_tokenizer import WordTokenizer
 
+from glm_jax.config import SpecialTokens
 from glm_jax.decoding.beams import BeamSearch, beam_search, finish
 from glm_jax.decoding.blank_filling import PartlyFilled, filling_by_beams
+from glm_jax.decoding.completion import Request
+from glm_jax.decoding.engine import Engine, EngineSettings
 from glm_jax.decoding.prompt import Prompt
+from glm_jax.decoding.sampling import Sampling
 from glm_jax.decoding.settings import SamplingError
+from glm_jax.model import params as glm_params
+from glm_jax.sharding import make_mesh
 
 DECODE = json.loads((GOLDEN / "decode.json").read_text())["cases"]
 SLOW = pytest.mark.slow
@@ -76,6 +82,108 @@ def test_one_beam_without_ends_is_greedy(golden_float32):
         end_tokens=[],
     )
     assert [*prompt["context"], 504, *found.tokens] == DECODE[3]["greedy"]
+
+
+# Prompt, max_tokens, end tokens, settings that a search and an engine both take.
+_SPECIAL = SpecialTokens(500, 501, 502, 503, 504, 505, 506, 507, 2)
+_CASES = {
+    "blank": (Prompt((5, 9, 500, 33, 2), 2), 12, None, {}),
+    "gmask": (Prompt((5, 9, 33, 501), None), 12, None, {}),
+    "unidirectional": (Prompt.unidirectional(range(5, 35), _SPECIAL), 5, None, {}),
+    "unidirectional, n-grams": (
+        Prompt.unidirectional(range(5, 15), _SPECIAL),
+        14,
+        (),
+        {"no_repeat_ngram": 1},
+    ),
+    "unidirectional to the last position": (
+        Prompt.unidirectional(range(5, 60), _SPECIAL),
+        None,
+        (),
+        {},
+    ),
+    "min_tokens": (Prompt((5, 9, 500, 33, 2), 2), 12, (504,), {"min_tokens": 4}),
+    "n-grams": (Prompt((5, 9, 33, 501), None), 20, (), {"no_repeat_ngram": 2}),
+    "bans": (Prompt((5, 9, 33, 501), None), 12, (), {"banned_tokens": tuple(range(200, 400))}),
+    "an end at once": (Prompt((5, 9, 500, 33, 2), 2), 12, (504,), {}),
+    "to the last position": (Prompt((*range(5, 60), 501), None), None, (), {}),
+}
+
+
+def _placed(config, params, shape):
+    if shape is None:
+        return params
+    mesh = make_mesh(shape)
+    return jax.device_put(
+        params, jax.tree.map(lambda a: a.sharding, glm_params.abstract(config, mesh))
+    )
+
+
+@pytest.fixture(scope="module")
+def greedy(golden_float32):
+    """Each case's answer by the engine."""
+    config, params = golden_float32
+    engine = Engine(params, config, EngineSettings(4))
+    requests = [
+        Request(prompt, Sampling(**settings), most, end_tokens=ends)
+        for prompt, most, ends, settings in _CASES.values()
+    ]
+    answers = sorted(engine.run(requests), key=lambda answer: answer.ticket)
+    return dict(zip(_CASES, [answer.tokens for answer in answers], strict=True))
+
+
+@pytest.mark.parametrize("mesh", [None, (1, 1, 1), (2, 2, 2)], ids=str)
+def test_one_beam_is_greedy(golden_float32, greedy, mesh):
+    """Prompts of all kinds, whatever is banned and wherever they end."""
+    config, params = golden_float32
+    params = _placed(config, params, mesh)
+    names = _CASES if mesh is None else ("blank", "unidirectional to the last position")
+    for name in names:
+        prompt, most, ends, settings = _CASES[name]
+        limit = config.max_sequence_length if most is None else len(prompt) + most
+        [found] = beam_search(
+            params,
+            config,
+            prompt,
+            BeamSearch(1, **settings),
+            max_length=limit,
+            end_tokens=ends,
+        )
+        assert found.tokens == greedy[name], name
+        assert len(found.tokens) <= limit - len(prompt)
+    assert len(greedy["unidirectional"]) <= 5
+    assert len(greedy["unidirectional to the last position"]) == 64 - 57
+    assert len(greedy["min_tokens"]) > 4
+    assert greedy["an end at once"] == (504,)
+
+
+def test_a_search_is_the_same_on_every_mesh(golden_float32):
+    """No mesh, one of one device, and one of several: answers and scores."""
+    config, params = golden_float32
+    prompt, *_ = _CASES["unidirectional"]
+    find = lambda shape: beam_search(
+        _placed(config, params, shape), config, prompt, BeamSearch(3, 0.7), max_length=40
+    )
+    alone = find(None)
+    # Of context, sop and prefix 32 tokens are there: 8 more, at the length that these are of.
+    assert {len(each.tokens) for each in alone} == {8}
+    for shape in ((1, 1, 1), (2, 2, 2)):
+        found = find(shape)
+        assert [each.tokens for each in found] == [each.tokens for each in alone]
+        for got, expected in zip(found, alone, strict=True):
+            assert got.score == pytest.approx(expected.score, abs=1e-4)
+
+
+def test_a_score_is_over_the_length_of_all_tokens(golden_float32):
+    """The prefix counts, as context and sop do."""
+    config, params = golden_float32
+    prompt = Prompt.unidirectional(range(5, 25), _SPECIAL)
+    find = lambda power: beam_search(
+        params, config, prompt, BeamSearch(1, power), max_length=len(prompt) + 3, end_tokens=()
+    )[0]
+    bare, penalised = find(0.0), find(1.0)
+    assert penalised.tokens == bare.tokens
+    assert penalised.score == pytest.approx(bare.score / ((5 + 22 + 3) / 6), rel=1e-5)
 
 
 def test_settings_that_cannot_be_are_refused():
