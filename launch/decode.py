@@ -64,9 +64,12 @@ def main() -> None:
     with locked(folder, share.process, share.count):
         batch.claim({name: getattr(FLAGS, name) for name in MODEL_IDENTITY})
         config, params = load_model(share.mesh)
-        answered = run_batch(batch, share, config, params, tokenizer)
+        counts = run_batch(batch, share, config, params, tokenizer)
     if share.writes:
-        print(f"{answered} prompts answered by this process; --merge puts all answers together")
+        print(
+            f"{counts.answered} prompts answered and {counts.failed} failed by this process; "
+            "--merge puts all answers together"
+        )
 
 
 if __name__ == "__main__":

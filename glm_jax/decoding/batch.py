@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -94,13 +94,20 @@ class Batch:
         answers.claim(self.folder, {"input": answers.describe_input(self.source)} | described)
 
 
+class Counts(NamedTuple):
+    """How many requests were answered, and how many failed."""
+
+    answered: int
+    failed: int
+
+
 def run_batch(
     batch: Batch, part: Share, config: GLMConfig, params: GLMParams, tokenizer: TextCodec
-) -> int:
+) -> Counts:
     """Answers what is left of a process's share, and shows how it goes.
 
     Returns:
-      How many requests were answered now.
+      How many requests were answered now, and how many have an error for an answer.
 
     Raises:
       JobError: answers cannot be written.
@@ -114,7 +121,7 @@ def run_batch(
     job = Job(engine, params, config, tokenizer, seed=batch.seed, truncates=batch.truncates)
     writer = AnswerWriter(batch.folder, part.process) if part.writes else None
     lines = share(read_lines(batch.source, batch.defaults), done, part.process, part.count)
-    count = 0
+    counts = Counts(0, 0)
     bar = tqdm(
         desc="answers",
         total=len(own),
@@ -126,10 +133,11 @@ def run_batch(
         for record in job.answer(lines):
             if writer is not None:
                 writer.write(record)
-            count += 1
+            has_failed = "error" in record
+            counts = Counts(counts.answered + (not has_failed), counts.failed + has_failed)
             bar.update()
             seconds = bar.format_dict["elapsed"]
             bar.set_postfix_str(f"{job.generated / max(seconds, 1e-9):.0f} tokens/s", False)
     if writer is not None:
         writer.close()
-    return count
+    return counts

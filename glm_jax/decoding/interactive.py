@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,8 +24,9 @@ from glm_jax.decoding.prepare import prepare
 from glm_jax.decoding.prompt import Prompt, PromptError
 from glm_jax.decoding.sampling import Sampling
 from glm_jax.decoding.text_stream import TextStream
+from glm_jax.errors import UserError
 from glm_jax.model.params import GLMParams
-from glm_jax.text_files import read_lines
+from glm_jax.text_files import check_characters, read_lines
 
 _GREEN_UNDERLINED, _PLAIN = "\x1b[32;4m", "\x1b[0m"
 _ASK = "text with [MASK], [sMASK] or [gMASK] (empty ends): "
@@ -75,6 +77,9 @@ def ask_texts(history: Path | None) -> Iterator[str]:
       history: a file of lines that arrow keys bring back, here and another time; None for
         none.
     """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # What is not UTF-8 is an error of its text, which the tokenizer says, and of no other.
+        sys.stdin.reconfigure(errors="surrogateescape")
     with _history(history):
         while True:
             try:
@@ -131,10 +136,11 @@ def fill_all(
     failures = 0
     for number, line in enumerate(texts, 1):
         try:
+            check_characters(line)
             label, text = _split_id(line) if with_id else ("", line)
             typing = _Typing(tokenizer, output, label) if output.isatty() else None
             filled = filler(text, None if typing is None else typing.show).finished(tokenizer)
-        except PromptError as error:
+        except UserError as error:
             print(f"error: line {number}: {error}", file=sys.stderr)
             failures += 1
             continue

@@ -31,6 +31,11 @@ class TextStream:
             return ""
         return self._give(text)
 
+    def peek(self, token: int) -> str:
+        """The text that a token would add, whole characters or not; nothing changes by it."""
+        text = self._decode([*self._window, token])
+        return text[len(self._text) :] if text.startswith(self._text) else ""
+
     def finish(self) -> str:
         """What was still open, whole characters or not."""
         text = self._decode(self._window)

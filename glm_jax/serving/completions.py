@@ -21,11 +21,17 @@ _BLANK = "[MASK]"  # what stands for the middle of a prompt and a suffix
 
 @dataclasses.dataclass(frozen=True)
 class _Prompt:
-    """A prompt with its one blank, and the text on both sides of it."""
+    """A prompt with its one blank, and the text on both sides of it.
+
+    Attributes:
+      before: ends where the answer's text begins, which has the space between words.
+      text: the prompt as it was given, without its mask.
+    """
 
     partly: PartlyFilled
     before: str
     after: str
+    text: str
 
 
 class _Choice:
@@ -44,9 +50,9 @@ class _Choice:
         self._special, self._has_ended = prompt.partly.special, False
         self._request, self._times = request, times
         self._stops = Stops([request.stop] if isinstance(request.stop, str) else request.stop or [])
-        self._told: list[tuple[str, float, dict[str, float] | None]] = []
+        # Name, text, log-probability, and those of the most likely tokens by name.
+        self._told: list[tuple[str, str, float, dict[str, float] | None]] = []
         self._length = len(prompt.before) if request.echo else 0
-        self._decode = decode
         before = prompt.partly.tokens[: prompt.partly.position]
         self._stream = TextStream(decode, before)
 
@@ -61,13 +67,15 @@ class _Choice:
         self._times.token()
         self.tokens += 1
         self._has_ended |= not self._special.without_end([token.token])
+        named = self._named(token)  # before the stream goes on: a name has its space there
         raw = "" if self._has_ended else self._stream.add(token.token)
         reason = token.finish_reason
         if reason is not None:
             raw += self._stream.finish()
         text = self._stops.add(raw)
         if self._request.logprobs is not None and not self._has_ended:
-            self._told.append((raw, token.log_probability, self._alternatives(token)))
+            name, top = named
+            self._told.append((name, raw, token.log_probability, top))
         if self._stops.has_stopped:
             reason = "stop"
         elif reason is not None:
@@ -77,16 +85,28 @@ class _Choice:
             text += self.prompt.after if self._request.echo else ""
         return self.piece(text, reason) if text or reason or self._told else None
 
-    def _alternatives(self, token: Token) -> dict[str, float] | None:
-        if not self._request.logprobs:
-            return None
-        named: dict[str, float] = {}
-        for number, value in token.alternatives[: self._request.logprobs]:
-            text = self._decode([number])
-            if not text or "\ufffd" in text or text in named:
-                text = f"token_id:{number}"  # a part of a character, or a name that is taken
-            named[text] = round(value, 6)
-        return named
+    def _named(self, token: Token) -> tuple[str, dict[str, float] | None]:
+        """A token's name, and by name the most likely tokens of its position.
+
+        As in OpenAI's interface the token that was chosen is always there: last, where it is
+        none of the most likely.
+        """
+        chosen, count = self._name(token.token), self._request.logprobs
+        if not count:
+            return chosen, None
+        top: dict[str, float] = {}
+        for number, value in token.alternatives[:count]:
+            is_chosen = number == token.token
+            name = chosen if is_chosen else self._name(number)
+            if not is_chosen and (name == chosen or name in top):
+                name = _by_number(number)
+            top[name] = round(value, 6)
+        return chosen, top | {chosen: round(token.log_probability, 6)}
+
+    def _name(self, number: int) -> str:
+        """The text that a token would be here; its number where that is no whole character."""
+        text = self._stream.peek(number)
+        return text if text and "\ufffd" not in text else _by_number(number)
 
     def piece(self, text: str, reason: str | None) -> dict[str, Any]:
         """A part of the choice, as JSON."""
@@ -102,14 +122,14 @@ class _Choice:
 
     def _probabilities(self) -> dict[str, Any]:
         offsets = []
-        for text, _, _ in self._told:
+        for _, text, _, _ in self._told:
             offsets.append(self._length)
             self._length += len(text)
         told, self._told = self._told, []
         return {
-            "tokens": [text for text, _, _ in told],
-            "token_logprobs": [round(value, 6) for _, value, _ in told],
-            "top_logprobs": [top for _, _, top in told] if self._request.logprobs else None,
+            "tokens": [name for name, _, _, _ in told],
+            "token_logprobs": [round(value, 6) for _, _, value, _ in told],
+            "top_logprobs": [top for _, _, _, top in told] if self._request.logprobs else None,
             "text_offset": offsets,
         }
 
@@ -200,8 +220,7 @@ class CompletionRun(Run):
         if self._request.max_tokens == 0:
             for choice in self._choices:
                 opening = choice.opening()
-                whole = choice.prompt.before + choice.prompt.after if opening else ""
-                yield choice.piece(whole, "length")
+                yield choice.piece(choice.prompt.text if opening else "", "length")
             return
         if self._is_search:
             async for piece in self._found():
@@ -269,6 +288,10 @@ class CompletionRun(Run):
         return self.head() | {"choices": choices, "usage": self.usage(self._generated)}
 
 
+def _by_number(token: int) -> str:
+    return f"token_id:{token}"
+
+
 def _prompts(request: CompletionRequest) -> list[str | Sequence[int]]:
     """The prompts of a request, one by one."""
     given: Any = request.prompt
@@ -282,13 +305,18 @@ def _prompts(request: CompletionRequest) -> list[str | Sequence[int]]:
 
 def _sides(
     model: ServedModel, partly: PartlyFilled, prompt: str | Sequence[int]
-) -> tuple[str, str]:
-    """The text before and behind a blank; as it was given, where it was given as text."""
+) -> tuple[str, str, str]:
+    """The text before and behind a blank, and both together; as it was given, where it was given
+    as text."""
     decode = model.tokenizer.decode
     if isinstance(prompt, str):
         before, _, after = prompt.partition(decode([partly.mask]))
-        return before, after
+        whole = before + after
+        if before.endswith(" ") and not decode(partly.tokens[: partly.position]).endswith(" "):
+            before = before[:-1]  # the tokenizer left it to the answer
+        return before, after, whole
     behind = partly.tokens[partly.position + 1 :]
     if behind and behind[-1] == partly.special.eos:
         behind = behind[:-1]
-    return decode(partly.tokens[: partly.position]), decode(behind)
+    sides = decode(partly.tokens[: partly.position]), decode(behind)
+    return *sides, "".join(sides)

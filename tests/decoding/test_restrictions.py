@@ -89,16 +89,20 @@ def test_a_banned_sequence_is_of_the_answer_alone():
     assert [np.flatnonzero(np.isinf(row)).tolist() for row in got] == [[3], [], []]
 
 
-@pytest.mark.parametrize("size", [0, 1, 2, 3])
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 11, 19, 20, 21, 10**6])
 def test_what_would_repeat_is_banned(size):
     rng = np.random.default_rng(0)
     first, length, vocab = 4, 20, 5
     tokens = rng.integers(0, vocab, (3, 32)).astype(np.int32)
+    # What repeats for long, and all the same.
+    tokens = np.concatenate([tokens, np.tile([3, 1], (1, 16)), np.full((1, 32), 4)]).astype(
+        np.int32
+    )
     each = lambda value: jnp.full(len(tokens), value)
     got = repeated(jnp.asarray(tokens), each(length), each(first), each(size), vocab)
     for row, is_banned in zip(tokens[:, :length].tolist(), got, strict=True):
         seen = {tuple(row[i - size + 1 : i + 1]) for i in range(first, length) if i >= size - 1}
-        latest = tuple(row[length - size + 1 :])
+        latest = tuple(row[max(0, length - size + 1) :])
         expected = [size > 0 and (*latest, token) in seen for token in range(vocab)]
         assert expected == is_banned.tolist()
 

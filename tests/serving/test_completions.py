@@ -98,6 +98,23 @@ def test_alternatives_are_the_likeliest(complete):
         assert chosen == values[0]  # greedy
 
 
+def test_a_chosen_token_is_among_its_alternatives_by_its_name(complete):
+    """Drawn from all of the vocabulary, so that few are of the likeliest, and after a blank."""
+    [choice] = complete(
+        prompt="The capital of France is [MASK].", max_tokens=24, temperature=2, seed=3, logprobs=2
+    ).choices
+    told = choice.logprobs
+    counts = set()
+    for name, value, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+        assert top[name] == value
+        counts.add(len(top))
+        assert list(top.values()) == sorted(top.values(), reverse=True)
+    assert 3 in counts <= {2, 3}
+    names = [name for name in told.tokens if not name.startswith("token_id:")]
+    assert any(name.startswith(" ") for name in names)
+    assert all(name in choice.text for name in names)
+
+
 def test_a_stop_ends_an_answer(complete, served):
     [whole] = complete(prompt=PROMPT, max_tokens=20, seed=5, **SAMPLED).choices
     stop = whole.text[len(whole.text) // 2 :][:3]
@@ -111,7 +128,8 @@ def test_echo_repeats_the_prompt(complete):
     asked = dict(max_tokens=6, seed=2, **SAMPLED)
     for prompt in ("France [MASK] here.", "France", "[gMASK]"):
         before, _, after = prompt.partition("[MASK]")
-        before = before.replace("[gMASK]", "")
+        # The space between two words is the answer's, and there once.
+        before = before.replace("[gMASK]", "").removesuffix(" ")
         [plain] = complete(prompt=prompt, **asked).choices
         [echoed] = complete(prompt=prompt, echo=True, **asked).choices
         assert echoed.text == before + plain.text + after
