@@ -273,9 +273,9 @@ def train_tokenizer(
 
     Raises:
       TokenizerError: no text, or fewer pieces asked for than characters need.
+      TextFileError: half of a character in a text.
     """
-    checked = map(check_characters, texts)
-    lines = [line for text in checked for line in _training_lines(text)]
+    lines = [line for text in texts for line in _training_lines(text)]
     if not lines:
         raise TokenizerError("no text to train a tokenizer on")
     model = io.BytesIO()
@@ -306,6 +306,7 @@ def train_tokenizer(
 
 def _training_lines(text: str) -> Iterator[str]:
     """Lines of a text, long ones in parts, such that sentencepiece learns from all of them."""
+    check_characters(text)
     length = _MAX_LINE_BYTES // 4 - 1  # a character is up to four bytes
     for line in _protect_blanks(text).split(LINE_BREAK):
         for part in filter(None, _UNTRAINABLE.split(line)):

@@ -50,8 +50,7 @@ class _Choice:
         self._special, self._has_ended = prompt.partly.special, False
         self._request, self._times = request, times
         self._stops = Stops([request.stop] if isinstance(request.stop, str) else request.stop or [])
-        # Name, text, log-probability, and those of the most likely tokens by name.
-        self._told: list[tuple[str, str, float, dict[str, float] | None]] = []
+        self._told: list[tuple[str, float, dict[str, float] | None]] = []
         self._length = len(prompt.before) if request.echo else 0
         before = prompt.partly.tokens[: prompt.partly.position]
         self._stream = TextStream(decode, before)
@@ -67,15 +66,14 @@ class _Choice:
         self._times.token()
         self.tokens += 1
         self._has_ended |= not self._special.without_end([token.token])
-        named = self._named(token)  # before the stream goes on: a name has its space there
+        names = self._names(token)  # before the stream goes on
         raw = "" if self._has_ended else self._stream.add(token.token)
         reason = token.finish_reason
         if reason is not None:
             raw += self._stream.finish()
         text = self._stops.add(raw)
         if self._request.logprobs is not None and not self._has_ended:
-            name, top = named
-            self._told.append((name, raw, token.log_probability, top))
+            self._told.append((raw, token.log_probability, self._top(token, raw, names)))
         if self._stops.has_stopped:
             reason = "stop"
         elif reason is not None:
@@ -85,28 +83,32 @@ class _Choice:
             text += self.prompt.after if self._request.echo else ""
         return self.piece(text, reason) if text or reason or self._told else None
 
-    def _named(self, token: Token) -> tuple[str, dict[str, float] | None]:
-        """A token's name, and by name the most likely tokens of its position.
+    def _names(self, token: Token) -> list[str]:
+        """The text that each of the most likely tokens would add here; its number where that is
+        no whole character."""
+        numbers = [number for number, _ in token.alternatives[: self._request.logprobs or 0]]
+        texts = [self._stream.peek(number) for number in numbers]
+        return [
+            text if text and "\ufffd" not in text else _by_number(number)
+            for text, number in zip(texts, numbers, strict=True)
+        ]
+
+    def _top(self, token: Token, chosen: str, names: Sequence[str]) -> dict[str, float] | None:
+        """Log-probabilities of the most likely tokens by name.
 
         As in OpenAI's interface the token that was chosen is always there: last, where it is
         none of the most likely.
         """
-        chosen, count = self._name(token.token), self._request.logprobs
-        if not count:
-            return chosen, None
+        if not self._request.logprobs:
+            return None
         top: dict[str, float] = {}
-        for number, value in token.alternatives[:count]:
+        for (number, value), text in zip(token.alternatives, names, strict=False):
             is_chosen = number == token.token
-            name = chosen if is_chosen else self._name(number)
+            name = chosen if is_chosen else text
             if not is_chosen and (name == chosen or name in top):
                 name = _by_number(number)
             top[name] = round(value, 6)
-        return chosen, top | {chosen: round(token.log_probability, 6)}
-
-    def _name(self, number: int) -> str:
-        """The text that a token would be here; its number where that is no whole character."""
-        text = self._stream.peek(number)
-        return text if text and "\ufffd" not in text else _by_number(number)
+        return top | {chosen: round(token.log_probability, 6)}
 
     def piece(self, text: str, reason: str | None) -> dict[str, Any]:
         """A part of the choice, as JSON."""
@@ -122,14 +124,14 @@ class _Choice:
 
     def _probabilities(self) -> dict[str, Any]:
         offsets = []
-        for _, text, _, _ in self._told:
+        for text, _, _ in self._told:
             offsets.append(self._length)
             self._length += len(text)
         told, self._told = self._told, []
         return {
-            "tokens": [name for name, _, _, _ in told],
-            "token_logprobs": [round(value, 6) for _, _, value, _ in told],
-            "top_logprobs": [top for _, _, _, top in told] if self._request.logprobs else None,
+            "tokens": [text for text, _, _ in told],
+            "token_logprobs": [round(value, 6) for _, value, _ in told],
+            "top_logprobs": [top for _, _, top in told] if self._request.logprobs else None,
             "text_offset": offsets,
         }
 
