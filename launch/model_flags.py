@@ -12,6 +12,7 @@ from glm_jax.decoding.engine import EngineSettings
 from glm_jax.decoding.prepare import prepare
 from glm_jax.decoding.requests import TextRequest
 from glm_jax.decoding.settings import SETTINGS, SamplingError
+from glm_jax.errors import UserError
 from glm_jax.model.checkpoint import load_config, restore
 from glm_jax.model.params import GLMParams
 from glm_jax.model.random_weights import is_random, random_config, random_model
