@@ -13,6 +13,7 @@ from absl import flags
 from glm_jax import cli
 from glm_jax.decoding.engine import Engine
 from glm_jax.sharding import parse_mesh
+from glm_jax.tokenizer import Tokenizer
 from launch.model_flags import (
     define_engine_flags,
     define_model_flags,
