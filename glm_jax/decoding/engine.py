@@ -142,7 +142,8 @@ class Engine:
 
     def _widths_of_steps(self) -> list[int]:
         """Slots that a step may run: only a CPU saves by rows what more programs cost."""
-        is_one_cpu = self._is_unrolled and self._mesh is None
+        device, *_ = jax.tree.leaves(self._params)[0].devices()
+        is_one_cpu = self._is_unrolled and self._mesh is None and device.platform == "cpu"
         halves = range((self._slot_count - 1).bit_length() if is_one_cpu else 0)
         return [*(1 << i for i in halves), self._slot_count]
 

@@ -28,9 +28,9 @@ def prepare(
 ) -> GLMParams:
     """Parameters in the form that decodes fastest here.
 
-    On CPU a scan copies each layer's weights in every step, so layers are unstacked, and on
-    a single CPU device kernels and embedding are laid out for the CPU kernel. Elsewhere the
-    scanned form stays. Call it once where many prompts follow.
+    A loop over stacked layers copies each layer's weights in every step, so layers are put
+    apart; where `restore` did that already, nothing is copied. On a single CPU device kernels
+    and embedding are laid out for the CPU kernel. Call it once where many prompts follow.
 
     Args:
       activation_bits: 8 to round activations too and multiply integers, of quantised
@@ -51,7 +51,7 @@ def prepare(
             "activations and embedding in few bits are for one CPU device, its kernel built, "
             "and all weights in its memory: leave out activation_bits and embedding_bits"
         )
-    if device.platform != "cpu" or is_offloaded:
+    if is_offloaded:
         return params
     params = unstack_layers(params)
     if not is_one_cpu:

@@ -108,25 +108,22 @@ def attach(params: GLMParams, adapters: Adapters, scale: float) -> GLMParams:
     """The model with adapters beside its kernels; layers stacked, a tuple, or offloaded."""
     layers: Any = params.layers
     if isinstance(layers, tuple):
-        changed: Any = tuple(
-            _attach(layer, _take(adapters, i), scale) for i, layer in enumerate(layers)
-        )
+        changed: Any = _attach_each(layers, adapters, scale)
     elif isinstance(layers, OffloadedLayers):
-        kept = layers.resident_count
-        resident = layers.resident
-        if resident is not None:
-            resident = _attach(resident, _take(adapters, slice(0, kept)), scale)
-        streamed = _attach(layers.streamed, _take(adapters, slice(kept, None)), scale)
-        changed = OffloadedLayers(resident, streamed)
+        of_streamed = jax.tree.map(lambda x: x[layers.resident_count :], adapters)
+        streamed = _attach(layers.streamed, of_streamed, scale)
+        changed = OffloadedLayers(_attach_each(layers.resident, adapters, scale), streamed)
     else:
         changed = _attach(layers, adapters, scale)
     attached: GLMParams = params.replace(layers=changed)  # type: ignore[attr-defined]
     return attached
 
 
-def _take(adapters: Adapters, place: int | slice) -> Adapters:
-    taken: Adapters = jax.tree.map(lambda x: x[place], adapters)
-    return taken
+def _attach_each(layers: tuple[Any, ...], adapters: Adapters, scale: float) -> tuple[Any, ...]:
+    """Of blocks apart, the first ones, each with its own."""
+    count = len(jax.tree.leaves(adapters)[0])
+    own = glm_params.transposed(glm_params.apart(adapters), count)
+    return tuple(_attach(layer, own[i], scale) for i, layer in enumerate(layers))
 
 
 def _attach(layers: Any, adapters: Adapters, scale: float) -> Any:

@@ -23,7 +23,7 @@ from glm_jax.model.offload import HostStack, device_bytes
 from glm_jax.model.params import KERNEL_AXES, GLMParams, LayerParams, LinearParams
 from glm_jax.model.parts import PARAMS_FOLDER, CheckpointError
 from glm_jax.model.reading import reusing_memory
-from glm_jax.model.stacking import Part, stacked
+from glm_jax.model.stacking import Part, gathered
 from glm_jax.numerics import array_dtype
 from glm_jax.quantization import QuantizedArray, Scheme
 
@@ -42,7 +42,7 @@ def save_model(
 
     Args:
       path: a folder that does not exist yet, or is empty.
-      params: float or quantised, layers stacked; arrays of jax or numpy.
+      params: float or quantised, layers stacked or a tuple; arrays of jax or numpy.
       extra_files: copied into the folder (a tokenizer's files).
 
     Raises:
@@ -53,9 +53,7 @@ def save_model(
         step = _layers_a_part(config, params.layers)
         for first in range(0, config.num_layers, step):
             end = min(first + step, config.num_layers)
-            some = params.layers
-            if step < config.num_layers:
-                some = jax.tree.map(lambda x, first=first, end=end: x[first:end], some)
+            some = glm_params.some_layers(params.layers, first, end)
             parts.write_part(folder, parts.layers_part(first, end), some)
         parts.write_part(folder, parts.EMBEDDING, parts.embedding_tree(params))
         if processes.is_first():
@@ -151,7 +149,8 @@ def restore(
         kernels, which may be quantised.
 
     Returns:
-      The config, and the parameters with layers stacked.
+      The config, and the parameters in the form that runs there: layers stacked on CPUs, on
+      other devices a tuple of them.
 
     Raises:
       CheckpointError: no complete model there, or one quantised in another way; no adapters,
@@ -186,7 +185,7 @@ def restore(
             layers = _read_into_stack(folder, config, ranges, mesh)
         else:
             read_parts = (Part(first, end, read(first, end)) for first, end in ranges)
-            layers = stacked(read_parts, config.num_layers, device_bytes(rest), limit)
+            layers = gathered(read_parts, config.num_layers, device_bytes(rest), limit)
     if dtype is not None:
         config = config.replace(param_dtype=array_dtype(dtype), compute_dtype=dtype)
     params = GLMParams(layers=layers, **rest)

@@ -1,8 +1,8 @@
 """Embedding, blocks, final norm, logits.
 
-Parameters whose layers are stacked run under `lax.scan`: one block is compiled, which
-keeps the programs of 70 layers small. Parameters whose layers are a tuple are unrolled,
-which on CPU spares a copy of each layer's weights in every step.
+Parameters whose layers are a tuple are unrolled: every kernel and library call takes a layer's
+weights where they lie. Stacked layers run in a loop, one block is compiled for all of them, and
+each layer's weights are copied out of the stack in every pass, as no call takes a slice.
 """
 
 import functools
@@ -156,6 +156,10 @@ def block(
     return x, cache
 
 
+# Traced and lowered once for blocks of the same shapes, of which 70 would take a minute.
+_block = jax.jit(block, static_argnames="config")
+
+
 def _self_attention(
     h: Float[Array, "batch seq embed"],
     layer: LayerParams,
@@ -220,7 +224,7 @@ def run_unrolled(
     written = []
     for i, layer in enumerate(layers):
         layer_cache = None if cache is None else cache[i]
-        x, layer_cache = block(x, layer, config, rotary, visible, layer_cache, start)
+        x, layer_cache = _block(x, layer, config, rotary, visible, layer_cache, start)
         written.append(layer_cache)
     return x, None if cache is None else tuple(written)
 
@@ -249,13 +253,13 @@ def run_looped(
     return carried
 
 
-def _take(stack: Any, index: Array) -> Any:
+def _take(stack: Any, index: int | Array) -> Any:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack)
 
 
 def _run_one(
     layer: LayerParams,
-    index: Array,
+    index: int | Array,
     carry: tuple[Array, Any],
     *,
     config: GLMConfig,
@@ -266,9 +270,9 @@ def _run_one(
     x, cache = carry
     if isinstance(cache, PagedCache):
         assert isinstance(start, Paging)
-        return block(x, layer, config, rotary, visible, cache, start.of_layer(index))
+        return _block(x, layer, config, rotary, visible, cache, start.of_layer(index))
     layer_cache = None if cache is None else _take(cache, index)
-    x, layer_cache = block(x, layer, config, rotary, visible, layer_cache, start)
+    x, layer_cache = _block(x, layer, config, rotary, visible, layer_cache, start)
     if cache is not None:
         cache = jax.tree.map(lambda c, new: c.at[index].set(new), cache, layer_cache)
     return x, cache
@@ -281,17 +285,30 @@ def _run_offloaded(
     within = lambda bound, low, high: (
         min(max(bound, low), high) if isinstance(bound, int) else jnp.clip(bound, low, high)
     )
-    if layers.resident is not None:
-        resident = layers.resident
-        step = lambda index, carry: run(_take(resident, index), index, carry)
-        bounds = within(first, 0, kept), within(end, 0, kept)
-        carry = jax.lax.fori_loop(*bounds, step, carry)
+    for index, layer in enumerate(layers.resident):
+        is_within = (first <= index) & (index < end)
+        carry = _run_if(is_within, functools.partial(run, layer, index), carry)
     begin, stop = (within(bound - kept, 0, last + 1) for bound in (first, end))
 
-    def step_ahead(index: Array, carried: Any) -> Any:
+    def two(number: Array, carried: Any) -> Any:
+        # Two blocks a turn: with one, that which came would be copied to where that one lay.
         layer, carry = carried
-        following = fetch(layers.streamed, jnp.minimum(index + 1, last))
-        return following, run(layer, index + kept, carry)
+        index = begin + 2 * number
+        second = fetch(layers.streamed, jnp.minimum(index + 1, last))
+        carry = run(layer, index + kept, carry)
+        # Into the memory of the first, which has run.
+        third, carry = jax.lax.optimization_barrier((jnp.minimum(index + 2, last), carry))
+        following = fetch(layers.streamed, third)
+        return following, run(second, index + 1 + kept, carry)
 
     fetched = fetch(layers.streamed, within(begin, 0, last))
-    return jax.lax.fori_loop(begin, stop, step_ahead, (fetched, carry))[1]
+    count = within(stop - begin, 0, last + 1)
+    fetched, carry = jax.lax.fori_loop(0, count // 2, two, (fetched, carry))
+    one = functools.partial(run, fetched, stop - 1 + kept)
+    return _run_if(count % 2 == 1, one, carry)
+
+
+def _run_if(is_run: bool | Array, run: Any, carry: Any) -> Any:
+    if isinstance(is_run, bool):
+        return run(carry) if is_run else carry
+    return jax.lax.cond(is_run, run, lambda carry: carry, carry)

@@ -31,16 +31,16 @@ class OffloadedLayers:
     """All blocks, in the order in which they run.
 
     Attributes:
-      resident: stacked blocks on the devices, None where there are none.
+      resident: blocks on the devices, apart.
       streamed: the blocks after them, stacked; what `is_streamed` in the hosts' pinned memory.
     """
 
-    resident: LayerParams | None
+    resident: tuple[LayerParams, ...]
     streamed: LayerParams
 
     @property
     def resident_count(self) -> int:
-        return 0 if self.resident is None else _count(self.resident)
+        return len(self.resident)
 
     @property
     def streamed_count(self) -> int:

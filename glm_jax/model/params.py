@@ -1,7 +1,7 @@
 """Parameter trees: every array's shape, dtype, logical axes and initialiser.
 
-Layers are stacked on a leading axis, the form that is stored and that `lax.scan` runs
-over. `unstack_layers` gives the tuple form that unrolled programs take.
+Layers are stacked on a leading axis, the form that is stored, or a tuple of blocks apart, the
+form that runs: `unstack_layers` and `stack_layers` turn one into the other.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from glm_jax.config import GLMConfig
@@ -334,28 +334,72 @@ def unstack_layers(params: GLMParams) -> GLMParams:
     """Layers as a tuple of blocks, for unrolled programs."""
     if isinstance(params.layers, tuple):
         return params
-    count = params.layers.input_layernorm.scale.shape[0]
-    columns = jax.jit(lambda layers: jax.tree.map(_unstack, layers))(params.layers)
-    layers = tuple(
+    unstacked: GLMParams = params.replace(  # type: ignore[attr-defined]
+        layers=layers_apart(params.layers)
+    )
+    return unstacked
+
+
+def layers_apart(layers: LayerParams) -> tuple[LayerParams, ...]:
+    """Stacked blocks as a tuple of them."""
+    return transposed(apart(layers), len(layers.input_layernorm.scale))
+
+
+def transposed(columns: Any, count: int) -> tuple[Any, ...]:
+    """Of a tree with tuples of `count` for leaves, as many trees."""
+    return tuple(
         jax.tree.map(lambda c, i=i: c[i], columns, is_leaf=lambda c: type(c) is tuple)
         for i in range(count)
     )
-    unstacked: GLMParams = params.replace(layers=layers)  # type: ignore[attr-defined]
-    return unstacked
+
+
+def described_apart(params: GLMParams) -> GLMParams:
+    """`unstack_layers` of what describes arrays on a mesh."""
+
+    def of_layer(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding: Any = x.sharding
+        place = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=place)
+
+    layers: Any = params.layers
+    count = layers.input_layernorm.scale.shape[0]
+    apart: GLMParams = params.replace(  # type: ignore[attr-defined]
+        layers=(jax.tree.map(of_layer, layers),) * count
+    )
+    return apart
 
 
 def stack_layers(params: GLMParams) -> GLMParams:
     """Layers stacked again, the form that is stored; the reverse of `unstack_layers`."""
     if not isinstance(params.layers, tuple):
         return params
-    layers = jax.tree.map(lambda *parts: jnp.stack(parts), *params.layers)
-    stacked: GLMParams = params.replace(layers=layers)  # type: ignore[attr-defined]
+    stacked: GLMParams = params.replace(  # type: ignore[attr-defined]
+        layers=some_layers(params.layers, 0, len(params.layers))
+    )
     return stacked
+
+
+def some_layers(layers: LayerParams | tuple[LayerParams, ...], first: int, end: int) -> LayerParams:
+    """Of a model's layers, stacked or apart, those from `first` up to `end`, stacked."""
+    some: LayerParams
+    if isinstance(layers, tuple):
+        some = jax.tree.map(lambda *parts: jnp.stack(parts), *layers[first:end])
+    elif (first, end) == (0, len(layers.input_layernorm.scale)):
+        some = layers
+    else:
+        some = jax.tree.map(lambda x: x[first:end], layers)
+    return some
 
 
 @jax.custom_vjp
 def _unstack(x: Array) -> tuple[Array, ...]:
     return tuple(x[i] for i in range(len(x)))
+
+
+@jax.jit
+def apart(stacks: Any) -> Any:
+    """A tree of stacks as one of tuples of their entries."""
+    return jax.tree.map(_unstack, stacks)
 
 
 # A stack of the parts; the transposes of slices would be sums of padded arrays.

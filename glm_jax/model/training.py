@@ -1,8 +1,6 @@
 """The forward pass as training runs it: with dropout, rematerialisation and a measure of
 how large activations are."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -38,26 +36,31 @@ def training_hidden(
     """
     rotary = rotary_factors(config, position_ids)
 
-    def run(x: Array, layer: LayerParams, index: Array | int) -> tuple[Array, Array]:
-        own = None if dropout is None else dropout.of_layer(index)
+    def run(x: Array, layer: LayerParams, own: Dropout | None) -> tuple[Array, Array]:
         x, _ = glm.block(x, layer, config, rotary, visibility.key_ranges, dropout=own)
         return x, jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
 
+    def of_layer(index: Array | int) -> Dropout | None:
+        return None if dropout is None else dropout.of_layer(index)
+
+    is_apart = isinstance(params.layers, tuple)
     if remat != "none":
         saved = jax.checkpoint_policies.dots_saveable if remat == "dots" else None
-        run = jax.checkpoint(run, policy=saved, prevent_cse=isinstance(params.layers, tuple))
+        run = jax.checkpoint(run, policy=saved, prevent_cse=is_apart)
     x = constrain(glm.embed(params, tokens).astype(config.activation_dtype), HIDDEN_AXES)
     x = drop(x, None if dropout is None else dropout.of_layer(_EMBEDDING), 0)
-    if isinstance(params.layers, tuple):
+    if is_apart:
+        run = jax.jit(run)  # traced and lowered once for all blocks
         measured = []
         for index, layer in enumerate(params.layers):
-            x, scale = run(x, layer, index)
+            x, scale = run(x, layer, of_layer(index))
             measured.append(scale)
         scales = jnp.stack(measured)
     else:
 
-        def step(x: Array, scanned: Any) -> tuple[Array, Array]:
-            return run(x, *scanned)
+        def step(x: Array, scanned: tuple[LayerParams, Array]) -> tuple[Array, Array]:
+            layer, index = scanned
+            return run(x, layer, of_layer(index))
 
         x, scales = jax.lax.scan(step, x, (params.layers, jnp.arange(config.num_layers)))
     return layer_norm(x, params.final_layernorm, config.layernorm_epsilon), scales

@@ -55,14 +55,16 @@ def lower_engine(
     """
     length = max_length or config.max_sequence_length
     shards = row_shards(mesh)
-    cache, pages = abstract_cache(config, mesh, slots, length)
     params = abstract_params(config, mesh, quantization, weight_memory_limit)
+    is_apart = isinstance(params.layers, tuple)
+    cache, pages = abstract_cache(config, mesh, slots, length, is_apart)
+    pages_a_layer = 0 if is_apart else pages
     row = empty_slot(config, length, 1 << (-(-length // PAGE_SIZE) - 1).bit_length())
     described = jax.tree.map(
         lambda x: _place(mesh, x, ("batch", *(None,) * (x.ndim - 1))),
         jax.eval_shape(lambda: empty_slots(row, slots, None)),
     )
-    pack = pack_prompts([], shards, prefill_width, PAGE_SIZE, pages, 0)
+    pack = pack_prompts([], shards, prefill_width, PAGE_SIZE, pages_a_layer, 0)
     whole = NamedSharding(mesh, PartitionSpec())
     pack = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), pack)
     hidden = jax.ShapeDtypeStruct(
@@ -73,7 +75,7 @@ def lower_engine(
     if isinstance(params.layers, OffloadedLayers):
         described, cache, pack, x = in_memory((described, cache, pack, x), DEVICE_MEMORY)
     with compiling_for(mesh):
-        step = programs.step.lower(params, config, described, cache, pages)
+        step = programs.step.lower(params, config, described, cache, pages_a_layer)
         prefill = programs.prefill_layers.lower(params.layers, config, x, pack, cache, **bounds)
         return {"step": step, "prefill": prefill}
 
@@ -98,12 +100,14 @@ def lower_scoring(
         )
 
 
-def abstract_cache(config: GLMConfig, mesh: Mesh, slots: int, length: int) -> tuple[Any, int]:
-    """Pages for so many requests of so many tokens: what describes them on a mesh, and how
-    many a layer and device there are."""
+def abstract_cache(
+    config: GLMConfig, mesh: Mesh, slots: int, length: int, is_apart: bool = True
+) -> tuple[Any, int]:
+    """Pages for so many requests of so many tokens: what describes them on a mesh, of each
+    layer or all together, and how many a layer and device there are."""
     shards = row_shards(mesh)
     pages = 1 + -(-slots // shards) * -(-length // PAGE_SIZE)
-    made = jax.eval_shape(lambda: init_paged_cache(config, pages * shards, PAGE_SIZE, False))
+    made = jax.eval_shape(lambda: init_paged_cache(config, pages * shards, PAGE_SIZE, is_apart))
     return jax.tree.map(lambda x: _place(mesh, x, PAGE_AXES[: x.ndim]), made), pages
 
 
@@ -117,7 +121,8 @@ def abstract_params(
     quantization: str | None,
     weight_memory_limit: float | None = None,
 ) -> GLMParams:
-    """Shapes, dtypes and shardings of a model's parameters on a mesh.
+    """Shapes, dtypes and shardings of a model's parameters on a mesh of GPUs or TPUs, in the
+    form that `restore` gives them there.
 
     Args:
       weight_memory_limit: GiB of weights a device; blocks beyond it lie in hosts' memory.
@@ -129,14 +134,16 @@ def abstract_params(
         params = glm_params.abstract(config, mesh)
     else:
         params = abstract_quantized(config, mesh, Scheme.parse(quantization))
-    if weight_memory_limit is None:
-        return params
     layers: Any = params.layers
+    whole = glm_params.described_apart(params)
+    apart: Any = whole.layers
+    if weight_memory_limit is None:
+        return whole
     rest = device_bytes(params) - device_bytes(layers)
     kept = resident_count(rest, layers, config.num_layers, weight_memory_limit)
     if kept == config.num_layers:
-        return params
-    resident = None if kept == 0 else in_memory(_of_count(layers, kept), DEVICE_MEMORY)
+        return whole
+    resident = in_memory(apart[:kept], DEVICE_MEMORY)
     streamed = jax.tree.map(
         lambda x: in_memory(x, HOST_MEMORY if is_streamed(x) else DEVICE_MEMORY),
         _of_count(layers, config.num_layers - kept),

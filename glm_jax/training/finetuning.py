@@ -12,7 +12,7 @@ from glm_jax.model.adapter_files import model_identity, save_adapter
 from glm_jax.model.adapters import AdapterConfig
 from glm_jax.model.checkpoint import load_config, restore, stored_bits
 from glm_jax.model.params import GLMParams, unstack_layers
-from glm_jax.sharding import is_cpu, parse_mesh
+from glm_jax.sharding import parse_mesh
 from glm_jax.tokenizer import Tokenizer, check_fits
 from glm_jax.training import config as train_config
 from glm_jax.training.loop import Job, run_job
@@ -96,7 +96,7 @@ def finetune(
             return None
         _, frozen = restore(checkpoint, mesh, model.compute_dtype, quantization)
         # Once, and not in every step.
-        return unstack_layers(frozen) if is_cpu(mesh) else frozen
+        return unstack_layers(frozen)
 
     def finish(state: TrainState) -> None:
         trained: Any = state.params

@@ -12,13 +12,23 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from glm_jax.config import GLMConfig
 from glm_jax.model.offload import DEVICE_MEMORY, HOST_MEMORY, is_streamed
-from glm_jax.model.params import Adapters, GLMParams, stack_layers, unstack_layers
+from glm_jax.model.params import (
+    Adapters,
+    GLMParams,
+    apart,
+    described_apart,
+    stack_layers,
+    transposed,
+    unstack_layers,
+)
 from glm_jax.sharding import is_cpu
 from glm_jax.training import trainable
 from glm_jax.training.recipe import Recipe
 from glm_jax.training.stability import Monitor, init_monitor
 from glm_jax.training.trainable import Trainable
 from glm_jax.training.update import BlockMoments, init_moments
+
+_MOST_APART = 40  # layers; a step takes some 3.6 s of a core to compile for each
 
 
 @struct.dataclass
@@ -59,7 +69,7 @@ def init_state(config: GLMConfig, recipe: Recipe, key: PRNGKeyArray, mesh: Mesh)
 
 
 def start_state(params: Any, config: GLMConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
-    """The state of a run that begins with given parameters, layers stacked."""
+    """The state of a run that begins with given parameters."""
     target = abstract_state(config, recipe, mesh)
     waiting = None
     if recipe.offload_moments:
@@ -69,6 +79,8 @@ def start_state(params: Any, config: GLMConfig, recipe: Recipe, mesh: Mesh) -> T
     shardings = jax.tree.map(lambda a: a.sharding, target)
 
     def begin(params: Trainable) -> TrainState:
+        if isinstance(params, GLMParams):
+            params = stack_layers(params)
         state = _state(_own(params, mesh), recipe)
         return _lay_out(state if waiting is None else _without_waiting(state), target)
 
@@ -112,27 +124,28 @@ def _state(params: Trainable, recipe: Recipe) -> TrainState:
 def abstract_state(config: GLMConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state that steps take and give.
 
-    On CPU the layers of a whole model are a tuple: to slice them from a stack and to stack
-    the new ones took 3 % of a step. Else they are stacked, as in `abstract_saved_state`.
+    The layers of a whole model are a tuple where `_takes_apart` says so: a loop over a stack
+    copies weights out of it and gradients into it, and what the backward pass takes into stacks
+    and out of them. Else they are stacked, as in `abstract_saved_state`.
     """
     saved = abstract_saved_state(config, recipe, mesh)
-    if not is_cpu(mesh) or recipe.adapter is not None or recipe.updates_by_block:
-        return saved
+    return _map_params(described_apart, saved) if _takes_apart(config, recipe, mesh) else saved
 
-    def layer_of(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, PartitionSpec(*a.sharding.spec[1:]))
-        return jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=sharding)
 
-    def take_apart(params: Any) -> Any:
-        layers = (jax.tree.map(layer_of, params.layers),) * config.num_layers
-        return params.replace(layers=layers)
-
-    return _map_params(take_apart, saved)
+def _takes_apart(config: GLMConfig, recipe: Recipe, mesh: Mesh) -> bool:
+    """Whether layers are a tuple: of models whose step then compiles in a few minutes. Not on
+    TPUs, whose compiler puts slices into products."""
+    if recipe.adapter is not None or recipe.updates_by_block:
+        return False
+    is_tpu = mesh.devices.flat[0].platform == "tpu"
+    return is_cpu(mesh) or (config.num_layers <= _MOST_APART and not is_tpu)
 
 
 def saved_form(state: TrainState) -> TrainState:
     """A state as `abstract_saved_state` describes it."""
-    return state if is_stacked(state) else _stacked(state)
+    if is_stacked(state):
+        return state
+    return _stacked(state) if is_cpu(_mesh(state)) else _map_params(_to_hosts, state)
 
 
 def is_stacked(state: TrainState) -> bool:
@@ -140,15 +153,55 @@ def is_stacked(state: TrainState) -> bool:
     return isinstance(state.params, Adapters) or not isinstance(state.params.layers, tuple)
 
 
+def _mesh(state: TrainState) -> Mesh:
+    mesh: Mesh = state.step.sharding.mesh
+    return mesh
+
+
 @jax.jit
 def _stacked(state: TrainState) -> TrainState:
     return _map_params(stack_layers, state)
 
 
+def _to_hosts(params: GLMParams) -> GLMParams:
+    """Layers stacked in hosts' memory, one array after another: devices have room for no more."""
+
+    def stack(*parts: jax.Array) -> jax.Array:
+        whole = _stack(parts)
+        place = whole.sharding.with_memory_kind(HOST_MEMORY)
+        return jax.block_until_ready(jax.device_put(whole, place))
+
+    stacked: GLMParams = params.replace(  # type: ignore[attr-defined]
+        layers=jax.tree.map(stack, *params.layers)
+    )
+    return stacked
+
+
+_stack = jax.jit(jnp.stack)
+
+
+def _from_hosts(params: GLMParams) -> GLMParams:
+    """The reverse of `_to_hosts`."""
+
+    def split(stack: jax.Array) -> tuple[jax.Array, ...]:
+        here = jax.device_put(stack, stack.sharding.with_memory_kind(DEVICE_MEMORY))
+        return jax.block_until_ready(apart(here))
+
+    layers: Any = params.layers
+    columns = jax.tree.map(split, layers)
+    split_up: GLMParams = params.replace(  # type: ignore[attr-defined]
+        layers=transposed(columns, len(layers.input_layernorm.scale))
+    )
+    return split_up
+
+
 def step_form(saved: TrainState, target: TrainState) -> TrainState:
     """A saved state, in buffers of its own, as `abstract_state` describes it in `target`."""
     shardings = jax.tree.map(lambda a: a.sharding, target)
-    mesh = target.step.sharding.mesh
+    mesh = _mesh(target)
+    if not (is_stacked(target) or is_cpu(mesh)):
+        here: TrainState = jax.device_put(_map_params(_from_hosts, saved), shardings)
+        return here
     # Given up where it is jax's own: a device has no room for it twice.
     given_up = () if is_cpu(mesh) else (0,)
     lay_out = jax.jit(
@@ -173,9 +226,11 @@ def _map_params(function: Callable[[GLMParams], GLMParams], state: TrainState) -
 
 
 def abstract_saved_state(config: GLMConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of a state in a checkpoint: layers are stacked."""
+    """Shapes, dtypes and shardings of a state in a checkpoint: layers are stacked, in hosts'
+    memory where steps run on other devices and take layers apart."""
     params = trainable.abstract(config, recipe, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
+    is_away = _takes_apart(config, recipe, mesh) and not is_cpu(mesh)
     by_path: dict[tuple[str, ...], NamedSharding] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = _names(path)
@@ -189,7 +244,7 @@ def abstract_saved_state(config: GLMConfig, recipe: Recipe, mesh: Mesh) -> Train
         ends = [part for i in range(len(names)) for part in (names[i:], names[i:-1])]
         matches = (by_path[part] for part in ends if part in by_path)
         sharding = _fitting(next(matches, whole), leaf.shape)
-        if recipe.offload_moments and _is_waiting(names, leaf):
+        if (is_away and "layers" in names) or (recipe.offload_moments and _is_waiting(names, leaf)):
             sharding = sharding.with_memory_kind(HOST_MEMORY)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 

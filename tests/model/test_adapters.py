@@ -20,7 +20,14 @@ from glm_jax.model.adapters import AdapterConfig, attach, merged_kernel
 from glm_jax.model.checkpoint import save_model
 from glm_jax.model.layers import Dropout
 from glm_jax.model.offload import HOST_MEMORY, OffloadedLayers
-from glm_jax.model.params import LinearParams, init_of, map_linears, quantize_params, unstack_layers
+from glm_jax.model.params import (
+    LinearParams,
+    init_of,
+    layers_apart,
+    map_linears,
+    quantize_params,
+    unstack_layers,
+)
 from glm_jax.model.parts import CheckpointError
 from glm_jax.model.training import training_hidden
 from glm_jax.model.visibility import Visibility
@@ -187,7 +194,7 @@ def _offloaded(params):
     place = SingleDeviceSharding(jax.devices()[0], memory_kind=HOST_MEMORY)
     cut = lambda first: jax.tree.map(lambda x: x[first : first + 1], params.layers)
     streamed = jax.tree.map(lambda x: jax.device_put(x, place) if x.ndim > 2 else x, cut(1))
-    return params.replace(layers=OffloadedLayers(cut(0), streamed))
+    return params.replace(layers=OffloadedLayers(layers_apart(cut(0)), streamed))
 
 
 def test_paths_may_be_relative(saved, tiny_model, monkeypatch):

@@ -4,14 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import glm_jax
 from glm_jax.decoding.completion import Request
 from glm_jax.decoding.engine import Engine, EngineSettings
 from glm_jax.decoding.prepare import PrecisionError, prepare
 from glm_jax.decoding.prompt import Prompt
+from glm_jax.model import checkpoint, stacking
 from glm_jax.model import params as glm_params
-from glm_jax.model import stacking
 from glm_jax.model.checkpoint import save_model
 from glm_jax.model.offload import HOST_MEMORY, OffloadedLayers, OffloadError, device_bytes
 from glm_jax.sharding import make_mesh
@@ -87,14 +88,29 @@ def test_a_limit_that_all_fits_into_changes_nothing(saved):
     assert isinstance(params.layers, glm_params.LayerParams)
 
 
-def test_blocks_are_stacked_on_devices_in_place(saved):
-    """As on GPUs and TPUs, which keep no stack on their host."""
-    _, params = glm_jax.restore(saved, make_mesh((1, 2, 4)))
-    stack = stacking._DeviceStack(LAYERS)
-    for first in range(0, LAYERS, 2):
-        part = jax.tree.map(lambda x, i=first: x[i : i + 2], params.layers)
-        stack.put(part, first)
-    jax.tree.map(np.testing.assert_array_equal, stack.finish(), params.layers)
+def _is_placed_as(x, stack):
+    place = NamedSharding(stack.sharding.mesh, PartitionSpec(*stack.sharding.spec[1:]))
+    return x.sharding.is_equivalent_to(place, x.ndim)
+
+
+def test_on_other_devices_than_cpus_blocks_come_apart(saved, monkeypatch, tmp_path):
+    """Each in arrays of its own as the engine runs them, and never in a stack besides."""
+    mesh = make_mesh((1, 2, 4))
+    config, stacked = glm_jax.restore(saved, mesh)
+    monkeypatch.setattr(stacking, "_is_on_cpu", lambda layers: False)
+    monkeypatch.setattr(checkpoint, "_is_on_cpu", lambda described: False)
+    _, params = glm_jax.restore(saved, mesh)
+    assert isinstance(params.layers, tuple)
+    for i, layer in enumerate(params.layers):
+        of_stack = jax.tree.map(lambda x, i=i: x[i], stacked.layers)
+        jax.tree.map(np.testing.assert_array_equal, layer, of_stack)
+        places = jax.tree.map(_is_placed_as, layer, stacked.layers)
+        assert jax.tree.all(places), places
+    assert prepare(params) is params
+    save_model(tmp_path / "again", config, params)
+    monkeypatch.undo()
+    again = glm_jax.restore(tmp_path / "again", mesh)[1]
+    jax.tree.map(np.testing.assert_array_equal, again, stacked)
 
 
 def test_a_limit_below_two_blocks_is_refused(saved):

@@ -11,9 +11,11 @@ from glm_jax.config import GLMConfig
 from glm_jax.model import glm
 from glm_jax.model import params as glm_params
 from glm_jax.model.layers import Dropout, drop
+from glm_jax.model.offload import HOST_MEMORY
 from glm_jax.model.training import REMAT_POLICIES
 from glm_jax.model.visibility import Visibility
 from glm_jax.sharding import make_mesh
+from glm_jax.training import state as training_state
 from glm_jax.training.loss import cross_entropy
 from glm_jax.training.recipe import Recipe
 from glm_jax.training.stability import embedding_factor, init_monitor, judge
@@ -281,13 +283,20 @@ def test_a_step_is_the_same_on_every_mesh(shape):
     assert shard.size * shape[1] * shape[2] == kernel.size
 
 
-def test_checkpoints_hold_layers_stacked_and_steps_hold_them_apart():
+@pytest.mark.parametrize("is_on_cpu", [True, False])
+def test_checkpoints_hold_layers_stacked_and_steps_hold_them_apart(is_on_cpu, monkeypatch):
+    """Not on CPUs the stacks are in hosts' memory: devices have no room for them besides."""
     mesh = make_mesh((1, 2, 2))
     state = _state(PLAIN, mesh)
+    monkeypatch.setattr(training_state, "is_cpu", lambda mesh: is_on_cpu)
     assert isinstance(state.opt_state[1].nu.layers, tuple)
     saved, described = saved_form(state), abstract_saved_state(CONFIG, PLAIN, mesh)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
     assert shapes(saved) == shapes(described)
+    is_there = lambda x, of: x.sharding.is_equivalent_to(of.sharding, x.ndim)
+    assert jax.tree.all(jax.tree.map(is_there, saved, described))
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(saved.opt_state[1].nu.layers)}
+    assert kinds == ({"device"} if is_on_cpu else {HOST_MEMORY})
     kernels = [layer.dense.kernel for layer in state.params.layers]
     np.testing.assert_array_equal(saved.params.layers.dense.kernel, np.stack(kernels))
     back = step_form(saved, abstract_state(CONFIG, PLAIN, mesh))
