@@ -296,8 +296,9 @@ def _run_offloaded(
         index = begin + 2 * number
         second = fetch(layers.streamed, jnp.minimum(index + 1, last))
         carry = run(layer, index + kept, carry)
-        # Into the memory of the first, which has run.
-        third, carry = jax.lax.optimization_barrier((jnp.minimum(index + 2, last), carry))
+        # The third goes to the memory of the first, which has run, while the second runs.
+        third = jnp.minimum(index + 2, last)
+        second, third, carry = jax.lax.optimization_barrier((second, third, carry))
         following = fetch(layers.streamed, third)
         return following, run(second, index + 1 + kept, carry)
 
