@@ -9,7 +9,6 @@ from typing import Any
 from glm_jax import files, processes
 from glm_jax.config import GLMConfig
 from glm_jax.model.checkpoint import save_model
-from glm_jax.model.params import stack_layers
 from glm_jax.tokenizer import Tokenizer
 from glm_jax.training.state import TrainState
 
@@ -20,7 +19,7 @@ def save_trained(workdir: Path, model: GLMConfig, state: TrainState, tokenizer: 
     """Writes a whole model that was trained, in place of that of an earlier, shorter run."""
 
     def write(folder: Path) -> None:
-        params: Any = stack_layers(state.params)  # type: ignore[arg-type]
+        params: Any = state.params
         save_model(folder, model, params, tokenizer.files)
 
     replace_result(workdir / MODEL_FOLDER, int(state.step), write)
