@@ -35,6 +35,7 @@ def test_fits_with_2048_positions(case):
         assert taken.total < described.memory_bytes, program
         # Sums of parts and, of what tokens are chosen from, the scores: never weights.
         scores = 4 * slots * config.vocab_size
-        sums = 4 * 2 * max(slots, 2048 if program == "prefill" else 0) * config.hidden_size
+        rows = max(slots, 2048 if program == "prefill" else 0)
+        sums = config.num_layers * 4 * 2 * rows * config.hidden_size
         moved = sum(size for _, size in collectives(compiled).values())
         assert moved < 8 * scores + 2 * sums, collectives(compiled)
