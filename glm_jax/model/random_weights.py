@@ -17,7 +17,7 @@ from glm_jax.model import parts
 from glm_jax.model.abstract_params import abstract_quantized
 from glm_jax.model.offload import device_bytes
 from glm_jax.model.params import GLMParams, LayerParams, LinearParams
-from glm_jax.model.stacking import Part, stacked
+from glm_jax.model.stacking import Part, gathered
 from glm_jax.numerics import array_dtype
 from glm_jax.quantization import QuantizedArray, Scheme
 from glm_jax.quantization.packing import join_bytes, split_bytes
@@ -57,14 +57,14 @@ def random_model(
     """A named size with random weights, made where they stay, in the form that is run.
 
     Quantised kernels are random integers and scales from the start. One layer is made at a
-    time and written into its stack, so that no more than a layer comes on top of the weights.
+    time, so that no more than a layer comes on top of the weights.
 
     Args:
       checkpoint: "random:SIZE", as of `random_config`.
       mesh, dtype, quantization, weight_memory_limit: as of `checkpoint.restore`.
 
     Returns:
-      The config, and the parameters with layers stacked.
+      The config, and the parameters, layers in the form that `checkpoint.restore` gives them.
 
     Raises:
       ConfigError: the size is unknown.
@@ -95,7 +95,7 @@ def random_params(
     keys = jax.random.split(layers_key, config.num_layers)
     made = (Part(i, i + 1, make_layer(keys[i])) for i in range(config.num_layers))
     limit = math.inf if weight_memory_limit is None else weight_memory_limit
-    return GLMParams(layers=stacked(made, config.num_layers, device_bytes(rest), limit), **rest)
+    return GLMParams(layers=gathered(made, config.num_layers, device_bytes(rest), limit), **rest)
 
 
 def described_params(config: GLMConfig, mesh: Mesh | None, scheme: Scheme | None) -> GLMParams:
