@@ -122,7 +122,7 @@ def measure_gpu(output: Path) -> None:
     if quantization is None and is_random(checkpoint):
         quantization = "int4"
     results = gpu.measure(FLAGS.skip, FLAGS.shapes, checkpoint, quantization)
-    write_text(output / "gpu.json", json.dumps(results, indent=1) + "\n")
+    write_text(output / "gpu.json", to_json(results, indent=1) + "\n")
     text = gpu_report.markdown(results)
     write_text(output / "gpu.md", text)
     gpu_report.draw(results, output / "gpu.png")

@@ -74,7 +74,7 @@ def _relative_error(
 ) -> Float[Array, "..."]:
     def one(weight: Array, array: QuantizedArray) -> Array:
         wide = weight.astype(jnp.float32)
-        error = dequantize(array, jnp.float32) - wide
+        error = dequantize(array, wide.dtype) - wide
         return jnp.sqrt(jnp.sum(error**2) / jnp.maximum(jnp.sum(wide**2), 1e-30))
 
     if not is_stacked:

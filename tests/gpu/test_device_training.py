@@ -1,4 +1,4 @@
-"""A train step equals the CPU's in float32, and is near it in bfloat16."""
+"""A train step equals the CPU's in float32, is near it in bfloat16, and its state is saved."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ import pytest
 
 from glm_jax.config import GLMConfig
 from glm_jax.sharding import make_mesh
+from glm_jax.training.checkpoints import RunCheckpoints
 from glm_jax.training.recipe import Recipe
 from glm_jax.training.state import Batch, init_state, saved_form
 from glm_jax.training.step import compiled_train_step
@@ -78,3 +79,20 @@ def test_float32_equals_the_cpus(on_cpu):
 def test_few_bits_and_moments_on_the_host_descend_alike(on_cpu, fields):
     losses, _ = _run(jax.devices()[0], **fields)
     np.testing.assert_allclose(losses, on_cpu[0], rtol=2e-2)
+
+
+def test_a_state_comes_back_from_its_checkpoint(tmp_path):
+    """On a GPU by way of the host's pinned memory, where layers are stacked."""
+    recipe, model = Recipe(total_samples=10), GLMConfig(*SIZES)
+    mesh = make_mesh((1, 1, 1), jax.devices()[:1])
+    state = init_state(model, recipe, jax.random.key(0), mesh)
+    checkpoints = RunCheckpoints(tmp_path / "checkpoints", 1, 0.0, 1, 0)
+    try:
+        checkpoints.save(1, state, {"consumed": 3})
+        restored, data = checkpoints.restore_latest(model, recipe, mesh)
+    finally:
+        checkpoints.close()
+    assert data == {"consumed": 3}
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    of_leaves = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
+    assert of_leaves(restored) == of_leaves(state)
