@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import zstandard
-
 from glm_jax.errors import UserError
 
 _BOM = b"\xef\xbb\xbf"
@@ -223,7 +221,7 @@ def _reading(path: Path) -> Iterator[None]:
     """Names the file in what goes wrong."""
     try:
         yield
-    except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise TextFileError(
             f"{path}: cannot be read to its end: cut off or damaged: {error}"
         ) from error
@@ -273,8 +271,13 @@ class _Unzstd(io.RawIOBase):
     """
 
     def __init__(self, file: BinaryIO):
+        # Here, since all else is of use where an environment lacks the package.
+        import zstandard
+
         self._file = file
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._new_frame = lambda: zstandard.ZstdDecompressor().decompressobj()
+        self._damage = zstandard.ZstdError
+        self._frame = self._new_frame()
         self._has_begun = False
         self._packed = b""
         self._unpacked = memoryview(b"")
@@ -294,13 +297,16 @@ class _Unzstd(io.RawIOBase):
         """Unpacks some more; False at the end of the file."""
         packed = self._packed or self._file.read(_FED_BYTES)
         if self._frame.eof:
-            self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._frame = self._new_frame()
             self._has_begun = False
         if not packed:
             if self._has_begun:
                 raise EOFError("the last frame has no end")
             return False
         self._has_begun = True
-        self._unpacked = memoryview(self._frame.decompress(packed))
+        try:
+            self._unpacked = memoryview(self._frame.decompress(packed))
+        except self._damage as error:
+            raise EOFError(str(error)) from error
         self._packed = self._frame.unused_data if self._frame.eof else b""
         return True

@@ -26,9 +26,9 @@ def main() -> None:
     output = Path(FLAGS.output)
     with locked(output):
         refuse_non_empty(output)
+        documents = read_documents(find_files(FLAGS.input))
         # What cannot be written is known before the work, not after it.
         output.mkdir(parents=True, exist_ok=True)
-        documents = read_documents(find_files(FLAGS.input))
         tokenizer = train_tokenizer(documents, output, FLAGS.num_text_tokens)
     print(f"wrote {FLAGS.output}: {tokenizer.vocab_size} ids, special tokens included")
 

@@ -26,6 +26,7 @@ def _ends_by(error, monkeypatch):
         raise error
 
     monkeypatch.setattr(cli.app, "run", run)
+    monkeypatch.setattr(cli, "_OUTPUTS", ())  # flags of launchers that other tests imported
     cli.run(lambda: None)
 
 

@@ -19,7 +19,7 @@ LAYERS = {
     "glm_jax.quantization": 2,
     "glm_jax.kernels": 3,
     "glm_jax.model": 4,
-    "glm_jax.tokenizer": 5,
+    "glm_jax.tokenizer": 3,
     "glm_jax.data": 5,
     "glm_jax.training": 6,
     "glm_jax.decoding": 6,

@@ -5,7 +5,7 @@ import hmac
 from pathlib import Path
 
 from glm_jax.errors import UserError
-from glm_jax.text_files import read_lines
+from glm_jax.text_files import TextFileError, read_lines
 
 
 class KeysError(UserError):
@@ -27,14 +27,13 @@ class Keys:
         """Keys of a file, one a line; empty lines and those that begin with # do not count.
 
         Raises:
-          KeysError: the file has none.
-          TextFileError: it cannot be read.
+          KeysError: the file has none, or cannot be read.
         """
-        keys = [
-            key
-            for line in read_lines(Path(file))
-            if (key := line.strip()) and not key.startswith("#")
-        ]
+        try:
+            lines = [line.strip() for line in read_lines(Path(file))]
+        except TextFileError as error:
+            raise KeysError(f"--api_keys={error}") from error
+        keys = [line for line in lines if line and not line.startswith("#")]
         if not keys:
             raise KeysError(f"--api_keys={file}: no key in it, so that no one could ask")
         return cls(keys)

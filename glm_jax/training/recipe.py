@@ -14,7 +14,7 @@ _SHARE_LEFT_OUT = Range(float, 0, 1, without_high=True)
 MAX_COUNT = 2**31 - 1  # of rows and steps, which programs count as int32
 RANGES = {
     "total_samples": Range(int, 1, MAX_COUNT),
-    "learning_rate": Range(float, 0, 1),
+    "learning_rate": Range(float, 0, 1, without_low=True),
     "initial_learning_rate": _FRACTION,
     "final_learning_rate_fraction": _FRACTION,
     "warmup_fraction": _FRACTION,

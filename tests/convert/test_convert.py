@@ -19,7 +19,6 @@ from convert.sat_writer import write_shards
 from convert.torch_file import TorchFile
 from convert.torch_writer import write_torch_file
 from glm_jax import restore
-from glm_jax.errors import UserError
 from glm_jax.files import OutputError
 from glm_jax.model.checkpoint import CheckpointError
 from glm_jax.model.params import quantize_params
@@ -257,9 +256,6 @@ def test_a_half_written_model_is_never_restored(tmp_path):
         restore(partial)
     shutil.copy(tmp_path / "out" / "config.json", partial)
     shutil.rmtree(partial / "params")
-    with pytest.raises(UserError, match=r"params/embedding.* is missing"):
-        restore(partial)
-    (partial / "checksums.json").unlink()
     with pytest.raises(CheckpointError, match="no complete parameters"):
         restore(partial)
 

@@ -265,7 +265,7 @@ def test_widths_of_packs():
         ({"prompt": Prompt((5,) * 62 + (240,), 62)}, PromptError, "63 tokens.*past 64"),
         ({"prompt": Prompt((5, 256), 1)}, PromptError, "token 256 is not in the vocabulary"),
         ({"max_tokens": 0}, PromptError, "max_tokens=0: at least 1"),
-        ({"seed": -1}, PromptError, "seed=-1"),
+        ({"seed": -1}, SamplingError, "seed=-1"),
         ({"sampling": Sampling(banned_tokens=(256,))}, SamplingError, "banned token 256"),
         ({"sampling": Sampling(banned_sequences=((1,) * 9,))}, SamplingError, "at most 8 tokens"),
         ({"sampling": Sampling(banned_sequences=((1,),) * 33)}, SamplingError, "at most 32"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from stub_tokenizer import WordTokenizer
 
+from glm_jax.config import glm_config
 from glm_jax.decoding.completion import Token
 from glm_jax.errors import UserError
 from glm_jax.evaluation.tasks import Model
@@ -83,7 +84,10 @@ def test_an_answer_ends_before_eod_and_settings_may_be_none(harness, monkeypatch
 
 def test_control_words_of_the_harness_are_text(harness, tokenizer):
     _, model = harness
-    model._model = Model(model._model.params, model._model.config, tokenizer, 256)
+    config = glm_config(
+        "tiny", vocab_size=tokenizer.vocab_size, special_tokens=tokenizer.special_tokens
+    )
+    model._model = Model(model._model.params, config, tokenizer, 128)
     special = tokenizer.special_tokens
     for context, text in [("a [MASK] <eop>", " <sop>[gMASK]"), ("", "<eod>")]:
         ids = [token for part in model._pair(context, text) for token in part]

@@ -20,7 +20,7 @@ def test_runs():
     import launch.benchmark  # the GPU suite
 
 def test_other_packages():
-    import glm_jax.training.config
+    import configs.hardware.h200
 
 def test_devices():
     make_mesh((1, 1, 8))

@@ -202,7 +202,7 @@ def test_dropout_keeps_the_mean_and_differs_from_step_to_step(which):
     assert float(dropped.mean()) == pytest.approx(1.0, abs=0.01)
     assert float((dropped == 0).mean()) == pytest.approx(0.25, abs=0.01)
     rates = dict.fromkeys(("dropout", "attention_dropout"), 0.0) | {which: 0.3}
-    still = {"learning_rate": 0.0, "initial_learning_rate": 0.0}
+    still = {"learning_rate": 1e-30, "initial_learning_rate": 0.0}
     recipe = Recipe(total_samples=1000, **rates, **still)
     state = _state(recipe)
     state, first = _step(state, _batch(), recipe)
