@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 from conftest import GOLDEN
+from forked import Try, run_all
 from running import environment
 
 from glm_jax.config import glm_config
@@ -136,40 +137,54 @@ def test_the_demo_removes_nothing_but_an_earlier_demo(tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "keep"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "words"),
-    [
-        (["launch.generate"], 2, ["--checkpoint"]),
-        (["launch.generate", "--checkpoint=x", "--beams=3"], 2, ["beams"]),
-        (["launch.generate", "--checkpoint=x", "stray"], 2, ["stray"]),
-        (["launch.generate", "--checkpoint=x", "--quantization=int2"], 2, ["int8 or int4"]),
-        (["launch.generate", "--checkpoint=x", "--activation_bits=4"], 2, ["activation_bits"]),
-        (["launch.generate", "--checkpoint=x", "--cache_dtype=int4"], 2, ["cache_dtype"]),
-        (["launch.generate", "--checkpoint=nowhere", "--tokenizer=no"], 1, ["is missing"]),
-        (["launch.generate", "--checkpoint=x", "--input=nowhere.txt"], 1, ["nowhere.txt"]),
-        (["launch.generate", "--checkpoint=x", "--temperature=nan"], 2, ["temperature"]),
-        (["launch.train", "--workdir=w", "--config=configs/none.py"], 2, ["none.py"]),
-        (
-            ["launch.train", "--workdir=w", "--config=configs/train_tiny.py", "--config.stesp=3"],
-            2,
-            ["stesp"],
-        ),
-        (["launch.train", "--workdir=w", "--config=configs/train_tiny.py"], 1, ["data.files"]),
-        (["launch.train_tokenizer", "--input=no*.txt", "--output=o"], 1, ["no*.txt"]),
-        (
-            ["convert.sat_to_orbax", "--input=nowhere", "--output=o", "--num_heads=8"],
-            1,
-            ["nowhere"],
-        ),
-        (["convert.orbax_to_sat", "--input=nowhere", "--output=o"], 1, ["nowhere"]),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
-)
-def test_bad_input_is_one_line_and_a_status(tmp_path, arguments, status, words):
-    if arguments[-1].startswith("--config=") or "--config.stesp=3" in arguments:
-        arguments = [a.replace("configs/", f"{ROOT}/configs/") for a in arguments]
-    _assert_refused(_run(*arguments, cwd=tmp_path), status, *words)
-    assert list(tmp_path.iterdir()) == []
+REFUSED = [
+    (["launch.generate"], 2, ["--checkpoint"]),
+    (["launch.generate", "--checkpoint=x", "--beams=3"], 2, ["beams"]),
+    (["launch.generate", "--checkpoint=x", "stray"], 2, ["stray"]),
+    (["launch.generate", "--checkpoint=x", "--quantization=int2"], 2, ["int8 or int4"]),
+    (["launch.generate", "--checkpoint=x", "--activation_bits=4"], 2, ["activation_bits"]),
+    (["launch.generate", "--checkpoint=x", "--cache_dtype=int4"], 2, ["cache_dtype"]),
+    (["launch.generate", "--checkpoint=nowhere", "--tokenizer=no"], 1, ["is missing"]),
+    (["launch.generate", "--checkpoint=x", "--input=nowhere.txt"], 1, ["nowhere.txt"]),
+    (["launch.generate", "--checkpoint=x", "--temperature=nan"], 2, ["temperature"]),
+    (["launch.train", "--workdir=w", "--config=configs/none.py"], 2, ["none.py"]),
+    (
+        ["launch.train", "--workdir=w", "--config=configs/train_tiny.py", "--config.stesp=3"],
+        2,
+        ["stesp"],
+    ),
+    (["launch.train", "--workdir=w", "--config=configs/train_tiny.py"], 1, ["data.files"]),
+    (["launch.train_tokenizer", "--input=no*.txt", "--output=o"], 1, ["no*.txt"]),
+    (
+        ["convert.sat_to_orbax", "--input=nowhere", "--output=o", "--num_heads=8"],
+        1,
+        ["nowhere"],
+    ),
+    (["convert.orbax_to_sat", "--input=nowhere", "--output=o"], 1, ["nowhere"]),
+]
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    """What each of `REFUSED` says, and its folder; all in forks of one process."""
+    folders = [tmp_path_factory.mktemp("refused") for _ in REFUSED]
+    tries = [
+        Try(tuple(a.replace("configs/", f"{ROOT}/configs/") for a in arguments), str(folder))
+        for (arguments, _, _), folder in zip(REFUSED, folders, strict=True)
+    ]
+    return list(zip(run_all(tries, environment(1)), folders, strict=True))
+
+
+@pytest.mark.parametrize("number", range(len(REFUSED)), ids=lambda n: " ".join(REFUSED[n][0]))
+def test_bad_input_is_one_line_and_a_status(refused, number):
+    _, status, words = REFUSED[number]
+    (ended, _, complaint), folder = refused[number]
+    assert ended == status, complaint
+    last = complaint.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "Traceback" not in complaint
+    assert all(word in last for word in words)
+    assert list(folder.iterdir()) == []
 
 
 def test_a_checkpoint_without_tokenizer_is_refused(tmp_path):

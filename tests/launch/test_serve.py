@@ -5,7 +5,8 @@ import signal
 
 import httpx2
 import pytest
-from running import ServerProcess, save_tiny
+from forked import Try, run_all
+from running import ServerProcess, environment, save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -53,22 +54,32 @@ def test_it_ends_while_it_loads(folder):
     assert process.stderr.read() == ""
 
 
-@pytest.mark.parametrize(
-    ("flags", "status", "message"),
-    [
-        ([], 2, "checkpoint"),
-        (["--checkpoint=nowhere"], 1, "nowhere holds no model"),
-        (["--checkpoint={folder}", "--mesh=1,1,3"], 1, "mesh"),
-        (["--checkpoint={folder}", "--max_length=999"], 1, "past the model's 128 positions"),
-        (["--checkpoint={folder}", "--api_keys=none"], 1, "--api_keys=none: "),
-        (["--checkpoint={folder}", "--port=70000"], 2, "port"),
-        (["--checkpoint={folder}", "--host=no.such.invalid"], 1, "--host=no.such.invalid"),
-    ],
-)
-def test_what_cannot_be_served(folder, flags, status, message):
-    process = ServerProcess(*(flag.format(folder=folder) for flag in flags)).process
-    _, complaint = process.communicate(timeout=120)
-    assert process.returncode == status
+REFUSED = [
+    ([], 2, "checkpoint"),
+    (["--checkpoint=nowhere"], 1, "nowhere holds no model"),
+    (["--checkpoint={folder}", "--mesh=1,1,3"], 1, "mesh"),
+    (["--checkpoint={folder}", "--max_length=999"], 1, "past the model's 128 positions"),
+    (["--checkpoint={folder}", "--api_keys=none"], 1, "--api_keys=none: "),
+    (["--checkpoint={folder}", "--port=70000"], 2, "port"),
+    (["--checkpoint={folder}", "--host=no.such.invalid"], 1, "--host=no.such.invalid"),
+]
+
+
+@pytest.fixture(scope="module")
+def refused(folder):
+    """What each of `REFUSED` says; all in forks of one process."""
+    tries = [
+        Try(("launch.serve", "--port=0", *(f.format(folder=folder) for f in flags)), str(folder))
+        for flags, _, _ in REFUSED
+    ]
+    return run_all(tries, environment(1))
+
+
+@pytest.mark.parametrize("number", range(len(REFUSED)), ids=lambda n: " ".join(REFUSED[n][0]))
+def test_what_cannot_be_served(refused, number):
+    _, status, message = REFUSED[number]
+    ended, _, complaint = refused[number]
+    assert ended == status, complaint
     [line] = complaint.splitlines()
     assert line.startswith("error: ")
     assert message in line
