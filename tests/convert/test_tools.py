@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 from conftest import GOLDEN, POSITIONS
-from running import ROOT
+from forked import Try, run_all
+from running import environment
 from safetensors import safe_open
 from torch_files import read_module
 
@@ -92,34 +91,35 @@ def test_a_difference_is_found_measured_and_named(tmp_path):
 
 
 def test_command_lines(converted, tmp_path):
-    def run(*arguments):
-        command = [sys.executable, "-m", *map(str, arguments)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-    # A command line has sixteen devices, more than these tests.
-    for name in ("tp2", "int4_tp2"):
-        made = run(
-            "convert.sat_to_orbax", f"--input={CHECKPOINTS / name}", f"--output={tmp_path / name}"
-        )
-        assert made.returncode == 0, made.stderr
-        assert all(
-            d is None for d in compare(open_model(tmp_path / name), open_model(CHECKPOINTS / name))
-        )
-    equal = run("convert.verify", converted, CHECKPOINTS / "tp8")
-    assert equal.returncode == 0, equal.stderr
-    assert "all 39 tensors are equal" in equal.stdout
-    other = run("convert.verify", converted, CHECKPOINTS / "int4_tp8")
-    assert other.returncode == 1
-    assert "12 of 39 tensors differ" in other.stderr
-    assert other.stderr.count("\n") == 1
-    assert run("convert.verify").returncode == 2
-    shown = run("convert.inspect", CHECKPOINTS / "int8_tp2")
-    assert shown.returncode == 0, shown.stderr
-    assert "released shards, 2 of them" in shown.stdout
-    assert "query_key_value.weight_scale" in shown.stdout
-    assert "186,208 parameters" in shown.stdout
-    assert "tensor axis has 1, 2, 4, 8 devices" in shown.stdout
-    assert run("convert.inspect", tmp_path / "nothing").returncode == 1
+    converting = [
+        ("convert.sat_to_orbax", f"--input={CHECKPOINTS / name}", f"--output={tmp_path / name}")
+        for name in ("tp2", "int4_tp2")
+    ]
+    others = [
+        ("convert.verify", converted, CHECKPOINTS / "tp8"),
+        ("convert.verify", converted, CHECKPOINTS / "int4_tp8"),
+        ("convert.verify",),
+        ("convert.inspect", CHECKPOINTS / "int8_tp2"),
+        ("convert.inspect", tmp_path / "nothing"),
+    ]
+    tries = [Try(tuple(map(str, command)), str(tmp_path)) for command in converting + others]
+    *made, equal, other, without, shown, nothing = run_all(tries, environment(1))
+    for (status, _, complaint), name in zip(made, ("tp2", "int4_tp2"), strict=True):
+        assert status == 0, complaint
+        pairs = compare(open_model(tmp_path / name), open_model(CHECKPOINTS / name))
+        assert all(difference is None for difference in pairs)
+    assert equal[0] == 0, equal
+    assert "all 39 tensors are equal" in equal[1]
+    assert other[0] == 1
+    assert "12 of 39 tensors differ" in other[2]
+    assert other[2].count("\n") == 1
+    assert without[0] == 2
+    assert shown[0] == 0, shown
+    assert "released shards, 2 of them" in shown[1]
+    assert "query_key_value.weight_scale" in shown[1]
+    assert "186,208 parameters" in shown[1]
+    assert "tensor axis has 1, 2, 4, 8 devices" in shown[1]
+    assert nothing[0] == 1
 
 
 def test_inspect_shows_a_model_folder(converted):
