@@ -52,6 +52,8 @@ class Options:
       dtype: of float arrays, None as they are stored.
       quantization: of float kernels, as `Scheme.parse` takes it.
       allow_non_finite: take NaN and infinite weights, which are counted in any case.
+      allow_differing_copies: of what each shard has whole, take the first shard's where they
+        differ, which is said in any case.
       is_checked: hold tensors against the files' checksums.
       process_id, num_processes: this process converts every num_processes-th part.
     """
@@ -61,6 +63,7 @@ class Options:
     dtype: str | None = None
     quantization: str | None = None
     allow_non_finite: bool = False
+    allow_differing_copies: bool = False
     is_checked: bool = True
     process_id: int = 0
     num_processes: int = 1
@@ -91,7 +94,9 @@ def convert_shards(
     files.refuse_non_empty(output)
     if options.quantization is not None:
         Scheme.parse(options.quantization)
-    checkpoint = SatCheckpoint(source, options.is_checked, options.dtype)
+    checkpoint = SatCheckpoint(
+        source, options.is_checked, options.dtype, options.allow_differing_copies
+    )
     config = checkpoint.config(options.num_heads, options.max_sequence_length)
     if tokenizer is not None:
         config = config.replace(special_tokens=tokenizer.special_tokens)
@@ -334,6 +339,8 @@ class _Conversion:
             return
         for name, count in self._checkpoint.non_finite.items():
             print(f"{name} holds {count} numbers that are NaN or infinite")
+        for difference in self._checkpoint.differing_copies.values():
+            print(difference)
         bits = self._checkpoint.bits(self._config)
         kind = f"int{bits}" if bits else self._options.quantization or self._config.param_dtype
         print(

@@ -30,6 +30,16 @@ def count_non_finite(values: np.ndarray) -> int:
     return count
 
 
+def differing(a: np.ndarray, b: np.ndarray) -> tuple[int, float]:
+    """How many numbers of two arrays differ, and by how much at most. NaN equals NaN."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    is_other = ~((a == b) | (np.isnan(a) & np.isnan(b)))
+    if not is_other.any():
+        return 0, 0.0
+    gap = np.abs(a - b)[is_other]
+    return gap.size, float(np.where(np.isnan(gap), np.inf, gap).max())
+
+
 def cast(values: Any, dtype: Any) -> np.ndarray:
     """Floats in another dtype.
 

@@ -53,31 +53,38 @@ class OpenModel(Protocol):
         """One block after another, in numpy arrays."""
 
 
-def open_model(path: epath.PathLike, num_heads: int | None = None) -> OpenModel:
+def open_model(
+    path: epath.PathLike, num_heads: int | None = None, allow_differing_copies: bool = False
+) -> OpenModel:
     """A model folder, a folder of safetensors, or released shards in any form.
 
     Args:
       num_heads: of released shards that do not tell it.
+      allow_differing_copies: see `SatCheckpoint`.
 
     Raises:
       ConvertError, CheckpointError: it is none of them, or not whole.
     """
-    return _open(path, num_heads)
+    return _open(path, num_heads, allow_differing_copies)
 
 
-def open_plainly(path: epath.PathLike, num_heads: int | None = None) -> OpenModel:
+def open_plainly(
+    path: epath.PathLike, num_heads: int | None = None, allow_differing_copies: bool = False
+) -> OpenModel:
     """`open_model`, whose released tensors are read by code that is not the converter's
     (`plain_reading`): what the converter does wrong shows as a difference."""
-    return _open(path, num_heads).plain()
+    return _open(path, num_heads, allow_differing_copies).plain()
 
 
-def _open(path: epath.PathLike, num_heads: int | None) -> "_Folder | _Safetensors | _Shards":
+def _open(
+    path: epath.PathLike, num_heads: int | None, allow_differing_copies: bool
+) -> "_Folder | _Safetensors | _Shards":
     folder = Path(path)
     if (folder / CONFIG_FILE).exists() and (folder / parts.PARAMS_FOLDER).is_dir():
         return _Folder(folder)
     if (folder / SAFETENSORS_INDEX).exists():
         return _Safetensors(folder)
-    return _Shards(path, num_heads)
+    return _Shards(path, num_heads, allow_differing_copies)
 
 
 class _Folder:
@@ -116,13 +123,16 @@ class _Folder:
 
 
 class _Shards:
-    def __init__(self, path: epath.PathLike, num_heads: int | None):
-        self.checkpoint = SatCheckpoint(path)
+    def __init__(self, path: epath.PathLike, num_heads: int | None, allow_differing_copies: bool):
+        self.checkpoint = SatCheckpoint(path, allow_differing_copies=allow_differing_copies)
         self.config = self.checkpoint.config(num_heads, 2048)
         self.checkpoint.check(self.config)
         self.bits = self.checkpoint.bits(self.config)
         count = len(self.checkpoint.shards)
         self.kind = f"released shards, {count} of them, {_precision(self)}"
+        if self.checkpoint.differing_copies:
+            of_them = "; ".join(self.checkpoint.differing_copies.values())
+            self.kind += f"; the first shard's are taken where copies differ: {of_them}"
 
     def embedding(self) -> np.ndarray:
         return self.checkpoint.embedding(self.config)

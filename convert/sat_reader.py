@@ -13,7 +13,7 @@ from etils import epath
 
 from convert import sat_layout
 from convert.errors import ConvertError
-from convert.numbers import cast, count_non_finite
+from convert.numbers import cast, count_non_finite, differing
 from convert.sat_layout import Allocate
 from convert.sat_source import find_shards
 from convert.torch_file import LazyTensor, TorchFile
@@ -37,22 +37,31 @@ class SatCheckpoint:
     Attributes:
       shards: the files, by rank.
       non_finite: of tensors that were read, names and how many numbers are NaN or infinite.
+      differing_copies: names of tensors that each shard has whole, whose copies are not the same,
+        and what differs; the first shard's are read.
 
     Raises:
       ConvertError: a shard cannot be read, or shards do not belong together.
     """
 
     def __init__(
-        self, source: epath.PathLike, is_checked: bool = True, double_dtype: str | None = None
+        self,
+        source: epath.PathLike,
+        is_checked: bool = True,
+        double_dtype: str | None = None,
+        allow_differing_copies: bool = False,
     ):
         """Args:
         source: as `find_shards` takes it.
         is_checked: compare what is read with the files' checksums.
         double_dtype: what float64 is read as, which no model here has: float32 by default.
+        allow_differing_copies: `check` takes shards whose copies of a tensor differ.
         """
+        self._allow_differing_copies = allow_differing_copies
         self._double_dtype = np.dtype(double_dtype or np.float32)
         self.shards = [TorchFile(file, is_checked) for file in find_shards(source)]
         self.non_finite: dict[str, int] = {}
+        self.differing_copies: dict[str, str] = {}
         self._lock, self._own = threading.Lock(), threading.local()
         self._modules = [module(shard) for shard in self.shards]
         self._check_alike()
@@ -220,7 +229,7 @@ class SatCheckpoint:
 
     def check(self, config: GLMConfig) -> None:
         """Raises ConvertError where a tensor is missing or of another shape than the config
-        asks for, before anything is read."""
+        asks for, or where shards differ in what each has whole; before anything else is read."""
         shapes = sat_layout.shard_shapes(config, len(self.shards), self.bits(config))
         for rank, shard in enumerate(self.shards):
             for name, shape in shapes.items():
@@ -231,6 +240,32 @@ class SatCheckpoint:
                 is_integer = is_integer and name.endswith(".weight")
                 if tensor.dtype.kind in "iub" and (tensor.dtype != np.int8 or not is_integer):
                     raise ConvertError(f"{shard.name}: {name} holds {tensor.dtype}, no weights")
+        self._compare_copies(list(shapes))
+
+    def _compare_copies(self, names: list[str]) -> None:
+        """Compares what is not split over the shards: layer norms, and biases of row-parallel
+        linears. Only copies of different checksums are read."""
+        for name in names:
+            first = self.tensor(name)
+            is_split = sat_layout.merged_shape(name, first.shape, 2) != first.shape
+            if is_split or name.endswith(sat_layout.SCALE):
+                continue
+            for rank, shard in enumerate(self.shards):
+                copy = self.tensor(name, rank)
+                if copy.stored_checksum == first.stored_checksum:
+                    continue
+                count, gap = differing(first.read(), copy.read())
+                if count:
+                    self.differing_copies[name] = (
+                        f"{count} numbers of {shard.name}'s {name} differ from the first shard's, "
+                        f"by up to {gap:.3g}"
+                    )
+        if self.differing_copies and not self._allow_differing_copies:
+            raise ConvertError(
+                f"{len(self.differing_copies)} tensors that each shard has whole differ between "
+                f"shards: {next(iter(self.differing_copies.values()))}: give shards of one model, "
+                "or have the first shard's taken by convert.sat_to_orbax --allow_differing_copies"
+            )
 
     def _read(self, name: str, rank: int = 0, allocate: Allocate = np.empty) -> np.ndarray:
         tensor = self.tensor(name, rank)

@@ -28,6 +28,9 @@ flags.DEFINE_string("tokenizer", None, "folder or .model file, copied into the o
 flags.DEFINE_enum("dtype", None, ["float16", "bfloat16", "float32"], "of floats; as stored")
 flags.DEFINE_string("quantization", None, "int8, int4, or such as int4,group=128")
 flags.DEFINE_bool("allow_non_finite", False, "take weights that are NaN or infinite")
+flags.DEFINE_bool(
+    "allow_differing_copies", False, "take the first shard's where each has a tensor whole"
+)
 flags.DEFINE_bool("checksums", True, "hold what is read against the files' checksums")
 flags.DEFINE_integer("process_id", None, "which of several processes this is", lower_bound=0)
 flags.DEFINE_integer("num_processes", None, "how many share the work", lower_bound=1)
@@ -45,6 +48,7 @@ def main() -> None:
         dtype=FLAGS.dtype,
         quantization=FLAGS.quantization,
         allow_non_finite=FLAGS.allow_non_finite,
+        allow_differing_copies=FLAGS.allow_differing_copies,
         is_checked=FLAGS.checksums,
         process_id=number,
         num_processes=count,

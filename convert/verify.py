@@ -16,6 +16,7 @@ import numpy as np
 from absl import flags
 
 from convert.errors import ConvertError
+from convert.numbers import differing
 from convert.opening import OpenModel, open_model, open_plainly
 from glm_jax import cli
 from glm_jax.model.params import LINEAR_NAMES
@@ -81,12 +82,8 @@ def _difference(name: str, x: np.ndarray, y: np.ndarray) -> Difference | None:
         p, q = (np.ascontiguousarray(array[i : i + rows]) for array in (x, y))
         if p.dtype == q.dtype and np.array_equal(p.view(np.uint8), q.view(np.uint8)):
             continue
-        p, q = p.astype(np.float64), q.astype(np.float64)
-        is_other = ~((p == q) | (np.isnan(p) & np.isnan(q)))
-        if is_other.any():
-            gap = np.abs(p - q)[is_other]
-            numbers += gap.size
-            greatest = max(greatest, float(np.where(np.isnan(gap), np.inf, gap).max()))
+        count, gap = differing(p, q)
+        numbers, greatest = numbers + count, max(greatest, gap)
     return Difference(name, greatest, numbers) if numbers else None
 
 
@@ -106,11 +103,11 @@ def check(model: OpenModel) -> int:
 def main(paths: list[str]) -> None:
     if len(paths) == 1:
         # The reader of released shards that compares all it reads is the converter's.
-        model = open_model(paths[0], FLAGS.num_heads)
+        model = open_model(paths[0], FLAGS.num_heads, FLAGS.allow_differing_copies)
         print(f"{paths[0]}: {model.kind}")
         print(f"all {check(model)} tensors are whole")
         return
-    models = [open_plainly(path, FLAGS.num_heads) for path in paths]
+    models = [open_plainly(path, FLAGS.num_heads, FLAGS.allow_differing_copies) for path in paths]
     for path, model in zip(paths, models, strict=True):
         print(f"{path}: {model.kind}")
     count, found = 0, []
@@ -133,5 +130,8 @@ def main(paths: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_integer(
         "num_heads", None, "attention heads, where shards do not tell", lower_bound=1
+    )
+    flags.DEFINE_bool(
+        "allow_differing_copies", False, "take the first shard's where each has a tensor whole"
     )
     cli.run_with_paths(main, "A", "[B]")

@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from glm_jax.decoding.settings import SETTINGS, SamplingError
 from glm_jax.errors import UserError, shown
 from glm_jax.evaluation.yaml_files import read_yaml
 from glm_jax.text_files import TextFileError
@@ -27,6 +29,14 @@ _GENERATION = (
     "max_gen_length",
     "end_tokens",
 )
+# Fields that are settings of generation under other names, whose ranges are theirs.
+_SETTINGS = {
+    "num_beams": "num_beams",
+    "length_penalty": "length_penalty",
+    "no_repeat_ngram_size": "no_repeat_ngram",
+    "min_gen_length": "min_tokens",
+    "max_gen_length": "max_tokens",
+}
 # What a field is for, where it is not for all types.
 _OF_TYPE = dict.fromkeys(_GENERATION, ("gen", "other")) | {
     "generation_length": ("lm", "other"),
@@ -94,14 +104,14 @@ class TaskConfig:
             raise TaskError("unidirectional: [MASK] is seen from both sides; set use_task_mask")
         if self.use_multitask_encoding and self.use_task_mask:
             raise TaskError("use_multitask_encoding is for [MASK]; leave out use_task_mask")
-        for name in ("max_seq_length", "micro_batch_size", "num_beams", "max_gen_length"):
+        for name in ("max_seq_length", "micro_batch_size"):
             if getattr(self, name) < 1:
                 raise TaskError(f"{name}={shown(getattr(self, name))}: at least 1")
-        for name in ("no_repeat_ngram_size", "min_gen_length"):
-            if getattr(self, name) < 0:
-                raise TaskError(f"{name}={shown(getattr(self, name))}: at least 0")
-        if not math.isfinite(self.length_penalty):
-            raise TaskError(f"length_penalty={self.length_penalty}: a finite number")
+        for name, setting in _SETTINGS.items():
+            try:
+                SETTINGS[setting].checked(name, getattr(self, name))
+            except SamplingError as error:
+                raise TaskError(str(error)) from error
         self._check_names()
         if not 0 < self.generation_length < self.max_seq_length and self.type == "lm":
             raise TaskError(f"generation_length={self.generation_length}: below max_seq_length")
@@ -122,12 +132,17 @@ class TaskConfig:
         """The data files, in order, of each group that has any.
 
         Raises:
-          TaskError: no group has.
+          TaskError: no group has, or a folder cannot be read.
         """
         folder = data / self.path
         try:
+            for _ in os.walk(folder, onerror=_raise):  # glob passes over what it cannot read
+                pass
             found = {name: sorted(folder.glob(pattern)) for name, pattern in self.file_pattern}
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            where = error.filename or folder
+            raise TaskError(f"task {self.name}: {where}: {error.strerror}") from error
+        except ValueError as error:
             raise TaskError(f"task {self.name}: files of {folder}: {error}") from error
         if not any(found.values()):
             patterns = ", ".join(str(folder / pattern) for _, pattern in self.file_pattern)
@@ -138,6 +153,10 @@ class TaskConfig:
         """Names of groups of which no file is there."""
         found = self.files(data)
         return [name for name, _ in self.file_pattern if name not in found]
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def load_task(path: Path) -> TaskConfig:

@@ -19,7 +19,7 @@ from glm_jax.decoding.blank_filling import TextCodec
 from glm_jax.decoding.completion import Request
 from glm_jax.decoding.engine import Engine, EngineSettings
 from glm_jax.decoding.prompt import Prompt, bucket
-from glm_jax.errors import UserError, shown
+from glm_jax.errors import shown
 from glm_jax.evaluation import metrics
 from glm_jax.evaluation.examples import Document, Example, read_items
 from glm_jax.evaluation.metrics import METRICS, METRICS_OF_TYPE, Metric
@@ -31,7 +31,7 @@ from glm_jax.evaluation.sequences import (
     count_windows,
     window,
 )
-from glm_jax.evaluation.task_config import STRATEGIES, TaskConfig, TaskError
+from glm_jax.evaluation.task_config import TaskConfig, TaskError
 from glm_jax.model.params import GLMParams
 from glm_jax.tokenizer import TokenizerConfig, check_fits
 
@@ -173,7 +173,13 @@ class Generation(Task):
 
     def search(self) -> BeamSearch:
         """The beam search that the task file asks for."""
-        return _beam_search(self.config)
+        config = self.config
+        return BeamSearch(
+            num_beams=config.num_beams,
+            length_penalty=config.length_penalty,
+            no_repeat_ngram=config.no_repeat_ngram_size,
+            min_tokens=config.min_gen_length,
+        )
 
     def choose(self, answers: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         """One of a beam search's answers, which come best first."""
@@ -330,18 +336,6 @@ def _check_metrics(config: TaskConfig, known: tuple[str, ...]) -> None:
             raise TaskError(f"task {config.name}: metric {shown(name)}: one of {', '.join(known)}")
 
 
-def _beam_search(config: TaskConfig) -> BeamSearch:
-    try:
-        return BeamSearch(
-            num_beams=config.num_beams,
-            length_penalty=config.length_penalty,
-            no_repeat_ngram=config.no_repeat_ngram_size,
-            min_tokens=config.min_gen_length,
-        )
-    except UserError as error:
-        raise TaskError(f"task {config.name}: {error}") from error
-
-
 def _missing(example: Example, *names: str) -> str | None:
     absent = [name for name in names if name not in example.fields]
     return f"{absent[0]}: missing" if absent else None
@@ -369,11 +363,8 @@ def task_class(config: TaskConfig) -> type[Task]:
     """The class that answers a task.
 
     Raises:
-      TaskError: its module is not there or no task, a metric is not for its type, or there is no
-        such beam search.
+      TaskError: its module is not there or no task, or a metric is not for its type.
     """
-    if config.sampling_strategy != STRATEGIES[0]:
-        _beam_search(config)
     if config.module is None:
         _check_metrics(config, METRICS_OF_TYPE[config.type])
         return _OF_TYPE[config.type]

@@ -147,8 +147,14 @@ def layer_ranges(folder: Path, num_layers: int) -> list[tuple[int, int]]:
             break
         reached = end
     if reached != num_layers or ranges[-1][1] != num_layers or EMBEDDING not in names:
+        what = "it holds parts of other layers"
+        if EMBEDDING not in names:
+            what = f"{EMBEDDING} is missing"
+        elif reached < num_layers:
+            what = f"no part begins with layer {reached}"
         raise CheckpointError(
-            f"{folder} holds no complete parameters of {num_layers} layers: convert or export again"
+            f"{folder} holds no complete parameters of {num_layers} layers ({what}): convert or "
+            "export again"
         )
     return ranges
 

@@ -48,6 +48,30 @@ def test_a_shard_under_another_name_is_refused(four, tmp_path):
         open_model(four)
 
 
+@pytest.mark.parametrize(
+    "name", ["final_layernorm.bias", "layers.1.attention.dense.bias", "layers.2.input_layernorm"]
+)
+def test_shards_that_differ_in_what_each_has_whole_are_refused(four, tmp_path, capsys, name):
+    name = f"transformer.{name}" + ("" if name.endswith("bias") else ".weight")
+    module = read_module(_shard(four, 2))
+    module[name] = module[name].copy()
+    module[name][3] += 0.5
+    save_torch(_shard(four, 2), {"module": module})
+    message = rf"1 tensors .*1 numbers of .*mp_rank_02.*'s {name} differ.* by up to 0.5"
+    for refuse in (
+        lambda: convert_shards(four, tmp_path / "out", OPTIONS),
+        lambda: open_model(four),
+    ):
+        with pytest.raises(ConvertError, match=message):
+            refuse()
+    options = dataclasses.replace(OPTIONS, allow_differing_copies=True)
+    convert_shards(four, tmp_path / "out", options)
+    assert f"'s {name} differ from the first shard's" in capsys.readouterr().out
+    plain = open_plainly(four, None, allow_differing_copies=True)
+    assert name in plain.kind
+    assert list(compare(open_model(tmp_path / "out"), plain)) == [None] * 39
+
+
 @pytest.mark.parametrize("twice", [(0, 1), (1, 2), (3, 0)])
 def test_a_shard_that_is_there_twice_is_refused_by_its_checksums(four, twice):
     """Archives of some tools all have one name; what else is in them may differ."""
@@ -128,7 +152,7 @@ def test_float64_becomes_what_is_asked_for_or_float32(four, tmp_path, dtype, nam
 def test_numbers_beyond_any_dtype_are_refused(four, tmp_path, dtype):
     module = read_module(_shard(four, 0))
     wide = {name: x.astype(np.float64) for name, x in module.items()}
-    name = "transformer.layers.1.mlp.dense_4h_to_h.bias"
+    name = "transformer.layers.1.mlp.dense_h_to_4h.bias"
     wide[name][5] = 3.4e38 if dtype == "bfloat16" else 1e300
     for rank in range(4):
         others = {n: x.astype(np.float64) for n, x in read_module(_shard(four, rank)).items()}

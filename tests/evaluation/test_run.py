@@ -1,7 +1,10 @@
 """Scoring in packs and on meshes, and evaluations that stop and go on."""
 
 import dataclasses
+import errno
 import json
+import os
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -210,6 +213,28 @@ def test_processes_share_examples_and_the_last_has_the_results(tmp_path, model, 
     # One that was killed leaves its share to whoever comes next.
     assert evaluate([TASK], data, tmp_path / "next", model, Share(2, 3, None), {}) is None
     assert evaluate([TASK], data, tmp_path / "next", model, ALONE, {}) == alone
+
+
+def test_a_data_folder_that_cannot_be_read_is_called_that(tmp_path, monkeypatch):
+    """Also where it is one of several, whose files would be left out."""
+    (tmp_path / "task" / "below").mkdir(parents=True)
+    (tmp_path / "task" / "a.jsonl").write_text("{}\n")
+    (tmp_path / "file").write_text("x")
+    task = TaskConfig("task", "mul", "task")
+    with pytest.raises(TaskError, match=r"nowhere.task: No such file or directory"):
+        task.files(tmp_path / "nowhere")
+    with pytest.raises(TaskError, match=r"file.task: Not a directory"):
+        task.files(tmp_path / "file")
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "below":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(TaskError, match=r"below: Permission denied"):
+        task.files(tmp_path)
 
 
 def test_a_group_without_files_is_named(tmp_path, model, data, capsys):
