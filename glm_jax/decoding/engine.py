@@ -139,6 +139,7 @@ class Engine:
         self._queue: Turns[Request] = Turns()
         self._running: dict[int, _Running] = {}  # by slot
         self._prefill: _Prefill | None = None
+        self._unchecked: list[Lease] = []  # pages whose contents no step has looked at
 
     def _widths_of_steps(self) -> list[int]:
         """Slots that a step may run: only a CPU saves by rows what more programs cost."""
@@ -250,12 +251,14 @@ class Engine:
         with on_mesh(self._mesh):
             self._prefill_some()
             if not self._running:
+                if self._unchecked:
+                    self._clear_failed()
                 return []
             width = next(w for w in self._step_widths if w >= len(self._running))
             numbers = [*self._running, *self._free_slots(), *self._entering()][:width]
             emitted = jax.device_get(self._run_step(numbers))
-            if emitted.failures.any():
-                self._cache = programs.clear_failed(self._cache)
+            if emitted.failures.any() or self._unchecked:
+                self._clear_failed()
         given = []
         for place, (slot, running) in enumerate(list(self._running.items())):
             row = slot if width == self._slot_count else place
@@ -268,6 +271,11 @@ class Engine:
             self._params, self._config, self._slots, self._cache, self._pages_a_layer, rows
         )
         return emitted
+
+    def _clear_failed(self) -> None:
+        self._cache = programs.clear_failed(self._cache)
+        while self._unchecked:
+            self._pool.give_back(self._unchecked.pop())
 
     def _give(self, slot: int, running: _Running, emitted: Emitted, row: int) -> Token:
         token, reason, error = int(emitted.tokens[row]), None, None
@@ -387,7 +395,7 @@ class Engine:
         """Puts the requests of a prefilled pack into their slots."""
         for entry in prefill.entries:
             if entry.ticket in prefill.cancelled:
-                self._pool.give_back(entry.lease)
+                self._unchecked.append(entry.lease)
                 continue
             ends = entry.request.end_tokens
             ends = self.special.end_tokens if ends is None else ends

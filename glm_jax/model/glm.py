@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Int32
 
 from glm_jax.config import GLMConfig
-from glm_jax.kernels.attention.api import attention
+from glm_jax.kernels.attention.api import attention, isolated_attention
 from glm_jax.kernels.paged_attention.api import paged_attention
 from glm_jax.kernels.quantized_matmul.api import (
     TiledArray,
@@ -197,16 +197,19 @@ def _self_attention(
             assert start is not None
             assert not isinstance(start, Paging)
             keys = cache = kv_cache.write(cache, key, value, start)
-        attended = attention(
-            query,
-            keys.keys,
-            keys.values,
-            visible,
-            config.softmax_dtype,
-            keys.key_scales,
-            keys.value_scales,
-            weight_dropout(dropout, 2),
-        )
+        if isinstance(start, Paging):  # prompts of different requests share a row
+            attended = isolated_attention(query, key, value, visible, config.softmax_dtype)
+        else:
+            attended = attention(
+                query,
+                keys.keys,
+                keys.values,
+                visible,
+                config.softmax_dtype,
+                keys.key_scales,
+                keys.value_scales,
+                weight_dropout(dropout, 2),
+            )
     merged = attended.reshape(*attended.shape[:2], math.prod(attended.shape[2:]))
     return linear(merged, layer.dense, dropout, 4), cache
 

@@ -11,6 +11,7 @@ from conftest import GOLDEN  # noqa: F401  # imports of jax come after it
 from stub_tokenizer import WordTokenizer
 
 from glm_jax.config import SpecialTokens
+from glm_jax.decoding import programs
 from glm_jax.decoding.beams import BeamSearch, beam_search
 from glm_jax.decoding.blank_filling import fill_blanks
 from glm_jax.decoding.completion import Request
@@ -48,18 +49,44 @@ def _broken(params):
 
 
 @pytest.mark.parametrize("mesh", [None, (1, 1, 2)])
-def test_logits_that_are_no_numbers_end_their_request_and_no_other(tiny_model, mesh):
-    """Keys and values that are NaN stay in pages, which the next request has after it."""
+def test_what_earlier_requests_left_in_pages_is_not_read(tiny_model, mesh):
+    """Also where it is NaN, which times the weight 0 is NaN."""
     engine = _engine(tiny_model, mesh)
     [sound] = engine.run([Request(PROMPT, max_tokens=6)])
     poison = lambda x: jnp.full_like(x, jnp.nan)
     engine._cache = jax.tree.map(poison, engine._cache)
-    if mesh is not None:  # the CPU's kernel does not read what is masked
-        with pytest.raises(LogitsError, match="token 1 of the answer are NaN"):
-            list(engine.run([Request(PROMPT, max_tokens=6)]))
-    assert engine.is_idle
     [again] = engine.run([Request(PROMPT, max_tokens=6)])
     assert again.tokens == sound.tokens
+
+
+@pytest.mark.parametrize("mesh", [None, (1, 1, 2)])
+def test_a_prompt_beyond_its_dtype_fails_alone_among_those_it_is_prefilled_with(
+    tiny_model, mesh, monkeypatch
+):
+    """Also where it was given up before it had a token, and the next has its pages."""
+    engine = _engine(tiny_model, mesh)
+    [sound] = engine.run([Request(PROMPT, max_tokens=6)])
+    real = programs.embed
+
+    def embed(params, config, pack):
+        return jnp.where(pack.tokens[..., None] == 99, jnp.inf, real(params, config, pack))
+
+    monkeypatch.setattr(programs, "embed", embed)
+    loud = Request(Prompt((5, 99, 7, 240), 3), max_tokens=6)
+    for requests in ([loud, Request(PROMPT, max_tokens=6)], [Request(PROMPT, max_tokens=6), loud]):
+        tickets = [engine.submit(request) for request in requests]
+        tokens = [token for _ in range(8) for token in engine.step()]
+        of_each = {t: [token for token in tokens if token.ticket == t] for t in tickets}
+        failed, answered = (of_each[t] for t in tickets[:: 1 if requests[0] is loud else -1])
+        assert [token.finish_reason for token in failed] == ["error"]
+        assert tuple(token.token for token in answered) == sound.tokens
+    loud_ticket, other = engine.submit(loud), engine.submit(Request(PROMPT, max_tokens=6))
+    engine._begin_prefill()
+    engine.cancel(loud_ticket)
+    engine.cancel(other)
+    while not engine.is_idle:
+        engine.step()
+    assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(engine._cache))
 
 
 def test_broken_weights_are_said_everywhere(tiny_model):

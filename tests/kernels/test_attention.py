@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from glm_jax.kernels.attention import blockwise, reference
+from glm_jax.kernels.attention.api import attention, isolated_attention
 from glm_jax.kernels.attention.dropout import WeightDropout, factors
 from glm_jax.model.visibility import Visibility
 
@@ -59,6 +60,24 @@ def test_values_and_gradients_equal_the_formula(kind, query_block, key_block, ra
     np.testing.assert_allclose(got, expected, atol=2e-6)
     for a, b in zip(got_gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [64, 300])  # the formula, and blocks
+def test_numbers_that_are_none_reach_those_alone_that_see_them(length):
+    query, key, value = _inputs(length, length)
+    end = length // 3
+    of_rows = jnp.arange(length)[:, None] < end
+    ranges = jnp.where(of_rows, jnp.array([0, end]), jnp.array([end, length]))
+    ranges = jnp.tile(ranges.astype(jnp.int32), (BATCH, 1, 1))
+    sound = attention(query, key, value, ranges)
+    np.testing.assert_array_equal(isolated_attention(query, key, value, ranges), sound)
+    bad = [x.at[0, 1, 5].set(number) for x, number in ((key, jnp.nan), (value, jnp.inf))]
+    got = isolated_attention(query, *bad, ranges)
+    is_same = np.asarray(got == sound).all(axis=-1)
+    is_nan = np.isnan(np.asarray(got, np.float32)).all(axis=-1)
+    assert is_nan[0, :end, 1].all()
+    np.testing.assert_array_equal(is_same, ~is_nan)
+    assert is_nan.sum() == end
 
 
 def test_rows_that_see_nothing_are_zero():

@@ -53,13 +53,14 @@ def test_equals_the_formula(backend, dtype, shape):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_only_the_pages_of_a_row_are_read_and_one_without_keys_is_zero(backend):
+@pytest.mark.parametrize("beyond", [1e30, np.nan])
+def test_only_the_pages_of_a_row_are_read_and_one_without_keys_is_zero(backend, beyond):
     query, keys, values, tables, lengths, *_ = _inputs(3, 2, 8, 16, 16, 2)
     tables = jnp.array([[1, 2], [3, 0], [0, 0]], jnp.int32)
     lengths = jnp.array([20, 16, 0], jnp.int32)
     unseen = jnp.arange(8)[:, None] * 16 + jnp.arange(16)
     unseen = (unseen < 16) | (unseen >= 36) & (unseen < 48) | (unseen >= 64)
-    hidden = [jnp.where(unseen[:, :, None], 1e30, x) for x in (keys, values)]
+    hidden = [jnp.where(unseen[:, :, None], beyond, x) for x in (keys, values)]
     got = BACKENDS[backend](query, *hidden, tables, lengths)
     np.testing.assert_array_equal(got, BACKENDS[backend](query, keys, values, tables, lengths))
     assert (got[2] == 0).all()

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from glm_jax.kernels.attention import blockwise, cpu, library, reference
@@ -70,6 +71,27 @@ def attention(
     else:
         attended = elsewhere(query, key, value, visible, *scales, dropout)
     return attended
+
+
+def isolated_attention(
+    query: Float[Array, "batch query heads head_dim"],
+    key: Float[Array, "batch heads key head_dim"],
+    value: Float[Array, "batch heads key head_dim"],
+    key_ranges: Int32[Array, "batch query 2"],
+    softmax_dtype: str = "float32",
+) -> Float[Array, "batch query heads head_dim"]:
+    """`attention` for sequences of different requests in one row: a value that is NaN or infinite
+    reaches the queries that see it, and no other. Backends multiply the values of a whole block,
+    and NaN times the weight 0 of a masked key is NaN.
+    """
+    is_finite = jnp.all(jnp.isfinite(value), axis=-1)  # [batch, heads, key]
+    attended = attention(
+        query, key, jnp.where(is_finite[..., None], value, 0), key_ranges, softmax_dtype
+    )
+    counts = jnp.pad(jnp.cumsum(~is_finite, axis=-1), ((0, 0), (0, 0), (1, 0)))
+    start, end = (jnp.take_along_axis(counts, key_ranges[:, None, :, i], axis=-1) for i in (0, 1))
+    sees_it = jnp.swapaxes(end > start, 1, 2)[..., None]
+    return jnp.where(sees_it, jnp.asarray(jnp.nan, attended.dtype), attended)
 
 
 def _attention(

@@ -45,14 +45,16 @@ def paged_attention(
         scores = einsum("bhqd,hbkd->bhqk", scaled, k.astype(query.dtype))[:, :, 0]
         if k_scale is not None:
             scores = scores * jnp.swapaxes(k_scale, 0, 1)
-        position = block * width + jnp.arange(width)
-        scores = jnp.where((position < lengths[:, None])[:, None], scores, _LOWEST)
+        is_seen = block * width + jnp.arange(width) < lengths[:, None]  # [batch, width]
+        scores = jnp.where(is_seen[:, None], scores, _LOWEST)
         new = jnp.maximum(largest, jnp.max(scores, axis=-1))
         weights = jnp.where(scores > _LOWEST, jnp.exp(scores - new[..., None]), 0)
         shrink = jnp.exp(largest - new)
         total = total * shrink + jnp.sum(weights, axis=-1)
+        # What an earlier request left may be NaN, and NaN times the weight 0 is NaN.
+        v = jnp.where(is_seen[..., None], v, 0)
         if v_scale is not None:
-            weights = weights * jnp.swapaxes(v_scale, 0, 1)
+            weights = weights * jnp.swapaxes(jnp.where(is_seen, v_scale, 0), 0, 1)
         weights = weights.astype(query.dtype)[:, :, None]
         part = einsum("bhqk,hbkd->bhqd", weights, v.astype(query.dtype))[:, :, 0]
         return new, total, summed * shrink[..., None] + part
