@@ -276,6 +276,11 @@ def _line(
     missing = [name for name in prompts.keep if name not in row]
     if missing:
         raise SourceError(f"{where}: the field {missing[0]!r} is missing")
+    for name in prompts.keep:
+        try:
+            json.dumps(row[name], allow_nan=False)
+        except (TypeError, ValueError) as error:  # of parquet: dates, bytes, NaN
+            raise SourceError(f"{where}: the field {name!r}: {error}") from error
     return line | {name: row[name] for name in prompts.keep}
 
 

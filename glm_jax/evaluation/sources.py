@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from glm_jax.text_files import TextFileError, check_characters, parse_json, read
 from glm_jax.text_files import read_text as read_whole
 
 Row = dict[str, Any]
+# After a table's last line: an open quotation mark makes it, and all rows between, part of a cell.
+_END = "\0end of table"
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
 
 
@@ -50,7 +53,7 @@ def read_file(
         else:
             raise SourceError(f"format {form!r}: one of {', '.join(FORMATS)}")
     except OSError as error:
-        raise SourceError(f"{path}: {error.strerror}") from error
+        raise SourceError(f"{path}: {error.strerror or error}") from error  # pyarrow's has none
     except UserError as error:
         raise SourceError(str(error)) from error
     except (ValueError, csv.Error, AttributeError) as error:
@@ -71,11 +74,18 @@ def _table(path: Path, columns: list[str] | None, delimiter: str) -> Iterator[tu
     # Quotation marks in .tsv files are part of their texts.
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     file = io.StringIO(read_whole(path), newline="\n")
-    reader = csv.reader(file, delimiter=delimiter, quoting=quoting)  # type: ignore[arg-type]
+    lines = itertools.chain(file, [_END])
+    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting)  # type: ignore[arg-type]
     names = columns or next(reader, [])
     if len(set(names)) < len(names):
         raise SourceError(f"{path}: two columns have the same name")
+    line = reader.line_num
     for cells in reader:
+        line, first = reader.line_num, line + 1
+        if cells == [_END]:
+            return
+        if cells and cells[-1].endswith(_END):
+            raise SourceError(f"{path}:{first}: a quotation mark that no other closes")
         if cells:
             if len(cells) != len(names):
                 raise SourceError(

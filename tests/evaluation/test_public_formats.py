@@ -429,3 +429,23 @@ def test_prompt_files_are_checked(tmp_path, text, message):
     (tmp_path / "p.yaml").write_text(text)
     with pytest.raises(PromptFileError, match=message):
         load_prompt_file(tmp_path / "p.yaml")
+
+
+def test_a_quotation_mark_that_stays_open_takes_no_rows_with_it(tmp_path):
+    (tmp_path / "a.csv").write_text('label,q\n0,"two\nlines"\n1,"open\n0,next\n1,last')
+    with pytest.raises(SourceError, match=r"a\.csv:4: a quotation mark that no other closes"):
+        list(read_file(tmp_path / "a.csv", "csv"))
+    (tmp_path / "a.csv").write_text('label,q\n0,"two\nlines"\n1,last "word"')
+    rows = [row["q"] for _, row in read_file(tmp_path / "a.csv", "csv")]
+    assert rows == ["two\nlines", 'last "word"']
+
+
+def test_a_row_with_what_json_does_not_have_is_named(tmp_path, monkeypatch):
+    prompts = PromptFile(
+        "a", "parquet", prompts={"b": {"input": "{q}", "targets": "q"}}, keep=("k",)
+    )
+    row = {"q": "a", "k": float("nan")}
+    monkeypatch.setattr("glm_jax.evaluation.prepare.read_rows", lambda *_: [("row 0", row)])
+    with pytest.raises(SourceError, match=r"row 0: the field 'k': .*not JSON"):
+        prepare_task(prompts, tmp_path / "x.parquet", tmp_path / "out", "test")
+    assert not (tmp_path / "out").exists()
