@@ -65,8 +65,11 @@ class HarnessModel(LM):
 
     def _continuation(self, prompt: Sequence[int], text: Sequence[int]) -> ScoredSequence:
         special = self._model.special
-        text = text[: self._length - 1]
         room = self._length - 1 - len(text)
+        if room < 0:  # some of its log-probabilities would be missing from the sum
+            raise UserError(
+                f"a continuation of {len(text)} tokens is past the model's {self._length} positions"
+            )
         return continuation(
             prompt[len(prompt) - room :] if room < len(prompt) else prompt,
             text,
@@ -93,6 +96,9 @@ class HarnessModel(LM):
         """Log-probability of each second text after the first, and whether greedy gives it.
 
         An empty second text is certain: (0.0, True).
+
+        Raises:
+          UserError: a second text that is longer than the model's positions.
         """
         pairs = [self._pair(*request.args) for request in requests]
         asked = [number for number, (_, text) in enumerate(pairs) if text]
@@ -158,6 +164,8 @@ class HarnessModel(LM):
 
 def _texts(until: str | Sequence[str] | None) -> tuple[str, ...]:
     texts = (until,) if isinstance(until, str) else until or ()
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"until={until!r}: expected texts")
     return tuple(filter(None, texts))
 
 

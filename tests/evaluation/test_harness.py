@@ -48,6 +48,16 @@ def test_empty_continuations_and_documents_are_certain(harness):
     assert model.loglikelihood(_requests(("a", ""))) == [(0.0, True)]
 
 
+def test_a_continuation_is_summed_whole_or_refused(harness):
+    _, model = harness
+    longest = " ".join(["t20"] * 63)
+    [(whole, _)] = model.loglikelihood(_requests(("t17 t18", longest)))
+    [(alone, _)] = model.loglikelihood(_requests(("", longest)))
+    np.testing.assert_allclose(whole, alone, atol=1e-5)  # no room for a context
+    with pytest.raises(UserError, match="of 64 tokens is past the model's 64 positions"):
+        model.loglikelihood(_requests(("t17", longest + " t20")))
+
+
 def test_an_answer_ends_before_eod_and_settings_may_be_none(harness, monkeypatch, golden_special):
     module, model = harness
     submitted = []
@@ -78,6 +88,8 @@ def test_an_answer_ends_before_eod_and_settings_may_be_none(harness, monkeypatch
     assert [request.max_tokens for request in submitted] == [4] * 5
     with pytest.raises(UserError, match="max_gen_toks=0"):
         model.generate_until(_requests(("t17", {"max_gen_toks": 0})))
+    with pytest.raises(UserError, match=r"until=\[3\]: expected texts"):
+        model.generate_until(_requests(("t17", {"until": [3]})))
     with pytest.raises(UserError, match="temperature='warm'"):
         model.generate_until(_requests(("t17", {"temperature": "warm"})))
 
