@@ -2,7 +2,8 @@
 
 import json
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ _COUNT = "GLM_JAX_NUM_PROCESSES"
 # Slurm and a Kubernetes indexed Job say a process's number in the last two.
 _NUMBERS = ("GLM_JAX_PROCESS_ID", "SLURM_PROCID", "JOB_COMPLETION_INDEX")
 HEARTBEAT_SECONDS = 60
+_Result = TypeVar("_Result")
 
 
 class ProcessesError(UserError):
@@ -142,3 +144,38 @@ def gather(value: dict[str, Any]) -> dict[str, Any]:
     for row, length in zip(rows, lengths.ravel(), strict=True):
         joined |= json.loads(row[:length].tobytes())
     return joined
+
+
+def together(attempt: Callable[[], _Result], *kinds: type[UserError]) -> _Result:
+    """Calls `attempt`, which exchanges nothing, in all processes; where it fails in one, it fails
+    in all, and none waits for another that has ended.
+
+    Args:
+      kinds: errors that are of their kind in every process; others are UserErrors elsewhere.
+
+    Raises:
+      UserError: the error of the first process that failed, in all of them. Of another kind is
+        an error of this process itself.
+    """
+    own: Exception | None = None
+    try:
+        result = attempt()
+    except Exception as error:
+        own = error
+    number = jax.process_index()
+    failures = gather({} if own is None else {str(number): _described(own, kinds)})
+    if not failures:
+        return result
+    first = min(failures, key=int)
+    if own is not None and int(first) == number:
+        raise own
+    index, message = failures[first]
+    raise (UserError if index is None else kinds[index])(message)
+
+
+def _described(error: Exception, kinds: tuple[type[UserError], ...]) -> tuple[int | None, str]:
+    """Which of the kinds an error is, and its message."""
+    index = next((i for i, kind in enumerate(kinds) if isinstance(error, kind)), None)
+    if isinstance(error, UserError):
+        return index, str(error)
+    return index, f"process {jax.process_index()} failed: {type(error).__name__}: {error}"

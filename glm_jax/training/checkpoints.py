@@ -22,8 +22,14 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from glm_jax import files, processes
 from glm_jax.config import GLMConfig
-from glm_jax.errors import UserError, is_no_room
-from glm_jax.model.checksums import DamageError, checked_files, damaged, write_checksums
+from glm_jax.errors import UserError, is_no_room, system_refusal
+from glm_jax.model.checksums import (
+    CHECKSUMS_FILE,
+    DamageError,
+    checked_files,
+    damaged,
+    write_checksums,
+)
 from glm_jax.training.recipe import Recipe
 from glm_jax.training.state import (
     TrainState,
@@ -92,12 +98,12 @@ class RunCheckpoints:
         )
         self._folder, self._every, self._seconds = folder, every, 60 * minutes
         self._saved_at, self._is_strict = time.monotonic(), is_strict
-        handlers = {
+        self._handlers: dict[str, Any] = {
             "state": ocp.PyTreeCheckpointHandler(use_zarr3=True),
             "data": ocp.JsonCheckpointHandler(),
         }
         self._manager = ocp.CheckpointManager(
-            folder.absolute(), options=options, item_handlers=handlers
+            folder.absolute(), options=options, item_handlers=self._handlers
         )
 
     def _complete(self) -> None:
@@ -167,12 +173,13 @@ class RunCheckpoints:
             try:
                 restored = self._restore(step, config, recipe, mesh)
             except DamageError as error:
-                if self._is_strict or step == steps[-1] or jax.process_count() > 1:
+                if self._is_strict or step == steps[-1]:
                     raise
-                print(
-                    f"{error}; going on from step {steps[steps.index(step) + 1]}", file=sys.stderr
-                )
-                self._move_away(step)
+                if processes.is_first():
+                    before = steps[steps.index(step) + 1]
+                    print(f"{error}; going on from step {before}", file=sys.stderr)
+                processes.together(lambda damaged=step: self._move_away(damaged))
+                self._manager.reload()
             else:
                 return restored
         return None
@@ -181,43 +188,53 @@ class RunCheckpoints:
         self, step: int, config: GLMConfig, recipe: Recipe, mesh: Mesh
     ) -> tuple[TrainState, Any]:
         target = abstract_saved_state(config, recipe, mesh)
-        expected = serialization.to_state_dict(target)
         folder = self._folder / str(step)
-        is_listed = checked_files(folder) is not None
-        restored, failure = None, ""
+        saved, data = processes.together(
+            lambda: self._read(folder, serialization.to_state_dict(target)), DamageError
+        )
+        state: TrainState = serialization.from_state_dict(target, saved)
+        # Its buffers are new: what is donated to a step must belong to jax alone.
+        return step_form(state, abstract_state(config, recipe, mesh)), data
+
+    def _read(self, folder: Path, expected: dict[str, Any]) -> tuple[Any, Any]:
+        """This process's part of a checkpoint's state, and the data's.
+
+        By the handlers: what the manager reads with waits for the other processes, which may
+        have found damage.
+        """
+        if processes.is_first():
+            checked_files(folder)
+        state, data = (folder.absolute() / item for item in _ITEMS)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(expected)
         try:
-            _refuse_other(folder, self._manager.item_metadata(step)["state"], expected)
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeRestore(
-                        expected,
-                        restore_args=ocp.checkpoint_utils.construct_restore_args(expected),
-                    ),
-                    data=ocp.args.JsonRestore(),
+            _refuse_other(folder, self._handlers["state"].metadata(state), expected)
+            return (
+                self._handlers["state"].restore(
+                    state, args=ocp.args.PyTreeRestore(expected, restore_args=restore_args)
                 ),
+                self._handlers["data"].restore(data, args=ocp.args.JsonRestore()),
             )
-        except (UserError, MemoryError):
+        except UserError:
             raise
         except Exception as error:  # of whatever kind a library finds damage to be
-            if "RESOURCE_EXHAUSTED" in str(error):
-                raise
-            failure = f"{str(error)[:300]}"
-        if restored is None:
-            _forget_broken_reads()
-            doubt = "" if is_listed else "; or it is of another model or recipe"
-            raise damaged(folder, failure + doubt)
-        state: TrainState = serialization.from_state_dict(target, restored["state"])
-        # Its buffers are new: what is donated to a step must belong to jax alone.
-        return step_form(state, abstract_state(config, recipe, mesh)), restored["data"]
+            cause = _first_cause(error)
+            refused = system_refusal(cause, str(folder))
+            if refused is not None and not isinstance(cause, FileNotFoundError):
+                raise UserError(refused) from error
+            failure = str(cause)[:300]
+        _forget_broken_reads()
+        is_listed = (folder / CHECKSUMS_FILE).exists()
+        doubt = "" if is_listed else "; or it is of another model or recipe"
+        raise damaged(folder, failure + doubt)
 
     def _move_away(self, step: int) -> None:
         """Takes a damaged checkpoint from those that count; its step will be saved again."""
+        if not processes.is_first():
+            return
         target = self._folder.parent / _DAMAGED_FOLDER / str(step)
         target.parent.mkdir(exist_ok=True)
         shutil.rmtree(target, ignore_errors=True)
         (self._folder / str(step)).rename(target)
-        self._manager.reload()
 
     def wait(self) -> None:
         """Returns when saves under way are on disk.
@@ -266,6 +283,13 @@ def _refuse_other(folder: Path, metadata: Any, expected: dict[str, Any]) -> None
             f"{folder} is a checkpoint of another model or recipe: go on with its config, or name "
             f"another workdir ({name} is {found.get(name)}, and {wanted.get(name)} here)"
         )
+
+
+def _first_cause(error: BaseException) -> Any:
+    """What a library's error was raised from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _forget_broken_reads() -> None:

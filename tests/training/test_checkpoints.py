@@ -1,12 +1,15 @@
 """Checkpoints that are damaged are named, and passed over."""
 
+import errno
 import random
 import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
+from glm_jax import processes
 from glm_jax.config import glm_config
 from glm_jax.errors import UserError
 from glm_jax.model import checksums
@@ -115,6 +118,41 @@ def test_the_newest_whole_one_goes_on_and_it_is_said(folder, mesh, capsys):
     assert "going on from step 1" in said
     assert [p.name for p in (folder.parent / "damaged_checkpoints").iterdir()] == ["2"]
     assert sorted(p.name for p in folder.iterdir()) == ["1"]
+
+
+def test_what_another_process_finds_counts_in_all(folder, mesh, capsys, monkeypatch):
+    found = [{"1": (0, "2/state is damaged: a chunk")}, {}, {}]
+    monkeypatch.setattr(processes, "gather", lambda own: own | found.pop(0))
+    _, data = _restored(folder, mesh)
+    assert data == DATA | {"step": 1}
+    assert "a chunk; going on from step 1" in capsys.readouterr().err
+    assert sorted(p.name for p in folder.iterdir()) == ["1"]
+
+
+def test_one_that_another_process_cannot_read_ends_the_run(folder, mesh, monkeypatch):
+    found = {"1": (None, "process 1 failed: OSError: no such device")}
+    monkeypatch.setattr(processes, "gather", lambda own: own | found)
+    with pytest.raises(UserError, match="no such device") as refused:
+        _restored(folder, mesh)
+    assert not isinstance(refused.value, DamageError)
+    assert sorted(p.name for p in folder.iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    "cause", [OSError(errno.EMFILE, "Too many open files", "d/12"), MemoryError(), OSError("EIO")]
+)
+def test_what_the_system_refuses_is_no_damage(cause, folder, mesh, monkeypatch):
+    def restore(*args, **kwargs):
+        try:
+            raise cause
+        except Exception as error:
+            raise Exception("while reading an array") from error
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", restore)
+    with pytest.raises(UserError, match="Too many open files|out of memory|EIO") as refused:
+        _restored(folder, mesh)
+    assert not isinstance(refused.value, DamageError)
+    assert sorted(p.name for p in folder.iterdir()) == ["1", "2"]
 
 
 def test_another_model_is_no_damage(folder, mesh):
