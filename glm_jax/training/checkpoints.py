@@ -49,7 +49,12 @@ _DAMAGED_FOLDER = "damaged_checkpoints"  # beside that of the checkpoints
 def _zarr_metadata(
     global_shape: tuple[int, ...], chunk_shape: tuple[int, ...], use_compression: bool
 ) -> dict[str, Any]:
-    """Of an array whose chunks have checksums, which Orbax has no option for."""
+    """Of an array whose chunks have checksums.
+
+    Orbax has no option for codecs, and makes them in the threads of a save, in functions that
+    a type handler cannot replace: so this is set for the whole process. Any reader of Zarr 3
+    reads what is written, and older checkpoints, without checksums, are read as before.
+    """
     codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
     if use_compression:
         codecs.append({"name": "zstd", "configuration": {"level": 1}})

@@ -149,7 +149,7 @@ def test_what_the_system_refuses_is_no_damage(cause, folder, mesh, monkeypatch):
             raise Exception("while reading an array") from error
 
     monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", restore)
-    with pytest.raises(UserError, match="Too many open files|out of memory|EIO") as refused:
+    with pytest.raises(UserError, match=r"Too many open files|out of memory|EIO") as refused:
         _restored(folder, mesh)
     assert not isinstance(refused.value, DamageError)
     assert sorted(p.name for p in folder.iterdir()) == ["1", "2"]
