@@ -15,7 +15,7 @@ import jax
 from absl import app, flags, logging
 
 from glm_jax import processes, supervision
-from glm_jax.errors import UserError, system_refusal
+from glm_jax.errors import UserError, shortened, system_refusal
 
 _OVERLAP = "xla_gpu_enable_latency_hiding_scheduler"
 _GREATEST = 2**63 - 1  # of a flag's number
@@ -164,7 +164,8 @@ def _check_numbers() -> None:
 
 def _fail(message: object, status: int) -> NoReturn:
     with contextlib.suppress(OSError):  # nobody reads it
-        print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+        line = shortened(" ".join(str(message).split()))
+        print(f"error: {line}", file=sys.stderr, flush=True)
     _leave(status)
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from glm_jax.errors import UserError
+from glm_jax.errors import UserError, shown
 from glm_jax.numerics import TENSORFLOAT32, array_dtype
 
 _FLOAT_DTYPES = ("float32", "bfloat16", "float16")
@@ -45,7 +45,7 @@ class Range:
             is_below = value < self.high if self.without_high else value <= self.high
             if (is_above and is_below) or value in self.also:
                 return
-        raise ConfigError(f"{name}={_shortened(value)}: expected {self}")
+        raise ConfigError(f"{name}={shown(value)}: expected {self}")
 
     def __str__(self) -> str:
         low = f"above {self.low:g}" if self.without_low else f"{self.low:.12g}"
@@ -59,11 +59,6 @@ def check_ranges(fields: Any, ranges: Mapping[str, Range]) -> None:
     """Raises ConfigError for the first attribute of `fields` that is out of its range."""
     for name, range_ in ranges.items():
         range_.check(name, getattr(fields, name))
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,9 +230,7 @@ class GLMConfig:
         special = fields.get("special_tokens")
         if special is not None:
             if not isinstance(special, dict):
-                raise ConfigError(
-                    f"special_tokens={_shortened(special)}: expected an object of ids"
-                )
+                raise ConfigError(f"special_tokens={shown(special)}: expected an object of ids")
             fields["special_tokens"] = _build(SpecialTokens, special)
         config: GLMConfig = _build(cls, fields)
         return config
@@ -247,7 +240,7 @@ def _build(cls: Any, fields: dict[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(set(fields) - known)
     if unknown:
-        raise ConfigError(f"unknown field {unknown[0]!r} in {cls.__name__}")
+        raise ConfigError(f"unknown field {shown(unknown[0])} in {cls.__name__}")
     try:
         return cls(**fields)
     except TypeError as error:

@@ -25,6 +25,12 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def shortened(message: str) -> str:
+    """A message without its middle, where what it quotes would fill the screen."""
+    half = _LONGEST_LINE // 2
+    return message if len(message) <= _LONGEST_LINE else f"{message[:half]} ... {message[-half:]}"
+
+
 _NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
 _REFUSED = (
     *_NO_ROOM,
@@ -38,6 +44,7 @@ _REFUSED = (
 )  # fmt: skip
 _NO_MEMORY = "RESOURCE_EXHAUSTED"  # what XLA calls it
 _LONGEST = 300
+_LONGEST_LINE = 2000
 
 
 def is_no_room(error: Exception) -> bool:
@@ -56,8 +63,9 @@ def system_refusal(error: Exception, written: str) -> str | None:
     if isinstance(error, OSError) and error.strerror is not None:
         paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
         return ": ".join([*(paths or [written]), error.strerror])
-    if isinstance(error, MemoryError) or _NO_MEMORY in str(error):
-        return f"out of memory: {str(error)[:_LONGEST] or type(error).__name__}"
+    text = str(error)[:_LONGEST] or type(error).__name__
     if isinstance(error, OSError) or any(words in str(error) for words in _REFUSED):
-        return f"{written}: {str(error)[:_LONGEST]}"
+        return f"{written}: {text}"
+    if isinstance(error, MemoryError) or _NO_MEMORY in str(error):
+        return f"out of memory: {text}"
     return None

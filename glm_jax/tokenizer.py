@@ -19,8 +19,8 @@ from typing import Any
 import sentencepiece
 
 from glm_jax.config import GLMConfig, SpecialTokens
-from glm_jax.errors import UserError
-from glm_jax.files import replacing, write_text
+from glm_jax.errors import UserError, shown
+from glm_jax.files import read_json, replacing, write_text
 from glm_jax.text_files import check_characters
 
 MODEL_FILE = "tokenizer.model"
@@ -346,26 +346,26 @@ def _restore_blanks(text: str) -> str:
 
 
 def _read_config(path: Path) -> TokenizerConfig:
-    try:
-        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        ids: dict[str, Any] = fields.pop("special_tokens")
-        _check_ids({"text_offset": fields.get("text_offset", 0)} | ids, path)
-        special = SpecialTokens(**ids)
-        config = TokenizerConfig(special_tokens=special, **fields)
-    except TokenizerError:
-        raise
-    except KeyError as error:
-        raise TokenizerError(f"{path}: the field {error} is missing") from error
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise TokenizerError(f"{path}: {error}") from error
-    except OSError as error:
-        raise TokenizerError(f"{path}: {error.strerror}") from error
+    fields = read_json(path, TokenizerError, f"{path} is missing")
+    ids = fields.get("special_tokens") if isinstance(fields, dict) else None
+    if not isinstance(ids, dict):
+        raise TokenizerError(f"{path}: expected an object whose special_tokens are an object")
+    for found, kind in ((fields, TokenizerConfig), (ids, SpecialTokens)):
+        unknown = sorted(found.keys() - {field.name for field in dataclasses.fields(kind)})
+        if unknown:
+            raise TokenizerError(f"{path}: unknown field {shown(unknown[0])}")
+    _check_ids({"text_offset": fields.get("text_offset", 0)} | ids, path)
+    config = TokenizerConfig(**fields | {"special_tokens": SpecialTokens(**ids)})
     if config.segments not in ("separate", "continued"):
-        raise TokenizerError(f'{path}: segments={config.segments!r}: "separate" or "continued"')
+        raise TokenizerError(
+            f'{path}: segments={shown(config.segments)}: "separate" or "continued"'
+        )
     return config
 
 
 def _check_ids(ids: dict[str, Any], path: Path) -> None:
     for name, token in ids.items():
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= _MAX_ID:
-            raise TokenizerError(f"{path}: {name}={token!r}: expected an int from 0 to {_MAX_ID}")
+            raise TokenizerError(
+                f"{path}: {name}={shown(token)}: expected an int from 0 to {_MAX_ID}"
+            )

@@ -40,6 +40,7 @@ def _system_error(number, *paths):
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
         (UserError("two\nlines"), 1, "error: two lines\n"),
+        (UserError("a" * 9999 + "b"), 1, f"error: {'a' * 1000} ... {'a' * 999}b\n"),
         (_system_error(errno.EACCES, "x/y"), 1, "error: x/y: Permission denied\n"),
         (_system_error(errno.ENOTDIR, "x/y"), 1, "error: x/y: Not a directory\n"),
         (_system_error(errno.ENOENT, "x"), 1, "error: x: No such file or directory\n"),

@@ -124,6 +124,10 @@ def test_missing_or_broken_files_are_refused(tokenizer, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"special_tokens": {}, "offset": 3}')
     with pytest.raises(TokenizerError, match="offset"):
         Tokenizer(tmp_path)
+    for wrong in ("[]", "null", '{"special_tokens": null}', '{"special_tokens": [1]}', "["):
+        (tmp_path / "tokenizer_config.json").write_text(wrong)
+        with pytest.raises(TokenizerError, match=r"json(: expected an object| is not JSON)"):
+            Tokenizer(tmp_path)
 
 
 def test_no_line_is_left_out_of_training(tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 from glm_jax.decoding.beams import BeamSearch
 from glm_jax.decoding.sampling import Sampling
 from glm_jax.decoding.settings import SETTINGS, GenerationSettings, Setting
-from glm_jax.errors import UserError
+from glm_jax.errors import UserError, shown
 from glm_jax.text_files import check_characters, decode, is_json_lines, parse_json, raw_lines
 
 _FIELDS = SETTINGS | {"text": Setting(str, "", 0, 0, "with blanks")}
@@ -71,7 +71,9 @@ class TextRequest(GenerationSettings):
         changes = {}
         for name, value in fields.items():
             if name not in _FIELDS:
-                raise RequestError(f"unknown field {name!r}; what is yours goes under 'metadata'")
+                raise RequestError(
+                    f"unknown field {shown(name)}; what is yours goes under 'metadata'"
+                )
             changes[name] = _FIELDS[name].checked(name, value)
         return dataclasses.replace(self, **changes)
 

@@ -72,7 +72,7 @@ def load_prompt_file(path: Path) -> PromptFile:
         raise PromptFileError(str(error)) from error
     unknown = set(content) - {field.name for field in dataclasses.fields(PromptFile)}
     if unknown:
-        raise PromptFileError(f"{path}: unknown field {sorted(unknown)[0]!r}")
+        raise PromptFileError(f"{path}: unknown field {shown(sorted(unknown)[0])}")
     missing = {"path", "format"} - set(content)
     if missing:
         raise PromptFileError(f"{path}: the field {min(missing)!r} is missing")

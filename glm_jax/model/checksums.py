@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from glm_jax import files
-from glm_jax.errors import UserError
+from glm_jax.errors import UserError, system_refusal
 
 CHECKSUMS_FILE = "checksums.json"
 # Files up to this size are checked as they are opened; what larger ones hold is arrays, whose
@@ -47,10 +47,6 @@ def chunk_checksum(chunk: np.ndarray) -> int:
     others = tuple(axis for axis in range(words.ndim) if axis != first)
     sums = words.sum(axis=others, dtype=np.uint64)
     return zlib.crc32(sums.astype("<u8").tobytes())
-
-
-class _ChangedError(DamageError):
-    """A file that is there, and is another."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,28 +152,46 @@ def checked_files(folder: Path, may_change: tuple[str, ...] = ()) -> dict[str, i
         content = json.loads(text)
         listed = {str(name): (int(size), crc) for name, (size, crc) in content["files"].items()}
         chunks: dict[str, int] = dict(content["chunks"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        ValueError,
+        OverflowError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise damaged(folder / CHECKSUMS_FILE, "it lists no checksums") from error
     for name, (size, crc) in listed.items():
-        try:
-            _check_file(folder / name, size, crc)
-        except _ChangedError as error:
-            if name not in may_change:
-                raise
-            print(f"{folder / name} was edited, or is damaged: {error}", file=sys.stderr)
+        path = folder / name
+        if (changed := _change(path, size, crc)) is None:
+            continue
+        if name not in may_change or not path.exists():
+            raise damaged(path, changed)
+        print(f"{path} was edited, or is damaged: {changed}", file=sys.stderr)
     return chunks
 
 
-def _check_file(path: Path, size: int, crc: int | None) -> None:
+def _change(path: Path, size: int, crc: int | None) -> str | None:
+    """How a file differs from what was written; None where it does not."""
     try:
         found = path.stat().st_size
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise damaged(path, "it is missing") from error
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # no name of a file, the last
+        return "it is missing"
     if found != size:
-        raise damaged(path, f"it has {found} bytes of {size}", _ChangedError)
+        return f"it has {found} bytes of {size}"
     if crc is not None and zlib.crc32(path.read_bytes()) != crc:
-        raise damaged(path, "it is not what was written", _ChangedError)
+        return "it is not what was written"
+    return None
 
 
-def damaged(what: Any, why: str, kind: type[DamageError] = DamageError) -> DamageError:
-    return kind(f"{what} is damaged: {why}; copy the folder again, or write it again")
+def unreadable(what: Any, error: Exception) -> UserError:
+    """The error to raise where a library cannot read stored data: a DamageError, but where the
+    system refused to read it."""
+    refused = system_refusal(error, str(what))
+    if refused is None or isinstance(error, FileNotFoundError):
+        return damaged(what, str(error)[:300] or type(error).__name__)
+    return UserError(refused)
+
+
+def damaged(what: Any, why: str) -> DamageError:
+    return DamageError(f"{what} is damaged: {why}; copy the folder again, or write it again")

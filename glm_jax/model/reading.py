@@ -16,17 +16,21 @@ from typing import Any
 import jax
 import numpy as np
 import tensorstore as ts
+from flax import traverse_util
 from jax.sharding import SingleDeviceSharding
 
+from glm_jax.errors import UserError
 from glm_jax.model.checksums import (
     Chunks,
     chunk_checksum,
     chunk_key,
     damaged,
+    unreadable,
     whole_slices,
     within,
 )
 
+_ARRAY = "/.zarray"  # what the store calls an array's description, after its name
 _LINE_BYTES = 64  # at which jax takes an array of numpy as it is
 _READS_AT_ONCE = 8
 # Of glibc's mallopt, and what they are set back to.
@@ -122,6 +126,32 @@ def array_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
+def described_arrays(folder: Path) -> dict[str, Any]:
+    """What the arrays of a checkpoint are: nested dictionaries of `jax.ShapeDtypeStruct`.
+
+    By the store's own names: of a damaged checkpoint Orbax's reader leaves threads behind that
+    print traces.
+
+    Raises:
+      DamageError: there are none, or one cannot be opened.
+    """
+    try:
+        keys = ts.KvStore.open(_store(folder)).result().list().result()
+        names = [key.decode().removesuffix(_ARRAY) for key in keys if key.endswith(_ARRAY.encode())]
+        described = {
+            tuple(name.split(".")): jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype)
+            for name, array in zip(names, open_arrays(folder, names), strict=True)
+        }
+        tree: dict[str, Any] = traverse_util.unflatten_dict(described)
+    except UserError:
+        raise
+    except (ValueError, OSError, TypeError) as error:  # a name may begin with another
+        raise unreadable(folder, error) from error
+    if not tree:
+        raise damaged(folder, "it is no whole checkpoint")
+    return tree
+
+
 def open_arrays(folder: Path, names: list[str], context: ts.Context | None = None) -> list[Any]:
     """The arrays of a checkpoint, unread.
 
@@ -137,15 +167,19 @@ def stored_chunks(store: Any) -> Chunks:
 
 
 def _spec(folder: Path, name: str) -> dict[str, Any]:
-    store = {"driver": "ocdbt", "base": folder.absolute().as_uri(), "path": f"{name}/"}
+    store = {**_store(folder), "path": f"{name}/"}
     return {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}
+
+
+def _store(folder: Path) -> dict[str, Any]:
+    return {"driver": "ocdbt", "base": folder.absolute().as_uri()}
 
 
 def _result(folder: Path, name: str, future: Any) -> Any:
     try:
         return future.result()
     except (ValueError, OSError) as error:  # of whatever kind the library finds it to be
-        raise damaged(f"{folder}: {name}", str(error)[:200]) from error
+        raise unreadable(f"{folder}: {name}", error) from error
 
 
 def _chunk_reads(

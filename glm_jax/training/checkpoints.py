@@ -22,12 +22,11 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from glm_jax import files, processes
 from glm_jax.config import GLMConfig
-from glm_jax.errors import UserError, is_no_room, system_refusal
+from glm_jax.errors import UserError, is_no_room
 from glm_jax.model.checksums import (
-    CHECKSUMS_FILE,
     DamageError,
     checked_files,
-    damaged,
+    unreadable,
     write_checksums,
 )
 from glm_jax.training.recipe import Recipe
@@ -222,15 +221,9 @@ class RunCheckpoints:
         except UserError:
             raise
         except Exception as error:  # of whatever kind a library finds damage to be
-            cause = _first_cause(error)
-            refused = system_refusal(cause, str(folder))
-            if refused is not None and not isinstance(cause, FileNotFoundError):
-                raise UserError(refused) from error
-            failure = str(cause)[:300]
+            failure = unreadable(folder, _first_cause(error))
         _forget_broken_reads()
-        is_listed = (folder / CHECKSUMS_FILE).exists()
-        doubt = "" if is_listed else "; or it is of another model or recipe"
-        raise damaged(folder, failure + doubt)
+        raise failure
 
     def _move_away(self, step: int) -> None:
         """Takes a damaged checkpoint from those that count; its step will be saved again."""

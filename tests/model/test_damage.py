@@ -114,6 +114,21 @@ def test_a_folder_without_checksums_is_read(folder, written):
     _assert_equal(restore(folder)[1], written[1])
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "[" * 100_000, '{"files": [], "chunks": {}}',
+        '{"files": {"a": [1e999, 1]}, "chunks": {}}',
+        '{"files": {"a\\u0000b": [1, 1]}, "chunks": {}}',
+    ],
+)  # fmt: skip
+def test_a_list_of_checksums_of_another_kind(content, folder):
+    (folder / CHECKSUMS_FILE).write_text(content)
+    with pytest.raises(DamageError, match="is damaged"):
+        restore(folder)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_without_checksums_too_what_cannot_be_read_is_one_line(folder):
     for path in folder.rglob(CHECKSUMS_FILE):
         path.unlink()
@@ -152,6 +167,7 @@ CONFIGS = {
     "many layers": {"num_layers": 10**18},
     "NaN": {"layernorm_epsilon": float("nan")},
     "special tokens of another kind": {"special_tokens": 7},
+    "a long name": {"a" * 10**6: 1},
     "a number of many digits": '{"num_layers": ' + "1" * 5000 + "}",
 }
 
