@@ -109,7 +109,7 @@ def convert_shards(
             "--quantization"
         )
     conversion = _Conversion(checkpoint, config, options, output)
-    with files.explained(output.absolute()):
+    with files.explained(output.resolve()):
         conversion.open(_plan(checkpoint, config, options))
         try:
             conversion.write_parts()
@@ -160,7 +160,7 @@ class _Conversion:
         self, checkpoint: SatCheckpoint, config: GLMConfig, options: Options, output: Path
     ):
         self._checkpoint, self._config = checkpoint, config
-        self._options, self._output = options, output.absolute()
+        self._options, self._output = options, output.resolve()
         self.partial = self._output.with_name(self._output.name + ".partial")
         self._folder = self.partial / parts.PARAMS_FOLDER
         self._bits = checkpoint.bits(config)

@@ -60,7 +60,7 @@ def locked(path: Path, number: int = 0, count: int = 1) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lock(path: Path, suffix: str, is_shared: bool) -> Iterator[None]:
-    path = path.absolute()
+    path = path.resolve()  # by whatever links it is named
     with explained(path):
         is_inside = path.is_dir() and not os.access(path.parent, os.W_OK)
         file = (path if is_inside else path.parent) / f".{path.name}{suffix}.lock"
@@ -155,7 +155,7 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
       OutputError: there is something at `path` already, or it cannot be written.
     """
-    target = Path(path).absolute()
+    target = Path(path).resolve()  # a link to an empty folder stays one
     partial = target.with_name(f"{target.name}.partial")
     with locked(target), explained(target):
         refuse_non_empty(target)

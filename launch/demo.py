@@ -24,7 +24,7 @@ from glm_jax.decoding.prepare import prepare
 from glm_jax.evaluation.fact_tasks import write_fact_tasks
 from glm_jax.evaluation.run import evaluate
 from glm_jax.evaluation.tasks import Model
-from glm_jax.files import refuse_non_empty
+from glm_jax.files import locked, refuse_non_empty
 from glm_jax.model.checkpoint import restore
 from glm_jax.tokenizer import train_tokenizer
 from glm_jax.training.loop import train
@@ -38,6 +38,7 @@ flags.DEFINE_integer(
 )
 
 _SHARDS = 4
+_TEXT_FILE = "facts.txt"
 _TEXTS = (
     "The capital of France is [MASK].",
     "日本的首都是[MASK]。",
@@ -50,13 +51,19 @@ _TEXTS = (
 def main() -> None:
     began = time.perf_counter()
     output = Path(FLAGS.output)
-    text = output / "facts.txt"
-    if not text.exists():
-        refuse_non_empty(output)  # what another demo left may go, nothing else
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
+    with locked(output):
+        if not (output / _TEXT_FILE).exists():
+            refuse_non_empty(output)  # what another demo left may go, nothing else
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir(parents=True)
+        show(output)
+    print(f"\nall of it took {time.perf_counter() - began:.0f} s")
 
+
+def show(output: Path) -> None:
+    """All steps, from text to a fine-tuned model, in an empty folder."""
     corpus = facts.build_corpus()
+    text = output / _TEXT_FILE
     text.write_text("\n".join(corpus.sentences) + "\n", encoding="utf-8")
     print(f"corpus: {len(corpus.sentences)} sentences, {len(corpus.questions)} forms held out")
 
@@ -98,7 +105,6 @@ def main() -> None:
     baseline = facts.majority_accuracy(corpus.questions)
     print(f"filling in the commonest answer of a relation: {baseline:.1%}; choosing blindly: 25%")
     teach(output / "converted", corpus, output / "finetuning")
-    print(f"\nall of it took {time.perf_counter() - began:.0f} s")
 
 
 def print_table(results: dict[str, dict[str, Any]]) -> None:

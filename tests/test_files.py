@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,21 @@ def test_two_writers_of_one_output(tmp_path):
             with pytest.raises(LockedError, match="by process"), files.locked(output, *others):
                 pass
     assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_is_named_by_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk/out")
+    with files.locked(tmp_path / "disk" / "out"), pytest.raises(LockedError):
+        _write_folder(tmp_path / "out")
+    for is_there in (False, True):
+        if is_there:
+            shutil.rmtree(tmp_path / "disk" / "out")
+            (tmp_path / "disk" / "out").mkdir()
+        _write_folder(tmp_path / "out")
+        assert list((tmp_path / "disk" / "out").iterdir())
+        assert (tmp_path / "out").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
 
 
 def test_a_dead_holder_leaves_the_lock_open(tmp_path):

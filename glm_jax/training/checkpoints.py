@@ -5,6 +5,7 @@ TensorStore checks every chunk of every array as it reads it; `checksums.json` l
 
 import contextlib
 import errno
+import functools
 import gc
 import os
 import shutil
@@ -182,7 +183,7 @@ class RunCheckpoints:
                 if processes.is_first():
                     before = steps[steps.index(step) + 1]
                     print(f"{error}; going on from step {before}", file=sys.stderr)
-                processes.together(lambda damaged=step: self._move_away(damaged))
+                processes.together(functools.partial(self._move_away, step))
                 self._manager.reload()
             else:
                 return restored
