@@ -206,9 +206,8 @@ class _Conversion:
         item = np.dtype(self._config.param_dtype).itemsize
         needed = count * (self._bits / 8 if self._bits else item)
         there = _bytes_below(self._folder)
-        free = shutil.disk_usage(self.partial).free
-        if free < needed - there:
-            raise _no_room(self.partial, f"{free >> 20} MiB free of {int(needed - there) >> 20}")
+        if missing := files.missing_room(self.partial, needed - there):
+            raise _no_room(self.partial, missing)
 
     def _names(self) -> list[str]:
         layers = [parts.layers_part(i, i + 1) for i in range(self._config.num_layers)]

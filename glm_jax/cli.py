@@ -9,7 +9,7 @@ import traceback
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -67,8 +67,24 @@ def _with_settings(main: Callable[[list[str]], None], argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         # Libraries report every file that they touch; --verbosity=0 shows it.
         logging.set_verbosity(logging.WARNING)
+        _hide_traces_of_threads()
     set_up_compiler()
     main(argv)
+
+
+def _hide_traces_of_threads() -> None:
+    """Hides what Orbax's threads print of an error, of a full disk say, that it raises as well."""
+    logging.get_absl_logger().addFilter(
+        lambda record: record.exc_info is None or "orbax" not in Path(record.pathname).parts
+    )
+    shown = sys.unraisablehook
+
+    def show(unraisable: Any) -> None:
+        # What it still reads or writes then ends in an event loop that is closed.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            shown(unraisable)
+
+    sys.unraisablehook = show
 
 
 def _fail_by_system(error: Exception) -> NoReturn:

@@ -147,6 +147,14 @@ def refuse_non_empty(path: Path) -> None:
             raise OutputError(f"output {path} is not empty: remove it or name another folder")
 
 
+def missing_room(folder: Path, needed: float) -> str | None:
+    """In words, where a folder's disk has less free than the bytes `needed`; else None."""
+    free = shutil.disk_usage(folder).free
+    if free >= needed:
+        return None
+    return f"{free / 2**20:.1f} MiB are free of {needed / 2**20:.1f} that it takes"
+
+
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a folder to write, beside `path`; it becomes `path`, whole, at the end, and is

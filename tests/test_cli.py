@@ -2,11 +2,14 @@
 
 import errno
 import importlib
+import logging as std_logging
 import os
 import signal
 import sys
+import types
 
 import pytest
+from absl import logging
 
 import convert
 import launch
@@ -87,3 +90,22 @@ def test_ctrl_c_while_a_command_line_imports_is_no_trace(package, monkeypatch):
     monkeypatch.setattr(package.os, "write", lambda *given: ended.append(given))
     signal.raise_signal(signal.SIGINT)
     assert ended == [(2, b"error: interrupted\n"), 130]
+
+
+def test_traces_of_orbaxs_threads_are_hidden(monkeypatch):
+    """Its errors are raised as well; those of others are shown."""
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    absl_logger = logging.get_absl_logger()
+    monkeypatch.setattr(absl_logger, "filters", [])
+    cli._hide_traces_of_threads()
+    for text in ("Event loop is closed", "another"):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text)))
+    assert [str(unraisable.exc_value) for unraisable in shown] == ["another"]
+    for path, trace, is_shown in (
+        ("/x/orbax/y.py", (ValueError, ValueError(), None), False),
+        ("/x/orbax/y.py", None, True),
+        ("/x/orbaxes.py", (ValueError, ValueError(), None), True),
+    ):
+        record = std_logging.LogRecord("absl", 40, path, 1, "failed", (), trace)
+        assert bool(absl_logger.filter(record)) == is_shown

@@ -109,11 +109,8 @@ def _check_room(folder: Path, state: dict[str, Any]) -> None:
     """Says no before Orbax does, whose threads each print a trace when a disk is full."""
     folder.mkdir(parents=True, exist_ok=True)
     needed = sum(array.nbytes for array in jax.tree.leaves(state)) + _AROUND_BYTES
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise files.OutputError(
-            f"output {folder} cannot be written: {free >> 20} MiB of {needed >> 20} are free"
-        )
+    if missing := files.missing_room(folder, needed):
+        raise files.OutputError(f"output {folder} cannot be written: {missing}")
 
 
 def _checksums(folder: Path, state: dict[str, Any]) -> dict[str, int]:

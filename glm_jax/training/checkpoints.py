@@ -153,12 +153,8 @@ class RunCheckpoints:
     def _check_room(self, state: TrainState) -> None:
         """Says no before anything is written, where that is bound to fail half-way."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        free = shutil.disk_usage(self._folder).free
-        if free < needed:
-            raise OSError(
-                errno.ENOSPC,
-                f"{os.strerror(errno.ENOSPC)}: {free >> 20} MiB free of {needed >> 20} MiB",
-            )
+        if missing := files.missing_room(self._folder, needed):
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {missing}")
 
     def restore_latest(
         self, config: GLMConfig, recipe: Recipe, mesh: Mesh
