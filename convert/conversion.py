@@ -206,7 +206,7 @@ class _Conversion:
         item = np.dtype(self._config.param_dtype).itemsize
         needed = count * (self._bits / 8 if self._bits else item)
         there = _bytes_below(self._folder)
-        if missing := files.missing_room(self.partial, needed - there):
+        if missing := files.missing_room(self.partial, int(needed) - there):
             raise _no_room(self.partial, missing)
 
     def _names(self) -> list[str]:

@@ -147,7 +147,7 @@ def refuse_non_empty(path: Path) -> None:
             raise OutputError(f"output {path} is not empty: remove it or name another folder")
 
 
-def missing_room(folder: Path, needed: float) -> str | None:
+def missing_room(folder: Path, needed: int) -> str | None:
     """In words, where a folder's disk has less free than the bytes `needed`; else None."""
     free = shutil.disk_usage(folder).free
     if free >= needed:
