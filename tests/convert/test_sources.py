@@ -293,7 +293,8 @@ def test_arrays_lie_in_pieces_and_provenance_beside_them(tmp_path):
 def test_without_room_nothing_is_begun_and_with_room_it_goes_on(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=300_000))
-    with pytest.raises(ConvertError, match=r"no room for .*out\.partial \(0\.3 MiB are free of 0\.4"):
+    said = r"no room for .*out\.partial \(0\.3 MiB are free of 0\.4"
+    with pytest.raises(ConvertError, match=said):
         convert_shards(CHECKPOINTS / "tp2", tmp_path / "out", OPTIONS)
     assert not any((tmp_path / "out.partial" / "params").iterdir())
     monkeypatch.undo()
