@@ -16,7 +16,17 @@ from glm_jax.planning.plan import Question, make_plan
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.hardware}-{c.devices}-{c.precision}")
+# One a compiler and precision; the others are slow, and take no other way.
+FIRST = (("a100_40gb", "float16"), ("h200", "int4"), ("tpu_v5p", "bfloat16"))
+
+
+def _marked(case):
+    is_first = (case.hardware, case.precision) in FIRST
+    name = f"{case.hardware}-{case.devices}-{case.precision}"
+    return pytest.param(case, id=name, marks=() if is_first else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case", map(_marked, CASES))
 def test_every_case_fits_as_the_table_says(case):
     """The committed table; regenerate it by `python -m launch.plan --table=hardware`."""
     plan = plan_case(case, glm_130b(), hardware(case.hardware))

@@ -58,8 +58,15 @@ def _assert_step_writes_little(text, name, devices):
     assert all(w.bytes <= 4 * MIB and w.dtype[0] != "s" for w in others), others
 
 
-@pytest.mark.parametrize("name", ["h100", "a100_80gb"])
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [
+        ("h100", 1),
+        ("a100_80gb", 8),
+        pytest.param("h100", 8, marks=pytest.mark.slow),
+        pytest.param("a100_80gb", 1, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("weights", ["int4", "int4,group=128,zero_point", "int8", None])
 def test_a_decode_step_and_a_prefill_copy_no_weight(name, devices, weights):
     lowered = _lowered(name, devices, weights, layers=2)
