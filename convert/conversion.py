@@ -94,9 +94,8 @@ def convert_shards(
     files.refuse_non_empty(output)
     if options.quantization is not None:
         Scheme.parse(options.quantization)
-    checkpoint = SatCheckpoint(
-        source, options.is_checked, options.dtype, options.allow_differing_copies
-    )
+    allowed = options.allow_differing_copies
+    checkpoint = SatCheckpoint(source, options.is_checked, options.dtype, allowed)
     config = checkpoint.config(options.num_heads, options.max_sequence_length)
     if tokenizer is not None:
         config = config.replace(special_tokens=tokenizer.special_tokens)
@@ -108,6 +107,9 @@ def convert_shards(
             f"{source} is quantised to int{checkpoint.bits(config)} already: leave out "
             "--quantization"
         )
+    if options.dtype is None and (count := checkpoint.cast_count(config)):
+        print(f"{count} tensors are cast to {config.param_dtype}, the embedding's dtype")
+        options = dataclasses.replace(options, dtype=config.param_dtype)
     conversion = _Conversion(checkpoint, config, options, output)
     with files.explained(output.resolve()):
         conversion.open(_plan(checkpoint, config, options))

@@ -33,6 +33,8 @@ def known_kind(source: ByteSource, expected: str) -> str | None:
     Returns:
       None where it is nothing that is known, or of the expected kind.
     """
+    if not source.size:
+        return "is empty: fetch it again"
     head = bytes(read(source, 0, min(_HEAD, source.size)))
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for magic, name in _COMPRESSED.items():

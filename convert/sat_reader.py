@@ -223,6 +223,13 @@ class SatCheckpoint:
             is_what = f"is {other.name}" if isinstance(other, Foreign) else "is missing"
             raise ConvertError(f"{shard.name}: the tensor {name} {is_what}") from error
 
+    def cast_count(self, config: GLMConfig) -> int:
+        """How many float tensors are not of the config's dtype, which is the embedding's."""
+        names = sat_layout.shard_shapes(config, len(self.shards), self.bits(config))
+        floats = (name for name in names if not name.endswith(sat_layout.SCALE))
+        dtypes = [str(self._dtype(self.tensor(name))) for name in floats]
+        return sum(dtype not in (config.param_dtype, "int8") for dtype in dtypes)
+
     def _dtype(self, tensor: LazyTensor) -> np.dtype[Any]:
         """What a tensor is read as."""
         return self._double_dtype if tensor.dtype == np.float64 else tensor.dtype

@@ -162,9 +162,9 @@ class HarnessModel(LM):
         return self._model.tokenizer.decode(self._model.special.without_end(tokens))
 
 
-def _texts(until: str | Sequence[str] | None) -> tuple[str, ...]:
+def _texts(until: Any) -> tuple[str, ...]:
     texts = (until,) if isinstance(until, str) else until or ()
-    if not all(isinstance(text, str) for text in texts):
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"until={until!r}: expected texts")
     return tuple(filter(None, texts))
 

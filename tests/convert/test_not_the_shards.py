@@ -148,6 +148,29 @@ def test_float64_becomes_what_is_asked_for_or_float32(four, tmp_path, dtype, nam
         assert list(compare(open_model(tmp_path / "out"), open_plainly(four))) == [None] * 39
 
 
+@pytest.mark.parametrize("name", ["attention.dense.bias", "mlp.dense_4h_to_h.weight"])
+def test_tensors_of_another_dtype_than_the_embedding_are_cast_or_refused(
+    four, tmp_path, capsys, name
+):
+    """Read into float16 a larger float32 would be infinite."""
+    name = f"transformer.layers.1.{name}"
+
+    def write(number):
+        for rank in range(4):
+            module = read_module(_shard(four, rank))
+            module[name] = module[name].astype(np.float32)
+            module[name].reshape(-1)[5] = number
+            save_torch(_shard(four, rank), {"module": module})
+
+    write(1e6)
+    with pytest.raises(ConvertError, match=r"numbers of a tensor .* are beyond float16"):
+        convert_shards(four, tmp_path / "out", OPTIONS)
+    write(0.5)
+    convert_shards(four, tmp_path / "out", OPTIONS)
+    assert "1 tensors are cast to float16, the embedding's dtype" in capsys.readouterr().out
+    assert list(compare(open_model(tmp_path / "out"), open_plainly(four))) == [None] * 39
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_numbers_beyond_any_dtype_are_refused(four, tmp_path, dtype):
     module = read_module(_shard(four, 0))

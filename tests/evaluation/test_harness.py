@@ -50,7 +50,7 @@ def test_empty_continuations_and_documents_are_certain(harness):
 
 def test_a_continuation_is_summed_whole_or_refused(harness):
     _, model = harness
-    longest = " ".join(["t20"] * 63)
+    longest = " t20" * 63
     [(whole, _)] = model.loglikelihood(_requests(("t17 t18", longest)))
     [(alone, _)] = model.loglikelihood(_requests(("", longest)))
     np.testing.assert_allclose(whole, alone, atol=1e-5)  # no room for a context
