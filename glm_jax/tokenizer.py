@@ -231,6 +231,8 @@ def check_fits(tokenizer: Any, config: GLMConfig) -> None:
     outside = [name for name, token in named.items() if not 0 <= token < config.vocab_size]
     size = getattr(tokenizer, "vocab_size", 0)
     advice = "give the model's own tokenizer"
+    if len(files := getattr(tokenizer, "files", ())) == 1:
+        advice += f" ({files[0]} has no {CONFIG_FILE} beside it)"
     if outside:
         raise TokenizerError(
             f"the tokenizer does not fit the model: its {outside[0]} is {named[outside[0]]}, and "

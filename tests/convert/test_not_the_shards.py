@@ -108,7 +108,7 @@ def test_a_shard_that_is_there_twice_is_refused_by_its_checksums(four, twice):
         (b"\x80\x04\x95\x00\x00", "a pickle by itself"),
         (b"\0" * 4096, "begins with zeros"),
         (b"\x10\0\0\0\0\0\0\0" + b'{"a":0}' + b" " * 99, "a safetensors file"),
-        (b"", "truncated"),
+        (b"", "is empty"),
         (b"PK\x03\x04" + b"1" * 100, "truncated"),
         (b"anything else", "truncated or not a PyTorch zip file"),
     ],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from conftest import GOLDEN  # noqa: F401  # imports of jax come after it
 from stub_tokenizer import WordTokenizer
 
-from glm_jax.config import SpecialTokens
+from glm_jax.config import SpecialTokens, glm_config
 from glm_jax.decoding import programs
 from glm_jax.decoding.beams import BeamSearch, beam_search
 from glm_jax.decoding.blank_filling import fill_blanks
@@ -27,7 +28,7 @@ from glm_jax.evaluation.scoring import Scorer
 from glm_jax.evaluation.sequences import continuation
 from glm_jax.model import params as glm_params
 from glm_jax.sharding import make_mesh
-from glm_jax.tokenizer import TokenizerError, check_fits
+from glm_jax.tokenizer import Tokenizer, TokenizerError, check_fits
 
 PROMPT = Prompt((5, 6, 7, 8, 240), 4)
 EVERY = tuple(range(256))
@@ -226,3 +227,11 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tokenizer, tiny_mod
         check_fits(tokenizer, config.replace(vocab_size=tokenizer.vocab_size - 1))
     with pytest.raises(TokenizerError, match="does not fit the model"):
         check_fits(tokenizer, config.replace(special_tokens=SpecialTokens()))
+
+
+def test_a_tokenizer_without_its_config_is_told_so(tokenizer, tmp_path):
+    special = tokenizer.special_tokens
+    config = glm_config("tiny", vocab_size=4096, special_tokens=special)
+    shutil.copy(tokenizer.files[0], tmp_path)
+    with pytest.raises(TokenizerError, match=r"mask is 150000.*has no tokenizer_config\.json"):
+        check_fits(Tokenizer(tmp_path), config)
