@@ -156,7 +156,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 def _parse_known(argv: list[str]) -> list[str]:
     try:
         rest = list(flags.FLAGS(argv))
-        _check_numbers()
+        _check_values()
         return rest
     except BrokenPipeError:  # of --help
         raise
@@ -164,14 +164,17 @@ def _parse_known(argv: list[str]) -> list[str]:
         _fail(error, status=2)
 
 
-def _check_numbers() -> None:
-    """Refuses numbers that no flag takes, as bounds of a flag let NaN pass.
+def _check_values() -> None:
+    """Refuses what no flag takes: outputs without a name, and numbers such as NaN, which
+    bounds of a flag let pass.
 
     Raises:
       flags.IllegalFlagValueError: names the flag.
     """
     for name in flags.FLAGS:
         value = flags.FLAGS[name].value
+        if name in _OUTPUTS and value == "":
+            raise flags.IllegalFlagValueError(f"flag --{name}=: expected a path")
         if isinstance(value, int | float) and not abs(value) <= _GREATEST:
             raise flags.IllegalFlagValueError(
                 f"flag --{name}={value}: expected a number from {-_GREATEST} to {_GREATEST}"

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -22,6 +23,7 @@ from glm_jax.errors import UserError, is_no_room
 
 # Errors of writing alone: the files that are read at the same time do not raise them.
 _OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_LOCK = re.compile(r"\..*\.lock")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system
 
 
@@ -117,8 +119,11 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a name beside `path` to write a file to: it becomes `path`, whole, at the end.
 
     Raises:
-      OutputError: the file cannot be written; what was at `path` stays.
+      OutputError: the file cannot be written, or is a device; what was at `path` stays.
     """
+    path = path.resolve()  # a link stays one
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OutputError(f"output {path} is a device, or no file of another kind")
     # No two writers share a name, on whatever hosts they run.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     with explained(path):
@@ -143,7 +148,11 @@ def write_text(path: Path, text: str) -> None:
 def refuse_non_empty(path: Path) -> None:
     """Raises OutputError where writing to `path` would mix with what is there."""
     with explained(path):
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        if path.is_dir():
+            found = any(not _LOCK.fullmatch(file.name) for file in path.iterdir())
+        else:
+            found = path.exists()
+        if found:
             raise OutputError(f"output {path} is not empty: remove it or name another folder")
 
 

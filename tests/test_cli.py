@@ -9,7 +9,7 @@ import sys
 import types
 
 import pytest
-from absl import logging
+from absl import flags, logging
 
 import convert
 import launch
@@ -109,3 +109,13 @@ def test_traces_of_orbaxs_threads_are_hidden(monkeypatch):
     ):
         record = std_logging.LogRecord("absl", 40, path, 1, "failed", (), trace)
         assert bool(absl_logger.filter(record)) == is_shown
+
+
+def test_an_output_without_a_name_is_refused(monkeypatch, capsys):
+    chosen = flags.FlagValues()
+    flags.DEFINE_string("output", None, "a folder", flag_values=chosen)
+    monkeypatch.setattr(flags, "FLAGS", chosen)
+    with pytest.raises(SystemExit) as ended:
+        cli._parse_known(["it", "--output="])
+    assert ended.value.code == 2
+    assert "--output=: expected a path" in capsys.readouterr().err

@@ -130,6 +130,26 @@ def test_an_output_that_is_named_by_a_link(tmp_path):
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
 
 
+def test_no_device_and_no_link_makes_way_for_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="is a device, or no file"):
+        files.write_text(tmp_path / "pipe", "text")
+    (tmp_path / "link").symlink_to("file")
+    files.write_text(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "text"
+
+
+def test_a_lock_in_a_folder_leaves_it_empty(tmp_path):
+    with files.locked(tmp_path / "out"):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / ".out.lock").touch()
+        files.refuse_non_empty(tmp_path / "out")
+        (tmp_path / "out" / "a").touch()
+        with pytest.raises(OutputError, match="is not empty"):
+            files.refuse_non_empty(tmp_path / "out")
+
+
 def test_a_dead_holder_leaves_the_lock_open(tmp_path):
     (tmp_path / ".out.lock").write_text("process 1 on another host since yesterday")
     _write_folder(tmp_path / "out")

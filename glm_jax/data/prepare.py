@@ -23,7 +23,7 @@ from glm_jax.data.documents import parse_instruction, parse_text
 from glm_jax.data.documents import text_records as records_of_text
 from glm_jax.data.records import DATASET_FILE, DataError, Record, fingerprint
 from glm_jax.errors import UserError
-from glm_jax.files import replacing, write_text
+from glm_jax.files import refuse_non_empty, replacing, write_text
 from glm_jax.text_files import is_json_lines, is_packed, raw_lines, read_json
 from glm_jax.tokenizer import Tokenizer
 
@@ -90,6 +90,7 @@ def prepare(
     Raises:
       DataError: too many bad lines, no text at all, unreadable files, or a folder that
         other files or settings were prepared into.
+      OutputError: a folder that holds something else, or cannot be written.
     """
     jobs = plan(files, part_bytes)
     settings = Settings(tokenizer.files[0], kind, window)
@@ -133,9 +134,10 @@ def _begin(output: Path, about: dict[str, Any]) -> None:
                 f"{output} was begun with another {differing[0]}: finish it as it was begun, or "
                 "name another folder"
             )
+        for left in output.glob("*.partial"):  # by workers that were killed
+            left.unlink(missing_ok=True)
         return
-    if output.exists() and any(output.iterdir()):
-        raise DataError(f"output {output} is not empty: remove it or name another folder")
+    refuse_non_empty(output)
     output.mkdir(parents=True, exist_ok=True)
     write_text(plan_file, json.dumps(about, indent=2) + "\n")
 

@@ -108,7 +108,8 @@ def finetune(
         replace_result(workdir / ADAPTER_FOLDER, int(state.step), write)
 
     job = Job(
-        config, tokenizer, model, recipe, mesh, begin, finish, load_frozen,
+        config, tokenizer, model, recipe, mesh, begin, finish,
+        workdir / (MODEL_FOLDER if is_whole else ADAPTER_FOLDER), load_frozen,
         identity | {"quantization": quantization},
     )  # fmt: skip
     return run_job(job, workdir, profiled)

@@ -21,7 +21,7 @@ from glm_jax.training import watching
 from glm_jax.training.checkpoints import RunCheckpoints
 from glm_jax.training.feeding import MeshBatches, describe, open_mixture
 from glm_jax.training.recipe import BatchSchedule, Recipe
-from glm_jax.training.results import save_trained
+from glm_jax.training.results import MODEL_FOLDER, refuse_result_of_others, save_trained
 from glm_jax.training.state import Batch, TrainState, init_state
 from glm_jax.training.step import compiled_train_step, evaluation_step
 from glm_jax.training.stopping import InterruptedRunError, stop_requests
@@ -43,6 +43,7 @@ class Job:
       mesh: where it runs.
       begin: gives the state of a run that begins.
       finish: keeps what was learnt, once the run has ended.
+      result: the folder that `finish` writes.
       load_frozen: reads the model beside the adapters that are trained; None where all of it is.
       identity: of the model that the run began with, plain JSON; another's does not go on.
     """
@@ -54,6 +55,7 @@ class Job:
     mesh: Mesh
     begin: Callable[[], TrainState]
     finish: Callable[[TrainState], None]
+    result: Path
     load_frozen: Callable[[], Any] = lambda: None
     identity: Any = None
 
@@ -98,6 +100,7 @@ def train(config: ConfigDict, workdir: Path, profiled: range = range(0)) -> list
         config, tokenizer, model, recipe, mesh,
         begin=lambda: init_state(model, recipe, jax.random.key(config.seed), mesh),
         finish=lambda state: save_trained(workdir, model, state, tokenizer),
+        result=workdir / MODEL_FOLDER,
     )  # fmt: skip
     return run_job(job, workdir, profiled)
 
@@ -129,6 +132,8 @@ def run_job(job: Job, workdir: Path, profiled: range = range(0)) -> list[dict[st
     with _closing(RunCheckpoints(workdir / "checkpoints", *_saving(config))) as checkpoints:
         place: dict[str, Any]
         restored = checkpoints.restore_latest(model, recipe, mesh)
+        if restored is None:
+            refuse_result_of_others(job.result)
         state, place = restored or (
             job.begin(),
             {"consumed": 0, "streams": batches.get_state(), "model": job.identity},

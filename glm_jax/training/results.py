@@ -8,6 +8,7 @@ from typing import Any
 
 from glm_jax import files, processes
 from glm_jax.config import GLMConfig
+from glm_jax.errors import UserError
 from glm_jax.model.checkpoint import save_model
 from glm_jax.tokenizer import Tokenizer
 from glm_jax.training.state import TrainState
@@ -25,6 +26,21 @@ def save_trained(workdir: Path, model: GLMConfig, state: TrainState, tokenizer: 
     replace_result(workdir / MODEL_FOLDER, int(state.step), write)
 
 
+def refuse_result_of_others(folder: Path) -> None:
+    """Raises UserError where the result of a run that begins would replace what no run wrote."""
+    if folder.exists() and not _about(folder).is_file():
+        raise UserError(
+            f"{folder} is no earlier run's, and what this one learns would replace it: name "
+            "another workdir"
+        )
+
+
+def _about(folder: Path) -> Path:
+    """The file that says of which step a result is."""
+    folder = folder.resolve()
+    return folder.with_name(f"{folder.name}.json")
+
+
 def replace_result(folder: Path, step: int, write: Callable[[Path], None]) -> None:
     """Writes what a run leaves after `step`, unless this step's is there; joined processes all
     call it.
@@ -35,7 +51,11 @@ def replace_result(folder: Path, step: int, write: Callable[[Path], None]) -> No
     Args:
       write: writes it to a folder that does not exist.
     """
-    about, new, old = (folder.with_name(folder.name + end) for end in (".json", ".new", ".old"))
+    folder = folder.resolve()
+    about, new, old = (
+        _about(folder),
+        *(folder.with_name(folder.name + end) for end in (".new", ".old")),
+    )
     content = json.dumps({"step": step}) + "\n"
     is_there = folder.exists() and about.is_file() and about.read_text("utf-8") == content
     if processes.agree(float(is_there)):

@@ -12,6 +12,7 @@ from glm_jax.data.documents import find_files
 from glm_jax.data.prepare import prepare
 from glm_jax.data.records import DataError, Record, open_dataset
 from glm_jax.errors import UserError
+from glm_jax.files import OutputError
 
 
 def _prepare(folder, output, tokenizer, **changes):
@@ -77,7 +78,9 @@ def test_broken_off_it_goes_on_with_what_is_left(source, tmp_path, tokenizer, mo
         open_dataset(tmp_path / "out", tokenizer)
     rest = []
     monkeypatch.setattr(prepare_lib, "_do", lambda job, **how: (rest.append(job), real(job, **how)))
+    (tmp_path / "out" / "00001-of-00002.array_record.0a1b2c3d.partial").write_text("killed")
     _prepare(source, tmp_path / "out", tokenizer)
+    assert not list((tmp_path / "out").glob("*.partial"))
     assert not set(rest) & set(done)
     assert _tokens(tmp_path / "out", tokenizer) == _tokens(tmp_path / "whole", tokenizer)
 
@@ -167,7 +170,7 @@ def test_what_does_not_fit_is_refused(source, tmp_path, tokenizer):
         _prepare(source, tmp_path / "out", tokenizer, window=30)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    with pytest.raises(DataError, match="not empty"):
+    with pytest.raises(OutputError, match="not empty"):
         _prepare(source, tmp_path / "full", tokenizer)
     about = json.loads((tmp_path / "out" / "dataset.json").read_text())
     (tmp_path / "out" / about["shards"][2]).rename(tmp_path / "gone")

@@ -17,6 +17,7 @@ from running import StopError, broken_at
 from glm_jax import restore
 from glm_jax.config import ConfigError
 from glm_jax.data.prepare import prepare
+from glm_jax.errors import UserError
 from glm_jax.model import params as glm_params
 from glm_jax.training import config as train_config
 from glm_jax.training import finetuning, watching
@@ -25,7 +26,7 @@ from glm_jax.training.feeding import MeshBatches
 from glm_jax.training.loop import DivergedError, train
 from glm_jax.training.optimizer import clipping, decay_mask, learning_rate
 from glm_jax.training.recipe import Recipe
-from glm_jax.training.results import replace_result
+from glm_jax.training.results import refuse_result_of_others, replace_result
 from glm_jax.training.stopping import InterruptedRunError
 from glm_jax.training.update import Step, init_moments, update
 
@@ -137,6 +138,24 @@ def test_ctrl_c_saves_as_sigterm_does_and_a_longer_run_replaces_its_model(
     np.testing.assert_array_equal(restore(run / "model")[1].word_embeddings, first)
     assert train(experiment, run) == []
     assert not np.array_equal(first, restore(run / "model")[1].word_embeddings)
+
+
+def test_a_run_replaces_no_model_that_no_run_wrote(experiment, tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "weights").write_text("another's")
+    with pytest.raises(UserError, match=r"run/model is no earlier run's"):
+        train(experiment, tmp_path / "run")
+    assert (tmp_path / "run" / "model" / "weights").read_text() == "another's"
+
+
+def test_a_result_behind_a_link_is_replaced_there(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "model").symlink_to("disk/model")
+    for step in (1, 2):
+        replace_result(tmp_path / "model", step, lambda folder: folder.mkdir())
+        refuse_result_of_others(tmp_path / "model")
+    assert {path.name for path in (tmp_path / "disk").iterdir()} == {"model", "model.json"}
+    assert (tmp_path / "model").is_symlink()
 
 
 def test_what_a_run_leaves_is_always_of_its_last_step(tmp_path, monkeypatch):
