@@ -67,6 +67,25 @@ def test_quantized_parameters_shard_like_float_ones(tiny_model, bits, tmp_path):
     assert generate(sharded, config, prompts, max_length=16) == expected
 
 
+@pytest.mark.parametrize("quantization", [None, "int4"])
+def test_no_mesh_and_a_mesh_of_one_device_restore_and_prepare_the_same(
+    tiny_model, quantization, tmp_path
+):
+    from glm_jax import restore, save_model
+    from glm_jax.decoding.prepare import prepare
+
+    config, params = tiny_model
+    save_model(tmp_path / "model", config, params)
+    restored = [
+        restore(tmp_path / "model", mesh=mesh, quantization=quantization)[1]
+        for mesh in (None, make_mesh((1, 1, 1)))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *restored)
+    # The layout of one CPU's kernel is for parameters without a mesh; what it gives is the same.
+    answers = [generate(prepare(p), config, [[5, 6, 7, 241]], max_length=16) for p in restored]
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
