@@ -194,7 +194,7 @@ _LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n"
     [
         (_flip, f"{_FILE} is damaged"),
         (lambda f: (f / _FILE).write_bytes((f / _FILE).read_bytes()[:-1]), f"{_FILE} is damaged"),
-        (lambda f: (f / _FILE).write_bytes(b""), f"{_FILE} is damaged"),
+        (lambda f: (f / _FILE).write_bytes(b""), f"{_FILE} is empty"),
         (lambda f: (f / _FILE).write_bytes(_LFS), f"{_FILE} is a Git LFS pointer"),
         (lambda f: (f / _FILE).unlink(), f"{_FILE} is missing"),
         (lambda f: (f / INDEX).write_text("[" * 100_000), f"{INDEX} is no index"),
