@@ -68,7 +68,7 @@ def make_parts(folder: Path, model: GLMConfig, shards: int, part_bytes: int) -> 
     """Writes a checkpoint of random blocks as the parts of a tar archive."""
     rng = np.random.default_rng(0)
     block = rng.standard_normal(1 << 20, np.float32).astype(np.float16) / 50
-    shapes = sat_layout.shard_shapes(model, shards)
+    shapes, whole = (sat_layout.shard_shapes(model, count) for count in (shards, 1))
     shapes |= dict.fromkeys(sat_layout.frequency_names(model), (model.head_dim // 2,))
     described: dict[str, tuple[tuple[int, ...], Any]] = {
         name: (shape, np.float16) for name, shape in shapes.items()
@@ -87,7 +87,9 @@ def make_parts(folder: Path, model: GLMConfig, shards: int, part_bytes: int) -> 
             with TorchWriter(folder / name, described) as writer:
                 for index, (tensor, shape) in enumerate(shapes.items()):
                     size = int(np.prod(shape))
-                    shifted = np.roll(block, 1000 * rank + index)
+                    # What is not split is the same in all shards.
+                    is_split = shape != whole.get(tensor, shape)
+                    shifted = np.roll(block, 1000 * rank * is_split + index)
                     writer.write(tensor, np.resize(shifted, size).reshape(shape))
             tar.add(folder / name, f"made-sat/49300/{name}")
             (folder / name).unlink()

@@ -35,7 +35,7 @@ def _loop_copies(text):
 
 @pytest.mark.parametrize(
     ("name", "devices", "dtype", "limit"),
-        # On TPUs blocks that stay are turned into tiles of their own before a product: 13 GiB besides.
+    # On TPUs blocks that stay are turned into other tiles before a product: 13 GiB besides.
     [("v100", 8, "float16", 24), ("tpu_v5p", 2, "bfloat16", 76)],
 )
 def test_the_next_block_is_copied_while_one_runs(name, devices, dtype, limit):
