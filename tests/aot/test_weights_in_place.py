@@ -77,7 +77,9 @@ def test_a_decode_step_and_a_prefill_copy_no_weight(name, devices, weights):
     smallest = min(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in kernels)
     found = written(lowered["prefill"].compile().as_text(), min(smallest, 8 * MIB))
     pages = _pages(name, devices)
-    assert [w.line for w in found if w.opcode != "custom-call" and w.shape not in pages] == []
+    # What multiplies writes its products, or sums of parts of the inputs.
+    others = [w for w in found if w.opcode != "custom-call" and "dot" not in w.parts]
+    assert [w.line for w in others if w.shape not in pages] == []
 
 
 @pytest.mark.parametrize("weights", ["int4", None])
