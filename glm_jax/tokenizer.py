@@ -12,7 +12,7 @@ import operator
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +231,8 @@ def check_fits(tokenizer: Any, config: GLMConfig) -> None:
     outside = [name for name, token in named.items() if not 0 <= token < config.vocab_size]
     size = getattr(tokenizer, "vocab_size", 0)
     advice = "give the model's own tokenizer"
-    if len(files := getattr(tokenizer, "files", ())) == 1:
+    files: Sequence[Path] = getattr(tokenizer, "files", ())
+    if len(files) == 1:
         advice += f" ({files[0]} has no {CONFIG_FILE} beside it)"
     if outside:
         raise TokenizerError(
