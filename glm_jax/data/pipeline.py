@@ -118,7 +118,7 @@ def _samples(mixture: Mixture) -> grain.MapDataset:
 
 
 def _stream(mixture: Mixture, samples: grain.MapDataset, number: int) -> Any:
-    """Packed rows of every so-manieth sample."""
+    """Packed rows of every n-th sample."""
     names = (*FEATURES, "groups")
     packed = grain_experimental.FirstFitPackIterDataset(
         # Samples are too small for grain's reading threads: they cost five times the work.

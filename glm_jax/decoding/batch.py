@@ -68,7 +68,7 @@ class Batch:
       source: the file of requests.
       folder: of the answers.
       defaults: settings of requests that say nothing else.
-      seed, truncates: as of `Job`.
+      seed, truncates: see `Job`.
     """
 
     source: Path

@@ -89,7 +89,7 @@ def beam_search(
     """The best `num_beams` answers, best first.
 
     Args:
-      prompt, max_length, end_tokens, special_tokens: as of `generate.generate`.
+      prompt, max_length, end_tokens, special_tokens: see `generate.generate`.
 
     Raises:
       PromptError: special tokens unknown, or a prompt that leaves no room.
@@ -282,7 +282,7 @@ def expand(
     Args:
       tokens: of which `length` count, those from `first` on generated.
       is_banned: tokens that may not come now, of each beam or of all.
-      no_repeat_ngram: as of `BeamSearch`.
+      no_repeat_ngram: see `BeamSearch`.
     """
     logits, scores = jnp.asarray(logits), jnp.asarray(scores)
     vocab = logits.shape[1]

@@ -46,7 +46,7 @@ class Slots:
       tokens: [width] of context, sop and answer, up to index.
       table: [table_size] pages of the sequence in order.
       seed: of the draws, with a token's number in the answer.
-      temperature, top_k, top_p, is_greedy: as of `Sampling`.
+      temperature, top_k, top_p, is_greedy: see `Sampling`.
       is_restricted: whether the restrictions say anything.
       is_end: [vocab], tokens that end the answer.
       wants_log_probability: of its tokens.

@@ -197,7 +197,7 @@ class _Fields:
         raise DatasetError(f"{name}: missing, and so is {text}")
 
     def ids(self, name: str, control_words: tuple[str, ...] = ()) -> tuple[int, ...]:
-        """Of a text or list of ids; `control_words` as of `Tokenizer.encode`."""
+        """Of a text or list of ids; for `control_words` see `Tokenizer.encode`."""
         found, value = self._find(name)
         return self._of(found, value, control_words)
 
