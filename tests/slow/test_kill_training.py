@@ -81,15 +81,19 @@ def test_without_room_the_last_checkpoint_stays(text, tokenizer):
 
 
 def test_memory_stays_flat_over_a_long_run(text, tokenizer):
-    """Resident memory after 900 steps is what it was after 450, to a tenth."""
+    """Resident memory around step 900 is what it was around step 450, to a tenth.
+
+    Each is the least of a hundred steps: a checkpoint being written is no leak.
+    """
     [started] = _start(text, tokenizer, text / "run", 1, 950)
     sizes = {}
     while started.is_running():
         step = last_logged_step(text / "run")
+        pages = int(Path(f"/proc/{started.process.pid}/statm").read_text().split()[1])
         for at in (450, 900):
-            if step >= at and at not in sizes:
-                pages = int(Path(f"/proc/{started.process.pid}/statm").read_text().split()[1])
-                sizes[at] = pages * resource.getpagesize()
+            if abs(step - at) <= 50 and pages:  # none of a process that has just ended
+                size = pages * resource.getpagesize()
+                sizes[at] = min(size, sizes.get(at, size))
         time.sleep(0.05)
     started.finish()
     assert sizes[900] < 1.1 * sizes[450], sizes

@@ -41,11 +41,10 @@ def _expected(config, params, tokenizer):
         sampling = Sampling(temperature=1.0, top_k=100)
         requests.append(Request(partly.prompt(), sampling, asked["max_tokens"], number))
         befores.append(partly.tokens[: partly.position])
-    ends = {*tokenizer.special_tokens.end_tokens, tokenizer.special_tokens.eod}
     texts = [""] * CLIENTS
     for answer in Engine(params, config, EngineSettings(SLOTS)).run(requests):
         before = befores[answer.ticket]
-        kept = [token for token in answer.tokens if token not in ends]
+        kept = tokenizer.special_tokens.without_end(answer.tokens)
         whole = tokenizer.decode([*before, *kept])
         texts[answer.ticket] = whole.removeprefix(tokenizer.decode(before))
     return texts
