@@ -19,7 +19,7 @@ AOT_VENV := .venv-aot
 # What touches devices, by the python3 and the packages of the environment that is active; several
 # processes share the GPU where pytest-xdist is there. PLATFORMS=cpu tries it without a GPU.
 PLATFORMS ?= cuda,cpu
-GPU_TESTS := tests/gpu tests/model tests/quantization tests/decoding tests/training tests/convert
+GPU_TESTS := tests/gpu tests/model tests/quantization tests/engine tests/generation tests/training tests/convert
 
 .PHONY: demo test test-torch test-slow test-aot test-gpu lint bench clean
 
@@ -32,7 +32,7 @@ test: $(VENV)/.test
 # What PyTorch is asked for, and what must hold with the oldest Python and JAX too.
 test-torch:
 	$(MAKE) VENV=$(TORCH_VENV) PYTHON=$(TORCH_PYTHON) $(TORCH_VENV)/.test
-	$(TORCH_VENV)/bin/python -m pytest -n 2 -m "not slow" tests/convert tests/kernels tests/decoding \
+	$(TORCH_VENV)/bin/python -m pytest -n 2 -m "not slow" tests/convert tests/kernels tests/engine tests/generation tests/jobs \
 	    tests/model/test_parity.py tests/model/test_glm.py tests/quantization
 
 test-slow: $(VENV)/.test

@@ -24,13 +24,13 @@ from convert.numbers import cast
 from convert.quantizing import quantized_kernel
 from convert.sat_reader import SatCheckpoint
 from glm_jax import files
+from glm_jax.checkpoints import parameter_files
+from glm_jax.checkpoints.array_reader import aligned_empty
+from glm_jax.checkpoints.model_folder import CONFIG_FILE, describe_model
 from glm_jax.config import GLMConfig
 from glm_jax.errors import UserError, is_no_room
 from glm_jax.model import params as glm_params
-from glm_jax.model import parts
-from glm_jax.model.checkpoint import CONFIG_FILE, describe_model
 from glm_jax.model.params import KERNEL_AXES, LINEAR_NAMES, LayerParams, LinearParams
-from glm_jax.model.reading import aligned_empty
 from glm_jax.quantization import QuantizedArray, Scheme
 from glm_jax.sharding import make_mesh, parameter_sharding
 from glm_jax.tokenizer import Tokenizer
@@ -164,7 +164,7 @@ class _Conversion:
         self._checkpoint, self._config = checkpoint, config
         self._options, self._output = options, output.resolve()
         self.partial = self._output.with_name(self._output.name + ".partial")
-        self._folder = self.partial / parts.PARAMS_FOLDER
+        self._folder = self.partial / parameter_files.PARAMS_FOLDER
         self._bits = checkpoint.bits(config)
         if options.quantization is not None:
             self._bits = Scheme.parse(options.quantization).bits
@@ -180,7 +180,7 @@ class _Conversion:
             beside = self.partial.with_name(f"{self.partial.name}.{os.getpid()}")
             text = json.dumps(plan, indent=1)
             try:
-                (beside / parts.PARAMS_FOLDER).mkdir(parents=True)
+                (beside / parameter_files.PARAMS_FOLDER).mkdir(parents=True)
                 files.write_text(beside / _PLAN_FILE, text)
                 files.put_in_place(beside, self.partial)
             except OSError:
@@ -212,8 +212,8 @@ class _Conversion:
             raise _no_room(self.partial, missing)
 
     def _names(self) -> list[str]:
-        layers = [parts.layers_part(i, i + 1) for i in range(self._config.num_layers)]
-        return [parts.EMBEDDING, *layers]
+        layers = [parameter_files.layers_part(i, i + 1) for i in range(self._config.num_layers)]
+        return [parameter_files.EMBEDDING, *layers]
 
     def _own_names(self) -> list[str]:
         return self._names()[self._options.process_id :: self._options.num_processes]
@@ -221,12 +221,12 @@ class _Conversion:
     def _is_whole(self, name: str) -> bool:
         """Whether an earlier run, or another process, left a part, and all that was written: it
         is read for that."""
-        if not parts.is_whole(self._folder, name):
+        if not parameter_files.is_whole(self._folder, name):
             return False
         try:
-            metadata = parts.part_metadata(self._folder, name)
-            target = parts.on_one_device(metadata, jax.devices("cpu")[0])
-            parts.read_part(self._folder, name, target, metadata)
+            metadata = parameter_files.part_metadata(self._folder, name)
+            target = parameter_files.on_one_device(metadata, jax.devices("cpu")[0])
+            parameter_files.read_part(self._folder, name, target, metadata)
         except UserError:
             return False
         return True
@@ -239,12 +239,12 @@ class _Conversion:
             for name in tqdm(own, desc="converting", unit="part", mininterval=1):
                 if self._is_whole(name):
                     continue
-                parts.remove_unfinished(self._folder, name)
-                tree = self._embedding() if name == parts.EMBEDDING else self._layer(name)
+                parameter_files.remove_unfinished(self._folder, name)
+                tree = self._embedding() if name == parameter_files.EMBEDDING else self._layer(name)
                 self._refuse_non_finite()
                 if writing is not None:
                     writing.result()
-                writing = writer.submit(parts.write_part, self._folder, name, tree)
+                writing = writer.submit(parameter_files.write_part, self._folder, name, tree)
                 del tree
             if writing is not None:
                 writing.result()

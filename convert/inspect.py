@@ -15,9 +15,9 @@ from convert import sat_layout
 from convert.opening import SAFETENSORS_INDEX, open_safetensors, read_index
 from convert.sat_reader import SatCheckpoint
 from glm_jax import cli
+from glm_jax.checkpoints import parameter_files
+from glm_jax.checkpoints.model_folder import CONFIG_FILE, load_config
 from glm_jax.config import GLMConfig
-from glm_jax.model import parts
-from glm_jax.model.checkpoint import CONFIG_FILE, load_config
 from glm_jax.model.params import parameter_count
 
 FLAGS = flags.FLAGS
@@ -32,10 +32,12 @@ def fitting_degrees(config: GLMConfig) -> list[int]:
 
 
 def _folder_rows(folder: Path, config: GLMConfig) -> Iterator[Row]:
-    params = folder.absolute() / parts.PARAMS_FOLDER
-    ranges = parts.layer_ranges(params, config.num_layers)
-    for name in (parts.EMBEDDING, *(parts.layers_part(*r) for r in ranges)):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(parts.part_metadata(params, name)):
+    params = folder.absolute() / parameter_files.PARAMS_FOLDER
+    ranges = parameter_files.layer_ranges(params, config.num_layers)
+    for name in (parameter_files.EMBEDDING, *(parameter_files.layers_part(*r) for r in ranges)):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(
+            parameter_files.part_metadata(params, name)
+        ):
             label = jax.tree_util.keystr(path, simple=True, separator=".")
             yield f"{name}.{label}", tuple(leaf.shape), str(leaf.dtype)
 

@@ -11,10 +11,10 @@ from tqdm import tqdm
 from convert.errors import ConvertError
 from convert.opening import OpenModel, open_model
 from glm_jax import files
-from glm_jax.model import parts
-from glm_jax.model.adapter_files import identity_of, load_adapter
+from glm_jax.checkpoints import parameter_files
+from glm_jax.checkpoints.adapter_folder import identity_of, load_adapter
+from glm_jax.checkpoints.model_folder import describe_model
 from glm_jax.model.adapters import merged_kernel
-from glm_jax.model.checkpoint import describe_model
 from glm_jax.model.params import LayerNormParams, LayerParams, LinearParams, map_layer_linears
 from glm_jax.tokenizer import MODEL_FILE, Tokenizer
 
@@ -83,16 +83,18 @@ def write_merged(source: Path, adapter: Path, output: Path) -> None:
     """
     with files.whole_folder(output) as partial:
         model = MergedModel(open_model(source), adapter)
-        folder = partial / parts.PARAMS_FOLDER
+        folder = partial / parameter_files.PARAMS_FOLDER
         tree = {
             "word_embeddings": model.embedding(),
             "final_layernorm": model.final_layernorm(),
         }
-        parts.write_part(folder, parts.EMBEDDING, tree)
+        parameter_files.write_part(folder, parameter_files.EMBEDDING, tree)
         count = model.config.num_layers
         for index, layer in enumerate(tqdm(model.layers(), "merging", count, unit="layer")):
             stacked = jax.tree.map(lambda x: np.asarray(x)[None], layer)
-            parts.write_part(folder, parts.layers_part(index, index + 1), stacked)
+            parameter_files.write_part(
+                folder, parameter_files.layers_part(index, index + 1), stacked
+            )
         describe_model(partial, model.config, _tokenizer_files(source))
     print(f"wrote {output}")
 

@@ -18,16 +18,16 @@ from convert.errors import ConvertError
 from convert.file_kinds import is_plain_name, known_kind
 from convert.plain_reading import PlainModel, WholeTensors
 from convert.sat_reader import SatCheckpoint
-from glm_jax.config import GLMConfig
-from glm_jax.model import parts
-from glm_jax.model.checkpoint import (
+from glm_jax.checkpoints import parameter_files
+from glm_jax.checkpoints.checksums import chunk_checksum, damaged
+from glm_jax.checkpoints.model_folder import (
     CONFIG_FILE,
     check_files,
     load_config,
     restore_layers,
     stored_bits,
 )
-from glm_jax.model.checksums import chunk_checksum, damaged
+from glm_jax.config import GLMConfig
 from glm_jax.model.params import LINEAR_NAMES, LayerNormParams, LayerParams, LinearParams
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -80,7 +80,7 @@ def _open(
     path: epath.PathLike, num_heads: int | None, allow_differing_copies: bool
 ) -> "_Folder | _Safetensors | _Shards":
     folder = Path(path)
-    if (folder / CONFIG_FILE).exists() and (folder / parts.PARAMS_FOLDER).is_dir():
+    if (folder / CONFIG_FILE).exists() and (folder / parameter_files.PARAMS_FOLDER).is_dir():
         return _Folder(folder)
     if (folder / SAFETENSORS_INDEX).exists():
         return _Safetensors(folder)
@@ -91,16 +91,16 @@ class _Folder:
     def __init__(self, folder: Path):
         self.config = load_config(folder)
         checksums = check_files(folder)
-        self._params = folder.absolute() / parts.PARAMS_FOLDER
-        self._ranges = parts.layer_ranges(self._params, self.config.num_layers)
+        self._params = folder.absolute() / parameter_files.PARAMS_FOLDER
+        self._ranges = parameter_files.layer_ranges(self._params, self.config.num_layers)
         self.bits = stored_bits(folder, self.config)
         self.kind = f"model folder, {_precision(self)}{_if_unchecked(checksums)}"
         self._norm: LayerNormParams | None = None
 
     def embedding(self) -> np.ndarray:
-        metadata = parts.part_metadata(self._params, parts.EMBEDDING)
-        target = parts.on_one_device(metadata, jax.devices("cpu")[0])
-        rest = parts.read_part(self._params, parts.EMBEDDING, target, metadata)
+        metadata = parameter_files.part_metadata(self._params, parameter_files.EMBEDDING)
+        target = parameter_files.on_one_device(metadata, jax.devices("cpu")[0])
+        rest = parameter_files.read_part(self._params, parameter_files.EMBEDDING, target, metadata)
         # It lies beside the embedding, which is not read for it again.
         norm = rest["final_layernorm"]
         self._norm = LayerNormParams(np.asarray(norm["scale"]), np.asarray(norm["bias"]))

@@ -18,9 +18,9 @@ from convert import sat_layout
 from convert.errors import ConvertError
 from convert.opening import SAFETENSORS_INDEX, open_model
 from glm_jax import cli
+from glm_jax.checkpoints.checksums import chunk_checksum
+from glm_jax.checkpoints.model_folder import describe_model
 from glm_jax.files import whole_folder, write_text
-from glm_jax.model.checkpoint import describe_model
-from glm_jax.model.checksums import chunk_checksum
 from glm_jax.model.params import LINEAR_NAMES
 from glm_jax.quantization import QuantizedArray
 

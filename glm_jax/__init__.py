@@ -7,12 +7,12 @@ filled = glm_jax.fill_blanks(params, config, tokenizer, "Paris is in [MASK].")
 tokenizer = glm_jax.Tokenizer(path)
 """
 
+from glm_jax.checkpoints.model_folder import restore, save_model
 from glm_jax.config import GLMConfig, SpecialTokens, glm_130b, glm_config
-from glm_jax.decoding.blank_filling import fill_blanks
-from glm_jax.decoding.generate import generate
-from glm_jax.decoding.prompt import Prompt
-from glm_jax.decoding.sampling import Sampling
-from glm_jax.model.checkpoint import restore, save_model
+from glm_jax.engine.prompt import Prompt
+from glm_jax.engine.sampling import Sampling
+from glm_jax.generation.blank_filling import fill_blanks
+from glm_jax.generation.generate import generate
 from glm_jax.model.glm import forward
 from glm_jax.model.visibility import Visibility
 from glm_jax.sharding import make_mesh

@@ -22,9 +22,9 @@ from absl import flags
 from matplotlib import pyplot
 
 from glm_jax import cli
+from glm_jax.checkpoints.random_weights import is_random
 from glm_jax.errors import UserError
 from glm_jax.files import replacing, write_text
-from glm_jax.model.random_weights import is_random
 from glm_jax.text_files import to_json
 from launch.suites import gpu, gpu_report
 from launch.suites.case import Case

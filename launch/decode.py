@@ -13,9 +13,9 @@ from pathlib import Path
 from absl import flags
 
 from glm_jax import cli
-from glm_jax.decoding.answers import merge
-from glm_jax.decoding.batch import Batch, Share, run_batch
 from glm_jax.files import locked
+from glm_jax.jobs.batch_job import Batch, Share, run_batch
+from glm_jax.jobs.record_store import merge
 from launch.model_flags import (
     MODEL_IDENTITY,
     define_engine_flags,

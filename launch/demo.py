@@ -17,15 +17,15 @@ from configs import demo as demo_config
 from convert.conversion import Options, convert_shards
 from convert.sat_writer import write_shards
 from glm_jax import cli
+from glm_jax.checkpoints.model_folder import restore
 from glm_jax.data import facts
-from glm_jax.decoding.batch import Share
-from glm_jax.decoding.blank_filling import fill_blanks
-from glm_jax.decoding.prepare import prepare
 from glm_jax.evaluation.fact_tasks import write_fact_tasks
 from glm_jax.evaluation.run import evaluate
 from glm_jax.evaluation.tasks import Model
 from glm_jax.files import locked, refuse_non_empty
-from glm_jax.model.checkpoint import restore
+from glm_jax.generation.blank_filling import fill_blanks
+from glm_jax.jobs.batch_job import Share
+from glm_jax.model.device_layout import prepare
 from glm_jax.tokenizer import train_tokenizer
 from glm_jax.training.loop import train
 from glm_jax.training.results import MODEL_FOLDER

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from configs import finetune_demo as finetune_config
+from glm_jax.checkpoints.model_folder import restore
 from glm_jax.data import facts
 from glm_jax.data.facts import Corpus
-from glm_jax.decoding.batch import Share
-from glm_jax.decoding.prepare import prepare
 from glm_jax.evaluation.fact_tasks import write_fact_tasks
 from glm_jax.evaluation.run import evaluate
 from glm_jax.evaluation.tasks import Model
-from glm_jax.model.checkpoint import restore
+from glm_jax.jobs.batch_job import Share
+from glm_jax.model.device_layout import prepare
 from glm_jax.tokenizer import Tokenizer
 from glm_jax.training.finetuning import ADAPTER_FOLDER, finetune
 

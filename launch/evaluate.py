@@ -12,13 +12,13 @@ from pathlib import Path
 from absl import flags
 
 from glm_jax import cli
-from glm_jax.decoding.batch import Share
 from glm_jax.evaluation import reports
 from glm_jax.evaluation.results import RESULTS_FILE, compare, read_results
 from glm_jax.evaluation.run import check, evaluate
 from glm_jax.evaluation.task_config import TaskError, find_tasks, load_task
 from glm_jax.evaluation.tasks import Model
 from glm_jax.files import locked
+from glm_jax.jobs.batch_job import Share
 from launch.model_flags import (
     MODEL_IDENTITY,
     define_model_flags,

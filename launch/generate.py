@@ -8,8 +8,8 @@ from pathlib import Path
 from absl import flags
 
 from glm_jax import cli
-from glm_jax.decoding.interactive import Strategy, ask_texts, fill_all, read_texts
-from glm_jax.decoding.prompt import PromptError
+from glm_jax.engine.prompt import PromptError
+from glm_jax.generation.terminal import Strategy, ask_texts, fill_all, read_texts
 from glm_jax.sharding import parse_mesh
 from launch.model_flags import (
     define_model_flags,

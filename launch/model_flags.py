@@ -7,15 +7,15 @@ from typing import Any
 from absl import flags
 from jax.sharding import Mesh
 
+from glm_jax.checkpoints.model_folder import load_config, restore
+from glm_jax.checkpoints.random_weights import is_random, random_config, random_model
 from glm_jax.config import COMPUTE_DTYPES, GLMConfig
-from glm_jax.decoding.engine import EngineSettings
-from glm_jax.decoding.prepare import prepare
-from glm_jax.decoding.requests import TextRequest
-from glm_jax.decoding.settings import SETTINGS, SamplingError
+from glm_jax.engine.engine import EngineSettings
+from glm_jax.engine.generation_settings import SETTINGS, SamplingError
 from glm_jax.errors import UserError
-from glm_jax.model.checkpoint import load_config, restore
+from glm_jax.generation.text_request import TextRequest
+from glm_jax.model.device_layout import prepare
 from glm_jax.model.params import GLMParams
-from glm_jax.model.random_weights import is_random, random_config, random_model
 from glm_jax.quantization import QuantizationError, Scheme
 from glm_jax.tokenizer import Tokenizer, byte_tokenizer, check_fits
 

@@ -12,7 +12,7 @@ from absl import flags
 from glm_jax import cli
 from glm_jax.data import pipeline
 from glm_jax.data.documents import KINDS_OF_FILES, find_files
-from glm_jax.data.prepare import prepare
+from glm_jax.data.tokenize_files import prepare
 from glm_jax.files import locked
 from glm_jax.tokenizer import Tokenizer
 

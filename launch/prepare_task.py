@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 
 from glm_jax import cli
-from glm_jax.evaluation.prepare import (
+from glm_jax.evaluation.dataset_conversion import (
     PromptFileError,
     load_prompt_file,
     prepare_crows_pairs,

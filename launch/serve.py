@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 
 from glm_jax import cli
-from glm_jax.decoding.engine import Engine
+from glm_jax.engine.engine import Engine
 from glm_jax.sharding import parse_mesh
 from glm_jax.tokenizer import Tokenizer
 from launch.model_flags import (

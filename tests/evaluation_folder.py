@@ -2,10 +2,10 @@
 
 import jax
 
+from glm_jax.checkpoints.model_folder import save_model
 from glm_jax.config import glm_config
 from glm_jax.evaluation.fact_tasks import write_fact_tasks
 from glm_jax.model import params as glm_params
-from glm_jax.model.checkpoint import save_model
 
 
 def write_evaluation(folder, tokenizer, corpus, examples):

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 import yaml
 
+from glm_jax.checkpoints.model_folder import save_model
 from glm_jax.config import glm_config
 from glm_jax.model import params as glm_params
-from glm_jax.model.checkpoint import save_model
-from glm_jax.training import watching
+from glm_jax.training import metrics
 
 ROOT = Path(__file__).parent.parent
 _HANGS = 900  # seconds: no run here takes nearly as long, on whatever machine
@@ -217,11 +217,11 @@ class StopError(Exception):
 
 def broken_at(step, monkeypatch):
     """Lets a run come to a step, and no further."""
-    real = watching.Watcher.log
+    real = metrics.Watcher.log
 
     def log(self, at, *metrics):
         if at == step:
             raise StopError
         real(self, at, *metrics)
 
-    monkeypatch.setattr(watching.Watcher, "log", log)
+    monkeypatch.setattr(metrics.Watcher, "log", log)

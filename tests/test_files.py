@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from glm_jax import files
-from glm_jax.decoding import answers
 from glm_jax.files import LockedError, OutputError
+from glm_jax.jobs import record_store
 from glm_jax.tokenizer import TokenizerConfig, save_tokenizer
 
 
@@ -27,7 +27,7 @@ _WRITERS = {
         lambda folder: save_tokenizer(folder, b"model", TokenizerConfig()),
         {"tokenizer.model", "tokenizer_config.json"},
     ),
-    "claim": (lambda folder: answers.claim(folder, {"input": {}}), {"job.json"}),
+    "claim": (lambda folder: record_store.claim(folder, {"input": {}}), {"job.json"}),
 }
 
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glm_jax.checkpoints.model_folder import restore, save_model
 from glm_jax.config import ConfigError, GLMConfig
-from glm_jax.evaluation.scoring import log_probabilities
+from glm_jax.engine.scoring import log_probabilities
 from glm_jax.model import glm
 from glm_jax.model import params as glm_params
-from glm_jax.model.checkpoint import restore, save_model
 from glm_jax.model.visibility import Visibility
 from glm_jax.quantization import Scheme
 from glm_jax.sharding import make_mesh

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from glm_jax import make_mesh
-from glm_jax.decoding.generate import generate
+from glm_jax.generation.generate import generate
 from glm_jax.model import glm
 from glm_jax.model import params as glm_params
 from glm_jax.model.visibility import Visibility
@@ -72,7 +72,7 @@ def test_no_mesh_and_a_mesh_of_one_device_restore_and_prepare_the_same(
     tiny_model, quantization, tmp_path
 ):
     from glm_jax import restore, save_model
-    from glm_jax.decoding.prepare import prepare
+    from glm_jax.model.device_layout import prepare
 
     config, params = tiny_model
     save_model(tmp_path / "model", config, params)

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from glm_jax.decoding.blank_filling import TextCodec
 from glm_jax.errors import UserError, shown
 from glm_jax.evaluation.task_config import TaskConfig
+from glm_jax.generation.blank_filling import TextCodec
 from glm_jax.text_files import (
     TextFileError,
     check_characters,

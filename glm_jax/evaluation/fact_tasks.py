@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from glm_jax.data.facts import LANGUAGES, Corpus, Question
-from glm_jax.decoding.blank_filling import TextCodec, encode_prompt
-from glm_jax.evaluation.prepare import write_lines
+from glm_jax.evaluation.dataset_conversion import write_lines
 from glm_jax.evaluation.task_config import TaskConfig
+from glm_jax.generation.blank_filling import TextCodec, encode_prompt
 
 _CHOICES = 4
 _ANSWER_TOKENS = 12

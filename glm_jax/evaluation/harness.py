@@ -11,17 +11,18 @@ from typing import Any
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
-from glm_jax.decoding.completion import Request
-from glm_jax.decoding.engine import Engine, EngineSettings
-from glm_jax.decoding.prepare import prepare
-from glm_jax.decoding.prompt import Prompt
-from glm_jax.decoding.sampling import Sampling
+from glm_jax.checkpoints.model_folder import restore
+from glm_jax.engine.engine import Engine, EngineSettings
+from glm_jax.engine.prompt import Prompt
+from glm_jax.engine.request import Request
+from glm_jax.engine.sampling import Sampling
+from glm_jax.engine.scoring_batch import ScoredSequence
 from glm_jax.errors import UserError
 from glm_jax.evaluation.examples import Document
-from glm_jax.evaluation.sequences import ScoredSequence, continuation, count_windows, window
+from glm_jax.evaluation.sequences import continuation, count_windows, window
 from glm_jax.evaluation.task_config import TaskConfig
 from glm_jax.evaluation.tasks import Model
-from glm_jax.model.checkpoint import restore
+from glm_jax.model.device_layout import prepare
 from glm_jax.sharding import parse_mesh
 from glm_jax.tokenizer import Tokenizer
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from glm_jax.decoding.blank_filling import TextCodec
 from glm_jax.evaluation.examples import Document, Example
+from glm_jax.generation.blank_filling import TextCodec
 
 _RESAMPLES = 1000
 _MOST_LOG_PERPLEXITY = 20

@@ -1,6 +1,6 @@
 """Evaluates tasks: what is answered already is kept, what is missing is asked.
 
-OUTPUT/records/TASK/GROUP/FILE/   records of one data file, as `decoding.answers` keeps them
+OUTPUT/records/TASK/GROUP/FILE/   records of one data file, as `jobs.record_store` keeps them
 OUTPUT/results.json               once all records are there
 """
 
@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from glm_jax import processes
 from glm_jax.config import GLMConfig
-from glm_jax.decoding import answers
-from glm_jax.decoding.answers import AnswerWriter
-from glm_jax.decoding.batch import Share
-from glm_jax.decoding.blank_filling import TextCodec
 from glm_jax.evaluation.examples import DatasetError, checked_items
 from glm_jax.evaluation.results import file_results, task_results
 from glm_jax.evaluation.task_config import TaskConfig, TaskError
 from glm_jax.evaluation.tasks import Model, Task, task_class, within
+from glm_jax.generation.blank_filling import TextCodec
+from glm_jax.jobs import record_store
+from glm_jax.jobs.batch_job import Share
+from glm_jax.jobs.record_store import AnswerWriter
 
 RECORDS_FOLDER = "records"
 # Fields that do not change what is answered.
@@ -129,8 +129,8 @@ def evaluate(
 def _answer_file(
     task: Task, file: DataFile, examples: list[Any], share: Share, identity: dict[str, Any]
 ) -> None:
-    answers.claim(file.records, _description(task, file, len(examples)) | identity)
-    done = answers.answered(file.records, len(examples))
+    record_store.claim(file.records, _description(task, file, len(examples)) | identity)
+    done = record_store.answered(file.records, len(examples))
     processes.wait("records that are there are known")
     own = np.arange(share.process, len(examples), share.count)
     wanted = own[~done[own]].tolist()
@@ -165,7 +165,7 @@ def _description(task: Task, file: DataFile, examples: int) -> dict[str, Any]:
 
 def _file_results(task: Task, file: DataFile, examples: list[Any]) -> dict[str, Any] | None:
     """None while records are missing."""
-    records = answers.read_records(file.records)
+    records = record_store.read_records(file.records)
     if len(records) < len(examples):
         return None
     predictions = [task.prediction(records[i]) for i in range(len(examples))]

@@ -4,13 +4,13 @@ As the original's `evaluation/dataset.py` builds them, without its padding and w
 of seq x seq: who sees whom is two ranges of keys a row, as in `model.visibility`.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from glm_jax.config import SpecialTokens
+from glm_jax.engine.scoring_batch import ScoredSequence
 from glm_jax.errors import UserError
 from glm_jax.evaluation.examples import Document, Example
 from glm_jax.evaluation.task_config import TaskConfig
@@ -18,29 +18,6 @@ from glm_jax.evaluation.task_config import TaskConfig
 
 class SequenceError(UserError):
     """An example that goes against its task's settings."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoredSequence:
-    """Tokens, and what is asked of them.
-
-    Attributes:
-      tokens, position_ids: int32 [length].
-      key_ranges: int32 [length, 4], as of `Visibility`.
-      places: int32 [asked], whose scores each target is looked up in.
-      targets: int32 [asked].
-      groups: int32 [asked], the choice that each belongs to.
-    """
-
-    tokens: np.ndarray
-    position_ids: np.ndarray
-    key_ranges: np.ndarray
-    places: np.ndarray
-    targets: np.ndarray
-    groups: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
 
 def are_single_tokens(examples: Sequence[Example]) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from glm_jax.decoding.settings import SETTINGS, SamplingError
+from glm_jax.engine.generation_settings import SETTINGS, SamplingError
 from glm_jax.errors import UserError, shown
 from glm_jax.evaluation.yaml_files import read_yaml
 from glm_jax.text_files import TextFileError

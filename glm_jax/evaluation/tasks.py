@@ -14,17 +14,16 @@ from typing import Any
 import numpy as np
 
 from glm_jax.config import GLMConfig, SpecialTokens
-from glm_jax.decoding.beams import BeamSearch, beam_search
-from glm_jax.decoding.blank_filling import TextCodec
-from glm_jax.decoding.completion import Request
-from glm_jax.decoding.engine import Engine, EngineSettings
-from glm_jax.decoding.prompt import Prompt, bucket
+from glm_jax.engine.beam_search import BeamSearch, beam_search
+from glm_jax.engine.engine import Engine, EngineSettings
+from glm_jax.engine.prompt import Prompt, bucket
+from glm_jax.engine.request import Request
+from glm_jax.engine.scoring import Scorer
 from glm_jax.errors import shown
 from glm_jax.evaluation import metrics
 from glm_jax.evaluation.examples import Document, Example, read_items
 from glm_jax.evaluation.metrics import METRICS, METRICS_OF_TYPE, Metric
 from glm_jax.evaluation.own_tasks import import_task
-from glm_jax.evaluation.scoring import Scorer
 from glm_jax.evaluation.sequences import (
     are_single_tokens,
     choice_sequence,
@@ -32,6 +31,7 @@ from glm_jax.evaluation.sequences import (
     window,
 )
 from glm_jax.evaluation.task_config import TaskConfig, TaskError
+from glm_jax.generation.blank_filling import TextCodec
 from glm_jax.model.params import GLMParams
 from glm_jax.tokenizer import TokenizerConfig, check_fits
 

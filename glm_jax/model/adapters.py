@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from glm_jax.config import ConfigError, GLMConfig, Range
 from glm_jax.model import params as glm_params
-from glm_jax.model.offload import OffloadedLayers
 from glm_jax.model.params import (
     KERNEL_AXES,
     LINEAR_NAMES,
@@ -24,6 +23,7 @@ from glm_jax.model.params import (
     ParamSpec,
     map_layer_linears,
 )
+from glm_jax.model.streamed_layers import OffloadedLayers
 
 # Of `AdapterConfig`.
 RANGES = {

@@ -35,9 +35,9 @@ from glm_jax.model.layers import (
     rotary_factors,
     weight_dropout,
 )
-from glm_jax.model.offload import OffloadedLayers, fetch
 from glm_jax.model.paged_cache import PagedCache, PagedKVCache, Paging
 from glm_jax.model.params import GLMParams, LayerParams
+from glm_jax.model.streamed_layers import OffloadedLayers, fetch
 from glm_jax.model.visibility import Visibility
 from glm_jax.numerics import dot_general, products_as
 from glm_jax.sharding import constrain, surrounding_mesh

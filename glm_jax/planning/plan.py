@@ -13,18 +13,18 @@ from ml_collections import ConfigDict
 
 from glm_jax.config import GLMConfig
 from glm_jax.errors import UserError
-from glm_jax.model.offload import DEVICE_MEMORY, device_bytes
 from glm_jax.model.params import GLMParams
+from glm_jax.model.streamed_layers import DEVICE_MEMORY, device_bytes
 from glm_jax.planning import topology
-from glm_jax.planning.decoding import (
+from glm_jax.planning.collectives import Exchange, exchanges, sent
+from glm_jax.planning.engine_programs import (
     abstract_cache,
     abstract_params,
     lower_engine,
     lower_scoring,
 )
-from glm_jax.planning.exchanges import Exchange, exchanges, sent
-from glm_jax.planning.programs import Memory, described_state, lower_train_step, memory
 from glm_jax.planning.roofline import Roofline, Work, roofline
+from glm_jax.planning.training_programs import Memory, described_state, lower_train_step, memory
 from glm_jax.sharding import make_mesh
 from glm_jax.training.recipe import Recipe
 

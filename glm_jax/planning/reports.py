@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from glm_jax.config import GLMConfig
 from glm_jax.files import replacing
-from glm_jax.planning.exchanges import by_kind
+from glm_jax.planning.collectives import by_kind
 from glm_jax.planning.plan import Plan
 from glm_jax.planning.sweep import Tried
 

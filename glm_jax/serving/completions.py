@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
-from glm_jax.decoding.beams import BeamSearch
-from glm_jax.decoding.blank_filling import PartlyFilled, filling_by_beams, next_request
-from glm_jax.decoding.completion import Request, Token
-from glm_jax.decoding.prompt import Prompt
-from glm_jax.decoding.text_stream import Stops, TextStream
+from glm_jax.engine.beam_search import BeamSearch
+from glm_jax.engine.prompt import Prompt
+from glm_jax.engine.request import Request, Token
+from glm_jax.generation.blank_filling import PartlyFilled, filling_by_beams, next_request
+from glm_jax.generation.text_stream import Stops, TextStream
 from glm_jax.serving.errors import refused
 from glm_jax.serving.metrics import AnswerTimes
 from glm_jax.serving.run import Run

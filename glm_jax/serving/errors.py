@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from glm_jax.decoding.sampling import LogitsError
+from glm_jax.engine.sampling import LogitsError
 from glm_jax.errors import UserError
 
 _RETRY_SECONDS = 1

@@ -3,16 +3,16 @@
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from glm_jax.decoding.beams import BeamSearch
-from glm_jax.decoding.blank_filling import (
+from glm_jax.engine.beam_search import BeamSearch
+from glm_jax.engine.prompt import Prompt
+from glm_jax.engine.request import Request
+from glm_jax.generation.blank_filling import (
     PartlyFilled,
     TokenStream,
     filling_by_beams,
     next_request,
 )
-from glm_jax.decoding.completion import Request
-from glm_jax.decoding.prompt import Prompt
-from glm_jax.decoding.text_stream import TextStream
+from glm_jax.generation.text_stream import TextStream
 from glm_jax.serving.metrics import AnswerTimes
 from glm_jax.serving.run import Run
 from glm_jax.serving.schemas import FillRequest

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from glm_jax.decoding.settings import SETTINGS, Number
+from glm_jax.engine.generation_settings import SETTINGS, Number
 
 _STOPS = 4
 _PROMPTS = 4096  # of which a server may take fewer

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from glm_jax.decoding.beams import BeamSearch
-from glm_jax.decoding.requests import TextRequest
-from glm_jax.decoding.sampling import Sampling
+from glm_jax.engine.beam_search import BeamSearch
+from glm_jax.engine.sampling import Sampling
+from glm_jax.generation.text_request import TextRequest
 from glm_jax.serving.errors import refused
 from glm_jax.serving.keys import Keys
 from glm_jax.serving.metrics import Metrics

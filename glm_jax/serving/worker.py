@@ -12,12 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from glm_jax.config import GLMConfig
-from glm_jax.decoding.beams import Steps
-from glm_jax.decoding.blank_filling import TextCodec
-from glm_jax.decoding.completion import Request, Token
-from glm_jax.decoding.engine import Engine
-from glm_jax.decoding.turns import Turn, Turns
+from glm_jax.engine.beam_search import Steps
+from glm_jax.engine.engine import Engine
+from glm_jax.engine.fair_queue import Turn, Turns
+from glm_jax.engine.request import Request, Token
 from glm_jax.errors import UserError
+from glm_jax.generation.blank_filling import TextCodec
 from glm_jax.model.params import GLMParams
 from glm_jax.serving.errors import BrokenError, BusyError, TooSlowError, UnavailableError
 from glm_jax.serving.metrics import Metrics

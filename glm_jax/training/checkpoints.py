@@ -22,14 +22,14 @@ from jax.sharding import Mesh
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from glm_jax import files, processes
-from glm_jax.config import GLMConfig
-from glm_jax.errors import UserError, is_no_room
-from glm_jax.model.checksums import (
+from glm_jax.checkpoints.checksums import (
     DamageError,
     checked_files,
     unreadable,
     write_checksums,
 )
+from glm_jax.config import GLMConfig
+from glm_jax.errors import UserError, is_no_room
 from glm_jax.training.recipe import Recipe
 from glm_jax.training.state import (
     TrainState,

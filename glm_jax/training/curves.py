@@ -8,7 +8,7 @@ from matplotlib import pyplot
 
 from glm_jax.errors import UserError
 from glm_jax.files import replacing
-from glm_jax.training.watching import METRICS_FILE
+from glm_jax.training.metrics import METRICS_FILE
 
 Line = dict[str, Any]
 

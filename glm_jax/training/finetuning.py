@@ -7,10 +7,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from glm_jax.checkpoints.adapter_folder import model_identity, save_adapter
+from glm_jax.checkpoints.model_folder import load_config, restore, stored_bits
 from glm_jax.config import ConfigError, GLMConfig
-from glm_jax.model.adapter_files import model_identity, save_adapter
 from glm_jax.model.adapters import AdapterConfig
-from glm_jax.model.checkpoint import load_config, restore, stored_bits
 from glm_jax.model.params import GLMParams, unstack_layers
 from glm_jax.sharding import parse_mesh
 from glm_jax.tokenizer import Tokenizer, check_fits

@@ -17,15 +17,15 @@ from glm_jax.errors import UserError
 from glm_jax.sharding import parse_mesh
 from glm_jax.tokenizer import Tokenizer
 from glm_jax.training import config as train_config
-from glm_jax.training import watching
+from glm_jax.training import metrics as run_metrics
+from glm_jax.training.batches import MeshBatches, describe, open_mixture
 from glm_jax.training.checkpoints import RunCheckpoints
-from glm_jax.training.feeding import MeshBatches, describe, open_mixture
+from glm_jax.training.metrics import Watcher
 from glm_jax.training.recipe import BatchSchedule, Recipe
 from glm_jax.training.results import MODEL_FOLDER, refuse_result_of_others, save_trained
 from glm_jax.training.state import Batch, TrainState, init_state
 from glm_jax.training.step import compiled_train_step, evaluation_step
 from glm_jax.training.stopping import InterruptedRunError, stop_requests
-from glm_jax.training.watching import Watcher
 
 
 class DivergedError(UserError):
@@ -144,7 +144,7 @@ def run_job(job: Job, workdir: Path, profiled: range = range(0)) -> list[dict[st
                 "that it began with, or name another workdir"
             )
         batches.set_state(place["streams"])
-        peak = config.peak_flops or watching.measured_peak_flops(model.compute_dtype)
+        peak = config.peak_flops or run_metrics.measured_peak_flops(model.compute_dtype)
         done, step = int(state.samples), int(state.step)
         peak *= mesh.size
         with _closing(Watcher(workdir, recipe.total_samples, done, step, peak)) as watcher:
@@ -196,7 +196,7 @@ def _steps(run: Run, state: TrainState, workdir: Path) -> TrainState:
                 state, metrics = train_step(state, run.frozen, batch, key)
                 # Made while the devices are at work.
                 drawn = _draw(run, place["consumed"])
-                values = watching.plain(jax.device_get(metrics), run.batches.groups)
+                values = run_metrics.plain(jax.device_get(metrics), run.batches.groups)
             rows = batch.tokens.shape[0] * batch.tokens.shape[1]
             run.watcher.count(0 if values["is_skipped"] else rows, batch.tokens.size)
             state = _after(run, state, values, place)
@@ -234,7 +234,7 @@ def _after(
         )
         return _restored(run, state, int(values["bad_steps"]))
     if step % run.config.log_every == 0 or is_last:
-        flops = watching.flops_per_token(
+        flops = run_metrics.flops_per_token(
             run.job.model, run.config.data.sequence_length, run.frozen is not None
         )
         run.watcher.log(step, values, flops)
@@ -289,7 +289,7 @@ def evaluate(run: Run, state: TrainState) -> dict[str, float]:
         losses += np.asarray(sums["group_losses"])
         counts += np.asarray(sums["group_counts"])
     total = {"evaluation_loss": float(losses.sum() / max(counts.sum(), 1.0))}
-    return total | watching.mean_by_group("evaluation_loss", losses, counts, batches.groups)
+    return total | run_metrics.mean_by_group("evaluation_loss", losses, counts, batches.groups)
 
 
 @contextlib.contextmanager

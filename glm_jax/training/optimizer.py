@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from glm_jax.training.narrow_moments import scale_by_narrow_adam
+from glm_jax.training.quantized_moments import scale_by_narrow_adam
 from glm_jax.training.recipe import Recipe
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from glm_jax import files, processes
+from glm_jax.checkpoints.model_folder import save_model
 from glm_jax.config import GLMConfig
 from glm_jax.errors import UserError
-from glm_jax.model.checkpoint import save_model
 from glm_jax.tokenizer import Tokenizer
 from glm_jax.training.state import TrainState
 

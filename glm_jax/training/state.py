@@ -11,7 +11,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from glm_jax.config import GLMConfig
-from glm_jax.model.offload import DEVICE_MEMORY, HOST_MEMORY, is_streamed
 from glm_jax.model.params import (
     Adapters,
     GLMParams,
@@ -21,6 +20,7 @@ from glm_jax.model.params import (
     transposed,
     unstack_layers,
 )
+from glm_jax.model.streamed_layers import DEVICE_MEMORY, HOST_MEMORY, is_streamed
 from glm_jax.sharding import is_cpu
 from glm_jax.training import trainable
 from glm_jax.training.recipe import Recipe

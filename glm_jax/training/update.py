@@ -13,8 +13,8 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from glm_jax.model.offload import fetch, is_streamed
 from glm_jax.model.params import GLMParams
+from glm_jax.model.streamed_layers import fetch, is_streamed
 from glm_jax.training.optimizer import apply_updates, make_optimizer
 from glm_jax.training.recipe import Recipe
 

@@ -11,14 +11,14 @@ import jax
 import numpy as np
 
 from glm_jax.config import GLMConfig, SpecialTokens, glm_config
-from glm_jax.decoding.completion import Request
-from glm_jax.decoding.engine import Engine, EngineSettings
-from glm_jax.decoding.prepare import prepare
-from glm_jax.decoding.prompt import Prompt, bucket
-from glm_jax.decoding.sampling import greedy
-from glm_jax.decoding.steps import DecodeState, decode_step, prefill_prompts
+from glm_jax.engine.batch_steps import DecodeState, decode_step, prefill_prompts
+from glm_jax.engine.engine import Engine, EngineSettings
+from glm_jax.engine.prompt import Prompt, bucket
+from glm_jax.engine.request import Request
+from glm_jax.engine.sampling import greedy
 from glm_jax.model import params as glm_params
 from glm_jax.model.cache import init_cache
+from glm_jax.model.device_layout import prepare
 from glm_jax.model.params import GLMParams
 from glm_jax.quantization import Scheme
 from launch.suites import llama, torch_glm

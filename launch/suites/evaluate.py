@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.config import GLMConfig, SpecialTokens, glm_config
-from glm_jax.decoding.prepare import prepare
+from glm_jax.engine.scoring import Scorer
+from glm_jax.engine.scoring_batch import ScoredSequence
 from glm_jax.evaluation.examples import Example
-from glm_jax.evaluation.scoring import Scorer
-from glm_jax.evaluation.sequences import ScoredSequence, choice_sequence
+from glm_jax.evaluation.sequences import choice_sequence
 from glm_jax.evaluation.task_config import TaskConfig
 from glm_jax.model import glm
 from glm_jax.model import params as glm_params
+from glm_jax.model.device_layout import prepare
 from glm_jax.model.params import GLMParams
 from glm_jax.model.visibility import Visibility
 from launch.suites.case import Case

@@ -22,13 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glm_jax.checkpoints.model_folder import restore
+from glm_jax.checkpoints.random_weights import is_random, random_model
 from glm_jax.config import GLMConfig, glm_config
-from glm_jax.decoding.completion import Request
-from glm_jax.decoding.engine import Engine, EngineSettings
-from glm_jax.decoding.prompt import Prompt
+from glm_jax.engine.engine import Engine, EngineSettings
+from glm_jax.engine.prompt import Prompt
+from glm_jax.engine.request import Request
 from glm_jax.kernels.quantized_matmul.api import quantized_matmul
-from glm_jax.model.checkpoint import restore
-from glm_jax.model.random_weights import is_random, random_model
 from glm_jax.quantization import QuantizedArray
 from launch.suites.case import find_torch
 from launch.suites.train_step import torch_step_case, train_step_case

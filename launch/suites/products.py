@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax.config import GLMConfig, glm_config
-from glm_jax.decoding.prepare import prepare
-from glm_jax.decoding.steps import DecodeState, decode_step
+from glm_jax.engine.batch_steps import DecodeState, decode_step
 from glm_jax.kernels.quantized_matmul.api import prepare as prepare_weight
 from glm_jax.kernels.quantized_matmul.api import quantized_matmul
 from glm_jax.kernels.quantized_matmul.cpu import TiledArray
 from glm_jax.model import params as glm_params
 from glm_jax.model.cache import init_cache
+from glm_jax.model.device_layout import prepare
 from glm_jax.model.params import GLMParams
 from glm_jax.quantization import Scheme, quantize
 from launch.suites.case import Case, find_torch

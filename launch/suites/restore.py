@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from convert.conversion import Options, convert_shards
-from glm_jax.model.checkpoint import restore
+from glm_jax.checkpoints.model_folder import restore
 from launch.suites.case import Case
 from launch.suites.convert import PART_BYTES, SHARDS, config, make_parts
 

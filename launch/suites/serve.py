@@ -17,10 +17,10 @@ import httpx2
 import jax
 
 from glm_jax.config import GLMConfig, SpecialTokens, glm_config
-from glm_jax.decoding.completion import Request
-from glm_jax.decoding.engine import Engine, EngineSettings
-from glm_jax.decoding.prepare import prepare
+from glm_jax.engine.engine import Engine, EngineSettings
+from glm_jax.engine.request import Request
 from glm_jax.model import params as glm_params
+from glm_jax.model.device_layout import prepare
 from glm_jax.model.params import GLMParams
 from glm_jax.serving.server import Serving, serve
 from glm_jax.serving.worker import ServedModel

@@ -5,8 +5,8 @@ from aot.compiling import hardware
 
 from glm_jax.config import glm_130b
 from glm_jax.planning import topology
-from glm_jax.planning.decoding import lower_engine
-from glm_jax.planning.programs import collectives, memory
+from glm_jax.planning.engine_programs import lower_engine
+from glm_jax.planning.training_programs import collectives, memory
 from glm_jax.sharding import make_mesh
 
 CASES = [

@@ -10,9 +10,9 @@ from aot.compiling import hardware
 from glm_jax.config import glm_130b
 from glm_jax.model import params as glm_params
 from glm_jax.model.adapters import AdapterConfig
-from glm_jax.planning import finetuning_table, programs, topology
-from glm_jax.planning.decoding import abstract_params
-from glm_jax.planning.exchanges import exchanges
+from glm_jax.planning import finetuning_table, topology, training_programs
+from glm_jax.planning.collectives import exchanges
+from glm_jax.planning.engine_programs import abstract_params
 from glm_jax.planning.finetuning_table import CASES
 from glm_jax.planning.reports import markdown_row
 from glm_jax.sharding import make_mesh
@@ -54,7 +54,7 @@ def _adapted(quantization, length, rank):
         remat="blocks",
         adapter=AdapterConfig(rank=rank, dropout=0.05),
     )
-    lowered = programs.lower_train_step(
+    lowered = training_programs.lower_train_step(
         model,
         recipe,
         mesh,
@@ -72,7 +72,7 @@ def test_no_weight_matrix_is_written_out_as_floats(quantization, capsys):
     in, slices of the integers among it, is less than a block in bfloat16, with INT4 less than a
     kernel; and no array of floats is as large as the smallest kernel."""
     model, compiled = _adapted(quantization, 16, 1)
-    taken = programs.memory(compiled)
+    taken = training_programs.memory(compiled)
     specs = glm_params.specs(model).layers
     numbers = {
         name: math.prod(getattr(specs, name).kernel.shape[1:]) // GPUS

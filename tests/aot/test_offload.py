@@ -8,7 +8,7 @@ from aot.compiling import hardware
 
 from glm_jax.config import glm_130b
 from glm_jax.planning import topology
-from glm_jax.planning.decoding import lower_engine
+from glm_jax.planning.engine_programs import lower_engine
 from glm_jax.sharding import make_mesh
 
 # XLA writes the hosts' memory as S(5).

@@ -4,9 +4,9 @@ import jax
 import pytest
 from aot.compiling import hardware
 
+from glm_jax.checkpoints import random_weights
 from glm_jax.config import glm_130b
-from glm_jax.model import random_weights
-from glm_jax.model.offload import device_bytes
+from glm_jax.model.streamed_layers import device_bytes
 from glm_jax.planning import topology
 from glm_jax.quantization import Scheme
 from glm_jax.sharding import make_mesh

@@ -4,7 +4,7 @@ import pytest
 from aot.compiling import hardware
 
 from configs import glm_130b
-from glm_jax.planning import programs, topology
+from glm_jax.planning import topology, training_programs
 from glm_jax.sharding import make_mesh
 from glm_jax.training import config as train_config
 
@@ -19,7 +19,7 @@ def compiled():
     config.mesh = ",".join(map(str, (1, HOSTS, GPUS)))
     schedule = train_config.batch_schedule(config)
     assert schedule.final == 4224
-    lowered = programs.lower_train_step(
+    lowered = training_programs.lower_train_step(
         train_config.model_config(config),
         train_config.recipe(config),
         make_mesh((1, HOSTS, GPUS), devices),
@@ -31,7 +31,7 @@ def compiled():
 
 
 def test_the_papers_step_fits(compiled, capsys):
-    taken = programs.memory(compiled)
+    taken = training_programs.memory(compiled)
     room = hardware("a100_40gb").memory_bytes
     with capsys.disabled():
         print(f"\n130B train step, 96 x 8 A100 40 GB, GiB a device of {room / 2**30:.0f}:")
@@ -40,7 +40,7 @@ def test_the_papers_step_fits(compiled, capsys):
             f"{taken.reused / 2**30:.2f}, temporaries {taken.temporaries / 2**30:.2f}, "
             f"together {taken.total / 2**30:.2f}"
         )
-        for kind, (count, size) in programs.collectives(compiled).items():
+        for kind, (count, size) in training_programs.collectives(compiled).items():
             print(f"  {kind}: {count} in the text, {size / 2**20:.0f} MiB a device")
     assert taken.total < 0.9 * room
     # Parameters and both moments in float32, on 768 devices, and little that is not split.
@@ -53,7 +53,7 @@ def test_the_state_is_gathered_a_layer_at_a_time(compiled):
     """No gather's result is larger than a layer's weights and the embedding in float16."""
     layer = 2 * 12 * 12288**2 / GPUS
     table = 2 * 150528 * 12288 / GPUS
-    gathers = programs.collectives(compiled)
+    gathers = training_programs.collectives(compiled)
     assert "all-gather" in gathers
     count, size = gathers["all-gather"]
     assert size < 3.2 * (layer + table), (count, size)

@@ -10,8 +10,8 @@ from aot.written import written
 
 from glm_jax.config import glm_130b, glm_config
 from glm_jax.planning import topology
-from glm_jax.planning.decoding import abstract_cache, abstract_params, lower_engine
-from glm_jax.planning.programs import lower_train_step
+from glm_jax.planning.engine_programs import abstract_cache, abstract_params, lower_engine
+from glm_jax.planning.training_programs import lower_train_step
 from glm_jax.sharding import make_mesh
 from glm_jax.training.recipe import Recipe
 

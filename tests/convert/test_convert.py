@@ -19,8 +19,8 @@ from convert.sat_writer import write_shards
 from convert.torch_file import TorchFile
 from convert.torch_writer import write_torch_file
 from glm_jax import restore
+from glm_jax.checkpoints.model_folder import CheckpointError
 from glm_jax.files import OutputError
-from glm_jax.model.checkpoint import CheckpointError
 from glm_jax.model.params import quantize_params
 from glm_jax.quantization import QuantizationError, QuantizedArray, Scheme
 

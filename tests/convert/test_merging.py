@@ -14,13 +14,13 @@ from convert.merging import write_merged
 from convert.opening import open_model
 from convert.sat_writer import write_shards
 from convert.verify import compare
+from glm_jax.checkpoints.adapter_folder import model_identity, save_adapter
+from glm_jax.checkpoints.model_folder import load_config
+from glm_jax.checkpoints.parameter_files import CheckpointError
 from glm_jax.files import OutputError
 from glm_jax.model import adapters as model_adapters
-from glm_jax.model.adapter_files import model_identity, save_adapter
 from glm_jax.model.adapters import AdapterConfig
-from glm_jax.model.checkpoint import load_config
 from glm_jax.model.params import init_of
-from glm_jax.model.parts import CheckpointError
 from glm_jax.tokenizer import TokenizerError
 
 ADAPTER = AdapterConfig(rank=3, alpha=6.0, targets=("query_key_value", "dense_h_to_4h"))

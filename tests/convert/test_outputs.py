@@ -21,11 +21,12 @@ from convert.opening import open_model, open_plainly
 from convert.sat_writer import write_shards
 from convert.verify import check
 from glm_jax import restore
+from glm_jax.checkpoints import checksums, parameter_files
+from glm_jax.checkpoints.adapter_folder import model_identity, save_adapter
+from glm_jax.checkpoints.model_folder import load_config
 from glm_jax.errors import UserError
 from glm_jax.files import OutputError
-from glm_jax.model import adapters, checksums, parts
-from glm_jax.model.adapter_files import model_identity, save_adapter
-from glm_jax.model.checkpoint import load_config
+from glm_jax.model import adapters
 from glm_jax.model.params import init_of
 
 SHARDS = GOLDEN / "checkpoints" / "tp2"
@@ -101,7 +102,7 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(made, tmp_path, monkey
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(orbax_to_safetensors, "save_file", full)
-    monkeypatch.setattr(parts, "write_part", full)
+    monkeypatch.setattr(parameter_files, "write_part", full)
     monkeypatch.setattr("convert.torch_writer.TorchWriter.write", full_file)
     with pytest.raises(OutputError, match=r"disk is full|No space left"):
         TOOLS[tool](made, tmp_path / "out")
@@ -117,7 +118,7 @@ def test_a_disk_that_fills_up_in_a_conversion_is_seen_before_orbax_sees_it(tmp_p
         convert_shards(SHARDS, tmp_path / "out", OPTIONS)
     monkeypatch.undo()
     left = [p.name for p in (tmp_path / "out.partial" / "params").iterdir()]
-    assert left == [parts.EMBEDDING]
+    assert left == [parameter_files.EMBEDDING]
     convert_shards(SHARDS, tmp_path / "out", OPTIONS)
     assert check(open_model(tmp_path / "out")) == 39
 
@@ -135,7 +136,7 @@ def test_a_source_that_cannot_be_read_this_time_costs_nothing(tmp_path, monkeypa
     monkeypatch.setattr(FileBytes, "_read_some", failing)
     with pytest.raises(SourceError, match=r"mp_rank_0\d.* cannot be read at byte .* Input/output"):
         convert_shards(SHARDS, tmp_path / "out", OPTIONS)
-    assert parts.is_whole(tmp_path / "out.partial" / "params", parts.EMBEDDING)
+    assert parameter_files.is_whole(tmp_path / "out.partial" / "params", parameter_files.EMBEDDING)
     monkeypatch.undo()
     convert_shards(SHARDS, tmp_path / "out", OPTIONS)
     expected = load_golden("tp2", "float16")[1]
@@ -300,7 +301,7 @@ def test_numbers_that_changed_in_what_an_earlier_run_left_are_found(tmp_path, mo
     convert_shards(SHARDS, tmp_path / "out", OPTIONS)
     (tmp_path / "out" / "config.json").unlink()
     (tmp_path / "out").rename(tmp_path / "out.partial")
-    _damage_one(tmp_path / "out.partial" / "params" / parts.layers_part(1, 2))
+    _damage_one(tmp_path / "out.partial" / "params" / parameter_files.layers_part(1, 2))
     convert_shards(SHARDS, tmp_path / "out", OPTIONS)
     assert check(open_model(tmp_path / "out")) == 39
 

@@ -22,7 +22,7 @@ from convert.sat_reader import SatCheckpoint
 from convert.sat_source import find_shards
 from convert.sat_writer import write_shards
 from glm_jax import files, restore
-from glm_jax.model import parts
+from glm_jax.checkpoints import parameter_files
 from glm_jax.model.params import quantize_params
 from glm_jax.quantization import Scheme
 
@@ -303,7 +303,7 @@ def test_without_room_nothing_is_begun_and_with_room_it_goes_on(tmp_path, monkey
 
 
 def test_a_disk_that_fills_up_keeps_what_was_converted(tmp_path, monkeypatch):
-    write, written = parts.write_part, []
+    write, written = parameter_files.write_part, []
 
     def failing(folder, name, tree):
         if len(written) == 2:
@@ -311,7 +311,7 @@ def test_a_disk_that_fills_up_keeps_what_was_converted(tmp_path, monkeypatch):
         written.append(name)
         write(folder, name, tree)
 
-    monkeypatch.setattr(parts, "write_part", failing)
+    monkeypatch.setattr(parameter_files, "write_part", failing)
     with pytest.raises(ConvertError, match="what is converted stays; make room"):
         convert_shards(CHECKPOINTS / "tp2", tmp_path / "out", OPTIONS)
     assert {p.name for p in (tmp_path / "out.partial" / "params").iterdir()} == set(written)

@@ -22,8 +22,8 @@ from convert.sat_reader import SatCheckpoint
 from convert.torch_writer import write_torch_file
 from convert.verify import compare
 from glm_jax import save_model
+from glm_jax.checkpoints import model_folder, parameter_files
 from glm_jax.errors import UserError
-from glm_jax.model import checkpoint, parts
 
 CHECKPOINTS = GOLDEN / "checkpoints"
 
@@ -163,15 +163,19 @@ def test_models_with_learned_positions_are_read_and_not_run(tmp_path):
 
 def test_a_large_model_is_saved_in_several_parts(tmp_path, tiny_model, monkeypatch):
     config, params = tiny_model
-    monkeypatch.setattr(checkpoint, "_PART_BYTES", 1)
+    monkeypatch.setattr(model_folder, "_PART_BYTES", 1)
     save_model(tmp_path / "model", config, params)
     names = {p.name for p in (tmp_path / "model" / "params").iterdir()}
-    assert names == {parts.EMBEDDING, parts.layers_part(0, 1), parts.layers_part(1, 2)}
-    _, restored = checkpoint.restore(tmp_path / "model")
+    assert names == {
+        parameter_files.EMBEDDING,
+        parameter_files.layers_part(0, 1),
+        parameter_files.layers_part(1, 2),
+    }
+    _, restored = model_folder.restore(tmp_path / "model")
     jax.tree.map(np.testing.assert_array_equal, restored, params)
-    (tmp_path / "model" / "params" / parts.layers_part(0, 1)).rename(tmp_path / "aside")
+    (tmp_path / "model" / "params" / parameter_files.layers_part(0, 1)).rename(tmp_path / "aside")
     with pytest.raises(UserError, match=r"of 2 layers \(no part begins with layer 0\)"):
-        checkpoint.restore(tmp_path / "model")
+        model_folder.restore(tmp_path / "model")
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32, np.float64])

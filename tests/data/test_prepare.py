@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import zstandard
 
-from glm_jax.data import prepare as prepare_lib
+from glm_jax.data import tokenize_files
 from glm_jax.data.documents import find_files
-from glm_jax.data.prepare import prepare
 from glm_jax.data.records import DataError, Record, open_dataset
+from glm_jax.data.tokenize_files import prepare
 from glm_jax.errors import UserError
 from glm_jax.files import OutputError
 
@@ -62,7 +62,7 @@ def test_every_document_is_there_once_in_order(source, tmp_path, tokenizer, corp
 
 def test_broken_off_it_goes_on_with_what_is_left(source, tmp_path, tokenizer, monkeypatch):
     _prepare(source, tmp_path / "whole", tokenizer)
-    done, real = [], prepare_lib._do
+    done, real = [], tokenize_files._do
 
     def dying(job, output, settings):
         if len(done) == 4:
@@ -71,13 +71,15 @@ def test_broken_off_it_goes_on_with_what_is_left(source, tmp_path, tokenizer, mo
         real(job, output, settings)
 
     with monkeypatch.context() as patched:
-        patched.setattr(prepare_lib, "_do", dying)
+        patched.setattr(tokenize_files, "_do", dying)
         with pytest.raises(KeyboardInterrupt):
             _prepare(source, tmp_path / "out", tokenizer)
     with pytest.raises(DataError, match="holds no whole dataset"):
         open_dataset(tmp_path / "out", tokenizer)
     rest = []
-    monkeypatch.setattr(prepare_lib, "_do", lambda job, **how: (rest.append(job), real(job, **how)))
+    monkeypatch.setattr(
+        tokenize_files, "_do", lambda job, **how: (rest.append(job), real(job, **how))
+    )
     (tmp_path / "out" / "00001-of-00002.array_record.0a1b2c3d.partial").write_text("killed")
     _prepare(source, tmp_path / "out", tokenizer)
     assert not list((tmp_path / "out").glob("*.partial"))

@@ -9,7 +9,7 @@ import pytest
 from stub_tokenizer import WordTokenizer
 
 from glm_jax.config import glm_config
-from glm_jax.decoding.completion import Token
+from glm_jax.engine.request import Token
 from glm_jax.errors import UserError
 from glm_jax.evaluation.tasks import Model
 

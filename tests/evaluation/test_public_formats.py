@@ -9,8 +9,7 @@ import yaml
 import zstandard
 from running import ROOT
 
-from glm_jax.evaluation.examples import read_items
-from glm_jax.evaluation.prepare import (
+from glm_jax.evaluation.dataset_conversion import (
     PromptFile,
     PromptFileError,
     load_prompt_file,
@@ -18,6 +17,7 @@ from glm_jax.evaluation.prepare import (
     prepare_mmlu,
     prepare_task,
 )
+from glm_jax.evaluation.examples import read_items
 from glm_jax.evaluation.sources import SourceError, read_file
 from glm_jax.evaluation.task_config import find_tasks, load_task
 from glm_jax.evaluation.texts import TEXTS, prepare_text
@@ -445,7 +445,9 @@ def test_a_row_with_what_json_does_not_have_is_named(tmp_path, monkeypatch):
         "a", "parquet", prompts={"b": {"input": "{q}", "targets": "q"}}, keep=("k",)
     )
     row = {"q": "a", "k": float("nan")}
-    monkeypatch.setattr("glm_jax.evaluation.prepare.read_rows", lambda *_: [("row 0", row)])
+    monkeypatch.setattr(
+        "glm_jax.evaluation.dataset_conversion.read_rows", lambda *_: [("row 0", row)]
+    )
     with pytest.raises(SourceError, match=r"row 0: the field 'k': .*not JSON"):
         prepare_task(prompts, tmp_path / "x.parquet", tmp_path / "out", "test")
     assert not (tmp_path / "out").exists()

@@ -12,20 +12,20 @@ import pytest
 from running import ROOT
 from stub_tokenizer import WordTokenizer
 
-from glm_jax.decoding.answers import AnswerWriter, JobError
-from glm_jax.decoding.batch import Share
-from glm_jax.decoding.prepare import prepare
+from glm_jax.engine.scoring import Scorer, ScoringError
+from glm_jax.engine.scoring_batch import pack
 from glm_jax.errors import UserError
 from glm_jax.evaluation import reports
 from glm_jax.evaluation.examples import Example
-from glm_jax.evaluation.packing import pack
 from glm_jax.evaluation.results import ResultsError, read_results
 from glm_jax.evaluation.run import data_files, evaluate
-from glm_jax.evaluation.scoring import Scorer, ScoringError
 from glm_jax.evaluation.sequences import choice_sequence, continuation
 from glm_jax.evaluation.task_config import TaskConfig, TaskError, find_tasks, load_task
 from glm_jax.evaluation.tasks import Model, MultipleChoice
+from glm_jax.jobs.batch_job import Share
+from glm_jax.jobs.record_store import AnswerWriter, JobError
 from glm_jax.model import params as glm_params
+from glm_jax.model.device_layout import prepare
 from glm_jax.quantization import Scheme
 from glm_jax.sharding import make_mesh
 

@@ -11,8 +11,8 @@ import pytest
 from running import ROOT
 from stub_tokenizer import WordTokenizer
 
-from glm_jax.decoding.completion import Completion
-from glm_jax.decoding.prompt import PromptError
+from glm_jax.engine.prompt import PromptError
+from glm_jax.engine.request import Completion
 from glm_jax.evaluation import tasks
 from glm_jax.evaluation.examples import DatasetError, Example, checked_items, read_items
 from glm_jax.evaluation.sequences import SequenceError, choice_sequence
@@ -419,8 +419,8 @@ def test_lambada_bans_punctuation_and_takes_the_first_word(golden_float32, golde
 
 
 def test_banned_prefixes_are_banned_at_the_beginning_alone(golden_float32, golden_special):
-    from glm_jax.decoding.beams import BeamSearch, beam_search
-    from glm_jax.decoding.prompt import Prompt
+    from glm_jax.engine.beam_search import BeamSearch, beam_search
+    from glm_jax.engine.prompt import Prompt
 
     config, params = golden_float32
     prompt = Prompt((11, 12, 13, golden_special.gmask), None)

@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
+from glm_jax.checkpoints.random_weights import random_params
 from glm_jax.config import GLMConfig, SpecialTokens
-from glm_jax.decoding.completion import Request
-from glm_jax.decoding.engine import Engine, EngineSettings
-from glm_jax.decoding.prompt import Prompt
-from glm_jax.decoding.sampling import Sampling
-from glm_jax.model.random_weights import random_params
+from glm_jax.engine.engine import Engine, EngineSettings
+from glm_jax.engine.prompt import Prompt
+from glm_jax.engine.request import Request
+from glm_jax.engine.sampling import Sampling
 
 pytestmark = pytest.mark.gpu
 IS_GPU = jax.default_backend() == "gpu"

@@ -8,9 +8,9 @@ import jax
 import pytest
 from running import ROOT, Started, environment, free_port
 
+from glm_jax.checkpoints.model_folder import save_model
 from glm_jax.config import glm_config
 from glm_jax.model import params as glm_params
-from glm_jax.model.checkpoint import save_model
 
 
 @pytest.fixture(scope="module")

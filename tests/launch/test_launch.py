@@ -11,9 +11,9 @@ from conftest import GOLDEN
 from forked import Try, run_all
 from running import environment
 
+from glm_jax.checkpoints.model_folder import save_model
 from glm_jax.config import glm_config
 from glm_jax.model import params as glm_params
-from glm_jax.model.checkpoint import save_model
 from launch.benchmark import interleaved
 from launch.suites.case import Case
 

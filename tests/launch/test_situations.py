@@ -11,10 +11,10 @@ from evaluation_folder import write_evaluation
 from forked import Try, run_all
 from running import ROOT, environment
 
+from glm_jax.checkpoints.adapter_folder import model_identity, save_adapter
 from glm_jax.config import glm_config
 from glm_jax.model import adapters
 from glm_jax.model import params as glm_params
-from glm_jax.model.adapter_files import model_identity, save_adapter
 from glm_jax.model.adapters import AdapterConfig
 
 # Of each command line: its flags, then which of them are files, folders and outputs. All paths

@@ -10,16 +10,21 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 import glm_jax
+from glm_jax.checkpoints.adapter_folder import (
+    identity_of,
+    load_adapter,
+    model_identity,
+    save_adapter,
+)
+from glm_jax.checkpoints.model_folder import save_model
+from glm_jax.checkpoints.parameter_files import CheckpointError
 from glm_jax.config import ConfigError
-from glm_jax.decoding.prepare import prepare
 from glm_jax.files import OutputError
 from glm_jax.kernels.quantized_matmul.cpu import TiledArray
 from glm_jax.model import adapters as model_adapters
-from glm_jax.model.adapter_files import identity_of, load_adapter, model_identity, save_adapter
 from glm_jax.model.adapters import AdapterConfig, attach, merged_kernel
-from glm_jax.model.checkpoint import save_model
+from glm_jax.model.device_layout import prepare
 from glm_jax.model.layers import Dropout
-from glm_jax.model.offload import HOST_MEMORY, OffloadedLayers
 from glm_jax.model.params import (
     LinearParams,
     init_of,
@@ -28,7 +33,7 @@ from glm_jax.model.params import (
     quantize_params,
     unstack_layers,
 )
-from glm_jax.model.parts import CheckpointError
+from glm_jax.model.streamed_layers import HOST_MEMORY, OffloadedLayers
 from glm_jax.model.training import training_hidden
 from glm_jax.model.visibility import Visibility
 from glm_jax.quantization import QuantizedArray, Scheme, dequantize

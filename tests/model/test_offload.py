@@ -7,14 +7,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import glm_jax
-from glm_jax.decoding.completion import Request
-from glm_jax.decoding.engine import Engine, EngineSettings
-from glm_jax.decoding.prepare import PrecisionError, prepare
-from glm_jax.decoding.prompt import Prompt
-from glm_jax.model import checkpoint, stacking
+from glm_jax.checkpoints import layer_assembly, model_folder
+from glm_jax.checkpoints.model_folder import save_model
+from glm_jax.engine.engine import Engine, EngineSettings
+from glm_jax.engine.prompt import Prompt
+from glm_jax.engine.request import Request
 from glm_jax.model import params as glm_params
-from glm_jax.model.checkpoint import save_model
-from glm_jax.model.offload import HOST_MEMORY, OffloadedLayers, OffloadError, device_bytes
+from glm_jax.model.device_layout import PrecisionError, prepare
+from glm_jax.model.streamed_layers import HOST_MEMORY, OffloadedLayers, OffloadError, device_bytes
 from glm_jax.sharding import make_mesh
 
 LAYERS = 6
@@ -97,8 +97,8 @@ def test_on_other_devices_than_cpus_blocks_come_apart(saved, monkeypatch, tmp_pa
     """Each in arrays of its own as the engine runs them, and never in a stack besides."""
     mesh = make_mesh((1, 2, 4))
     config, stacked = glm_jax.restore(saved, mesh)
-    monkeypatch.setattr(stacking, "_is_on_cpu", lambda layers: False)
-    monkeypatch.setattr(checkpoint, "_is_on_cpu", lambda described: False)
+    monkeypatch.setattr(layer_assembly, "_is_on_cpu", lambda layers: False)
+    monkeypatch.setattr(model_folder, "_is_on_cpu", lambda described: False)
     _, params = glm_jax.restore(saved, mesh)
     assert isinstance(params.layers, tuple)
     for i, layer in enumerate(params.layers):

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from conftest import load_golden
 
-from glm_jax.decoding.generate import generate
-from glm_jax.decoding.prepare import prepare
+from glm_jax.generation.generate import generate
 from glm_jax.kernels import cpu_library
 from glm_jax.kernels.quantized_matmul import cpu, reference
 from glm_jax.kernels.quantized_matmul.api import prepare as prepare_weight
 from glm_jax.kernels.quantized_matmul.api import quantized_matmul
 from glm_jax.kernels.quantized_matmul.cpu import TiledArray
 from glm_jax.model import params as glm_params
+from glm_jax.model.device_layout import prepare
 from glm_jax.quantization import QuantizedArray, Scheme, dequantize, pack_int4, quantize
 
 pytestmark = pytest.mark.skipif(

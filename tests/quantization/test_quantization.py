@@ -7,9 +7,9 @@ import pytest
 from conftest import load_golden
 
 from glm_jax import make_mesh, restore, save_model
+from glm_jax.checkpoints.model_folder import CheckpointError
 from glm_jax.kernels.quantized_matmul.api import quantized_matmul
 from glm_jax.model import params as glm_params
-from glm_jax.model.checkpoint import CheckpointError
 from glm_jax.quantization import (
     QuantizationError,
     Scheme,

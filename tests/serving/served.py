@@ -10,9 +10,9 @@ import httpx2
 import jax
 
 from glm_jax.config import glm_config
-from glm_jax.decoding.engine import Engine, EngineSettings
-from glm_jax.decoding.prepare import prepare
+from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.model import params as glm_params
+from glm_jax.model.device_layout import prepare
 from glm_jax.serving.server import Server, Serving, bound_socket
 from glm_jax.serving.worker import ServedModel
 

@@ -4,11 +4,11 @@ import openai
 import pytest
 from served import NAME, wait_idle
 
-from glm_jax.decoding.beams import BeamSearch, finish
-from glm_jax.decoding.blank_filling import PartlyFilled, filling_by_beams
-from glm_jax.decoding.completion import Request
-from glm_jax.decoding.engine import Engine, EngineSettings
-from glm_jax.decoding.sampling import Sampling
+from glm_jax.engine.beam_search import BeamSearch, finish
+from glm_jax.engine.engine import Engine, EngineSettings
+from glm_jax.engine.request import Request
+from glm_jax.engine.sampling import Sampling
+from glm_jax.generation.blank_filling import PartlyFilled, filling_by_beams
 
 pytest_plugins = ["serving_fixtures"]
 

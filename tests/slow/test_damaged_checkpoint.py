@@ -4,7 +4,7 @@ import shutil
 
 from running import arguments, losses, start_joined
 
-from glm_jax.model.checksums import CHECKSUMS_FILE
+from glm_jax.checkpoints.checksums import CHECKSUMS_FILE
 
 
 def _train(text, tokenizer, workdir):

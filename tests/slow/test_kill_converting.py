@@ -10,8 +10,8 @@ from running import Started, environment
 
 from convert.opening import open_model
 from convert.verify import compare
+from glm_jax.checkpoints.model_folder import CheckpointError, load_config
 from glm_jax.config import GLMConfig
-from glm_jax.model.checkpoint import CheckpointError, load_config
 from launch.suites.convert import make_parts
 
 KILLS = 20

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from running import Started, environment
 
+from glm_jax.checkpoints.model_folder import save_model
 from glm_jax.config import glm_config
 from glm_jax.model import params as glm_params
-from glm_jax.model.checkpoint import save_model
 
 PROMPTS = 900
 

@@ -17,7 +17,7 @@ _SCRIPT = """
 import sys
 import jax
 from glm_jax import processes
-from glm_jax.model.checkpoint import restore
+from glm_jax.checkpoints.model_folder import restore
 from glm_jax.sharding import make_mesh
 
 folder, coordinator, number, count = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from served import running, tiny_served
 
-from glm_jax.decoding.engine import EngineSettings
+from glm_jax.engine.engine import EngineSettings
 from glm_jax.serving.keys import Keys
 from glm_jax.serving.service import Limits
 

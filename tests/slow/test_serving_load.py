@@ -9,10 +9,10 @@ from pathlib import Path
 import httpx2
 from running import ServerProcess, save_tiny
 
-from glm_jax.decoding.blank_filling import PartlyFilled
-from glm_jax.decoding.completion import Request
-from glm_jax.decoding.engine import Engine, EngineSettings
-from glm_jax.decoding.sampling import Sampling
+from glm_jax.engine.engine import Engine, EngineSettings
+from glm_jax.engine.request import Request
+from glm_jax.engine.sampling import Sampling
+from glm_jax.generation.blank_filling import PartlyFilled
 
 CLIENTS, WAVES = 200, 6
 SLOTS = 16

@@ -10,10 +10,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 from glm_jax import processes
+from glm_jax.checkpoints import checksums
+from glm_jax.checkpoints.checksums import DamageError
 from glm_jax.config import glm_config
 from glm_jax.errors import UserError
-from glm_jax.model import checksums
-from glm_jax.model.checksums import DamageError
 from glm_jax.sharding import make_mesh
 from glm_jax.training.checkpoints import RunCheckpoints
 from glm_jax.training.recipe import Recipe

@@ -9,10 +9,10 @@ import pytest
 from running import StopError, broken_at, save_tiny
 
 from glm_jax import restore
+from glm_jax.checkpoints.model_folder import save_model
+from glm_jax.checkpoints.parameter_files import CheckpointError
 from glm_jax.config import ConfigError
 from glm_jax.data.records import DataError
-from glm_jax.model.checkpoint import save_model
-from glm_jax.model.parts import CheckpointError
 from glm_jax.training.curves import draw, read
 from glm_jax.training.finetuning import default_config, finetune, outcome
 

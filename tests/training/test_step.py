@@ -11,7 +11,7 @@ from glm_jax.config import GLMConfig
 from glm_jax.model import glm
 from glm_jax.model import params as glm_params
 from glm_jax.model.layers import Dropout, drop
-from glm_jax.model.offload import HOST_MEMORY
+from glm_jax.model.streamed_layers import HOST_MEMORY
 from glm_jax.model.training import REMAT_POLICIES
 from glm_jax.model.visibility import Visibility
 from glm_jax.sharding import make_mesh

@@ -16,13 +16,13 @@ from running import StopError, broken_at
 
 from glm_jax import restore
 from glm_jax.config import ConfigError
-from glm_jax.data.prepare import prepare
+from glm_jax.data.tokenize_files import prepare
 from glm_jax.errors import UserError
 from glm_jax.model import params as glm_params
 from glm_jax.training import config as train_config
-from glm_jax.training import finetuning, watching
+from glm_jax.training import finetuning, metrics
+from glm_jax.training.batches import MeshBatches
 from glm_jax.training.config import check, default_config
-from glm_jax.training.feeding import MeshBatches
 from glm_jax.training.loop import DivergedError, train
 from glm_jax.training.optimizer import clipping, decay_mask, learning_rate
 from glm_jax.training.recipe import Recipe
@@ -85,7 +85,7 @@ def test_the_batch_grows_and_is_accumulated(experiment, tmp_path):
 
 def _signalled_at_step(monkeypatch, step, received):
     """Sends this process signals during a step."""
-    real = watching.Watcher.count
+    real = metrics.Watcher.count
 
     def count(self, rows, tokens):
         real(self, rows, tokens)
@@ -94,7 +94,7 @@ def _signalled_at_step(monkeypatch, step, received):
             for number in received:
                 os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(watching.Watcher, "count", count)
+    monkeypatch.setattr(metrics.Watcher, "count", count)
 
 
 @pytest.mark.slow

@@ -8,11 +8,11 @@ import pytest
 
 from glm_jax.config import GLMConfig
 from glm_jax.model.adapters import AdapterConfig
-from glm_jax.model.offload import HOST_MEMORY
 from glm_jax.model.params import LinearParams
+from glm_jax.model.streamed_layers import HOST_MEMORY
 from glm_jax.sharding import make_mesh
-from glm_jax.training.narrow_moments import narrow, scale_by_narrow_adam, widen
 from glm_jax.training.optimizer import apply_updates
+from glm_jax.training.quantized_moments import narrow, scale_by_narrow_adam, widen
 from glm_jax.training.recipe import MOMENTS, Recipe
 from glm_jax.training.state import init_state, saved_form
 from glm_jax.training.update import Step, init_moments, update

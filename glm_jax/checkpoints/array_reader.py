@@ -1,0 +1,250 @@
+"""Arrays of an Orbax checkpoint, each device's slices read straight to where they stay.
+
+Orbax's own restore copies what it reads twice more, into memory that must be had anew, which
+takes several times as long as reading.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import math
+from collections.abc import Iterator
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore as ts
+from flax import traverse_util
+from jax.sharding import SingleDeviceSharding
+
+from glm_jax.checkpoints.checksums import (
+    Chunks,
+    chunk_checksum,
+    chunk_key,
+    damaged,
+    unreadable,
+    whole_slices,
+    within,
+)
+from glm_jax.errors import UserError
+
+_ARRAY = "/.zarray"  # what the store calls an array's description, after its name
+_LINE_BYTES = 64  # at which jax takes an array of numpy as it is
+_READS_AT_ONCE = 8
+# Of glibc's mallopt, and what they are set back to.
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_TRIM_DEFAULT, _MMAP_DEFAULT = 32 << 20, 65536
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array that begins on a cache line, which jax takes as it is."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + _LINE_BYTES, np.uint8)
+    start = -raw.ctypes.data % _LINE_BYTES
+    array: np.ndarray = raw[start : start + size].view(dtype).reshape(shape)
+    return array
+
+
+@contextlib.contextmanager
+def reusing_memory() -> Iterator[None]:
+    """The C library keeps the memory that is freed inside, to use it again: the system would
+    have to clear what it gave anew, which takes longer than to read into it."""
+    try:
+        library = ctypes.CDLL(None)
+        library.mallopt(_MMAP_MAX, 0)
+        library.mallopt(_TRIM_THRESHOLD, -1)
+    except (OSError, AttributeError):  # another C library
+        yield
+        return
+    try:
+        yield
+    finally:
+        library.mallopt(_MMAP_MAX, _MMAP_DEFAULT)
+        library.mallopt(_TRIM_THRESHOLD, _TRIM_DEFAULT)
+        library.malloc_trim(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffers:
+    """Where an array's slices are read to: [slice's shape], by device."""
+
+    by_device: dict[jax.Device, np.ndarray]
+
+
+def empty_buffers(leaf: Any, shape: tuple[int, ...] | None = None) -> Buffers:
+    """Room for the slices that devices here have of a described array.
+
+    Args:
+      shape: of all of it, where that is not the described one's.
+    """
+    shape = leaf.shape if shape is None else shape
+    sharding = leaf.sharding
+    by_slice: dict[Any, np.ndarray] = {}
+    found = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        key = tuple((part.start, part.stop) for part in index)
+        if key not in by_slice:  # what several devices have is read once
+            by_slice[key] = aligned_empty(sharding.shard_shape(shape), leaf.dtype)
+        found[device] = by_slice[key]
+    return Buffers(found)
+
+
+def read_into(
+    folder: Path, target: dict[str, Any], into: dict[str, Any], checksums: dict[str, int] | None
+) -> None:
+    """Reads the arrays of a checkpoint; each chunk is checked while it is in the processor's
+    cache and others are being read.
+
+    Args:
+      folder: of an Orbax checkpoint of zarr arrays in an OCDBT store.
+      target: nested dictionaries of `jax.ShapeDtypeStruct` with shardings.
+      into: dictionaries alike, of `Buffers`.
+      checksums: of the chunks; None to read unchecked.
+
+    Raises:
+      DamageError: a chunk cannot be read, or is not what was written.
+    """
+    limit = {"limit": _READS_AT_ONCE}
+    context = ts.Context({"file_io_concurrency": limit, "cache_pool": {"total_bytes_limit": 0}})
+    described = jax.tree_util.tree_leaves_with_path(target)
+    stores = open_arrays(folder, [array_name(path) for path, _ in described], context)
+    reads = [
+        read
+        for (path, leaf), buffers, store in zip(
+            described, jax.tree.leaves(into), stores, strict=True
+        )
+        for read in _chunk_reads(folder, array_name(path), store, leaf, buffers, checksums)
+    ]
+    with futures.ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+        for _ in pool.map(_ChunkRead.run, reads):
+            pass
+
+
+def array_name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def described_arrays(folder: Path) -> dict[str, Any]:
+    """What the arrays of a checkpoint are: nested dictionaries of `jax.ShapeDtypeStruct`.
+
+    By the store's own names: of a damaged checkpoint Orbax's reader leaves threads behind that
+    print traces.
+
+    Raises:
+      DamageError: there are none, or one cannot be opened.
+    """
+    try:
+        keys = ts.KvStore.open(_store(folder)).result().list().result()
+        names = [key.decode().removesuffix(_ARRAY) for key in keys if key.endswith(_ARRAY.encode())]
+        described = {
+            tuple(name.split(".")): jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype)
+            for name, array in zip(names, open_arrays(folder, names), strict=True)
+        }
+        tree: dict[str, Any] = traverse_util.unflatten_dict(described)
+    except UserError:
+        raise
+    except (ValueError, OSError, TypeError) as error:  # a name may begin with another
+        raise unreadable(folder, error) from error
+    if not tree:
+        raise damaged(folder, "it is no whole checkpoint")
+    return tree
+
+
+def open_arrays(folder: Path, names: list[str], context: ts.Context | None = None) -> list[Any]:
+    """The arrays of a checkpoint, unread.
+
+    Raises:
+      DamageError: one cannot be opened.
+    """
+    opening = [ts.open(_spec(folder, name), open=True, context=context) for name in names]
+    return [_result(folder, name, store) for name, store in zip(names, opening, strict=True)]
+
+
+def stored_chunks(store: Any) -> Chunks:
+    return Chunks(tuple(store.shape), tuple(store.chunk_layout.read_chunk.shape))
+
+
+def _spec(folder: Path, name: str) -> dict[str, Any]:
+    store = {**_store(folder), "path": f"{name}/"}
+    return {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}
+
+
+def _store(folder: Path) -> dict[str, Any]:
+    return {"driver": "ocdbt", "base": folder.absolute().as_uri()}
+
+
+def _result(folder: Path, name: str, future: Any) -> Any:
+    try:
+        return future.result()
+    except (ValueError, OSError) as error:  # of whatever kind the library finds it to be
+        raise unreadable(f"{folder}: {name}", error) from error
+
+
+def _chunk_reads(
+    folder: Path, name: str, store: Any, leaf: Any, buffers: Buffers, checksums: Any
+) -> Iterator["_ChunkRead"]:
+    chunks = stored_chunks(store)
+    is_compressed = store.spec().to_json()["metadata"].get("compressor") is not None
+    if is_compressed or any(a > b for a, b in zip(chunks.chunk, chunks.shape, strict=True)):
+        # What a compressed chunk takes in memory is known when it is too late.
+        raise damaged(f"{folder}: {name}", "it is compressed, or its chunks are larger than it is")
+    begun = set()
+    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
+        buffer = buffers.by_device[device]
+        if buffer.ctypes.data in begun:
+            continue
+        begun.add(buffer.ctypes.data)
+        region = whole_slices(index, leaf.shape)
+        for number, place in chunks.overlapping(region):
+            key = chunk_key(name, number)
+            if checksums is not None and key not in checksums:
+                raise damaged(f"{folder}: {name}", f"its chunk {key} has no checksum")
+            expected = None if checksums is None else checksums[key]
+            yield _ChunkRead(folder, name, store, place, region, buffer, expected)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ChunkRead:
+    """A chunk to read into the part that a buffer, which has a region of the array, has of it."""
+
+    folder: Path
+    name: str
+    store: Any
+    place: tuple[slice, ...]
+    region: tuple[slice, ...]
+    buffer: np.ndarray
+    checksum: int | None
+
+    def run(self) -> None:
+        shared = tuple(
+            slice(max(a.start, b.start), min(a.stop, b.stop))
+            for a, b in zip(self.place, self.region, strict=True)
+        )
+        place: tuple[Any, ...] = within(shared, self.region)
+        target = self.buffer[(*place, ...)]  # an array even where it has no axes
+        dtype = self.store.dtype.numpy_dtype
+        is_direct = shared == self.place and dtype == self.buffer.dtype
+        # Of a chunk that belongs to several devices all is read, to be checked.
+        chunk = target if is_direct else np.empty([s.stop - s.start for s in self.place], dtype)
+        _result(self.folder, self.name, ts.array(chunk).write(self.store[self.place]))
+        if self.checksum is not None and chunk_checksum(chunk) != self.checksum:
+            raise damaged(f"{self.folder}: {self.name}", "it is not what was written")
+        if not is_direct:
+            target[...] = chunk[within(shared, self.place)]
+
+
+def placed(leaf: Any, buffers: Buffers, shape: tuple[int, ...], kind: str | None) -> jax.Array:
+    """The array that buffers hold, on its devices; CPUs take the buffers as they are.
+
+    Args:
+      leaf: describes how it is sharded.
+      kind: of memory.
+    """
+    pieces = [
+        jax.device_put(buffer, SingleDeviceSharding(device, memory_kind=kind))
+        for device, buffer in buffers.by_device.items()
+    ]
+    sharding = leaf.sharding if kind is None else leaf.sharding.with_memory_kind(kind)
+    return jax.make_array_from_single_device_arrays(shape, sharding, pieces)

@@ -1,0 +1,212 @@
+"""Parameters on disk as parts, each an Orbax checkpoint of its own.
+
+`embedding` holds the word embedding and the final layernorm; `layers_00000_00070` holds
+the layers from the first number up to the second, stacked. A converter writes each layer as
+a part: its memory then stays at a layer, and a part that is there is whole.
+"""
+
+import contextlib
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import serialization
+
+from glm_jax import files, processes
+from glm_jax.checkpoints.array_reader import (
+    array_name,
+    described_arrays,
+    empty_buffers,
+    open_arrays,
+    placed,
+    read_into,
+    stored_chunks,
+)
+from glm_jax.checkpoints.checksums import (
+    DamageError,
+    array_checksums,
+    checked_files,
+    write_checksums,
+)
+from glm_jax.errors import UserError
+from glm_jax.model.params import GLMParams
+
+PARAMS_FOLDER = "params"  # of a model folder
+EMBEDDING = "embedding"
+_LAYERS = re.compile(r"layers_(\d{5})_(\d{5})")
+# A reader copies each chunk once more, to where it belongs: cheap while it is in the processor's
+# cache and its buffer is had again, twice the time of the whole read where a chunk is an array.
+_CHUNK_BYTES = 16 << 20
+_AROUND_BYTES = 1 << 20  # what is written around the arrays, and disks' blocks
+
+
+class CheckpointError(UserError):
+    """A folder that holds no complete model; the message says what is missing where."""
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns the system's errors of reading a folder or file into CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path}: {error.strerror or error}") from error
+
+
+def on_one_device(tree: Any, device: jax.Device | None = None) -> Any:
+    """Described arrays as they lie on a device, the first by default."""
+    sharding = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(place, tree)
+
+
+def layers_part(first: int, end: int) -> str:
+    return f"layers_{first:05d}_{end:05d}"
+
+
+def embedding_tree(params: GLMParams) -> dict[str, Any]:
+    """What the part `EMBEDDING` holds."""
+    return {
+        "word_embeddings": params.word_embeddings,
+        "final_layernorm": params.final_layernorm,
+    }
+
+
+def is_whole(folder: Path, name: str) -> bool:
+    """Whether a part is there, and its files are as they were written."""
+    try:
+        return checked_files(folder / name) is not None
+    except DamageError:
+        return False
+
+
+def write_part(folder: Path, name: str, tree: Any) -> None:
+    """Writes a part with its checksums; of several processes that share arrays each its own
+    shards.
+
+    Arrays are stored in chunks within their shards, uncompressed: weights hardly shrink,
+    and compression would take longer than the disk.
+    """
+    state = serialization.to_state_dict(tree)
+    options = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), state)
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+    partial = folder / f"{name}.partial"
+    _check_room(folder, state)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(partial, state, save_args=options, force=True)
+    checksums = processes.gather(_checksums(partial, state))
+    if processes.is_first():
+        write_checksums(partial, partial.rglob("*"), checksums)
+        files.put_in_place(partial, folder / name)
+    processes.wait(f"the part {name} is whole")
+
+
+def _check_room(folder: Path, state: dict[str, Any]) -> None:
+    """Says no before Orbax does, whose threads each print a trace when a disk is full."""
+    folder.mkdir(parents=True, exist_ok=True)
+    needed = sum(array.nbytes for array in jax.tree.leaves(state)) + _AROUND_BYTES
+    if missing := files.missing_room(folder, needed):
+        raise files.OutputError(f"output {folder} cannot be written: {missing}")
+
+
+def _checksums(folder: Path, state: dict[str, Any]) -> dict[str, int]:
+    """Of the chunks that this process has written, from the arrays in memory."""
+    arrays = {array_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(state)}
+    found: dict[str, int] = {}
+    for (name, array), store in zip(arrays.items(), open_arrays(folder, list(arrays)), strict=True):
+        found |= array_checksums(name, array, stored_chunks(store))
+    return found
+
+
+def remove_unfinished(folder: Path, name: str) -> None:
+    """Removes what a process that was killed left of a part, or one that is damaged."""
+    for path in (folder / name, *folder.glob(f"{name}.*")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def layer_ranges(folder: Path, num_layers: int) -> list[tuple[int, int]]:
+    """The parts of layers, [first, end) each, in order.
+
+    Raises:
+      CheckpointError: layers that are missing, or there twice.
+    """
+    with readable(folder):
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    matches = filter(None, map(_LAYERS.fullmatch, sorted(names)))
+    ranges = [(int(match[1]), int(match[2])) for match in matches]
+    reached = 0
+    for first, end in ranges:
+        if first != reached:
+            break
+        reached = end
+    if reached != num_layers or ranges[-1][1] != num_layers or EMBEDDING not in names:
+        what = "it holds parts of other layers"
+        if EMBEDDING not in names:
+            what = f"{EMBEDDING} is missing"
+        elif reached < num_layers:
+            what = f"no part begins with layer {reached}"
+        raise CheckpointError(
+            f"{folder} holds no complete parameters of {num_layers} layers ({what}): convert or "
+            "export again"
+        )
+    return ranges
+
+
+def part_metadata(folder: Path, name: str) -> Any:
+    """The tree of what a part's arrays are, without reading them.
+
+    Raises:
+      DamageError: a file of the part is missing or damaged.
+      CheckpointError: it is no checkpoint, or cannot be read.
+    """
+    with readable(folder / name):
+        checked_files(folder / name)
+        return described_arrays(folder / name)
+
+
+def read_part(folder: Path, name: str, target: Any, metadata: Any) -> Any:
+    """The arrays of a part, as `target` describes them; each device reads its own slices.
+
+    Args:
+      target: `jax.ShapeDtypeStruct` leaves with shardings.
+      metadata: the part's.
+
+    Raises:
+      CheckpointError: an array is missing, or has another shape.
+    """
+    _check_shapes(folder / name, target, metadata)  # before memory of its config's sizes is had
+    buffers = jax.tree.map(empty_buffers, target)
+    read_part_into(folder, name, target, buffers, metadata)
+    return jax.tree.map(lambda x, b: placed(x, b, x.shape, None), target, buffers)
+
+
+def read_part_into(folder: Path, name: str, target: Any, buffers: Any, metadata: Any) -> None:
+    """`read_part` to a place of the caller's.
+
+    Args:
+      buffers: a tree like `target`, of `Buffers`.
+      metadata: the part's.
+    """
+    _check_shapes(folder / name, target, metadata)
+    into = serialization.to_state_dict(buffers)
+    with readable(folder / name):
+        checksums = checked_files(folder / name)
+        read_into(folder / name, serialization.to_state_dict(target), into, checksums)
+
+
+def _check_shapes(part: Path, target: Any, metadata: Any) -> None:
+    expected = serialization.to_state_dict(target)
+    found = dict(jax.tree_util.tree_leaves_with_path(metadata))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
+        label = array_name(path)
+        if path not in found:
+            raise CheckpointError(f"{part}: the parameter {label} is missing")
+        if tuple(found[path].shape) != tuple(leaf.shape):
+            raise CheckpointError(
+                f"{part}: {label} is {tuple(found[path].shape)}, its config says "
+                f"{tuple(leaf.shape)}"
+            )

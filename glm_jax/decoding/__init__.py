@@ -1,1 +1,0 @@
-"""From prompts to tokens: sampling, generation and blank filling."""

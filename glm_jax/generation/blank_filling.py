@@ -1,0 +1,332 @@
+"""Fills the blanks of a text from left to right, each seeing those before it filled."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, runtime_checkable
+
+from glm_jax.config import GLMConfig, SpecialTokens
+from glm_jax.engine.beam_search import BeamSearch, Hypothesis, Steps, beam_steps
+from glm_jax.engine.engine import Engine, EngineSettings
+from glm_jax.engine.prompt import Prompt, PromptError, bucket, resolve
+from glm_jax.engine.request import Request
+from glm_jax.engine.sampling import Sampling
+from glm_jax.model.device_layout import prepare
+from glm_jax.model.params import GLMParams
+from glm_jax.tokenizer import check_fits
+
+# Tokens in order, and whether they fill a blank, as soon as nothing will change them.
+OnTokens = Callable[[Sequence[int], bool], None]
+
+
+@runtime_checkable
+class TextCodec(Protocol):
+    """What blank filling asks of a tokenizer."""
+
+    @property
+    def special_tokens(self) -> SpecialTokens: ...
+
+    def encode(self, text: str, control_words: tuple[str, ...] = ...) -> list[int]: ...
+
+    def decode(self, ids: Iterable[int], /) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class FilledText:
+    """A text with its blanks filled.
+
+    Attributes:
+      text: the whole of it.
+      blanks: what was put into each blank, in order.
+      pieces: the text in runs, each with whether it fills a blank.
+    """
+
+    text: str
+    blanks: tuple[str, ...]
+    pieces: tuple[tuple[str, bool], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PartlyFilled:
+    """A text some of whose blanks are filled.
+
+    Attributes:
+      tokens: of the whole text, `mask` where blanks are left.
+      limit: tokens of text, sop and answer at most.
+      is_unidirectional: the one blank is at the end, and the text is seen from left to right.
+      pieces: tokens in runs, each with whether it fills a blank; `done` tokens are in these.
+      blanks: what was put into each.
+    """
+
+    tokens: tuple[int, ...]
+    special: SpecialTokens
+    mask: int
+    limit: int
+    is_unidirectional: bool = False
+    pieces: tuple[tuple[tuple[int, ...], bool], ...] = ()
+    blanks: tuple[tuple[int, ...], ...] = ()
+    done: int = 0
+
+    @classmethod
+    def begin(
+        cls,
+        tokenizer: TextCodec,
+        text: str,
+        limit: int,
+        is_unidirectional: bool = False,
+        left_truncate: int = 0,
+    ) -> "PartlyFilled":
+        """A text with every [MASK] to fill; one with none of them has its [sMASK]s filled;
+        else a [gMASK], put at the end where there is no mask, is written on from.
+
+        Args:
+          is_unidirectional: the text has no mask and is written on from, each of its tokens
+            having seen only those before.
+          left_truncate: where the text leaves no room for so many tokens of an answer, its
+            first tokens are left out; 0 never does that.
+
+        Raises:
+          PromptError: the text is longer than `limit` leaves room for, or has a mask where it
+            must not.
+        """
+        special = tokenizer.special_tokens
+        tokens = tokenizer.encode(text) if is_unidirectional else encode_prompt(tokenizer, text)
+        return cls.from_tokens(tokens, special, limit, is_unidirectional, left_truncate)
+
+    @classmethod
+    def from_tokens(
+        cls,
+        tokens: Sequence[int],
+        special: SpecialTokens,
+        limit: int,
+        is_unidirectional: bool = False,
+        left_truncate: int = 0,
+    ) -> "PartlyFilled":
+        """`begin` with a text's tokens, a blank among them unless it is unidirectional.
+
+        Raises:
+          PromptError: as `begin`.
+        """
+        if is_unidirectional:
+            Prompt.unidirectional(tokens, special)
+            tokens = [*tokens, special.gmask]
+        if left_truncate:
+            tokens = tokens[max(0, len(tokens) + 1 + left_truncate - limit) :]
+        masks = [m for m in (special.mask, special.smask, special.gmask) if m in tokens]
+        if len(tokens) + 2 > limit:
+            raise PromptError(
+                f"the text has {len(tokens)} tokens: no room for an answer in {limit}"
+            )
+        if not masks:
+            raise PromptError("its blank is in what was cut off: shorten the text behind it")
+        return cls(tuple(tokens), special, masks[0], limit, is_unidirectional)._with_room()
+
+    @property
+    def position(self) -> int:
+        """Where the next blank is, or the end of the text."""
+        return self.tokens.index(self.mask) if self.has_blank else len(self.tokens)
+
+    @property
+    def has_blank(self) -> bool:
+        # A model may write masks of its own; those are filled too, but not without end.
+        return self.mask in self.tokens and len(self.blanks) < self.limit
+
+    def prompt(self) -> Prompt:
+        """Of the next blank."""
+        if self.is_unidirectional:
+            return Prompt.unidirectional(self.tokens[: self.position], self.special)
+        return Prompt(self.tokens, None if self.mask == self.special.gmask else self.position)
+
+    def filled(self, answer: Sequence[int], end_tokens: Sequence[int]) -> "PartlyFilled":
+        """With the next blank filled, the token that ended the answer left out."""
+        return self._filled(self.special.without_end(answer, end_tokens))._with_room()
+
+    def _filled(self, blank: tuple[int, ...]) -> "PartlyFilled":
+        position = self.position
+        return dataclasses.replace(
+            self,
+            tokens=(*self.tokens[:position], *blank, *self.tokens[position + 1 :]),
+            pieces=(*self.pieces, (self.tokens[self.done : position], False), (blank, True)),
+            blanks=(*self.blanks, blank),
+            done=position + len(blank),
+        )
+
+    def _with_room(self) -> "PartlyFilled":
+        """Blanks that there is no room to fill any more are left empty."""
+        partly = self
+        while partly.has_blank and len(partly.tokens) + 2 > partly.limit:
+            partly = partly._filled(())
+        return partly
+
+    def finished(self, tokenizer: TextCodec) -> FilledText:
+        """The text as it is now."""
+        tokens = list(self.tokens)
+        if tokens and tokens[-1] == self.special.eos:
+            tokens.pop()
+        pieces = [(list(run), is_blank) for run, is_blank in self.pieces]
+        pieces.append((tokens[self.done :], False))
+        return FilledText(
+            text=tokenizer.decode(tokens),
+            blanks=tuple(tokenizer.decode(blank) for blank in self.blanks),
+            pieces=_decode_pieces(tokenizer, pieces),
+        )
+
+
+def fill_blanks(
+    params: GLMParams,
+    config: GLMConfig,
+    tokenizer: TextCodec,
+    text: str,
+    *,
+    max_length: int | None = None,
+    sampling: Sampling | None = None,
+    end_tokens: Sequence[int] | None = None,
+    seed: int = 0,
+    on_tokens: OnTokens | None = None,
+) -> FilledText:
+    """Fills the blanks of a text, as `PartlyFilled.begin` says which.
+
+    Args:
+      max_length: tokens of text, sop and answer, the model's positions by default.
+      sampling: greedy by default.
+      end_tokens: eop and eos by default.
+      seed: of the sampled strategies; blank i uses seed + i.
+      on_tokens: called with tokens of the text and of its blanks as they come.
+
+    Raises:
+      PromptError: the text is longer than max_length leaves room for.
+      TokenizerError: the tokenizer is not the model's.
+      SamplingError: bans leave no token.
+      LogitsError: the model gives no numbers.
+    """
+    check_fits(tokenizer, config)
+    limit = max_length or config.max_sequence_length
+    partly = PartlyFilled.begin(tokenizer, text, limit)
+    longest = min(bucket(limit), config.max_sequence_length)
+    engine = Engine(params, config, EngineSettings(1, longest), tokenizer.special_tokens)
+    ends = None if end_tokens is None else tuple(end_tokens)
+    request = Request(Prompt((), None), sampling or Sampling(), None, seed, ends)
+    return fill(engine, partly, request, on_tokens).finished(tokenizer)
+
+
+def fill(
+    engine: Engine, partly: PartlyFilled, template: Request, on_tokens: OnTokens | None = None
+) -> PartlyFilled:
+    """Fills all blanks of a text by an engine that does nothing else meanwhile.
+
+    Args:
+      template: a request whose prompt and seed are replaced, the seed for each blank by one
+        more.
+    """
+    ends = engine.special.end_tokens if template.end_tokens is None else template.end_tokens
+    stream = TokenStream(on_tokens)
+    while partly.has_blank:
+        request = next_request(partly, template)
+        engine.submit(request)
+        answer: list[int] = []
+        while not engine.is_idle:
+            answer += [token.checked().token for token in engine.step()]
+            stream.show(partly, partly.special.without_end(answer, ends))
+        partly = partly.filled(answer, ends)
+    stream.finish(partly)
+    return partly
+
+
+def next_request(partly: PartlyFilled, template: Request) -> Request:
+    """The request that fills the next blank of a text."""
+    prompt = partly.prompt()
+    room = partly.limit - len(prompt)
+    return dataclasses.replace(
+        template,
+        prompt=prompt,
+        seed=(template.seed + len(partly.blanks)) % 2**32,
+        max_tokens=min(room, template.max_tokens or room),
+    )
+
+
+class TokenStream:
+    """Gives out tokens once, in order."""
+
+    def __init__(self, on_tokens: OnTokens | None):
+        self._on_tokens, self._given = on_tokens, 0
+
+    def show(self, partly: PartlyFilled, answer: Sequence[int]) -> None:
+        if self._on_tokens is None:
+            return
+        # What stands before a mask that is still to be filled will not change.
+        fixed = answer[: answer.index(partly.mask)] if partly.mask in answer else answer
+        self._give(partly, (*partly.tokens[: partly.position], *fixed), partly.position)
+
+    def finish(self, partly: PartlyFilled) -> None:
+        is_closed = partly.tokens and partly.tokens[-1] == partly.special.eos
+        tokens = partly.tokens[:-1] if is_closed else partly.tokens
+        self._give(partly, tokens, len(tokens))
+
+    def _give(self, partly: PartlyFilled, tokens: Sequence[int], blank_from: int) -> None:
+        if self._on_tokens is None:
+            return
+        of_blank = [is_blank for run, is_blank in partly.pieces for _ in run]
+        of_blank += [False] * (blank_from - len(of_blank))
+        of_blank += [True] * (len(tokens) - len(of_blank))
+        for is_blank, run in itertools.groupby(
+            range(self._given, len(tokens)), key=lambda i: of_blank[i]
+        ):
+            self._on_tokens([tokens[i] for i in run], is_blank)
+        self._given = max(self._given, len(tokens))
+
+
+def filling_by_beams(
+    params: GLMParams,
+    config: GLMConfig,
+    partly: PartlyFilled,
+    settings: BeamSearch,
+    max_tokens: int | None = None,
+    end_tokens: Sequence[int] | None = None,
+) -> Steps[list[tuple[PartlyFilled, Hypothesis]]]:
+    """Fills all blanks by beam search, a token at a time; `finish` does it at once. Each takes
+    its best answer but the last, which has as many as there are beams.
+
+    Args:
+      max_tokens: of each blank; None for as many as there is room for.
+
+    Returns:
+      A text and its last answer for each, best first.
+    """
+    params = prepare(params)
+    ends = partly.special.end_tokens if end_tokens is None else tuple(end_tokens)
+    found = [(partly, Hypothesis((), 0.0))]
+    while found[0][0].has_blank:
+        best, _ = found[0]
+        prompt = best.prompt()
+        most = min(best.limit, len(prompt) + (max_tokens or best.limit))
+        resolved = resolve([prompt], config, most, ends, best.special)
+        answers = yield from beam_steps(params, config, settings, resolved)
+        found = [(best.filled(answer.tokens, ends), answer) for answer in answers]
+    return found
+
+
+def encode_prompt(tokenizer: TextCodec, text: str) -> list[int]:
+    """Ids of a text with blanks; [gMASK] is put at the end of one that has none.
+
+    A text that doesn't end in a mask is closed by eos, as the original does.
+    """
+    special = tokenizer.special_tokens
+    tokens = tokenizer.encode(text)
+    if not {special.mask, special.smask, special.gmask} & set(tokens):
+        tokens.append(special.gmask)
+    elif not text.endswith("MASK]"):
+        tokens.append(special.eos)
+    return tokens
+
+
+def _decode_pieces(
+    tokenizer: TextCodec, pieces: list[tuple[list[int], bool]]
+) -> tuple[tuple[str, bool], ...]:
+    """Text of each run in its place, so that the runs join to the whole."""
+    decoded, before, tokens = [], "", list[int]()
+    for run, is_blank in pieces:
+        tokens += run
+        whole = tokenizer.decode(tokens)
+        decoded.append((whole[len(before) :], is_blank))
+        before = whole
+    return tuple(decoded)

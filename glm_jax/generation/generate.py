@@ -1,0 +1,66 @@
+"""Token lists in, token lists out."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from glm_jax.config import GLMConfig, SpecialTokens
+from glm_jax.engine.engine import Engine, EngineSettings
+from glm_jax.engine.prompt import Prompt, bucket, resolve
+from glm_jax.engine.request import Request
+from glm_jax.engine.sampling import Sampling
+from glm_jax.model.params import GLMParams
+
+_MOST_SLOTS = 64
+
+
+def generate(
+    params: GLMParams,
+    config: GLMConfig,
+    prompts: Sequence[Sequence[int] | Prompt],
+    *,
+    max_length: int | None = None,
+    sampling: Sampling | None = None,
+    end_tokens: Sequence[int] | None = None,
+    special_tokens: SpecialTokens | None = None,
+    seed: int = 0,
+    on_tokens: Callable[[np.ndarray], None] | None = None,
+) -> list[list[int]]:
+    """Completes each prompt.
+
+    Args:
+      prompts: token ids of a context with a mask token in it (else [gMASK] is added), or
+        a `Prompt` that says more.
+      max_length: context, sop and generated tokens together, the model's positions by
+        default.
+      sampling: greedy by default.
+      end_tokens: generating one ends a row; eop and eos by default.
+      special_tokens: the config's by default.
+      seed: of the sampled strategies; prompt i uses seed + i.
+      on_tokens: called after each step with int32 [len(prompts)], -1 for rows without a token.
+
+    Returns:
+      The generated tokens of each prompt, the end token included where there was one.
+
+    Raises:
+      PromptError: no prompts, special tokens unknown, or a prompt that leaves no room.
+      SamplingError: bans leave no token.
+      LogitsError: the model gives no numbers.
+    """
+    rows, special, limit, ends = resolve(prompts, config, max_length, end_tokens, special_tokens)
+    # Sizes that many calls have in common: a program serves them all.
+    longest = min(bucket(limit), config.max_sequence_length)
+    slots = min(bucket(len(rows), 1), _MOST_SLOTS)
+    engine = Engine(params, config, EngineSettings(slots, longest), special)
+    outputs: list[list[int]] = [[] for _ in rows]
+    for i, row in enumerate(rows):
+        room = limit - len(row)
+        engine.submit(Request(row, sampling or Sampling(), room, (seed + i) % 2**32, ends))
+    while not engine.is_idle:
+        column = np.full(len(rows), -1, np.int32)
+        for token in engine.step():
+            outputs[token.ticket].append(token.checked().token)
+            column[token.ticket] = token.token
+        if on_tokens is not None:
+            on_tokens(column)
+    return outputs

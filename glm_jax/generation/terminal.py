@@ -1,0 +1,200 @@
+"""Texts in, filled texts out: line by line from a person, or from a file."""
+
+import contextlib
+import dataclasses
+import io
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from glm_jax.config import GLMConfig
+from glm_jax.engine.beam_search import BeamSearch, finish
+from glm_jax.engine.engine import Engine, EngineSettings
+from glm_jax.engine.prompt import Prompt, PromptError
+from glm_jax.engine.request import Request
+from glm_jax.engine.sampling import Sampling
+from glm_jax.errors import UserError
+from glm_jax.generation.blank_filling import (
+    FilledText,
+    OnTokens,
+    PartlyFilled,
+    TextCodec,
+    fill,
+    filling_by_beams,
+)
+from glm_jax.generation.text_stream import TextStream
+from glm_jax.model.device_layout import prepare
+from glm_jax.model.params import GLMParams
+from glm_jax.text_files import check_characters, read_lines
+
+_GREEN_UNDERLINED, _PLAIN = "\x1b[32;4m", "\x1b[0m"
+_ASK = "text with [MASK], [sMASK] or [gMASK] (empty ends): "
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """How texts are filled.
+
+    Attributes:
+      choice: of tokens one by one, or a search for the best answers.
+      max_length: tokens of text, sop and answer, the model's positions by default.
+      max_tokens: of each blank; as many as there is room for by default.
+      is_unidirectional: texts without masks are written on from, seen from left to right.
+    """
+
+    choice: Sampling | BeamSearch
+    max_length: int | None = None
+    max_tokens: int | None = None
+    seed: int = 0
+    is_unidirectional: bool = False
+
+
+def render(filled: FilledText, in_colour: bool) -> str:
+    """The whole text, what was filled in green and underlined where colours show."""
+    if not in_colour:
+        return filled.text
+    return "".join(_coloured(piece, is_blank) for piece, is_blank in filled.pieces)
+
+
+def _coloured(piece: str, is_blank: bool) -> str:
+    return f"{_GREEN_UNDERLINED}{piece}{_PLAIN}" if is_blank and piece else piece
+
+
+def read_texts(file: str) -> list[str]:
+    """Lines of a file.
+
+    Raises:
+      TextFileError: the file cannot be read.
+    """
+    return list(read_lines(Path(file)))
+
+
+def ask_texts(history: Path | None) -> Iterator[str]:
+    """What a person types, line by line, until an empty line or the end of input.
+
+    Args:
+      history: a file of lines that arrow keys bring back, here and another time; None for
+        none.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # What is not UTF-8 is an error of its text, which the tokenizer says, and of no other.
+        sys.stdin.reconfigure(errors="surrogateescape")
+    with _history(history):
+        while True:
+            try:
+                text = input(_ASK)
+            except EOFError:
+                return
+            if not text:
+                return
+            yield text
+
+
+@contextlib.contextmanager
+def _history(file: Path | None) -> Iterator[None]:
+    if file is None or not sys.stdin.isatty():
+        yield
+        return
+    import readline  # takes over the terminal, so not before a person is there
+
+    with contextlib.suppress(OSError):
+        readline.read_history_file(file)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(file)
+
+
+def fill_all(
+    params: GLMParams,
+    config: GLMConfig,
+    tokenizer: TextCodec,
+    texts: Iterable[str],
+    strategy: Strategy,
+    with_id: bool = False,
+    output: Any = None,
+) -> int:
+    """Fills each text and prints it; one that cannot be filled gives a line on stderr.
+
+    On a terminal tokens are printed as they come, those of blanks in colour.
+
+    Args:
+      with_id: a text is "ID<tab>TEXT", and so is what is printed.
+      output: a text file, standard output by default.
+
+    Returns:
+      How many could not be filled.
+
+    Raises:
+      PromptError: a max_length past the model's positions.
+    """
+    output = output or sys.stdout
+    filler = _filler(prepare(params), config, tokenizer, strategy)
+    failures = 0
+    for number, line in enumerate(texts, 1):
+        try:
+            check_characters(line)
+            label, text = _split_id(line) if with_id else ("", line)
+            typing = _Typing(tokenizer, output, label) if output.isatty() else None
+            filled = filler(text, None if typing is None else typing.show).finished(tokenizer)
+        except UserError as error:
+            print(f"error: line {number}: {error}", file=sys.stderr)
+            failures += 1
+            continue
+        if typing is not None:
+            typing.finish(filled)
+        else:
+            print(label + render(filled, in_colour=False), file=output, flush=True)
+    return failures
+
+
+def _split_id(line: str) -> tuple[str, str]:
+    label, tab, text = line.partition("\t")
+    if not tab:
+        raise PromptError("no tab between an id and a text (--with_id)")
+    return label + tab, text
+
+
+def _filler(
+    params: GLMParams, config: GLMConfig, tokenizer: TextCodec, strategy: Strategy
+) -> Callable[[str, OnTokens | None], PartlyFilled]:
+    limit = strategy.max_length or config.max_sequence_length
+    special, choice = tokenizer.special_tokens, strategy.choice
+
+    def begin(text: str) -> PartlyFilled:
+        return PartlyFilled.begin(tokenizer, text, limit, strategy.is_unidirectional)
+
+    if isinstance(choice, BeamSearch):
+        most = strategy.max_tokens
+        steps = lambda text: filling_by_beams(params, config, begin(text), choice, most)
+        return lambda text, _: finish(steps(text))[0][0]
+    engine = Engine(params, config, EngineSettings(1, limit), special)
+    request = Request(Prompt((), None), choice, strategy.max_tokens, strategy.seed)
+    return lambda text, on_tokens: fill(engine, begin(text), request, on_tokens)
+
+
+class _Typing:
+    """Prints a text while its tokens come."""
+
+    def __init__(self, tokenizer: TextCodec, output: Any, label: str):
+        self._stream, self._output = TextStream(tokenizer.decode), output
+        self._shown = ""
+        self._print(label)
+
+    def show(self, tokens: Sequence[int], is_blank: bool) -> None:
+        text = "".join(map(self._stream.add, tokens))
+        self._print(_coloured(text, is_blank))
+        self._shown += text
+
+    def finish(self, filled: FilledText) -> None:
+        """Ends the line; a text that did not come out as it was typed is printed anew."""
+        if filled.text.startswith(self._shown):
+            self._print(filled.text[len(self._shown) :] + "\n")
+        else:
+            self._print("\n" + render(filled, in_colour=True) + "\n")
+
+    def _print(self, text: str) -> None:
+        print(text, end="", file=self._output, flush=True)

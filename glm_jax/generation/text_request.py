@@ -1,0 +1,75 @@
+"""A text with blanks and its settings: what a user asks for, wherever they ask."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from glm_jax.engine.beam_search import BeamSearch
+from glm_jax.engine.generation_settings import SETTINGS, GenerationSettings, Setting
+from glm_jax.engine.sampling import Sampling
+from glm_jax.errors import UserError, shown
+
+_FIELDS = SETTINGS | {"text": Setting(str, "", 0, 0, "with blanks")}
+
+
+class RequestError(UserError):
+    """A line that is no request; the message names the field."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRequest(GenerationSettings):
+    """A text with blanks and how to fill them."""
+
+    text: str = ""
+
+    def choice(self, encode: Callable[[str], Sequence[int]]) -> Sampling | BeamSearch:
+        """How tokens are chosen.
+
+        Args:
+          encode: a tokenizer's.
+
+        Raises:
+          SamplingError: a banned text that is no token.
+          RequestError: beams beside what they do not take.
+          UserError: a banned text that the tokenizer cannot encode.
+        """
+        if self.num_beams != 1:
+            self._check_beams()
+            return BeamSearch(
+                self.num_beams, self.length_penalty, self.no_repeat_ngram, self.min_tokens
+            )
+        return Sampling(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+            no_repeat_ngram=self.no_repeat_ngram,
+            min_tokens=self.min_tokens,
+            banned_tokens=self.banned_tokens,
+            banned_sequences=tuple(tuple(encode(text)) for text in self.banned_texts),
+        )
+
+    def _check_beams(self) -> None:
+        for name, setting in SETTINGS.items():
+            value = getattr(self, name)
+            if not setting.is_for_search and value != setting.default:
+                raise RequestError(
+                    f"{name}={value} beside num_beams={self.num_beams}: a search for the "
+                    "best answers takes no such setting"
+                )
+
+    def with_fields(self, fields: Mapping[str, Any]) -> "TextRequest":
+        """The same with some settings replaced.
+
+        Raises:
+          RequestError: an unknown field.
+          SamplingError: a value of another type, or out of range.
+        """
+        changes = {}
+        for name, value in fields.items():
+            if name not in _FIELDS:
+                raise RequestError(
+                    f"unknown field {shown(name)}; what is yours goes under 'metadata'"
+                )
+            changes[name] = _FIELDS[name].checked(name, value)
+        return dataclasses.replace(self, **changes)

@@ -1,0 +1,146 @@
+"""A batch job of one process: its share of a file's requests, answered into a folder."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from glm_jax import processes
+from glm_jax.config import GLMConfig
+from glm_jax.engine.engine import Engine, EngineSettings
+from glm_jax.generation.blank_filling import TextCodec
+from glm_jax.generation.text_request import TextRequest
+from glm_jax.jobs import record_store
+from glm_jax.jobs.record_store import AnswerWriter, JobError
+from glm_jax.jobs.request_files import read_lines
+from glm_jax.jobs.request_runner import Job, share
+from glm_jax.model.params import GLMParams
+from glm_jax.sharding import make_mesh, parse_mesh, parse_replica_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What a process does of a job.
+
+    Attributes:
+      process, count: it answers every count-th request, from this one on.
+      mesh: where its model lies; None for one device.
+      writes: whether it writes answers, as one of those that run a model together does.
+    """
+
+    process: int
+    count: int
+    mesh: Mesh | None
+    writes: bool = True
+
+    @classmethod
+    def of_process(cls, mesh: str | None, process: int, count: int) -> "Share":
+        """The share of a process of `count`, given the mesh of all of them.
+
+        Raises:
+          MeshError: the mesh does not go with the devices.
+          JobError: processes that would run one model together cannot find each other.
+        """
+        if mesh is None:
+            alone = make_mesh((1, 1, 1), jax.local_devices()) if count > 1 else None
+            return cls(process, count, alone)
+        if count == 1:
+            return cls(0, 1, parse_mesh(mesh))
+        replica = parse_replica_mesh(mesh, count)
+        if replica is not None:
+            return cls(process, count, replica)
+        if jax.process_count() != count:
+            raise JobError(
+                f"--mesh={mesh}: its data axis does not divide by {count} processes, so that they "
+                "run one model together: give host:port of process 0 by --coordinator"
+            )
+        return cls(0, 1, parse_mesh(mesh), processes.is_first())
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A job.
+
+    Attributes:
+      source: the file of requests.
+      folder: of the answers.
+      defaults: settings of requests that say nothing else.
+      seed, truncates: see `Job`.
+    """
+
+    source: Path
+    folder: Path
+    defaults: TextRequest
+    seed: int
+    truncates: bool
+    settings: EngineSettings
+
+    def claim(self, model: dict[str, Any]) -> None:
+        """Makes the folder this job's.
+
+        Args:
+          model: what is to be the same when the job goes on, beside the requests.
+
+        Raises:
+          JobError: the input cannot be read, or the folder is another job's.
+        """
+        job = model | dataclasses.asdict(self.defaults)
+        job |= {"seed": self.seed, "truncates": self.truncates}
+        job |= {"max_length": self.settings.max_length}
+        described = {name: list(x) if isinstance(x, tuple) else x for name, x in job.items()}
+        record_store.claim(
+            self.folder, {"input": record_store.describe_input(self.source)} | described
+        )
+
+
+class Counts(NamedTuple):
+    """How many requests were answered, and how many failed."""
+
+    answered: int
+    failed: int
+
+
+def run_batch(
+    batch: Batch, part: Share, config: GLMConfig, params: GLMParams, tokenizer: TextCodec
+) -> Counts:
+    """Answers what is left of a process's share, and shows how it goes.
+
+    Returns:
+      How many requests were answered now, and how many have an error for an answer.
+
+    Raises:
+      JobError: answers cannot be written.
+      PromptError: engine settings that the model does not allow.
+    """
+    requests = record_store.requests_of(batch.folder)
+    done = record_store.answered(batch.folder, requests)
+    processes.wait("answers that are there are known")
+    own = range(part.process, requests, part.count)
+    engine = Engine(params, config, batch.settings, tokenizer.special_tokens)
+    job = Job(engine, params, config, tokenizer, seed=batch.seed, truncates=batch.truncates)
+    writer = AnswerWriter(batch.folder, part.process) if part.writes else None
+    lines = share(read_lines(batch.source, batch.defaults), done, part.process, part.count)
+    counts = Counts(0, 0)
+    bar = tqdm(
+        desc="answers",
+        total=len(own),
+        initial=int(done[own.start :: part.count].sum()),
+        disable=writer is None,
+        file=sys.stderr,
+    )
+    with bar:
+        for record in job.answer(lines):
+            if writer is not None:
+                writer.write(record)
+            has_failed = "error" in record
+            counts = Counts(counts.answered + (not has_failed), counts.failed + has_failed)
+            bar.update()
+            seconds = bar.format_dict["elapsed"]
+            bar.set_postfix_str(f"{job.generated / max(seconds, 1e-9):.0f} tokens/s", False)
+    if writer is not None:
+        writer.close()
+    return counts

@@ -1,0 +1,163 @@
+"""The engine's programs compiled for devices that are not here."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from glm_jax.config import GLMConfig
+from glm_jax.engine import step_functions
+from glm_jax.engine.prefill_batch import pack_prompts
+from glm_jax.engine.scoring import log_probabilities
+from glm_jax.engine.slots import empty_slot, empty_slots
+from glm_jax.model import params as glm_params
+from glm_jax.model.abstract_params import abstract_quantized
+from glm_jax.model.paged_cache import PAGE_AXES, init_paged_cache, row_shards
+from glm_jax.model.params import GLMParams
+from glm_jax.model.streamed_layers import (
+    DEVICE_MEMORY,
+    HOST_MEMORY,
+    OffloadedLayers,
+    device_bytes,
+    is_streamed,
+    resident_count,
+)
+from glm_jax.planning.topology import compiling_for, in_memory
+from glm_jax.quantization import Scheme
+from glm_jax.sharding import activation_sharding
+
+PAGE_SIZE = 64
+
+
+def lower_engine(
+    config: GLMConfig,
+    mesh: Mesh,
+    quantization: str | None,
+    *,
+    slots: int,
+    prefill_width: int,
+    max_length: int | None = None,
+    weight_memory_limit: float | None = None,
+) -> dict[str, Any]:
+    """A step of all slots and a prefill through all layers, lowered for a mesh's devices.
+
+    Args:
+      quantization: of the weights, as of `Scheme.parse`; None for floats.
+      slots: requests that run together, each with pages for `max_length` tokens (the model's
+        positions by default).
+      prefill_width: tokens of prompts at once.
+      weight_memory_limit: as of `abstract_params`.
+
+    Returns:
+      Lowered programs under the names "step" and "prefill".
+    """
+    length = max_length or config.max_sequence_length
+    shards = row_shards(mesh)
+    params = abstract_params(config, mesh, quantization, weight_memory_limit)
+    is_apart = isinstance(params.layers, tuple)
+    cache, pages = abstract_cache(config, mesh, slots, length, is_apart)
+    pages_a_layer = 0 if is_apart else pages
+    row = empty_slot(config, length, 1 << (-(-length // PAGE_SIZE) - 1).bit_length())
+    described = jax.tree.map(
+        lambda x: _place(mesh, x, ("batch", *(None,) * (x.ndim - 1))),
+        jax.eval_shape(lambda: empty_slots(row, slots, None)),
+    )
+    pack = pack_prompts([], shards, prefill_width, PAGE_SIZE, pages_a_layer, 0)
+    whole = NamedSharding(mesh, PartitionSpec())
+    pack = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), pack)
+    hidden = jax.ShapeDtypeStruct(
+        (shards, prefill_width, config.hidden_size), config.activation_dtype
+    )
+    x = _place(mesh, hidden, ("batch", "seq", "embed"))
+    bounds = {"first": np.int32(0), "end": np.int32(config.num_layers)}
+    if isinstance(params.layers, OffloadedLayers):
+        described, cache, pack, x = in_memory((described, cache, pack, x), DEVICE_MEMORY)
+    with compiling_for(mesh):
+        step = step_functions.step.lower(params, config, described, cache, pages_a_layer)
+        prefill = step_functions.prefill_layers.lower(
+            params.layers, config, x, pack, cache, **bounds
+        )
+        return {"step": step, "prefill": prefill}
+
+
+def lower_scoring(
+    config: GLMConfig, mesh: Mesh, quantization: str | None, *, rows: int, length: int
+) -> Any:
+    """The program that scores `rows` rows of so many tokens, lowered for a mesh's devices."""
+    params = abstract_params(config, mesh, quantization)
+    place = lambda *shape: jax.ShapeDtypeStruct(
+        shape, jnp.int32, sharding=NamedSharding(mesh, PartitionSpec())
+    )
+    with compiling_for(mesh):
+        return log_probabilities.lower(
+            params,
+            config,
+            tokens=place(rows, length),
+            position_ids=place(rows, length),
+            key_ranges=place(rows, length, 4),
+            places=place(rows, length),
+            targets=place(rows, length),
+        )
+
+
+def abstract_cache(
+    config: GLMConfig, mesh: Mesh, slots: int, length: int, is_apart: bool = True
+) -> tuple[Any, int]:
+    """Pages for so many requests of so many tokens: what describes them on a mesh, of each
+    layer or all together, and how many a layer and device there are."""
+    shards = row_shards(mesh)
+    pages = 1 + -(-slots // shards) * -(-length // PAGE_SIZE)
+    made = jax.eval_shape(lambda: init_paged_cache(config, pages * shards, PAGE_SIZE, is_apart))
+    return jax.tree.map(lambda x: _place(mesh, x, PAGE_AXES[: x.ndim]), made), pages
+
+
+def _place(mesh: Mesh, x: jax.ShapeDtypeStruct, axes: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=activation_sharding(mesh, axes))
+
+
+def abstract_params(
+    config: GLMConfig,
+    mesh: Mesh,
+    quantization: str | None,
+    weight_memory_limit: float | None = None,
+) -> GLMParams:
+    """Shapes, dtypes and shardings of a model's parameters on a mesh of GPUs or TPUs, in the
+    form that `restore` gives them there.
+
+    Args:
+      weight_memory_limit: GiB of weights a device; blocks beyond it lie in hosts' memory.
+
+    Raises:
+      OffloadError: the limit leaves no room for two blocks.
+    """
+    if quantization is None:
+        params = glm_params.abstract(config, mesh)
+    else:
+        params = abstract_quantized(config, mesh, Scheme.parse(quantization))
+    layers: Any = params.layers
+    whole = glm_params.described_apart(params)
+    apart: Any = whole.layers
+    if weight_memory_limit is None:
+        return whole
+    rest = device_bytes(params) - device_bytes(layers)
+    kept = resident_count(rest, layers, config.num_layers, weight_memory_limit)
+    if kept == config.num_layers:
+        return whole
+    resident = in_memory(apart[:kept], DEVICE_MEMORY)
+    streamed = jax.tree.map(
+        lambda x: in_memory(x, HOST_MEMORY if is_streamed(x) else DEVICE_MEMORY),
+        _of_count(layers, config.num_layers - kept),
+    )
+    offloaded: GLMParams = in_memory(params, DEVICE_MEMORY).replace(
+        layers=OffloadedLayers(resident, streamed)
+    )
+    return offloaded
+
+
+def _of_count(layers: Any, count: int) -> Any:
+    """Described layers, so many."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=x.sharding), layers
+    )
