@@ -1,6 +1,7 @@
 """What device a program is compiled for."""
 
 import jax
+from jax.extend import backend
 
 TRITON_CAPABILITY = 8.0  # the least that Triton compiles for
 
@@ -15,6 +16,17 @@ _CAPABILITIES = {
     "H100": 9.0,
     "H200": 9.0,
 }
+
+
+def platform() -> str:
+    """Return the platform of the surrounding mesh's devices, else of the default device.
+
+    Returns:
+      JAX's name for lowering: "cpu", "cuda", "tpu".
+    """
+    described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    name = (described or backend.get_default_device()).platform
+    return "cuda" if name == "gpu" else name
 
 
 def compute_capability() -> float:
