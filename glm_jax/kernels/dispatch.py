@@ -77,6 +77,15 @@ def dispatch(
     return computed
 
 
+def unmet(*requirements: tuple[bool, str]) -> str | None:
+    """Return what a backend takes, by the first of its requirements that is not met.
+
+    Args:
+      requirements: whether each is met, and what it is, such as "one range of keys a row".
+    """
+    return next((f"it takes {what}" for is_met, what in requirements if not is_met), None)
+
+
 def _named(op: str, backends: Sequence[Any], arguments: Any, name: str) -> Any:
     platform = target.platform()
     named = [backend for backend in backends if backend.name == name]

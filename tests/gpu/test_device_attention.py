@@ -5,9 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernels.formula import assert_close, attended, gradients
 
-from glm_jax.kernels.attention import library
 from glm_jax.kernels.attention.api import attention
+from glm_jax.kernels.attention.arguments import Arguments
+from glm_jax.kernels.attention.library import Library
 from glm_jax.kernels.paged_attention.api import paged_attention
 from glm_jax.model.cache import quantize_heads
 from glm_jax.model.visibility import Visibility
@@ -28,43 +30,6 @@ def _ranges(count):
     return Visibility.choices(jnp.broadcast_to(chosen, (BATCH, LENGTH))).key_ranges
 
 
-def _seen(ranges, keys):
-    numbers = np.arange(keys)
-    bounds = np.asarray(ranges).reshape(*ranges.shape[:2], -1, 2)
-    within = (numbers >= bounds[..., :1]) & (numbers < bounds[..., 1:])
-    return within.any(axis=2)
-
-
-def _formula(query, key, value, seen):
-    """Values and weights in float64; query [batch, rows, heads, d], keys [batch, heads, n, d]."""
-    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
-    scores = np.einsum("bqhd,bhkd->bhqk", query, key) / query.shape[-1] ** 0.5
-    scores = np.where(seen[:, None], scores, -np.inf)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
-    return np.einsum("bhqk,bhkd->bqhd", weights, value), weights
-
-
-def _gradients(query, key, value, seen, cotangent):
-    query, key, value, cotangent = (
-        np.asarray(x, np.float64) for x in (query, key, value, cotangent)
-    )
-    out, weights = _formula(query, key, value, seen)
-    of_weights = np.einsum("bqhd,bhkd->bhqk", cotangent, value)
-    centre = np.einsum("bqhd,bqhd->bhq", cotangent, out)[..., None]
-    of_scores = weights * (of_weights - centre) / query.shape[-1] ** 0.5
-    return (
-        np.einsum("bhqk,bhkd->bqhd", of_scores, key),
-        np.einsum("bhqk,bqhd->bhkd", of_scores, query),
-        np.einsum("bhqk,bqhd->bhkd", weights, cotangent),
-    )
-
-
-def _assert_close(got, expected, dtype):
-    atol = TOLERANCES[dtype] * np.abs(expected).max()
-    np.testing.assert_allclose(np.asarray(got, np.float64), expected, atol=atol, rtol=0)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 2])
 def test_values_and_gradients(dtype, count):
@@ -81,25 +46,24 @@ def test_values_and_gradients(dtype, count):
         got, pullback = jax.vjp(lambda *inputs: attention(*inputs, ranges), query, key, value)
         return got, pullback(cotangent)
 
-    seen = _seen(ranges, LENGTH)
-    got, gradients = run(query, key, value)
-    _assert_close(got, _formula(query, key, value, seen)[0], dtype)
-    for of_input, expected in zip(
-        gradients, _gradients(query, key, value, seen, cotangent), strict=True
-    ):
-        _assert_close(of_input, expected, dtype)
+    arguments = Arguments(query, key, value, ranges)
+    got, of_inputs = run(query, key, value)
+    assert_close(got, attended(arguments), TOLERANCES[dtype])
+    for of_input, expected in zip(of_inputs, gradients(arguments, cotangent), strict=True):
+        assert_close(of_input, expected, TOLERANCES[dtype])
 
 
 def test_the_librarys_kernel_is_the_one_that_runs():
     """Of the values above, those in few bits over one range."""
     query = jnp.zeros((1, 256, 2, 128), jnp.bfloat16)
-    taken = library.is_available(query, jnp.zeros((1, 256, 2), jnp.int32))
+    keys = jnp.swapaxes(query, 1, 2)
+    reason = Library().supports(Arguments(query, keys, keys, jnp.zeros((1, 256, 2), jnp.int32)))
     if not IS_GPU:
-        assert not taken
+        assert reason == "it takes compute capability 8.0 and later"
         return
     import tokamax  # noqa: F401  (left out, with the reason, where it is not installed)
 
-    assert taken
+    assert reason is None
 
 
 @pytest.mark.parametrize("dtype", [*(DTYPES[1:] or DTYPES), "int8"])
@@ -119,11 +83,12 @@ def test_pages(dtype):
     tables = rng.integers(0, pages, (batch, table_size)).astype(np.int32)
     lengths = np.linspace(1, table_size * page_size, batch).astype(np.int32)
     got = jax.jit(paged_attention)(query, keys, values, tables, lengths, *scales)
-    wide = [np.asarray(x, np.float64) for x in (keys, values)]
-    if dtype == "int8":
-        wide = [x * np.asarray(s, np.float64)[..., None] for x, s in zip(wide, scales, strict=True)]
-    # [heads, batch, table, page, d] -> [batch, heads, keys, d]
-    gathered = [np.moveaxis(x[:, tables].reshape(HEADS, batch, -1, HEAD_DIM), 0, 1) for x in wide]
-    seen = np.arange(table_size * page_size) < lengths[:, None]
-    expected, _ = _formula(np.asarray(query)[:, None], *gathered, seen[:, None])
-    _assert_close(got, expected[:, 0], computed)
+    # [heads, batch, table, page, ..] -> [batch, heads, keys, ..]
+    whole = [
+        jnp.moveaxis(x[:, tables].reshape(HEADS, batch, -1, *x.shape[3:]), 0, 1)
+        for x in (keys, values, *scales)
+    ]
+    seen = jnp.arange(table_size * page_size) < lengths[:, None]
+    key, value, *scales = whole
+    arguments = Arguments(query[:, None], key, value, seen[:, None], *scales)
+    assert_close(got, attended(arguments)[:, 0], TOLERANCES[computed])

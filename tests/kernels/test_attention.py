@@ -1,70 +1,211 @@
-"""Attention block by block equals the formula, in values and in gradients."""
+"""Every backend of attention equals the formula in float64, in values and in gradients."""
+
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernels.formula import assert_close, attended, gradients, normal
 
-from glm_jax.kernels.attention import blockwise, reference
+from glm_jax.kernels import target
+from glm_jax.kernels.attention import cpu
 from glm_jax.kernels.attention.api import attention, isolated_attention
+from glm_jax.kernels.attention.arguments import Arguments
+from glm_jax.kernels.attention.blockwise import Blockwise
+from glm_jax.kernels.attention.cpu import CPUBlocks, CPUCache
 from glm_jax.kernels.attention.dropout import WeightDropout, factors
+from glm_jax.kernels.attention.library import Library
+from glm_jax.kernels.attention.reference import Reference, ranges_to_mask
+from glm_jax.kernels.dispatch import BackendError
+from glm_jax.model.cache import quantize_heads
 from glm_jax.model.visibility import Visibility
 
-BATCH, HEADS, HEAD_DIM = 2, 3, 16
+BATCH, HEADS = 2, 3
+WIDTHS = (512, 256, 0)  # bits of vectors; what the machine lacks falls back to the next
+BACKENDS = {
+    "reference": Reference(),
+    "blockwise": Blockwise(),
+    "blockwise 16x48": Blockwise(16, 48),
+    "library": Library(),
+    **{f"cpu cache {bits}": CPUCache(bits) for bits in WIDTHS},
+    **{f"cpu blocks {bits}": CPUBlocks(bits) for bits in WIDTHS},
+}
+NO_CPU_KERNEL = "the CPU kernel is not built: no C++ compiler at installation"
 
 
-def _inputs(queries, keys, dtype="float32"):
-    keys_of = jax.random.split(jax.random.key(0), 3)
-    query = jax.random.normal(keys_of[0], (BATCH, queries, HEADS, HEAD_DIM)).astype(dtype)
-    key, value = (
-        jax.random.normal(k, (BATCH, HEADS, keys, HEAD_DIM)).astype(dtype) for k in keys_of[1:]
-    )
-    return query, key, value
+def _why_not_here(backend):
+    if backend.platform not in (None, target.platform()):
+        return f"{backend.name} runs on {backend.platform}, and this is {target.platform()}"
+    return NO_CPU_KERNEL if backend.platform == "cpu" and not cpu.is_available() else None
 
 
-def _visibilities(length):
-    segments = jnp.array([[1] * 40 + [2] * (length - 50) + [0] * 10, [1] * length])
-    contexts = jnp.array([[12] * 40 + [7] * (length - 50) + [0] * 10, [60] * length])
-    choices = jnp.array([[0] * 30 + [1] * 20 + [2] * (length - 50)] * BATCH)
-    return {
-        "prefix": Visibility.prefix(jnp.array([3, 70]), length),
-        "packed": Visibility.packed(segments, contexts),
-        "choices": Visibility.choices(choices),
-    }
+def _pairs(cases):
+    """Backends with the cases that each takes; one of those that cannot run here says why."""
+    pairs = []
+    for name, backend in BACKENDS.items():
+        reason = _why_not_here(backend)
+        if reason:
+            pairs.append(pytest.param(backend, None, marks=pytest.mark.skip(reason), id=name))
+            continue
+        for case, make in cases.items():
+            if backend.supports(make()) is None:
+                pairs.append(pytest.param(backend, make, id=f"{name}-{case}"))
+    return pytest.mark.parametrize(("backend", "case"), pairs)
 
 
-@pytest.mark.parametrize("kind", ["prefix", "packed", "choices"])
-@pytest.mark.parametrize(
-    ("query_block", "key_block", "rate"),
-    [(32, 32, 0.0), (16, 48, 0.0), (128, 128, 0.0), (16, 48, 0.2)],
-)
-def test_values_and_gradients_equal_the_formula(kind, query_block, key_block, rate):
-    length = 100
-    dropout = WeightDropout(jnp.uint32(7), rate) if rate else None
-    ranges = _visibilities(length)[kind].key_ranges
-    inputs = _inputs(length, length)
-    weights = jax.random.normal(jax.random.key(9), inputs[0].shape)
-    mask = reference.ranges_to_mask(ranges, length)
+def _ranges(kind, length):
+    if kind == "packed":
+        segments = jnp.array([[1] * 40 + [2] * (length - 50) + [0] * 10, [1] * length])
+        contexts = jnp.array([[12] * 40 + [7] * (length - 50) + [0] * 10, [60] * length])
+        return Visibility.packed(segments, contexts).key_ranges
+    if kind == "choices":
+        chosen = jnp.array([[0] * 30 + [1] * 20 + [2] * (length - 50)] * BATCH)
+        return Visibility.choices(chosen).key_ranges
+    ranges = Visibility.prefix(jnp.array([3, 70]), length).key_ranges
+    return ranges.at[:, 5:9].set(0) if kind == "some see nothing" else ranges
 
-    def blocks(*inputs):
-        out = blockwise.attention(*inputs, ranges, None, None, dropout, query_block, key_block)
-        return jnp.sum(out * weights), out
 
-    def formula(*inputs):
-        out = reference.masked_attention(*inputs, mask, "float32", dropout)
-        return jnp.sum(out * weights), out
+@functools.cache
+def _training(kind, length, head_dim, rate, dtype="float32"):
+    of_query, of_keys = (BATCH, length, HEADS, head_dim), (BATCH, HEADS, length, head_dim)
+    dropout = WeightDropout(jnp.uint32(2**31 + 5), rate) if rate else None
+    query, key, value = normal(0, of_query, of_keys, of_keys, dtype=dtype)
+    return Arguments(2 * query, key, value, _ranges(kind, length), dropout=dropout)
 
-    grad = lambda f: jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))
-    (_, got), got_gradients = grad(blocks)(*inputs)
-    (_, expected), expected_gradients = grad(formula)(*inputs)
-    np.testing.assert_allclose(got, expected, atol=2e-6)
-    for a, b in zip(got_gradients, expected_gradients, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+
+TRAINING = {
+    f"{kind} {length} {head_dim} {rate}": functools.partial(_training, kind, length, head_dim, rate)
+    for kind in ("prefix", "packed", "choices", "some see nothing")
+    for length, head_dim, rate in [(100, 16, 0.0), (200, 80, 0.3)]
+}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _value_and_gradients(backend, arguments, cotangent):
+    def run(*inputs):
+        return backend(arguments.replace(query=inputs[0], key=inputs[1], value=inputs[2]))
+
+    got, pullback = jax.vjp(run, arguments.query, arguments.key, arguments.value)
+    return got, pullback(cotangent)
+
+
+@_pairs(TRAINING)
+def test_values_and_gradients(backend, case):
+    arguments = case()
+    [cotangent] = normal(1, arguments.query.shape)
+    got, got_gradients = _value_and_gradients(backend, arguments, cotangent)
+    assert_close(got, attended(arguments), 2e-6)
+    for a, b in zip(got_gradients, gradients(arguments, cotangent), strict=True):
+        assert_close(a, b, 5e-6)
+
+
+@functools.cache
+def _decoding(batch, queries, heads, keys, head_dim, stored="float32"):
+    of_keys = (batch, heads, keys, head_dim)
+    query, key, value = normal(0, (batch, queries, heads, head_dim), of_keys, of_keys)
+    rng = np.random.default_rng(0)
+    starts = rng.integers(0, keys // 2, (batch, queries))
+    ranges = np.stack([starts, starts + rng.integers(1, keys // 2, (batch, queries))], -1)
+    scales = (None, None)
+    if stored == "int8":
+        key, value, *scales = quantize_heads(key, value)
+    key, value = key.astype(stored), value.astype(stored)
+    return Arguments(3 * query, key, value, jnp.asarray(ranges, jnp.int32), *scales)
+
+
+DECODING = {
+    " ".join(map(str, shape)): functools.partial(_decoding, *shape)
+    for shape in [
+        (1, 1, 1, 16, 16),
+        (2, 1, 3, 300, 48),
+        (3, 8, 2, 77, 128),
+        (2, 2, 16, 515, 80),
+        (2, 1, 3, 130, 32, "bfloat16"),
+        (2, 1, 3, 130, 32, "int8"),
+    ]
+}
+_run = jax.jit(lambda backend, arguments: backend(arguments), static_argnums=0)
+
+
+@_pairs(DECODING)
+def test_over_a_cache_as_it_is_stored(backend, case):
+    arguments = case()
+    got = _run(backend, arguments)
+    # XLA rounds what it dequantises from int8; the C++ kernels do not.
+    assert_close(got, attended(arguments), 3e-6)
+
+
+FEW = {"few": functools.partial(_decoding, 2, 2, 2, 300, 16)}
+
+
+@_pairs(FEW)
+def test_rows_that_see_nothing_are_zero(backend, case):
+    arguments = case()
+    ranges = arguments.visible.at[0, 1].set(jnp.array([7, 7]))
+    got = _run(backend, arguments.replace(visible=ranges))
+    assert (got[0, 1] == 0).all()
+    assert (got[0, 0] != 0).all()
+
+
+@_pairs(FEW)
+def test_extreme_scores_stay_finite_and_nan_stays_in_its_head(backend, case):
+    arguments = case()
+    loud = arguments.replace(query=1e4 * arguments.query)
+    assert_close(_run(backend, loud), attended(loud), 3e-6)
+    spoilt = arguments.replace(query=arguments.query.at[0, 0, 1, 3].set(jnp.nan))
+    got = _run(backend, spoilt)
+    assert np.isnan(got[0, 0, 1]).all()
+    assert np.isfinite(got[0, 0, 0]).all()
+
+
+@_pairs(FEW)
+def test_what_no_row_sees_is_not_read(backend, case):
+    """NaN in all keys that no query sees; for blocks, in the blocks without any that one sees."""
+    arguments = case()
+    if backend == Reference():  # reads everything, as the formula stands
+        return
+    seen = jnp.any(ranges_to_mask(arguments.visible, 300), axis=1)
+    if not isinstance(backend, CPUCache):
+        arguments = arguments.replace(
+            visible=jnp.full_like(arguments.visible, 7).at[..., 1].set(40)
+        )
+        seen = jnp.arange(300)[None] < 256  # of the largest block
+    hide = lambda x: jnp.where(seen[:, None, :, None], x, jnp.nan)
+    hidden = arguments.replace(key=hide(arguments.key), value=hide(arguments.value))
+    np.testing.assert_array_equal(_run(backend, hidden), _run(backend, arguments))
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason=NO_CPU_KERNEL)
+def test_which_kernel_is_chosen():
+    a = _decoding(2, 1, 2, 200, 16)
+
+    def kernels(query, ranges, dtype="float32", **more):
+        operands = [x.astype(dtype) for x in (query, a.key, a.value)]
+        run = functools.partial(attention, **more)
+        text = jax.jit(run).lower(*operands, ranges).as_text()
+        return set(re.findall(r"@(glm_jax_attention\w*)", text))
+
+    assert kernels(a.query, a.visible) == {"glm_jax_attention"}
+    two = jnp.concatenate([a.visible, a.visible], axis=-1)
+    assert kernels(a.query, two) == {"glm_jax_attention_forward"}
+    many = jnp.repeat(a.query, 9, axis=1), jnp.repeat(a.visible, 9, axis=1)
+    assert kernels(*many) == {"glm_jax_attention_forward"}
+    assert kernels(*many, dtype="bfloat16") == set()
+    assert kernels(*many, implementation="blockwise") == set()
+    with pytest.raises(BackendError, match="'cpu' cannot be used here: it takes up to 8 queries"):
+        kernels(*many, dtype="bfloat16", implementation="cpu")
+    with pytest.raises(BackendError, match=r"'library' .* it runs on cuda, and this is cpu"):
+        kernels(*many, implementation="library")
 
 
 @pytest.mark.parametrize("length", [64, 300])  # the formula, and blocks
-def test_numbers_that_are_none_reach_those_alone_that_see_them(length):
-    query, key, value = _inputs(length, length)
+def test_nan_and_infinity_reach_only_the_queries_that_see_them(length):
+    query, key, value = (
+        x.astype("float32")
+        for x in normal(0, (BATCH, length, HEADS, 16), *[(BATCH, HEADS, length, 16)] * 2)
+    )
     end = length // 3
     of_rows = jnp.arange(length)[:, None] < end
     ranges = jnp.where(of_rows, jnp.array([0, end]), jnp.array([end, length]))
@@ -80,34 +221,14 @@ def test_numbers_that_are_none_reach_those_alone_that_see_them(length):
     assert is_nan.sum() == end
 
 
-def test_rows_that_see_nothing_are_zero():
-    query, key, value = _inputs(4, 64)
-    ranges = jnp.zeros((BATCH, 4, 2), jnp.int32).at[:, 1:, 1].set(5)
-    out = blockwise.attention(query, key, value, ranges, None, None, None, 4, 32)
-    assert (out[:, 0] == 0).all()
-    assert (out[:, 1:] != 0).all()
-
-
-def test_what_no_row_sees_is_not_read():
-    """Not a number in all that lies beyond the filled blocks leaves the answer as it is."""
-    query, key, value = _inputs(1, 256)
-    ranges = jnp.broadcast_to(jnp.array([0, 50], jnp.int32), (BATCH, 1, 2))
-    expected = blockwise.attention(query, key, value, ranges, None, None, None, 1, 64)
-    poisoned = blockwise.attention(
-        query, key.at[:, :, 64:].set(jnp.nan), value.at[:, :, 64:].set(jnp.nan),
-        ranges, None, None, None, 1, 64,
-    )  # fmt: skip
-    np.testing.assert_array_equal(poisoned, expected)
-
-
 def test_no_array_is_larger_than_a_block():
     length = 4096
-    shape = jax.ShapeDtypeStruct((1, length, 2, HEAD_DIM), jnp.float32)
-    keys = jax.ShapeDtypeStruct((1, 2, length, HEAD_DIM), jnp.float32)
+    shape = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+    keys = jax.ShapeDtypeStruct((1, 2, length, 16), jnp.float32)
     ranges = jax.ShapeDtypeStruct((1, length, 2), jnp.int32)
 
     def loss(query, key, value, ranges):
-        return jnp.sum(blockwise.attention(query, key, value, ranges, None, None, None, 256, 256))
+        return jnp.sum(Blockwise()(Arguments(query, key, value, ranges)))
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(shape, keys, keys, ranges).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * length * length / 2

@@ -1,26 +1,43 @@
 """Attention over pages equals the formula, by every backend that runs here."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from glm_jax.kernels import target
 from glm_jax.kernels.attention import cpu
-from glm_jax.kernels.paged_attention import reference, xla
+from glm_jax.kernels.dispatch import BackendError
 from glm_jax.kernels.paged_attention.api import paged_attention
+from glm_jax.kernels.paged_attention.arguments import Arguments
+from glm_jax.kernels.paged_attention.cpu import CPUPages
+from glm_jax.kernels.paged_attention.library_gpu import LibraryGPU
+from glm_jax.kernels.paged_attention.library_tpu import LibraryTPU
+from glm_jax.kernels.paged_attention.reference import Reference
+from glm_jax.kernels.paged_attention.xla import XLA
 from glm_jax.model.cache import quantize_heads
 from glm_jax.sharding import make_mesh
 
-
-def _cpu(widest):
-    return functools.partial(cpu.paged_attention, widest=widest)
-
-
-BACKENDS = {"xla": xla.paged_attention, "api": paged_attention} | (
-    {f"cpu {bits}": _cpu(bits) for bits in (512, 256, 0)} if cpu.is_available() else {}
+PLATFORM = target.platform()
+BACKENDS = {
+    "xla": XLA(),
+    **{f"cpu {bits}": CPUPages(bits) for bits in ((512, 256, 0) if cpu.is_available() else ())},
+    "library on GPUs": LibraryGPU(),
+    "library on TPUs": LibraryTPU(),
+}
+HERE = pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(
+            backend,
+            id=name,
+            marks=[pytest.mark.skip(f"it runs on {backend.platform}, and this is {PLATFORM}")]
+            if backend.platform not in (None, PLATFORM)
+            else [],
+        )
+        for name, backend in BACKENDS.items()
+    ],
 )
 
 
@@ -38,49 +55,60 @@ def _inputs(batch, heads, pages, page_size, head_dim, table_size, dtype="float32
     tables = jnp.asarray(rng.integers(0, pages, (batch, table_size)), jnp.int32)
     lengths = rng.integers(1, table_size * page_size + 1, batch)
     lengths[0] = table_size * page_size
-    return query, keys, values, tables, jnp.asarray(lengths, jnp.int32), *scales
+    return Arguments(query, keys, values, tables, jnp.asarray(lengths, jnp.int32), *scales)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@HERE
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(
     "shape", [(3, 2, 5, 16, 16, 1), (4, 3, 40, 16, 48, 21), (2, 4, 9, 64, 128, 5)]
 )
 def test_equals_the_formula(backend, dtype, shape):
-    inputs = _inputs(*shape, dtype)
-    got = BACKENDS[backend](*inputs)
-    np.testing.assert_allclose(got, reference.paged_attention(*inputs), atol=5e-6)
+    arguments = _inputs(*shape, dtype)
+    assert backend.supports(arguments) is None
+    np.testing.assert_allclose(backend(arguments), Reference()(arguments), atol=5e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@HERE
 @pytest.mark.parametrize("beyond", [1e30, np.nan])
 def test_only_the_pages_of_a_row_are_read_and_one_without_keys_is_zero(backend, beyond):
-    query, keys, values, tables, lengths, *_ = _inputs(3, 2, 8, 16, 16, 2)
+    arguments = _inputs(3, 2, 8, 16, 16, 2)
     tables = jnp.array([[1, 2], [3, 0], [0, 0]], jnp.int32)
     lengths = jnp.array([20, 16, 0], jnp.int32)
     unseen = jnp.arange(8)[:, None] * 16 + jnp.arange(16)
     unseen = (unseen < 16) | (unseen >= 36) & (unseen < 48) | (unseen >= 64)
-    hidden = [jnp.where(unseen[:, :, None], beyond, x) for x in (keys, values)]
-    got = BACKENDS[backend](query, *hidden, tables, lengths)
-    np.testing.assert_array_equal(got, BACKENDS[backend](query, keys, values, tables, lengths))
+    arguments = arguments.replace(tables=tables, lengths=lengths)
+    hide = lambda x: jnp.where(unseen[:, :, None], beyond, x)
+    hidden = arguments.replace(keys=hide(arguments.keys), values=hide(arguments.values))
+    got = backend(hidden)
+    np.testing.assert_array_equal(got, backend(arguments))
     assert (got[2] == 0).all()
     assert (got[:2] != 0).all()
 
 
 def test_on_a_mesh_each_device_reads_its_own_pages():
     """Rows over data, heads over tensor; tables count the pages of a device."""
-    query, keys, values, tables, lengths, *_ = _inputs(4, 4, 12, 16, 16, 3)
-    tables = tables % 6
+    a = _inputs(4, 4, 12, 16, 16, 3)
+    tables = a.tables % 6
     mesh = make_mesh((2, 1, 4))
     put = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
     with jax.set_mesh(mesh):
         got = jax.jit(paged_attention)(
-            put(query, "data", "tensor"),
-            put(keys, "tensor", "data"),
-            put(values, "tensor", "data"),
+            put(a.query, "data", "tensor"),
+            put(a.keys, "tensor", "data"),
+            put(a.values, "tensor", "data"),
             put(tables, "data"),
-            put(lengths, "data"),
+            put(a.lengths, "data"),
         )
     whole = tables + jnp.array([0, 0, 6, 6])[:, None]
-    expected = reference.paged_attention(query, keys, values, whole, lengths)
-    np.testing.assert_allclose(got, expected, atol=5e-6)
+    np.testing.assert_allclose(got, Reference()(a.replace(tables=whole)), atol=5e-6)
+
+
+def test_by_name():
+    a = _inputs(3, 2, 5, 16, 16, 1)
+    operands = (a.query, a.keys, a.values, a.tables, a.lengths)
+    for name in ("xla", "reference", *(["cpu"] if cpu.is_available() else [])):
+        got = paged_attention(*operands, implementation=name)
+        np.testing.assert_allclose(got, paged_attention(*operands), atol=5e-6)
+    with pytest.raises(BackendError, match="it runs on cuda, and this is cpu; it runs on tpu, and"):
+        paged_attention(*operands, implementation="library")

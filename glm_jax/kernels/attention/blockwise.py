@@ -5,63 +5,64 @@ Blocks of keys that no row of a block of queries sees are not read at all. Forwa
 backward as its algorithm 2, from the saved logarithms of the softmax's sums.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array
 
+from glm_jax.kernels.attention.arguments import Arguments
 from glm_jax.kernels.attention.dropout import WeightDropout, factors
 from glm_jax.kernels.attention.reference import ranges_to_mask
+from glm_jax.kernels.dispatch import unmet
 from glm_jax.numerics import einsum
 
 _LOWEST = -1e30  # of a row that has seen nothing; finite, so that differences are numbers
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def attention(
-    query: Float[Array, "batch query heads head_dim"],
-    key: Array,
-    value: Array,
-    key_ranges: Int32[Array, "batch query bounds"],
-    key_scales: Float[Array, "batch heads key"] | None,
-    value_scales: Float[Array, "batch heads key"] | None,
-    dropout: WeightDropout | None,
-    query_block: int,
-    key_block: int,
-) -> Float[Array, "batch query heads head_dim"]:
-    """softmax(query key^T / sqrt(head_dim)) value over each row's ranges of keys.
+@dataclasses.dataclass(frozen=True)
+class Blockwise:
+    """Takes ranges and a softmax in float32; a gradient does not pass keys in int8.
 
-    Args:
-      key, value: [batch, heads, key, head_dim], float, or int8 with scales, which a
-        gradient does not pass.
-      key_ranges: [start, end) of one or two ranges a row.
-      dropout: of the weights.
-
-    Returns:
-      [batch, query, heads, head_dim] in the query's dtype; zeros for rows that see nothing.
+    Attributes:
+      query_block, key_block: sizes of a block; that of queries is smaller where they are fewer.
+      min_rows: least size of a block of queries. On accelerators a product of one row becomes a
+        sum, for which XLA transposes all values.
     """
-    blocks = (query_block, key_block)
-    scales = (key_scales, value_scales)
-    return _forward(query, key, value, key_ranges, *scales, dropout, *blocks)[0]
+
+    query_block: int = 256
+    key_block: int = 256
+    min_rows: int = 8
+    platform: str | None = None
+    name: str = "blockwise"
+
+    def supports(self, arguments: Arguments) -> str | None:
+        return unmet(
+            (arguments.has_ranges, "ranges of keys, no mask"),
+            (arguments.softmax_dtype == "float32", "a softmax in float32"),
+        )
+
+    def __call__(self, arguments: Arguments) -> Array:
+        queries = min(self.query_block, max(arguments.query.shape[1], self.min_rows))
+        return _attention(arguments, queries, self.key_block)
 
 
-def _forward(
-    query: Array,
-    key: Array,
-    value: Array,
-    key_ranges: Array,
-    key_scales: Array | None,
-    value_scales: Array | None,
-    dropout: WeightDropout | None,
-    query_block: int,
-    key_block: int,
-) -> tuple[Array, Any]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _attention(arguments: Arguments, query_block: int, key_block: int) -> Array:
+    return _forward(arguments, query_block, key_block)[0]
+
+
+def _forward(arguments: Arguments, query_block: int, key_block: int) -> tuple[Array, Any]:
+    query, key_ranges, dropout = arguments.query, arguments.visible, arguments.dropout
     batch, num_queries, heads, head_dim = query.shape
     scaled = query * jnp.asarray(head_dim**-0.5, query.dtype)
-    keys = (_pad(key, 2, key_block), _pad(value, 2, key_block))
-    scales = tuple(None if s is None else _pad(s, 2, key_block) for s in (key_scales, value_scales))
+    keys = (_pad(arguments.key, 2, key_block), _pad(arguments.value, 2, key_block))
+    scales = tuple(
+        None if s is None else _pad(s, 2, key_block)
+        for s in (arguments.key_scales, arguments.value_scales)
+    )
 
     def of_queries(block: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         rows, ranges, numbers = block
@@ -72,10 +73,10 @@ def _forward(
             k, v, k_scale, v_scale = (_slice(a, i, key_block) for a in (*keys, *scales))
             scores = _scores(rows, k, ranges, i * key_block, k_scale)
             new = jnp.maximum(largest, jnp.max(scores, axis=-1))
-            weights = jnp.where(scores > _LOWEST, jnp.exp(scores - new[..., None]), 0)
+            weights = jnp.where(scores == _LOWEST, 0, jnp.exp(scores - new[..., None]))
             shrink = jnp.exp(largest - new)
             total = total * shrink + jnp.sum(weights, axis=-1)
-            weights = weights * _kept(dropout, weights.shape, numbers[0], i * key_block)
+            weights = weights * _dropout_factors(dropout, weights.shape, numbers[0], i * key_block)
             if v_scale is not None:
                 weights = weights * v_scale[:, :, None]
             part = einsum("bhqk,bhkd->bhqd", weights.astype(rows.dtype), v.astype(rows.dtype))
@@ -95,11 +96,13 @@ def _forward(
     outputs, log_sums = _map(of_queries, by_query, query_block)
     output = jnp.moveaxis(_join(outputs, 2)[:, :, :num_queries], 1, 2)
     log_sums = _join(log_sums, 2)[:, :, :num_queries]
-    return output, (query, key, value, key_ranges, dropout, output, log_sums)
+    return output, (arguments, output, log_sums)
 
 
-def _backward(query_block: int, key_block: int, kept: Any, gradient: Array) -> tuple[Any, ...]:
-    query, key, value, key_ranges, dropout, output, log_sums = kept
+def _backward(query_block: int, key_block: int, saved: Any, gradient: Array) -> tuple[Arguments]:
+    arguments, output, log_sums = saved
+    query, key, value = arguments.query, arguments.key, arguments.value
+    key_ranges, dropout = arguments.visible, arguments.dropout
     factor = query.shape[-1] ** -0.5
     scaled = query * jnp.asarray(factor, query.dtype)
     wide = gradient.astype(jnp.float32)
@@ -113,10 +116,10 @@ def _backward(query_block: int, key_block: int, kept: Any, gradient: Array) -> t
         q, ranges, g, log_sum, delta, numbers = rows
         scores = _scores(q, k, ranges, offset, None)
         log_sum, delta = (jnp.moveaxis(a, 1, 2)[..., None] for a in (log_sum, delta))
-        weights = jnp.where(scores > _LOWEST, jnp.exp(scores - log_sum), 0)
-        kept = _kept(dropout, weights.shape, numbers[0], offset)
-        of_scores = weights * (einsum("bqhd,bhkd->bhqk", g, v) * kept - delta)
-        return (weights * kept).astype(q.dtype), of_scores.astype(q.dtype)
+        weights = jnp.where(scores == _LOWEST, 0, jnp.exp(scores - log_sum))
+        drop = _dropout_factors(dropout, weights.shape, numbers[0], offset)
+        of_scores = weights * (einsum("bqhd,bhkd->bhqk", g, v) * drop - delta)
+        return (weights * drop).astype(q.dtype), of_scores.astype(q.dtype)
 
     def of_queries(rows: tuple[Array, ...]) -> Array:
         first, last = _bounds(rows[1], key_block, keys.shape[2])
@@ -149,17 +152,15 @@ def _backward(query_block: int, key_block: int, kept: Any, gradient: Array) -> t
     of_key, of_value = jax.lax.map(of_keys, jnp.arange(keys.shape[2] // key_block))
     trim = lambda a: _join(a, 2)[:, :, : key.shape[2]]
     return (
-        of_query.astype(query.dtype),
-        trim(of_key).astype(key.dtype),
-        trim(of_value).astype(value.dtype),
-        None,
-        None,
-        None,
-        None,
+        jax.tree.map(lambda _: None, arguments).replace(
+            query=of_query.astype(query.dtype),
+            key=trim(of_key).astype(key.dtype),
+            value=trim(of_value).astype(value.dtype),
+        ),
     )
 
 
-attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward)
 
 
 def _scores(query: Array, key: Array, ranges: Array, offset: Array, scale: Array | None) -> Array:
@@ -172,7 +173,7 @@ def _scores(query: Array, key: Array, ranges: Array, offset: Array, scale: Array
     return jnp.where(visible[:, None], scores, _LOWEST)
 
 
-def _kept(
+def _dropout_factors(
     dropout: WeightDropout | None, shape: tuple[int, ...], rows: Array, first_key: Array
 ) -> Array | float:
     """What dropout multiplies a block's weights [batch, heads, query, key] by."""

@@ -3,9 +3,10 @@
 The library's public function takes no ranges of keys for each row; its kernel does, and
 skips blocks that no row of a block sees. It is reached under the private names that tokamax
 0.0.12 and 0.0.17 have for it. They are tried by tracing a small call and its gradient; where
-that fails, `is_available` says so and plain XLA takes over.
+that fails, `supports` says so and plain XLA takes over.
 """
 
+import dataclasses
 import functools
 import importlib
 import logging
@@ -14,24 +15,41 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array
 
 from glm_jax.kernels import target
-from glm_jax.sharding import fitting_activation_spec, mesh_to_divide
+from glm_jax.kernels.attention.arguments import Arguments, on_each_device
+from glm_jax.kernels.dispatch import unmet
 
 _HEAD_DIMS = (64, 128)
 
 
-def is_available(query: Array, key_ranges: Array) -> bool:
-    """Whether the kernel is installed and takes this GPU, these dtypes and ranges."""
-    return (
-        query.dtype in (jnp.float16, jnp.bfloat16)
-        and query.shape[-1] in _HEAD_DIMS
-        and key_ranges.shape[-1] == 2
-        and target.compute_capability() >= target.TRITON_CAPABILITY
-        and _modules() is not None
-    )
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """Takes one range of keys a query on GPUs that Triton compiles for, where tokamax is."""
+
+    name: str = "library"
+    platform: str = "cuda"
+
+    def supports(self, arguments: Arguments) -> str | None:
+        query = arguments.query
+        return unmet(
+            (arguments.has_one_range, "one range of keys a query"),
+            (arguments.softmax_dtype == "float32", "a softmax in float32"),
+            (arguments.dropout is None, "no dropout"),
+            (arguments.key_scales is None, "keys without scales"),
+            (query.dtype in (jnp.float16, jnp.bfloat16), "float16 or bfloat16"),
+            (query.shape[-1] in _HEAD_DIMS, "heads of 64 or 128 numbers"),
+            (
+                target.compute_capability() >= target.TRITON_CAPABILITY,
+                f"compute capability {target.TRITON_CAPABILITY} and later",
+            ),
+        ) or (None if _modules() else "it needs tokamax with the kernel of 0.0.12 or 0.0.17")
+
+    def __call__(self, arguments: Arguments) -> Array:
+        modules = _modules()
+        assert modules is not None
+        return on_each_device(functools.partial(_call, *modules), arguments)
 
 
 @functools.cache
@@ -70,55 +88,21 @@ def _trace_small_call(make_mask: Any, make_kernel: Any) -> None:
     ranges = jax.ShapeDtypeStruct((1, 64, 2), jnp.int32)
 
     def loss(query: Array, key: Array, value: Array, key_ranges: Array) -> Array:
-        out = _call(make_mask, make_kernel, query, key, value, key_ranges)
+        out = _call(make_mask, make_kernel, Arguments(query, key, value, key_ranges))
         assert out.shape == query.shape
         return jnp.sum(out.astype(jnp.float32))
 
     jax.eval_shape(jax.grad(loss, argnums=(0, 1, 2)), queries, keys, keys, ranges)
 
 
-def attention(
-    query: Float[Array, "batch query heads head_dim"],
-    key: Float[Array, "batch heads key head_dim"],
-    value: Float[Array, "batch heads key head_dim"],
-    key_ranges: Int32[Array, "batch query 2"],
-) -> Float[Array, "batch query heads head_dim"]:
-    """softmax(query key^T / sqrt(head_dim)) value over each row's one range of keys.
-
-    Under a mesh each device takes its own rows and heads.
-    """
-    if mesh_to_divide() is None:
-        return _local(query, key, value, key_ranges)
-    batch, _, heads, _ = fitting_activation_spec(query.shape, ("batch", "seq", "heads", "head_dim"))
-    run: Any = functools.partial(jax.shard_map, check_vma=False)
-    divided: Array = run(
-        _local,
-        in_specs=(
-            PartitionSpec(batch, None, heads),
-            PartitionSpec(batch, heads),
-            PartitionSpec(batch, heads),
-            PartitionSpec(batch),
-        ),
-        out_specs=PartitionSpec(batch, None, heads),
-    )(query, key, value, key_ranges)
-    return divided
-
-
-def _local(query: Array, key: Array, value: Array, key_ranges: Array) -> Array:
-    modules = _modules()
-    assert modules is not None
-    return _call(*modules, query, key, value, key_ranges)
-
-
-def _call(
-    make_mask: Any, make_kernel: Any, query: Array, key: Array, value: Array, key_ranges: Array
-) -> Array:
+def _call(make_mask: Any, make_kernel: Any, arguments: Arguments) -> Array:
+    query = arguments.query
+    start, end = (arguments.visible[:, None, None, :, i] for i in (0, 1))
     # Heads count as batch: keys are then taken as they lie in the cache.
-    start, end = (key_ranges[:, None, None, :, i] for i in (0, 1))
     out = make_kernel()(
         jnp.moveaxis(query, 2, 1)[..., None, :],
-        key[..., None, :],
-        value[..., None, :],
+        arguments.key[..., None, :].astype(query.dtype),
+        arguments.value[..., None, :].astype(query.dtype),
         mask=make_mask(k_start=start, k_end=end),
     )
     return jnp.moveaxis(out[..., 0, :], 1, 2)

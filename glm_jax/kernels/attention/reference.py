@@ -1,11 +1,34 @@
 """Attention as the formula says it, with every score in memory."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+from glm_jax.kernels.attention.arguments import Arguments
 from glm_jax.kernels.attention.dropout import WeightDropout, factors
 from glm_jax.numerics import einsum
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Takes everything, and keeps all scores in memory."""
+
+    name: str = "reference"
+    platform: None = None
+
+    def supports(self, arguments: Arguments) -> None:
+        """Takes everything."""
+
+    def __call__(self, arguments: Arguments) -> Array:
+        a, dtype = arguments, arguments.query.dtype
+        mask = ranges_to_mask(a.visible, a.key.shape[2]) if a.has_ranges else a.visible
+        key, value = (
+            (x if scales is None else x * scales[..., None]).astype(dtype)
+            for x, scales in ((a.key, a.key_scales), (a.value, a.value_scales))
+        )
+        return masked_attention(a.query, key, value, mask, a.softmax_dtype, a.dropout)
 
 
 def ranges_to_mask(

@@ -1,4 +1,4 @@
-"""Chooses how a query attends to keys and values that lie in pages."""
+"""Attention of one query a row to keys and values that lie in pages."""
 
 import functools
 from typing import Any
@@ -7,9 +7,16 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32, Shaped
 
-from glm_jax.kernels.attention import cpu
-from glm_jax.kernels.paged_attention import library_gpu, library_tpu, reference, xla
+from glm_jax.kernels.dispatch import dispatch
+from glm_jax.kernels.paged_attention.arguments import Arguments
+from glm_jax.kernels.paged_attention.cpu import CPUPages
+from glm_jax.kernels.paged_attention.library_gpu import LibraryGPU
+from glm_jax.kernels.paged_attention.library_tpu import LibraryTPU
+from glm_jax.kernels.paged_attention.reference import Reference
+from glm_jax.kernels.paged_attention.xla import XLA
 from glm_jax.sharding import fitting_activation_spec, mesh_to_divide
+
+_BACKENDS = (CPUPages(), LibraryGPU(), LibraryTPU(), XLA(), Reference())
 
 
 def paged_attention(
@@ -21,8 +28,9 @@ def paged_attention(
     key_scales: Float[Array, "heads pages page_size"] | None = None,
     value_scales: Float[Array, "heads pages page_size"] | None = None,
     softmax_dtype: str = "float32",
+    implementation: str | None = None,
 ) -> Float[Array, "batch heads head_dim"]:
-    """softmax(query key^T / sqrt(head_dim)) value over the first `lengths` keys of each row.
+    """Compute softmax(query key^T / sqrt(head_dim)) value over each row's first `lengths` keys.
 
     Under a mesh each device takes its own rows and heads; a row's table then counts the pages
     of its own device.
@@ -32,43 +40,34 @@ def paged_attention(
       tables: the pages of each row, in order.
       softmax_dtype: dtype of the scores and their softmax; less than float32 takes the
         formula as it stands.
+      implementation: "cpu", "library", "xla" or "reference"; None for the fastest that takes
+        the arguments on the platform that is compiled for.
 
     Returns:
       [batch, heads, head_dim] in the query's dtype; zeros for a row of length 0.
+
+    Raises:
+      BackendError: the named implementation does not take the arguments here.
     """
-    scales = (key_scales, value_scales)
-    local = _local
-    if softmax_dtype != "float32":
-        local = functools.partial(reference.paged_attention, softmax_dtype=softmax_dtype)
+    arguments = Arguments(
+        query, keys, values, tables, lengths, key_scales, value_scales, softmax_dtype
+    )
+    local = functools.partial(dispatch, "paged attention", _BACKENDS, implementation=implementation)
     if mesh_to_divide() is None:
-        return local(query, keys, values, tables, lengths, *scales)
+        return local(arguments)
     rows, heads, _ = fitting_activation_spec(query.shape, ("batch", "heads", "head_dim"))
-    of_pages = PartitionSpec(heads, rows)
+    of_queries, of_pages = PartitionSpec(rows, heads), PartitionSpec(heads, rows)
     of_scales = None if key_scales is None else of_pages
+    specs = Arguments(
+        query=of_queries,
+        keys=of_pages,
+        values=of_pages,
+        tables=PartitionSpec(rows),
+        lengths=PartitionSpec(rows),
+        key_scales=of_scales,
+        value_scales=of_scales,
+        softmax_dtype=softmax_dtype,
+    )
     run: Any = functools.partial(jax.shard_map, check_vma=False)
-    attended: Array = run(
-        local,
-        in_specs=(
-            PartitionSpec(rows, heads),
-            of_pages,
-            of_pages,
-            PartitionSpec(rows),
-            PartitionSpec(rows),
-            of_scales,
-            of_scales,
-        ),
-        out_specs=PartitionSpec(rows, heads),
-    )(query, keys, values, tables, lengths, *scales)
-    return attended
-
-
-def _local(query: Array, keys: Array, values: Array, *rest: Any) -> Array:
-    backends: dict[str, Any] = {"default": xla.paged_attention}
-    if cpu.takes_pages(query, keys):
-        backends["cpu"] = cpu.paged_attention
-    if library_gpu.is_available(query, keys, rest[0]):
-        backends["cuda"] = library_gpu.paged_attention
-    if library_tpu.is_available(query, keys):
-        backends["tpu"] = library_tpu.paged_attention
-    attended: Array = jax.lax.platform_dependent(query, keys, values, *rest, **backends)
+    attended: Array = run(local, in_specs=(specs,), out_specs=of_queries)(arguments)
     return attended

@@ -3,34 +3,70 @@
 JAX calls the kernel deprecated and will remove it: where it is gone, plain XLA takes over.
 """
 
+import dataclasses
 import functools
 import importlib
 import math
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array
 
 from glm_jax.kernels import target
+from glm_jax.kernels.dispatch import unmet
+from glm_jax.kernels.paged_attention.arguments import Arguments
 
 _HEAD_DIMS = (64, 128)
 _BLOCK = 128  # keys that a program takes at once
-_MOST_SPLITS = 8  # programs that share a row's keys
+_MAX_SPLITS = 8  # programs that share a row's keys
 
 
-def is_available(query: Array, keys: Array, tables: Array) -> bool:
-    """Whether the kernel takes this GPU, these dtypes and sizes."""
-    page_size, head_dim = keys.shape[2:]
-    return (
-        query.dtype in (jnp.float16, jnp.bfloat16)
-        and keys.dtype in (query.dtype, jnp.int8)
-        and head_dim in _HEAD_DIMS
-        and page_size >= 16
-        and page_size & (page_size - 1) == 0
-        and tables.shape[1] & (tables.shape[1] - 1) == 0
-        and target.compute_capability() >= target.TRITON_CAPABILITY
-        and _library() is not None
-    )
+@dataclasses.dataclass(frozen=True)
+class LibraryGPU:
+    """Takes tables and pages whose sizes are powers of two, on GPUs that Triton compiles for."""
+
+    name: str = "library"
+    platform: str = "cuda"
+
+    def supports(self, arguments: Arguments) -> str | None:
+        query, keys = arguments.query, arguments.keys
+        page_size, head_dim = keys.shape[2:]
+        table_size = arguments.tables.shape[1]
+        return unmet(
+            (arguments.softmax_dtype == "float32", "a softmax in float32"),
+            (query.dtype in (jnp.float16, jnp.bfloat16), "queries in float16 or bfloat16"),
+            (keys.dtype in (query.dtype, jnp.int8), "keys in the query's dtype or int8"),
+            (head_dim in _HEAD_DIMS, "heads of 64 or 128 numbers"),
+            (page_size >= 16 and _is_power_of_two(page_size), "pages of a power of two from 16"),
+            (_is_power_of_two(table_size), "tables of a power of two of pages"),
+            (
+                target.compute_capability() >= target.TRITON_CAPABILITY,
+                f"compute capability {target.TRITON_CAPABILITY} and later",
+            ),
+        ) or (None if _library() is not None else "this version of JAX no longer has the kernel")
+
+    def __call__(self, arguments: Arguments) -> Array:
+        query, lengths = arguments.query, arguments.lengths
+        page_size, table_size = arguments.keys.shape[2], arguments.tables.shape[1]
+        splits = math.gcd(_MAX_SPLITS, table_size)
+        attended: Array = _library().paged_attention(
+            # The kernel does not scale.
+            query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype),
+            arguments.keys,
+            arguments.values,
+            arguments.tables,
+            lengths,
+            arguments.key_scales,
+            arguments.value_scales,
+            pages_per_compute_block=max(1, min(table_size // splits, _BLOCK // page_size)),
+            k_splits=splits,
+        )
+        # A row without keys has a sum of nothing over nothing.
+        return jnp.where((lengths > 0)[:, None, None], attended, 0).astype(query.dtype)
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0
 
 
 @functools.cache
@@ -39,32 +75,3 @@ def _library() -> Any:
         return importlib.import_module("jax.experimental.pallas.ops.gpu.paged_attention")
     except ImportError:
         return None
-
-
-def paged_attention(
-    query: Float[Array, "batch heads head_dim"],
-    keys: Shaped[Array, "heads pages page_size head_dim"],
-    values: Shaped[Array, "heads pages page_size head_dim"],
-    tables: Int32[Array, "batch table_size"],
-    lengths: Int32[Array, " batch"],
-    key_scales: Float[Array, "heads pages page_size"] | None = None,
-    value_scales: Float[Array, "heads pages page_size"] | None = None,
-) -> Float[Array, "batch heads head_dim"]:
-    """As of `api.paged_attention`, on one device, for tables of a power of two of pages."""
-    head_dim = query.shape[-1]
-    page_size, table_size = keys.shape[2], tables.shape[1]
-    splits = math.gcd(_MOST_SPLITS, table_size)
-    attended: Array = _library().paged_attention(
-        # The kernel does not scale.
-        query * jnp.asarray(head_dim**-0.5, query.dtype),
-        keys,
-        values,
-        tables,
-        lengths,
-        key_scales,
-        value_scales,
-        pages_per_compute_block=max(1, min(table_size // splits, _BLOCK // page_size)),
-        k_splits=splits,
-    )
-    # A row without keys has a sum of nothing over nothing.
-    return jnp.where((lengths > 0)[:, None, None], attended, 0).astype(query.dtype)

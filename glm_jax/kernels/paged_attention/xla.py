@@ -1,30 +1,39 @@
 """Attention over pages in plain XLA: some pages of every row at a time, a running softmax."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array
 
+from glm_jax.kernels.dispatch import unmet
+from glm_jax.kernels.paged_attention.arguments import Arguments
 from glm_jax.numerics import einsum
 
 _BLOCK = 256  # keys of each row that are taken at once
 _LOWEST = -1e30  # of a row that has seen nothing; finite, so that differences are numbers
 
 
-def paged_attention(
-    query: Float[Array, "batch heads head_dim"],
-    keys: Shaped[Array, "heads pages page_size head_dim"],
-    values: Shaped[Array, "heads pages page_size head_dim"],
-    tables: Int32[Array, "batch table_size"],
-    lengths: Int32[Array, " batch"],
-    key_scales: Float[Array, "heads pages page_size"] | None = None,
-    value_scales: Float[Array, "heads pages page_size"] | None = None,
-) -> Float[Array, "batch heads head_dim"]:
-    """As of `api.paged_attention`, on one device. Pages past the longest row's are not read."""
+@dataclasses.dataclass(frozen=True)
+class XLA:
+    """Takes a softmax in float32. Pages past the longest row's are not read."""
+
+    name: str = "xla"
+    platform: None = None
+
+    def supports(self, arguments: Arguments) -> str | None:
+        return unmet((arguments.softmax_dtype == "float32", "a softmax in float32"))
+
+    def __call__(self, arguments: Arguments) -> Array:
+        return _attention(arguments)
+
+
+def _attention(arguments: Arguments) -> Array:
+    query, keys, lengths = arguments.query, arguments.keys, arguments.lengths
     page_size, head_dim = keys.shape[2:]
-    count = max(1, min(_BLOCK // page_size, tables.shape[1]))
-    tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % count)))
+    count = max(1, min(_BLOCK // page_size, arguments.tables.shape[1]))
+    tables = jnp.pad(arguments.tables, ((0, 0), (0, -arguments.tables.shape[1] % count)))
     width = count * page_size
     scaled = (query * jnp.asarray(head_dim**-0.5, query.dtype))[:, :, None]
 
@@ -40,7 +49,8 @@ def paged_attention(
     def step(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         largest, total, summed = carry
         k, v, k_scale, v_scale = (
-            take(pages, block) for pages in (keys, values, key_scales, value_scales)
+            take(pages, block)
+            for pages in (keys, arguments.values, arguments.key_scales, arguments.value_scales)
         )
         scores = einsum("bhqd,hbkd->bhqk", scaled, k.astype(query.dtype))[:, :, 0]
         if k_scale is not None:
@@ -48,7 +58,7 @@ def paged_attention(
         is_seen = block * width + jnp.arange(width) < lengths[:, None]  # [batch, width]
         scores = jnp.where(is_seen[:, None], scores, _LOWEST)
         new = jnp.maximum(largest, jnp.max(scores, axis=-1))
-        weights = jnp.where(scores > _LOWEST, jnp.exp(scores - new[..., None]), 0)
+        weights = jnp.where(scores == _LOWEST, 0, jnp.exp(scores - new[..., None]))
         shrink = jnp.exp(largest - new)
         total = total * shrink + jnp.sum(weights, axis=-1)
         # What an earlier request left may be NaN, and NaN times the weight 0 is NaN.

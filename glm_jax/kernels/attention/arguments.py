@@ -1,0 +1,67 @@
+"""What attention's backends are called with."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import struct
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from glm_jax.kernels.attention.dropout import WeightDropout
+from glm_jax.sharding import fitting_activation_spec, mesh_to_divide
+
+
+@struct.dataclass
+class Arguments:
+    """The arguments of `api.attention`, as one pytree.
+
+    Attributes:
+      query: float [batch, query, heads, head_dim].
+      key, value: [batch, heads, key, head_dim], float, or int8 with scales.
+      visible: int32 [batch, query, 2 or 4], [start, end) of one or two ranges of keys for each
+        query; or bool [batch, query, key], true where the query may see the key.
+      key_scales, value_scales: float32 [batch, heads, key], or None.
+      dropout: of the softmax's weights; None for none.
+      softmax_dtype: dtype of the scores and their softmax.
+    """
+
+    query: Any  # or what jax puts in its place while it transforms a function
+    key: Any
+    value: Any
+    visible: Any
+    key_scales: Any = None
+    value_scales: Any = None
+    dropout: WeightDropout | None = None
+    softmax_dtype: str = struct.field(pytree_node=False, default="float32")
+
+    @property
+    def has_ranges(self) -> bool:
+        """Whether `visible` holds ranges, not a mask."""
+        return bool(self.visible.dtype != bool)
+
+    @property
+    def has_one_range(self) -> bool:
+        """Whether `visible` holds one range for each query."""
+        return self.has_ranges and self.visible.shape[-1] == 2
+
+
+def on_each_device(function: Callable[[Arguments], Array], arguments: Arguments) -> Array:
+    """Call `function` under a mesh with each device's own rows and heads.
+
+    Args:
+      function: attends on one device; of arguments without scales or dropout.
+    """
+    if mesh_to_divide() is None:
+        return function(arguments)
+    axes = ("batch", "seq", "heads", "head_dim")
+    batch, _, heads, _ = fitting_activation_spec(arguments.query.shape, axes)
+    of_keys = PartitionSpec(batch, heads)
+    of_queries = PartitionSpec(batch, None, heads)
+    specs: Any = arguments.replace(  # type: ignore[attr-defined]
+        query=of_queries, key=of_keys, value=of_keys, visible=PartitionSpec(batch)
+    )
+    run: Any = functools.partial(jax.shard_map, check_vma=False)
+    divided: Array = run(function, in_specs=(specs,), out_specs=of_queries)(arguments)
+    return divided
