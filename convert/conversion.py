@@ -31,7 +31,7 @@ from glm_jax.config import GLMConfig
 from glm_jax.errors import UserError, is_no_room
 from glm_jax.model import params as glm_params
 from glm_jax.model.params import KERNEL_AXES, LINEAR_NAMES, LayerParams, LinearParams
-from glm_jax.quantization import QuantizedArray, Scheme
+from glm_jax.quantization import QuantizedArray, Scheme, WeightFormat
 from glm_jax.sharding import make_mesh, parameter_sharding
 from glm_jax.tokenizer import Tokenizer
 
@@ -165,10 +165,8 @@ class _Conversion:
         self._options, self._output = options, output.resolve()
         self.partial = self._output.with_name(self._output.name + ".partial")
         self._folder = self.partial / parameter_files.PARAMS_FOLDER
-        self._bits = checkpoint.bits(config)
-        if options.quantization is not None:
-            self._bits = Scheme.parse(options.quantization).bits
-        self._mesh = _storage_mesh(config, self._bits)
+        self._stored = _stored_format(checkpoint, config, options)
+        self._mesh = _storage_mesh(config, self._stored)
         self._buffers = [_Buffers(), _Buffers()]
 
     def open(self, plan: dict[str, Any]) -> None:
@@ -205,8 +203,7 @@ class _Conversion:
     def _check_room(self) -> None:
         """Says no before anything is written, where that is bound to fail half-way."""
         count = glm_params.parameter_count(self._config)
-        item = np.dtype(self._config.param_dtype).itemsize
-        needed = count * (self._bits / 8 if self._bits else item)
+        needed = count * self._stored.bits / 8
         there = _bytes_below(self._folder)
         if missing := files.missing_room(self.partial, int(needed) - there):
             raise _no_room(self.partial, missing)
@@ -288,8 +285,7 @@ class _Conversion:
                 scheme = Scheme.parse(self._options.quantization)
                 kernel = quantized_kernel(kernel, scheme, KERNEL_AXES[name])
             if isinstance(kernel, QuantizedArray):
-                values = self._place(kernel.values, axes)
-                kernel = kernel.replace(values=values)  # type: ignore[attr-defined]
+                kernel = dataclasses.replace(kernel, values=self._place(kernel.values, axes))
             else:
                 kernel = self._place(kernel, axes)
             return LinearParams(kernel, linear.bias)
@@ -342,11 +338,9 @@ class _Conversion:
             print(f"{name} holds {count} numbers that are NaN or infinite")
         for difference in self._checkpoint.differing_copies.values():
             print(difference)
-        bits = self._checkpoint.bits(self._config)
-        kind = f"int{bits}" if bits else self._options.quantization or self._config.param_dtype
         print(
             f"wrote {self._output}: {glm_params.parameter_count(self._config):,} parameters, "
-            f"{kind}, from {len(self._checkpoint.shards)} shards"
+            f"{self._stored.name}, from {len(self._checkpoint.shards)} shards"
         )
 
     def _give_name(self, extra_files: tuple[Path, ...]) -> None:
@@ -354,7 +348,7 @@ class _Conversion:
             shutil.rmtree(left, ignore_errors=True)
         if (self.partial / _PLAN_FILE).exists():
             (self.partial / _PLAN_FILE).replace(self.partial / PROVENANCE_FILE)
-        describe_model(self.partial, self._config, extra_files)
+        describe_model(self.partial, self._config, self._stored, extra_files)
         files.put_in_place(self.partial, self._output)
 
 
@@ -387,11 +381,21 @@ class _Buffers:
         return array
 
 
-def _storage_mesh(config: GLMConfig, bits: int | None) -> Mesh:
+def _stored_format(checkpoint: SatCheckpoint, config: GLMConfig, options: Options) -> WeightFormat:
+    """What kernels are written as."""
+    if options.quantization is not None:
+        return Scheme.parse(options.quantization).format
+    bits = checkpoint.bits(config)
+    if bits is None:
+        return WeightFormat(config.param_dtype)
+    return WeightFormat(f"int{bits}", shards=len(checkpoint.shards))
+
+
+def _storage_mesh(config: GLMConfig, stored: WeightFormat) -> Mesh:
     """Devices along the tensor axis, as many as all that is split over it divides by."""
     devices = jax.devices("cpu")
     inputs = (config.inner_hidden_size, config.hidden_size)
-    packed = [size // 2 for size in inputs] if bits == 4 else []
+    packed = [size // 2 for size in inputs] if stored.bits == 4 else []
     sizes = (config.num_heads, config.vocab_size, *inputs, *packed)
     count = next(
         n for n in (16, 8, 4, 2, 1) if n <= len(devices) and not any(size % n for size in sizes)

@@ -16,6 +16,7 @@ from glm_jax.checkpoints.adapter_folder import identity_of, load_adapter
 from glm_jax.checkpoints.model_folder import describe_model
 from glm_jax.model.adapters import merged_kernel
 from glm_jax.model.params import LayerNormParams, LayerParams, LinearParams, map_layer_linears
+from glm_jax.quantization import WeightFormat
 from glm_jax.tokenizer import MODEL_FILE, Tokenizer
 
 
@@ -95,7 +96,9 @@ def write_merged(source: Path, adapter: Path, output: Path) -> None:
             parameter_files.write_part(
                 folder, parameter_files.layers_part(index, index + 1), stacked
             )
-        describe_model(partial, model.config, _tokenizer_files(source))
+        describe_model(
+            partial, model.config, WeightFormat(model.config.param_dtype), _tokenizer_files(source)
+        )
     print(f"wrote {output}")
 
 

@@ -25,7 +25,7 @@ from glm_jax.checkpoints.model_folder import (
     check_files,
     load_config,
     restore_layers,
-    stored_bits,
+    stored_format,
 )
 from glm_jax.config import GLMConfig
 from glm_jax.model.params import LINEAR_NAMES, LayerNormParams, LayerParams, LinearParams
@@ -93,8 +93,9 @@ class _Folder:
         checksums = check_files(folder)
         self._params = folder.absolute() / parameter_files.PARAMS_FOLDER
         self._ranges = parameter_files.layer_ranges(self._params, self.config.num_layers)
-        self.bits = stored_bits(folder, self.config)
-        self.kind = f"model folder, {_precision(self)}{_if_unchecked(checksums)}"
+        self._stored = stored_format(folder)
+        self.bits = self._stored.bits if self._stored.is_quantized else None
+        self.kind = f"model folder, {self._stored.name}{_if_unchecked(checksums)}"
         self._norm: LayerNormParams | None = None
 
     def embedding(self) -> np.ndarray:
@@ -114,7 +115,7 @@ class _Folder:
 
     def layers(self) -> Iterator[LayerParams]:
         for first, end in self._ranges:
-            some = restore_layers(self._params, self.config, first, end)
+            some = restore_layers(self._params, self.config, self._stored, first, end)
             for i in range(end - first):
                 yield jax.tree.map(lambda x, i=i: np.asarray(x[i]), some)
 

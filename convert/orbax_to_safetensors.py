@@ -22,7 +22,7 @@ from glm_jax.checkpoints.checksums import chunk_checksum
 from glm_jax.checkpoints.model_folder import describe_model
 from glm_jax.files import whole_folder, write_text
 from glm_jax.model.params import LINEAR_NAMES
-from glm_jax.quantization import QuantizedArray
+from glm_jax.quantization import QuantizedArray, WeightFormat
 
 FLAGS = flags.FLAGS
 
@@ -92,7 +92,8 @@ def export(source: Path, output: Path, most_bytes: int) -> None:
         files.add(f"{sat_layout.FINAL_LAYERNORM}.weight", last.scale)
         files.add(f"{sat_layout.FINAL_LAYERNORM}.bias", last.bias)
         files.close()
-        describe_model(partial, model.config, checksums=files.checksums)
+        stored = WeightFormat(model.config.param_dtype)
+        describe_model(partial, model.config, stored, checksums=files.checksums)
     print(f"wrote {output}: {files.bytes:,} bytes")
 
 

@@ -127,6 +127,16 @@ RANGES = {
 }
 
 
+# What tells the models of the family apart, and the one value of each that is implemented.
+ARCHITECTURE: dict[str, Any] = {
+    "norm": "layernorm",
+    "residual": "deepnorm",
+    "activation": "geglu",
+    "positions": "rotary",
+    "output_projection": "tied",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class GLMConfig:
     """Architecture and number formats of one GLM model (arXiv:2210.02414, section 2.1).
@@ -149,6 +159,13 @@ class GLMConfig:
       cache_dtype: keys and values kept while decoding: a float dtype, or "int8" with a scale
         for each head and position; None for compute_dtype.
       special_tokens: ids of the tokens that are not text, None if not known.
+      norm: of a block's inputs, "layernorm" (`layers.layer_norm`).
+      residual: where norms stand and what is added, "deepnorm": x = norm(x) * alpha + f(norm(x))
+        (`glm.block`).
+      activation: of the feed-forward layer, "geglu", which is gated (`layers.geglu`).
+      positions: "rotary" (`layers.apply_rotary`).
+      output_projection: "tied": the word embedding itself (`glm.logits`).
+      num_key_value_heads: None for num_heads, one for each query head.
     """
 
     num_layers: int
@@ -165,9 +182,25 @@ class GLMConfig:
     softmax_dtype: str = "float32"
     cache_dtype: str | None = None
     special_tokens: SpecialTokens | None = None
+    norm: str = "layernorm"
+    residual: str = "deepnorm"
+    activation: str = "geglu"
+    positions: str = "rotary"
+    output_projection: str = "tied"
+    num_key_value_heads: int | None = None
 
     def __post_init__(self) -> None:
         check_ranges(self, RANGES)
+        for name, value in ARCHITECTURE.items():
+            if getattr(self, name) != value:
+                raise ConfigError(
+                    f"{name}={shown(getattr(self, name))}: only {value!r} is implemented"
+                )
+        if self.num_key_value_heads not in (None, self.num_heads):
+            raise ConfigError(
+                f"num_key_value_heads={shown(self.num_key_value_heads)}: only num_heads="
+                f"{self.num_heads} of them, or None for as many, are implemented"
+            )
         if self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"hidden_size={self.hidden_size} does not divide into num_heads={self.num_heads}"

@@ -89,6 +89,24 @@ def test_nonsense_in_a_model_folder_is_refused(text, message):
         GLMConfig.from_json(fields)
 
 
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"norm": "rmsnorm"},
+        {"residual": "pre"},
+        {"activation": "gelu"},
+        {"positions": "learned"},
+        {"output_projection": "own"},
+        {"num_key_value_heads": 1},
+    ],
+)
+def test_what_no_code_computes_is_refused(field):
+    [(name, value)] = field.items()
+    with pytest.raises(ConfigError, match=rf"^{name}={value!r}: only .* implemented"):
+        glm_config("tiny", **field)
+    assert glm_config("tiny", num_key_value_heads=4) != glm_config("tiny")
+
+
 def test_json_too_deep_to_read_is_refused():
     with pytest.raises(ConfigError, match="not JSON"):
         GLMConfig.from_json("[" * 100_000)

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Array
 
 from glm_jax.checkpoints.array_reader import Buffers, empty_buffers, placed
-from glm_jax.model.params import LayerParams, layers_apart, some_layers
+from glm_jax.model.layer_stacks import as_layers, split
+from glm_jax.model.params import LayerParams
 from glm_jax.model.streamed_layers import HOST_MEMORY, OffloadedLayers, is_streamed, resident_count
 
 
@@ -51,9 +52,9 @@ def gathered(
                 resident = HostStack(kept, False)
         cut = min(max(kept - part.first, 0), part.end - part.first)
         if cut:
-            resident.put(some_layers(part.layers, 0, cut), part.first)
+            resident.put(as_layers(part.layers).stacked(0, cut), part.first)
         if streamed is not None and part.end > kept:
-            others = some_layers(part.layers, cut, part.end - part.first)
+            others = as_layers(part.layers).stacked(cut, part.end - part.first)
             streamed.put(others, part.first + cut - kept)
     if streamed is None:
         return resident.finish()
@@ -73,7 +74,7 @@ class _Apart:
 
     def put(self, layers: LayerParams, first: int) -> None:
         assert first == len(self._layers), "parts come in order"
-        self._layers += layers_apart(layers)
+        self._layers += split(layers)
 
     def finish(self) -> tuple[LayerParams, ...]:
         return tuple(self._layers)

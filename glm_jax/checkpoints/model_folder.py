@@ -4,6 +4,8 @@ A folder is written under another name and renamed when whole, so that a path ei
 holds a complete model or nothing.
 """
 
+import dataclasses
+import json
 import math
 import os
 import shutil
@@ -16,19 +18,23 @@ from jax.sharding import Mesh
 from glm_jax import files, processes, tokenizer
 from glm_jax.checkpoints import parameter_files
 from glm_jax.checkpoints.adapter_folder import load_adapter, model_identity
-from glm_jax.checkpoints.array_reader import reusing_memory
+from glm_jax.checkpoints.array_reader import array_name, reusing_memory
 from glm_jax.checkpoints.checksums import CHECKSUMS_FILE, checked_files, write_checksums
 from glm_jax.checkpoints.layer_assembly import HostStack, Part, gathered
 from glm_jax.checkpoints.parameter_files import PARAMS_FOLDER, CheckpointError
 from glm_jax.config import ConfigError, GLMConfig
 from glm_jax.model import adapters
 from glm_jax.model import params as glm_params
-from glm_jax.model.params import KERNEL_AXES, GLMParams, LayerParams, LinearParams
+from glm_jax.model.abstract_params import abstract_quantized
+from glm_jax.model.layer_stacks import as_layers
+from glm_jax.model.params import LINEAR_NAMES, GLMParams, LayerParams, is_row_parallel
 from glm_jax.model.streamed_layers import device_bytes
 from glm_jax.numerics import array_dtype
-from glm_jax.quantization import QuantizedArray, Scheme
+from glm_jax.quantization import QuantizationError, QuantizedArray, Scheme, WeightFormat
+from glm_jax.quantization.formats import format_of
 
 CONFIG_FILE = "config.json"
+_FORMAT = "weight_format"  # its field beside those of `GLMConfig`
 _PART_BYTES = 4 << 30
 _EDITABLE = (CONFIG_FILE, tokenizer.MODEL_FILE, tokenizer.CONFIG_FILE)
 
@@ -49,18 +55,20 @@ def save_model(
     Raises:
       OutputError: the folder holds something already, or cannot be written.
     """
+    layers = as_layers(params.layers)
     with files.whole_folder(path) as partial:
         folder = partial / PARAMS_FOLDER
         step = _layers_a_part(config, params.layers)
         for first in range(0, config.num_layers, step):
             end = min(first + step, config.num_layers)
-            some = glm_params.some_layers(params.layers, first, end)
+            some = layers.stacked(first, end)
+            stored = format_in_memory(config, some)
             parameter_files.write_part(folder, parameter_files.layers_part(first, end), some)
         parameter_files.write_part(
             folder, parameter_files.EMBEDDING, parameter_files.embedding_tree(params)
         )
         if processes.is_first():
-            describe_model(partial, config, extra_files)
+            describe_model(partial, config, stored, extra_files)
 
 
 def _layers_a_part(config: GLMConfig, layers: Any) -> int:
@@ -72,17 +80,20 @@ def _layers_a_part(config: GLMConfig, layers: Any) -> int:
 def describe_model(
     partial: Path,
     config: GLMConfig,
+    stored: WeightFormat,
     extra_files: tuple[Path, ...] = (),
     checksums: dict[str, int] | None = None,
 ) -> None:
     """Puts beside all parameters what makes their folder a model folder.
 
     Args:
+      stored: the format of the kernels, which `config.json` names.
       checksums: of arrays that lie in the folder itself; those of parts lie with them.
     """
     for file in extra_files:
         shutil.copy2(file, partial / file.name)
-    files.write_text(partial / CONFIG_FILE, config.to_json())
+    content = dataclasses.asdict(config) | {_FORMAT: stored.name}
+    files.write_text(partial / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
     of_parts = (partial / PARAMS_FOLDER).glob(f"*/{CHECKSUMS_FILE}")
     write_checksums(partial, (*partial.iterdir(), *of_parts), checksums or {})
 
@@ -93,6 +104,10 @@ def load_config(path: str | os.PathLike[str]) -> GLMConfig:
     Raises:
       CheckpointError: there is none, or it cannot be read.
     """
+    return _read_config(path)[0]
+
+
+def _read_config(path: str | os.PathLike[str]) -> tuple[GLMConfig, WeightFormat]:
     file = Path(path) / CONFIG_FILE
     if_missing = (
         f"{path} holds no model ({CONFIG_FILE} is missing): give a folder that a converter, "
@@ -100,8 +115,15 @@ def load_config(path: str | os.PathLike[str]) -> GLMConfig:
     )
     fields = files.read_json(file, CheckpointError, if_missing)
     try:
-        return GLMConfig.from_dict(fields)
-    except ConfigError as error:
+        name = fields.pop(_FORMAT, None) if isinstance(fields, dict) else None
+        config = GLMConfig.from_dict(fields)
+        if name is None:
+            raise ConfigError(
+                f"it names no {_FORMAT}: add what the kernels are stored as, such as "
+                f'"{_FORMAT}": "{config.param_dtype}", or convert the model again'
+            )
+        return config, WeightFormat.parse(name)
+    except (ConfigError, QuantizationError) as error:
         raise CheckpointError(f"{file}: {error}") from error
 
 
@@ -118,15 +140,34 @@ def check_files(path: str | os.PathLike[str]) -> dict[str, int] | None:
         return checked_files(Path(path), _EDITABLE)
 
 
-def stored_bits(path: str | os.PathLike[str], config: GLMConfig) -> int | None:
-    """8 or 4 where a model folder holds its kernels as integers, else None."""
-    folder = Path(path).absolute() / PARAMS_FOLDER
-    first = parameter_files.layer_ranges(folder, config.num_layers)[0]
-    stored = parameter_files.part_metadata(folder, parameter_files.layers_part(*first))[
-        "query_key_value"
-    ]["kernel"]
-    is_quantized = isinstance(stored, dict)
-    return 8 * stored["values"].shape[1] // config.hidden_size if is_quantized else None
+def stored_format(path: str | os.PathLike[str]) -> WeightFormat:
+    """The format of a model folder's kernels.
+
+    Raises:
+      CheckpointError: there is no model, or its config names no format.
+    """
+    return _read_config(path)[1]
+
+
+def format_in_memory(config: GLMConfig, layers: LayerParams) -> WeightFormat:
+    """The format of stacked layers; the config's param_dtype where they are floats.
+
+    Raises:
+      CheckpointError: the kernels are quantised in ways that no format names.
+    """
+    kernels = [getattr(layers, name).kernel for name in LINEAR_NAMES]
+    if not isinstance(kernels[0], QuantizedArray):
+        return WeightFormat(config.param_dtype)
+    sizes = [
+        (kernel.shape[kernel.contraction_axis], is_row_parallel(name), kernel.groups)
+        for name, kernel in zip(LINEAR_NAMES, kernels, strict=True)
+    ]
+    stored = format_of(kernels[0].bits, kernels[0].zero_points is not None, sizes)
+    if stored is None:
+        raise CheckpointError(
+            f"the kernels' groups of inputs ({sizes}) are no format's: quantise all in one way"
+        )
+    return stored
 
 
 def restore(
@@ -166,7 +207,10 @@ def restore(
       OffloadError: the limit leaves no room for two blocks.
     """
     scheme = None if quantization is None else Scheme.parse(quantization)
-    config = load_config(path)
+    config, stored = _read_config(path)
+    if scheme is not None and stored.is_quantized:
+        _check_same(path, stored, scheme)
+        scheme = None
     folder = Path(path).absolute() / PARAMS_FOLDER
     ranges = parameter_files.layer_ranges(folder, config.num_layers)
     check_files(path)
@@ -176,8 +220,8 @@ def restore(
         return part if dtype is None else glm_params.cast_params(part, array_dtype(dtype))
 
     def read(first: int, end: int) -> Any:
-        part = restore_layers(folder, config, first, end, mesh)
-        return cast(part if scheme is None else _quantize_restored(part, scheme, path))
+        part = restore_layers(folder, config, stored, first, end, mesh)
+        return cast(part if scheme is None else glm_params.quantize_layers(part, scheme))
 
     layers: Any
     limit = math.inf if weight_memory_limit is None else weight_memory_limit
@@ -187,7 +231,7 @@ def restore(
         rest = cast(parameter_files.read_part(folder, parameter_files.EMBEDDING, target, metadata))
         is_as_stored = scheme is None and dtype is None and weight_memory_limit is None
         if is_as_stored and _is_on_cpu(described):
-            layers = _read_into_stack(folder, config, ranges, mesh)
+            layers = _read_into_stack(folder, config, stored, ranges, mesh)
         else:
             read_parts = (Part(first, end, read(first, end)) for first, end in ranges)
             layers = gathered(read_parts, config.num_layers, device_bytes(rest), limit)
@@ -206,22 +250,45 @@ def _is_on_cpu(described: GLMParams) -> bool:
     return next(iter(sharding.device_set)).platform == "cpu"
 
 
+def _check_same(path: Any, stored: WeightFormat, scheme: Scheme) -> None:
+    """Raises CheckpointError where a quantised model would have to become another one."""
+    is_other = (
+        stored.bits != scheme.bits
+        or scheme.group_size not in (None, stored.group_size)
+        or (scheme.zero_point and not stored.zero_point)
+    )
+    if is_other:
+        raise CheckpointError(
+            f"{path} is stored as {stored.name} already and cannot become {scheme.format.name}: "
+            "quantise the float model"
+        )
+
+
 def _read_into_stack(
-    folder: Path, config: GLMConfig, ranges: list[tuple[int, int]], mesh: Mesh | None
+    folder: Path,
+    config: GLMConfig,
+    stored: WeightFormat,
+    ranges: list[tuple[int, int]],
+    mesh: Mesh | None,
 ) -> LayerParams:
     """All layers as they are stored, each part read to its place in the stack."""
     stack = HostStack(config.num_layers, False)
     for first, end in ranges:
         name = parameter_files.layers_part(first, end)
         metadata = parameter_files.part_metadata(folder, name)
-        target = _abstract_layers(metadata, config, end - first, mesh)
+        target = _abstract_layers(metadata, stored, config, end - first, mesh)
         # One after another: they share the disk, and buffers that are had again.
         parameter_files.read_part_into(folder, name, target, stack.room(target, first), metadata)
     return stack.finish()
 
 
 def restore_layers(
-    folder: Path, config: GLMConfig, first: int, end: int, mesh: Mesh | None = None
+    folder: Path,
+    config: GLMConfig,
+    stored: WeightFormat,
+    first: int,
+    end: int,
+    mesh: Mesh | None = None,
 ) -> LayerParams:
     """A part's layers, stacked, as they are stored.
 
@@ -230,25 +297,8 @@ def restore_layers(
     """
     name = parameter_files.layers_part(first, end)
     metadata = parameter_files.part_metadata(folder, name)
-    target = _abstract_layers(metadata, config, end - first, mesh)
+    target = _abstract_layers(metadata, stored, config, end - first, mesh)
     layers: LayerParams = parameter_files.read_part(folder, name, target, metadata)
-    return layers
-
-
-def _quantize_restored(layers: LayerParams, scheme: Scheme, path: Any) -> LayerParams:
-    kernel = layers.query_key_value.kernel
-    if not isinstance(kernel, QuantizedArray):
-        return glm_params.quantize_layers(layers, scheme)
-    is_other = (
-        kernel.bits != scheme.bits
-        or scheme.group_size not in (None, kernel.group_size)
-        or (scheme.zero_point and kernel.zero_points is None)
-    )
-    if is_other:
-        raise CheckpointError(
-            f"{path} is quantised to int{kernel.bits} already, {kernel.group_size} inputs a "
-            "group, and cannot become something else: quantise the float model"
-        )
     return layers
 
 
@@ -259,33 +309,15 @@ def _abstract(config: GLMConfig, mesh: Mesh | None) -> GLMParams:
 
 
 def _abstract_layers(
-    metadata: Any, config: GLMConfig, count: int, mesh: Mesh | None
+    metadata: Any, stored: WeightFormat, config: GLMConfig, count: int, mesh: Mesh | None
 ) -> LayerParams:
-    """`count` layers as a part's metadata says they are stored: kernels quantised where the
-    file's are."""
-    specs: Any = glm_params.specs(config).layers
-    some: Any = _abstract(config.replace(num_layers=count), mesh).layers
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-    def stored_linear(name: str, linear: LinearParams) -> LinearParams:
-        stored = metadata.get(name, {}).get("kernel")
-        if not isinstance(stored, dict):
-            return linear
-        values, scales = stored["values"], stored["scales"]
-        shardings = (device, device)
-        if mesh is not None:
-            spec = getattr(specs, name).kernel
-            shardings = glm_params.quantized_sharding(mesh, spec, values.shape, scales.shape)
-        describe = lambda x, i: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[i])
-        zero_points = stored.get("zero_points")
-        kernel = QuantizedArray(
-            values=describe(values, 0),
-            scales=describe(scales, 1),
-            bits=8 * values.shape[1] // linear.kernel.shape[1],
-            contraction_axis=glm_params.contraction_axis(values),
-            zero_points=None if zero_points is None else describe(zero_points, 1),
-            axes=KERNEL_AXES[name],
-        )
-        return LinearParams(kernel=kernel, bias=linear.bias)
-
-    return glm_params.map_layer_linears(stored_linear, some)
+    """`count` layers as a format says that they are stored, scales in the part's own dtype."""
+    config = config.replace(num_layers=count)
+    if not stored.is_quantized:
+        floats: Any = _abstract(config, mesh).layers
+        return floats
+    found = dict(jax.tree_util.tree_leaves_with_path(metadata))
+    scales = next((x for path, x in found.items() if array_name(path).endswith(".scales")), None)
+    tree = abstract_quantized(config, mesh, stored, None if scales is None else scales.dtype)
+    layers: Any = tree.layers
+    return parameter_files.on_one_device(layers) if mesh is None else layers

@@ -107,7 +107,7 @@ def described_params(config: GLMConfig, mesh: Mesh | None, scheme: Scheme | None
     if scheme is None:
         tree = glm_params.abstract(config, mesh)
     else:
-        tree = abstract_quantized(config, mesh, scheme)
+        tree = abstract_quantized(config, mesh, scheme.format)
     placed: GLMParams = parameter_files.on_one_device(tree) if mesh is None else tree
     return placed
 
@@ -160,10 +160,9 @@ def _random_kernel(like: QuantizedArray, key: PRNGKeyArray) -> QuantizedArray:
     zero_points = like.zero_points
     if zero_points is not None:
         zero_points = jax.random.randint(of_zeros, zero_points.shape, -1, 2, jnp.int8)
-    made: QuantizedArray = like.replace(  # type: ignore[attr-defined]
-        values=values, scales=scales.astype(like.scales.dtype), zero_points=zero_points
+    return dataclasses.replace(
+        like, values=values, scales=scales.astype(like.scales.dtype), zero_points=zero_points
     )
-    return made
 
 
 def _symmetric(values: Array, bits: int, largest: int) -> Array:

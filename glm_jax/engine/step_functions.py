@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from glm_jax.config import GLMConfig
 from glm_jax.engine.slots import Emitted, Slots, choose, put_back
 from glm_jax.model import glm
+from glm_jax.model.layer_stacks import as_layers
 from glm_jax.model.layers import rotary_factors
 from glm_jax.model.paged_cache import PagedKVCache, Paging
 from glm_jax.model.params import GLMParams
@@ -61,9 +62,8 @@ def prefill_layers(
     """
     rotary = rotary_factors(config, pack.position_ids)
     ranges = pack.visibility.key_ranges
-    if isinstance(layers, tuple):
-        return glm.run_unrolled(layers, config, x, rotary, ranges, cache, pack.paging)
-    return glm.run_looped(layers, config, x, rotary, ranges, cache, pack.paging, first, end)
+    bounds = None if as_layers(layers).is_apart else (first, end)
+    return glm.run_layers(layers, config, x, rotary, ranges, cache, pack.paging, bounds)
 
 
 @functools.partial(

@@ -7,23 +7,22 @@ up [rank, *outputs]. W may be quantised: it is never changed, nor written out as
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from glm_jax.config import ConfigError, GLMConfig, Range
 from glm_jax.model import params as glm_params
+from glm_jax.model.layer_stacks import as_layers
 from glm_jax.model.params import (
     KERNEL_AXES,
     LINEAR_NAMES,
-    AdaptedKernel,
     Adapters,
     GLMParams,
+    LayerParams,
     LinearParams,
-    LowRank,
     ParamSpec,
     map_layer_linears,
 )
-from glm_jax.model.streamed_layers import OffloadedLayers
+from glm_jax.model.weights import AdaptedWeight, LowRank
 
 # Of `AdapterConfig`.
 RANGES = {
@@ -105,35 +104,18 @@ def specs(config: GLMConfig, adapter: AdapterConfig) -> Adapters:
 
 
 def attach(params: GLMParams, adapters: Adapters, scale: float) -> GLMParams:
-    """The model with adapters beside its kernels; layers stacked, a tuple, or offloaded."""
-    layers: Any = params.layers
-    if isinstance(layers, tuple):
-        changed: Any = _attach_each(layers, adapters, scale)
-    elif isinstance(layers, OffloadedLayers):
-        of_streamed = jax.tree.map(lambda x: x[layers.resident_count :], adapters)
-        streamed = _attach(layers.streamed, of_streamed, scale)
-        changed = OffloadedLayers(_attach_each(layers.resident, adapters, scale), streamed)
-    else:
-        changed = _attach(layers, adapters, scale)
-    attached: GLMParams = params.replace(layers=changed)  # type: ignore[attr-defined]
-    return attached
+    """The model with adapters beside its kernels, layers in any form."""
 
+    def adapted(layers: LayerParams, own: Adapters) -> LayerParams:
+        def change(name: str, linear: LinearParams) -> LinearParams:
+            pair = own.pairs.get(name)
+            if pair is None:
+                return linear
+            return LinearParams(AdaptedWeight(linear.kernel, pair, scale), linear.bias)
 
-def _attach_each(layers: tuple[Any, ...], adapters: Adapters, scale: float) -> tuple[Any, ...]:
-    """Of blocks apart, the first ones, each with its own."""
-    count = len(jax.tree.leaves(adapters)[0])
-    own = glm_params.transposed(glm_params.apart(adapters), count)
-    return tuple(_attach(layer, own[i], scale) for i, layer in enumerate(layers))
+        return map_layer_linears(change, layers)
 
-
-def _attach(layers: Any, adapters: Adapters, scale: float) -> Any:
-    def change(name: str, linear: LinearParams) -> LinearParams:
-        pair = adapters.pairs.get(name)
-        if pair is None:
-            return linear
-        return LinearParams(AdaptedKernel(linear.kernel, pair, scale), linear.bias)
-
-    return map_layer_linears(change, layers)
+    return dataclasses.replace(params, layers=as_layers(params.layers).map(adapted, adapters))
 
 
 def merged_kernel(kernel: Any, pair: LowRank, scale: float) -> Any:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, Float, Int, Int32, Shaped
 
 from glm_jax.config import GLMConfig
 from glm_jax.sharding import activation_sharding
@@ -28,6 +28,15 @@ class LayerCache:
     values: Shaped[Any, "*layers batch heads length head_dim"]
     key_scales: Float[Any, "*layers batch heads length"] | None = None
     value_scales: Float[Any, "*layers batch heads length"] | None = None
+
+    def of_layer(self, index: Int[Array, ""] | int) -> "LayerCache":
+        one = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+        taken: LayerCache = jax.tree.map(one, self)
+        return taken
+
+    def with_layer(self, index: Int[Array, ""] | int, written: "LayerCache") -> "LayerCache":
+        put: LayerCache = jax.tree.map(lambda c, new: c.at[index].set(new), self, written)
+        return put
 
 
 KVCache = LayerCache | tuple[LayerCache, ...]

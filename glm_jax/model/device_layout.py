@@ -1,19 +1,19 @@
 """A model in the form that decodes fastest where it is."""
 
+import dataclasses
+import functools
+from typing import Any
+
 import jax
+from jaxtyping import Array
 
 from glm_jax.errors import UserError
 from glm_jax.kernels.quantized_matmul import cpu
-from glm_jax.kernels.quantized_matmul.api import is_quantized
 from glm_jax.kernels.quantized_matmul.api import prepare as prepare_weight
-from glm_jax.model.params import (
-    AdaptedKernel,
-    GLMParams,
-    LinearParams,
-    map_linears,
-    unstack_layers,
-)
+from glm_jax.model.layer_stacks import map_linears, unstack_layers
+from glm_jax.model.params import GLMParams, LinearParams
 from glm_jax.model.streamed_layers import OffloadedLayers
+from glm_jax.model.weights import TransposedWeight
 from glm_jax.quantization import Scheme, quantize
 
 _EMBEDDING_GROUP = 128  # inputs that share a scale, of an embedding in 4 bits
@@ -56,32 +56,26 @@ def prepare(
     params = unstack_layers(params)
     if not is_one_cpu:
         return params
-    params = map_linears(lambda _, linear: _prepared(linear, activation_bits), params)
-    table = params.word_embeddings
-    if not is_quantized(table):
-        table = table.T
+
+    def lay_out_kernel(_: str, linear: LinearParams) -> LinearParams:
+        tile = functools.partial(prepare_weight, activation_bits=activation_bits)
+        return LinearParams(linear.weight.laid_out(tile), linear.bias)
+
+    def lay_out_table(table: Array) -> Any:
+        columns: Any = table.T
         if embedding_bits is not None:
-            table = quantize(table, _embedding_scheme(embedding_bits, len(table)), -2)
-        tiled = prepare_weight(table, activation_bits)
-        is_tiled = isinstance(tiled, cpu.TiledArray)
-        if embedding_bits is not None and not is_tiled:
+            columns = quantize(columns, _embedding_scheme(embedding_bits, len(columns)), -2)
+        if cpu.can_tile(columns):
+            return TransposedWeight(cpu.tile(columns, activation_bits))
+        if embedding_bits is not None:
             raise PrecisionError(
                 f"embedding_bits={embedding_bits}: the CPU kernel takes widths that divide by "
-                f"8, this model's is {table.shape[0]}; leave it out"
+                f"8, this model's is {columns.shape[0]}; leave it out"
             )
-        table = tiled if is_tiled else params.word_embeddings
-    prepared: GLMParams = params.replace(word_embeddings=table)  # type: ignore[attr-defined]
-    return prepared
+        return table
 
-
-def _prepared(linear: LinearParams, activation_bits: int | None) -> LinearParams:
-    kernel = linear.kernel
-    if isinstance(kernel, AdaptedKernel):
-        frozen = prepare_weight(kernel.frozen, activation_bits)
-        kernel = kernel.replace(frozen=frozen)  # type: ignore[attr-defined]
-    else:
-        kernel = prepare_weight(kernel, activation_bits)
-    return LinearParams(kernel, linear.bias)
+    table = params.embedding.laid_out(lay_out_table)
+    return dataclasses.replace(map_linears(lay_out_kernel, params), word_embeddings=table)
 
 
 def _embedding_scheme(bits: int, inputs: int) -> Scheme:

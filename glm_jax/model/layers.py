@@ -1,5 +1,6 @@
 """The parts of a block, as plain functions."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,9 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from glm_jax.config import GLMConfig
 from glm_jax.kernels.attention.dropout import WeightDropout
-from glm_jax.kernels.quantized_matmul.api import is_quantized, quantized_matmul
-from glm_jax.model.params import AdaptedKernel, LayerNormParams, LinearParams, LowRank
-from glm_jax.numerics import dot_general
+from glm_jax.model.params import LayerNormParams, LinearParams
 
 
 def layer_norm(
@@ -43,7 +42,7 @@ class Dropout:
     adapter_rate: float = struct.field(pytree_node=False, default=0.0)
 
     def of_layer(self, index: Int[Array, ""] | int) -> "Dropout":
-        return self.replace(key=jax.random.fold_in(self.key, index))  # type: ignore[attr-defined]
+        return dataclasses.replace(self, key=jax.random.fold_in(self.key, index))
 
 
 def weight_dropout(dropout: Dropout | None, place: int) -> WeightDropout | None:
@@ -70,58 +69,18 @@ def _drop(x: Array, rate: float, key: Array, place: int) -> Array:
 def linear(
     x: Float[Array, "..."], params: LinearParams, dropout: Dropout | None = None, place: int = 0
 ) -> Float[Array, "..."]:
-    """x [..., inputs] times a kernel [inputs, *outputs], float or quantised, plus bias.
+    """x [..., inputs] times a weight [inputs, *outputs] plus bias.
 
     Accumulates in float32 and rounds once, to x's dtype.
 
     Args:
-      dropout: of what the kernel's adapter takes, if it has one; `place` as of `drop`.
+      dropout: of the inputs of the weight's adapter, if it has one; `place`: see `drop`.
     """
-    kernel = params.kernel
-    if isinstance(kernel, AdaptedKernel):
-        taken = x if dropout is None else _drop(x, dropout.adapter_rate, dropout.key, place)
-        wide = _linear(x, kernel.frozen, params.bias) + kernel.scale * _low_rank(taken, kernel.pair)
-    else:
-        wide = _linear(x, kernel, params.bias)
-    return wide.astype(x.dtype)
 
+    def adapter_dropout(x: Array) -> Array:
+        return x if dropout is None else _drop(x, dropout.adapter_rate, dropout.key, place)
 
-def _linear(x: Array, kernel: Any, bias: Array) -> Array:
-    if is_quantized(kernel):
-        return quantized_matmul(x, kernel, bias)
-    return _product(x, kernel.astype(x.dtype)) + bias
-
-
-def _low_rank(x: Array, pair: LowRank) -> Array:
-    down, up = pair.down.astype(x.dtype), pair.up.astype(x.dtype)
-    return _product(_product(x, down).astype(x.dtype), up)
-
-
-@jax.custom_vjp
-def _product(x: Array, kernel: Array) -> Array:
-    """x [..., inputs] times a kernel [inputs, *outputs], in float32.
-
-    Its gradient to the kernel comes out as the kernel lies. jax's own is turned, and costs
-    a transpose of what flows back besides.
-    """
-    return dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
-
-
-def _product_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, kernel = kept
-    narrow = gradient.astype(x.dtype)
-    leading, outputs = tuple(range(x.ndim - 1)), tuple(range(x.ndim - 1, gradient.ndim))
-    of_x = dot_general(narrow, kernel, ((outputs, tuple(range(1, kernel.ndim))), ((), ())))
-    # The narrower of the two is the one that is turned for it.
-    is_wide = x.shape[-1] > math.prod(kernel.shape[1:])
-    first, second = (narrow, x) if is_wide else (x, narrow)
-    of_kernel = dot_general(first, second, ((leading, leading), ((), ())))
-    if is_wide:
-        of_kernel = jnp.moveaxis(of_kernel, -1, 0)
-    return of_x.astype(x.dtype), of_kernel.astype(kernel.dtype)
-
-
-_product.defvjp(lambda x, kernel: (_product(x, kernel), (x, kernel)), _product_backward)
+    return params.weight.matmul(x, params.bias, adapter_dropout).astype(x.dtype)
 
 
 def geglu(hidden: Float[Array, "batch seq 2 mlp"]) -> Float[Array, "batch seq mlp"]:

@@ -37,6 +37,13 @@ class PagedCache:
     key_scales: Float[Array, "heads pages page_size"] | None = None
     value_scales: Float[Array, "heads pages page_size"] | None = None
 
+    def of_layer(self, index: Int[Array, ""] | int) -> "PagedCache":
+        """All of it: a layer finds its pages by `Paging.of_layer`."""
+        return self
+
+    def with_layer(self, index: Int[Array, ""] | int, written: "PagedCache") -> "PagedCache":
+        return written
+
 
 PagedKVCache = PagedCache | tuple[PagedCache, ...]
 
@@ -63,6 +70,8 @@ class Paging:
 
     def of_layer(self, index: Int[Array, ""] | int) -> "Paging":
         """The same in pages that follow those of `index` other layers."""
+        if not self.pages_a_layer:  # each layer has pages of its own
+            return self
         first = jnp.asarray(index, jnp.int32) * self.pages_a_layer
         tables = None if self.tables is None else self.tables + first
         moved: Paging = self.replace(pages=self.pages + first, tables=tables)  # type: ignore[attr-defined]

@@ -1,7 +1,6 @@
 """Parameter trees: every array's shape, dtype, logical axes and initialiser.
 
-Layers are stacked on a leading axis, the form that is stored, or a tuple of blocks apart, the
-form that runs: `unstack_layers` and `stack_layers` turn one into the other.
+Layers are stacked on a leading axis here; `layer_stacks` has the other forms.
 """
 
 import dataclasses
@@ -13,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from glm_jax.config import GLMConfig
+from glm_jax.model.weights import Embedding, LowRank, Weight, as_weight
 from glm_jax.quantization import Scheme, quantize
 from glm_jax.sharding import LogicalAxes, parameter_sharding
 
@@ -31,19 +31,16 @@ class LayerNormParams:
 
 @struct.dataclass
 class LinearParams:
-    """kernel: [inputs, *outputs], float, a QuantizedArray, or either in an AdaptedKernel;
-    bias: [*outputs]."""
+    """kernel: [inputs, *outputs], in any form that `as_weight` takes; bias: [*outputs]."""
 
     kernel: Any
     bias: Any
 
-
-@struct.dataclass
-class LowRank:
-    """A pair of matrices: down [inputs, rank], up [rank, *outputs]."""
-
-    down: Any
-    up: Any
+    @property
+    def weight(self) -> Weight:
+        """The interface of the kernel, of one layer."""
+        weight: Weight = as_weight(self.kernel)
+        return weight
 
 
 @struct.dataclass
@@ -51,15 +48,6 @@ class Adapters:
     """Pairs by the linear's name, layers stacked as kernels are; see `model.adapters`."""
 
     pairs: dict[str, LowRank]
-
-
-@struct.dataclass
-class AdaptedKernel:
-    """Stands for frozen + scale * down up, of which no one writes out the sum."""
-
-    frozen: Any
-    pair: LowRank
-    scale: float = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -91,19 +79,30 @@ KERNEL_AXES: dict[str, LogicalAxes] = {
 LINEAR_NAMES = tuple(KERNEL_AXES)
 
 
+def is_row_parallel(name: str) -> bool:
+    """Whether released shards divide a linear's inputs among them, not its outputs."""
+    return KERNEL_AXES[name][0] != "embed"
+
+
 @struct.dataclass
 class GLMParams:
     """The whole model.
 
     Attributes:
-      word_embeddings: [vocab, embed], also the output projection; or, made ready for the
-        CPU kernel, a `TiledArray` [embed, vocab].
+      word_embeddings: [vocab, embed], also the output projection, in any form that `as_weight`
+        takes.
       layers: stacked `LayerParams`, a tuple of them, or `OffloadedLayers`.
     """
 
     word_embeddings: Any
     layers: Any
     final_layernorm: LayerNormParams
+
+    @property
+    def embedding(self) -> Embedding:
+        """The interface of the word embedding."""
+        embedding: Embedding = as_weight(self.word_embeddings)
+        return embedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,8 +191,7 @@ def logical_axes(config: GLMConfig, is_stacked: bool = True) -> GLMParams:
     if is_stacked:
         return axes
     layer = jax.tree.map(lambda a: a[1:], axes.layers, is_leaf=lambda a: type(a) is tuple)
-    apart: GLMParams = axes.replace(layers=(layer,) * config.num_layers)  # type: ignore[attr-defined]
-    return apart
+    return dataclasses.replace(axes, layers=(layer,) * config.num_layers)
 
 
 def axes_of(tree: Any) -> Any:
@@ -265,25 +263,12 @@ def _axis_size(mesh: Mesh, axis: str) -> int:
     return 1 if mesh_axis is None else int(mesh.shape[mesh_axis])
 
 
-def map_linears(
-    function: Callable[[str, LinearParams], LinearParams], params: GLMParams
-) -> GLMParams:
-    """Applies `function(name, linear)` to the four linears of the layers, stacked or not."""
-    change = functools.partial(map_layer_linears, function)
-    layers = params.layers
-    changed: GLMParams = params.replace(  # type: ignore[attr-defined]
-        layers=tuple(map(change, layers)) if isinstance(layers, tuple) else change(layers)
-    )
-    return changed
-
-
 def map_layer_linears(
     function: Callable[[str, LinearParams], LinearParams], layers: LayerParams
 ) -> LayerParams:
-    """`map_linears` for a block, or for stacked ones."""
-    linears = {name: function(name, getattr(layers, name)) for name in LINEAR_NAMES}
-    changed: LayerParams = layers.replace(**linears)  # type: ignore[attr-defined]
-    return changed
+    """Applies `function(name, linear)` to the four linears of a layer, or of stacked ones."""
+    linears: dict[str, Any] = {name: function(name, getattr(layers, name)) for name in LINEAR_NAMES}
+    return dataclasses.replace(layers, **linears)
 
 
 def contraction_axis(kernel: Any) -> int:
@@ -299,11 +284,7 @@ def quantize_params(params: GLMParams, scheme: Scheme) -> GLMParams:
     Raises:
       QuantizationError: a kernel's inputs do not divide into the scheme's groups.
     """
-    layers: Any = params.layers
-    quantized: GLMParams = params.replace(  # type: ignore[attr-defined]
-        layers=quantize_layers(layers, scheme)
-    )
-    return quantized
+    return dataclasses.replace(params, layers=quantize_layers(params.layers, scheme))
 
 
 def quantize_layers(layers: LayerParams, scheme: Scheme) -> LayerParams:
@@ -328,79 +309,3 @@ def cast_params(params: Any, dtype: str) -> Any:
     return jax.tree.map(
         lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params
     )
-
-
-def unstack_layers(params: GLMParams) -> GLMParams:
-    """Layers as a tuple of blocks, for unrolled programs."""
-    if isinstance(params.layers, tuple):
-        return params
-    unstacked: GLMParams = params.replace(  # type: ignore[attr-defined]
-        layers=layers_apart(params.layers)
-    )
-    return unstacked
-
-
-def layers_apart(layers: LayerParams) -> tuple[LayerParams, ...]:
-    """Stacked blocks as a tuple of them."""
-    return transposed(apart(layers), len(layers.input_layernorm.scale))
-
-
-def transposed(columns: Any, count: int) -> tuple[Any, ...]:
-    """Of a tree with tuples of `count` for leaves, as many trees."""
-    return tuple(
-        jax.tree.map(lambda c, i=i: c[i], columns, is_leaf=lambda c: type(c) is tuple)
-        for i in range(count)
-    )
-
-
-def described_apart(params: GLMParams) -> GLMParams:
-    """`unstack_layers` of what describes arrays on a mesh."""
-
-    def of_layer(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        sharding: Any = x.sharding
-        place = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=place)
-
-    layers: Any = params.layers
-    count = layers.input_layernorm.scale.shape[0]
-    apart: GLMParams = params.replace(  # type: ignore[attr-defined]
-        layers=(jax.tree.map(of_layer, layers),) * count
-    )
-    return apart
-
-
-def stack_layers(params: GLMParams) -> GLMParams:
-    """Layers stacked again, the form that is stored; the reverse of `unstack_layers`."""
-    if not isinstance(params.layers, tuple):
-        return params
-    stacked: GLMParams = params.replace(  # type: ignore[attr-defined]
-        layers=some_layers(params.layers, 0, len(params.layers))
-    )
-    return stacked
-
-
-def some_layers(layers: LayerParams | tuple[LayerParams, ...], first: int, end: int) -> LayerParams:
-    """Of a model's layers, stacked or apart, those from `first` up to `end`, stacked."""
-    some: LayerParams
-    if isinstance(layers, tuple):
-        some = jax.tree.map(lambda *parts: jnp.stack(parts), *layers[first:end])
-    elif (first, end) == (0, len(layers.input_layernorm.scale)):
-        some = layers
-    else:
-        some = jax.tree.map(lambda x: x[first:end], layers)
-    return some
-
-
-@jax.custom_vjp
-def _unstack(x: Array) -> tuple[Array, ...]:
-    return tuple(x[i] for i in range(len(x)))
-
-
-@jax.jit
-def apart(stacks: Any) -> Any:
-    """A tree of stacks as one of tuples of their entries."""
-    return jax.tree.map(_unstack, stacks)
-
-
-# A stack of the parts; the transposes of slices would be sums of padded arrays.
-_unstack.defvjp(lambda x: (_unstack(x), None), lambda _, parts: (jnp.stack(parts),))

@@ -4,14 +4,18 @@ What the original did by BMInf: a model larger than the devices' memory runs, as
 blocks come over the bus.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Int
 
 from glm_jax.errors import UserError
+from glm_jax.model.layer_stacks import Index, Step, as_layers, run_one
 from glm_jax.model.params import LayerParams
 
 DEVICE_MEMORY, HOST_MEMORY = "device", "pinned_host"
@@ -37,16 +41,76 @@ class OffloadedLayers:
     streamed: LayerParams
 
     @property
+    def is_apart(self) -> bool:
+        return False
+
+    @property
     def resident_count(self) -> int:
         return len(self.resident)
 
     @property
     def streamed_count(self) -> int:
-        return _count(self.streamed)
+        return len(as_layers(self.streamed))
+
+    def __len__(self) -> int:
+        return self.resident_count + self.streamed_count
+
+    def run(
+        self, step: Step, x: Array, cache: Any, bounds: tuple[Index, Index] | None = None
+    ) -> tuple[Array, Any]:
+        """As `Layers.run`: while one of the streamed blocks runs the next is on its way."""
+        first, end = bounds or (0, len(self))
+        count, last = self.resident_count, self.streamed_count - 1
+        carry = (x, cache)
+        for index, layer in enumerate(self.resident):
+            is_within = (first <= index) & (index < end)
+            carry = _run_if(is_within, functools.partial(run_one, step, layer, index), carry)
+        begin, stop = (_within(bound - count, last + 1) for bound in (first, end))
+
+        def two(number: Array, carried: Any) -> Any:
+            # Two blocks a turn: with one, that which came would be copied to where that one lay.
+            layer, carry = carried
+            index = begin + 2 * number
+            second = fetch(self.streamed, jnp.minimum(index + 1, last))
+            carry = run_one(step, layer, index + count, carry)
+            # The third goes to the memory of the first, which has run, while the second runs.
+            third = jnp.minimum(index + 2, last)
+            second, third, carry = jax.lax.optimization_barrier((second, third, carry))
+            following = fetch(self.streamed, third)
+            return following, run_one(step, second, index + 1 + count, carry)
+
+        fetched = fetch(self.streamed, _within(begin, last))
+        turns = _within(stop - begin, last + 1)
+        fetched, carry = jax.lax.fori_loop(0, turns // 2, two, (fetched, carry))
+        one = functools.partial(run_one, step, fetched, stop - 1 + count)
+        return _run_if(turns % 2 == 1, one, carry)
+
+    def scan(self, step: Any, x: Array, own: Any) -> tuple[Array, Array]:
+        raise OffloadError("weights in hosts' memory cannot be trained: leave out the limit")
+
+    def map(self, function: Callable[..., LayerParams], *own: Any) -> "OffloadedLayers":
+        count = self.resident_count
+        of_streamed = jax.tree.map(lambda x: x[count:], own)
+        return OffloadedLayers(
+            as_layers(self.resident).map(function, *own), function(self.streamed, *of_streamed)
+        )
+
+    def unstacked(self) -> "OffloadedLayers":
+        return self
+
+    def stacked(self, first: int, end: int) -> LayerParams:
+        raise OffloadError("weights in hosts' memory cannot be stacked: leave out the limit")
 
 
-def _count(layers: LayerParams) -> int:
-    return int(layers.input_layernorm.scale.shape[0])
+def _within(bound: Index, high: int) -> Any:
+    """A bound in [0, high], of the streamed blocks."""
+    return min(max(bound, 0), high) if isinstance(bound, int) else jnp.clip(bound, 0, high)
+
+
+def _run_if(is_run: bool | Array, run: Callable[[Any], Any], carry: Any) -> Any:
+    if isinstance(is_run, bool):
+        return run(carry) if is_run else carry
+    return jax.lax.cond(is_run, run, lambda carry: carry, carry)
 
 
 def fetch(streamed: Any, index: int | Int[Array, ""]) -> Any:
@@ -78,8 +142,9 @@ def resident_count(rest: int, layers: Any, num_layers: int, limit_gib: float) ->
     """
     limit = limit_gib * _GIB
     leaves = jax.tree.leaves(layers)
-    layer = device_bytes([x for x in leaves if is_streamed(x)]) // _count(layers)
-    rest += num_layers * (device_bytes(layers) // _count(layers) - layer)
+    given = len(as_layers(layers))
+    layer = device_bytes([x for x in leaves if is_streamed(x)]) // given
+    rest += num_layers * (device_bytes(layers) // given - layer)
     if rest + num_layers * layer <= limit:
         return num_layers
     count = int((limit - rest) // layer) - IN_FLIGHT

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from glm_jax.config import GLMConfig
 from glm_jax.model import glm
 from glm_jax.model.glm import HIDDEN_AXES
+from glm_jax.model.layer_stacks import as_layers
 from glm_jax.model.layers import Dropout, drop, layer_norm, rotary_factors
 from glm_jax.model.params import GLMParams, LayerParams
 from glm_jax.model.visibility import Visibility
@@ -43,24 +44,11 @@ def training_hidden(
     def of_layer(index: Array | int) -> Dropout | None:
         return None if dropout is None else dropout.of_layer(index)
 
-    is_apart = isinstance(params.layers, tuple)
+    layers = as_layers(params.layers)
     if remat != "none":
         saved = jax.checkpoint_policies.dots_saveable if remat == "dots" else None
-        run = jax.checkpoint(run, policy=saved, prevent_cse=is_apart)
+        run = jax.checkpoint(run, policy=saved, prevent_cse=layers.is_apart)
     x = constrain(glm.embed(params, tokens).astype(config.activation_dtype), HIDDEN_AXES)
     x = drop(x, None if dropout is None else dropout.of_layer(_EMBEDDING), 0)
-    if is_apart:
-        run = jax.jit(run)  # traced and lowered once for all blocks
-        measured = []
-        for index, layer in enumerate(params.layers):
-            x, scale = run(x, layer, of_layer(index))
-            measured.append(scale)
-        scales = jnp.stack(measured)
-    else:
-
-        def step(x: Array, scanned: tuple[LayerParams, Array]) -> tuple[Array, Array]:
-            layer, index = scanned
-            return run(x, layer, of_layer(index))
-
-        x, scales = jax.lax.scan(step, x, (params.layers, jnp.arange(config.num_layers)))
+    x, scales = layers.scan(run, x, of_layer)
     return layer_norm(x, params.final_layernorm, config.layernorm_epsilon), scales

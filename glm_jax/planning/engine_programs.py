@@ -14,6 +14,7 @@ from glm_jax.engine.scoring import log_probabilities
 from glm_jax.engine.slots import empty_slot, empty_slots
 from glm_jax.model import params as glm_params
 from glm_jax.model.abstract_params import abstract_quantized
+from glm_jax.model.layer_stacks import as_layers, described_apart
 from glm_jax.model.paged_cache import PAGE_AXES, init_paged_cache, row_shards
 from glm_jax.model.params import GLMParams
 from glm_jax.model.streamed_layers import (
@@ -56,7 +57,7 @@ def lower_engine(
     length = max_length or config.max_sequence_length
     shards = row_shards(mesh)
     params = abstract_params(config, mesh, quantization, weight_memory_limit)
-    is_apart = isinstance(params.layers, tuple)
+    is_apart = as_layers(params.layers).is_apart
     cache, pages = abstract_cache(config, mesh, slots, length, is_apart)
     pages_a_layer = 0 if is_apart else pages
     row = empty_slot(config, length, 1 << (-(-length // PAGE_SIZE) - 1).bit_length())
@@ -135,9 +136,9 @@ def abstract_params(
     if quantization is None:
         params = glm_params.abstract(config, mesh)
     else:
-        params = abstract_quantized(config, mesh, Scheme.parse(quantization))
+        params = abstract_quantized(config, mesh, Scheme.parse(quantization).format)
     layers: Any = params.layers
-    whole = glm_params.described_apart(params)
+    whole = described_apart(params)
     apart: Any = whole.layers
     if weight_memory_limit is None:
         return whole

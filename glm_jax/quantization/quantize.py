@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from glm_jax.quantization.array import QuantizedArray
+from glm_jax.quantization.formats import QuantizationError
 from glm_jax.quantization.packing import pack_int4
-from glm_jax.quantization.scheme import QuantizationError, Scheme
+from glm_jax.quantization.scheme import Scheme
 
 # Shares of the full range that the search tries.
 _NARROWEST, _TRIES = 0.5, 16
@@ -37,14 +38,9 @@ def quantize(
     if contraction_axis >= 0:
         raise QuantizationError(f"contraction_axis={contraction_axis}: must be negative")
     size = weight.shape[contraction_axis]
-    group_size = scheme.group_size or size
-    if size % group_size or (scheme.bits == 4 and group_size % 2):
-        raise QuantizationError(
-            f"{size} inputs do not divide into groups of {group_size}"
-            + (" made of pairs, as 4 bits need" if scheme.bits == 4 else "")
-        )
+    groups = scheme.format.groups(size, is_row_parallel=False)
     axis = weight.ndim + contraction_axis
-    shape = (*weight.shape[:axis], size // group_size, group_size, *weight.shape[axis + 1 :])
+    shape = (*weight.shape[:axis], groups, size // groups, *weight.shape[axis + 1 :])
     grouped = weight.reshape(shape)
     bounds = _bounds(grouped, axis + 1, scheme)
     if scheme.search:

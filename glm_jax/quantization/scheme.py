@@ -2,13 +2,7 @@
 
 import dataclasses
 
-from glm_jax.errors import UserError
-
-GROUP_SIZES = (32, 64, 128)
-
-
-class QuantizationError(UserError):
-    """A weight that cannot be quantised the way that was asked for."""
+from glm_jax.quantization.formats import QuantizationError, WeightFormat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +25,12 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.bits not in (8, 4):
             raise QuantizationError(f"bits={self.bits}: weights are quantised to 8 or 4 bits")
-        if self.group_size not in (None, *GROUP_SIZES):
-            raise QuantizationError(
-                f"group size {self.group_size}: one of {GROUP_SIZES}, or none for whole rows"
-            )
+        _ = self.format  # which checks the group size
+
+    @property
+    def format(self) -> WeightFormat:
+        """What kernels are stored as that are quantised in this way."""
+        return WeightFormat(f"int{self.bits}", self.group_size, 1, self.zero_point)
 
     @classmethod
     def parse(cls, text: str) -> "Scheme":

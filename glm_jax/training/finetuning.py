@@ -8,10 +8,11 @@ import jax
 from ml_collections import ConfigDict
 
 from glm_jax.checkpoints.adapter_folder import model_identity, save_adapter
-from glm_jax.checkpoints.model_folder import load_config, restore, stored_bits
+from glm_jax.checkpoints.model_folder import load_config, restore, stored_format
 from glm_jax.config import ConfigError, GLMConfig
 from glm_jax.model.adapters import AdapterConfig
-from glm_jax.model.params import GLMParams, unstack_layers
+from glm_jax.model.layer_stacks import unstack_layers
+from glm_jax.model.params import GLMParams
 from glm_jax.sharding import parse_mesh
 from glm_jax.tokenizer import Tokenizer, check_fits
 from glm_jax.training import config as train_config
@@ -79,7 +80,7 @@ def finetune(
     identity = model_identity(checkpoint, stored)
     quantization = config.quantization or None
     is_whole = recipe.adapter is None
-    if is_whole and (quantization or stored_bits(checkpoint, stored)):
+    if is_whole and (quantization or stored_format(checkpoint).is_quantized):
         raise ConfigError(
             "adapter.rank=0 trains all parameters, which integers are not: give a float "
             "checkpoint and no quantization, or a rank"

@@ -11,15 +11,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from glm_jax.config import GLMConfig
-from glm_jax.model.params import (
-    Adapters,
-    GLMParams,
+from glm_jax.model.layer_stacks import (
     apart,
+    as_layers,
     described_apart,
     stack_layers,
     transposed,
     unstack_layers,
 )
+from glm_jax.model.params import Adapters, GLMParams
 from glm_jax.model.streamed_layers import DEVICE_MEMORY, HOST_MEMORY, is_streamed
 from glm_jax.sharding import is_cpu
 from glm_jax.training import trainable
@@ -150,7 +150,7 @@ def saved_form(state: TrainState) -> TrainState:
 
 def is_stacked(state: TrainState) -> bool:
     """Whether its layers are, or what describes them."""
-    return isinstance(state.params, Adapters) or not isinstance(state.params.layers, tuple)
+    return isinstance(state.params, Adapters) or not as_layers(state.params.layers).is_apart
 
 
 def _mesh(state: TrainState) -> Mesh:
@@ -187,10 +187,9 @@ def _from_hosts(params: GLMParams) -> GLMParams:
         here = jax.device_put(stack, stack.sharding.with_memory_kind(DEVICE_MEMORY))
         return jax.block_until_ready(apart(here))
 
-    layers: Any = params.layers
-    columns = jax.tree.map(split, layers)
+    columns = jax.tree.map(split, params.layers)
     split_up: GLMParams = params.replace(  # type: ignore[attr-defined]
-        layers=transposed(columns, len(layers.input_layernorm.scale))
+        layers=transposed(columns, len(as_layers(params.layers)))
     )
     return split_up
 

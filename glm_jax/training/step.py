@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from glm_jax.config import GLMConfig
+from glm_jax.model.layer_stacks import unstack_layers
 from glm_jax.model.layers import Dropout
-from glm_jax.model.params import GLMParams, unstack_layers
+from glm_jax.model.params import GLMParams
 from glm_jax.model.training import training_hidden
 from glm_jax.model.visibility import Visibility
 from glm_jax.numerics import trained_products

@@ -1,5 +1,6 @@
 """Products with weights in every precision, alone and in a decode step, beside their peers."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from glm_jax.kernels.quantized_matmul.cpu import TiledArray
 from glm_jax.model import params as glm_params
 from glm_jax.model.cache import init_cache
 from glm_jax.model.device_layout import prepare
+from glm_jax.model.layer_stacks import as_layers, unstack_layers
 from glm_jax.model.params import GLMParams
 from glm_jax.quantization import Scheme, quantize
 from launch.suites.case import Case, find_torch
@@ -37,13 +39,13 @@ def decode_step_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     quantized = {
         bits: glm_params.quantize_params(params, Scheme(bits, search=False)) for bits in (8, 4)
     }
-    forms = {"float32": glm_params.unstack_layers(params)}
+    forms = {"float32": unstack_layers(params)}
     del params  # 4.5 GB
     forms["float32 tiled"] = prepare(forms["float32"])
     for bits in (8, 4):
         name, held = f"int{bits}", prepare(quantized.pop(bits), embedding_bits=bits)
         table = forms["float32 tiled"].word_embeddings
-        forms[f"{name} float32 embedding"] = held.replace(word_embeddings=table)  # type: ignore[attr-defined]
+        forms[f"{name} float32 embedding"] = dataclasses.replace(held, word_embeddings=table)
         forms[name], forms[f"{name} a8"] = held, with_integer_activations(held)
     peers = _torch_steps(config)
     for batch in (1, 8):
@@ -121,7 +123,7 @@ def _step_case(config: GLMConfig, params: GLMParams, batch: int) -> Case:
 
     holder: list[Any] = [
         DecodeState(
-            cache=init_cache(config, batch, 256, isinstance(params.layers, tuple)),
+            cache=init_cache(config, batch, 256, as_layers(params.layers).is_apart),
             tokens=full(1),
             position_ids=full(1),
             position_steps=full(1),

@@ -22,6 +22,7 @@ from glm_jax.model import glm
 from glm_jax.model import params as glm_params
 from glm_jax.model.cache import init_cache
 from glm_jax.model.device_layout import PrecisionError, prepare
+from glm_jax.model.layer_stacks import unstack_layers
 from glm_jax.model.visibility import Visibility
 from glm_jax.quantization import Scheme
 from glm_jax.sharding import make_mesh
@@ -217,7 +218,7 @@ def test_a_cache_in_less_precision_changes_scores_a_little(tiny_model, layout):
     """Of 8 bits a head and position, and of bfloat16: prefill and steps through it."""
     config, params = tiny_model
     if layout == "unstacked":
-        params = glm_params.unstack_layers(params)
+        params = unstack_layers(params)
     tokens = jax.random.randint(jax.random.key(3), (2, 24), 0, 200)
     lengths = jnp.array([20, 13])
 
@@ -247,8 +248,8 @@ def test_embedding_and_activations_in_few_bits_change_scores_a_little(tiny_model
     most = {8: 2e-2, 4: 0.2}
     for bits in ({}, {"embedding_bits": 8}, {"embedding_bits": 4}, {"activation_bits": 8}):
         prepared = prepare(params, **bits)
-        assert isinstance(prepared.word_embeddings, TiledArray)
-        assert prepared.word_embeddings.bits == bits.get("embedding_bits", 32)
+        assert isinstance(prepared.word_embeddings.kernel, TiledArray)
+        assert prepared.word_embeddings.kernel.bits == bits.get("embedding_bits", 32)
         error = float(jnp.linalg.norm(score(prepared) - exact) / jnp.linalg.norm(exact))
         assert 1e-4 < error < most[min(bits.values())] if bits else error < 1e-5
 

@@ -24,15 +24,9 @@ from glm_jax.kernels.quantized_matmul.cpu import TiledArray
 from glm_jax.model import adapters as model_adapters
 from glm_jax.model.adapters import AdapterConfig, attach, merged_kernel
 from glm_jax.model.device_layout import prepare
+from glm_jax.model.layer_stacks import map_linears, split, unstack_layers
 from glm_jax.model.layers import Dropout
-from glm_jax.model.params import (
-    LinearParams,
-    init_of,
-    layers_apart,
-    map_linears,
-    quantize_params,
-    unstack_layers,
-)
+from glm_jax.model.params import LinearParams, init_of, quantize_params
 from glm_jax.model.streamed_layers import HOST_MEMORY, OffloadedLayers
 from glm_jax.model.training import training_hidden
 from glm_jax.model.visibility import Visibility
@@ -199,7 +193,7 @@ def _offloaded(params):
     place = SingleDeviceSharding(jax.devices()[0], memory_kind=HOST_MEMORY)
     cut = lambda first: jax.tree.map(lambda x: x[first : first + 1], params.layers)
     streamed = jax.tree.map(lambda x: jax.device_put(x, place) if x.ndim > 2 else x, cut(1))
-    return params.replace(layers=OffloadedLayers(layers_apart(cut(0)), streamed))
+    return params.replace(layers=OffloadedLayers(split(cut(0)), streamed))
 
 
 def test_paths_may_be_relative(saved, tiny_model, monkeypatch):

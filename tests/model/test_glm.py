@@ -13,7 +13,7 @@ from glm_jax.kernels.attention.reference import ranges_to_mask
 from glm_jax.model import glm
 from glm_jax.model import params as glm_params
 from glm_jax.model.cache import init_cache
-from glm_jax.model.params import unstack_layers
+from glm_jax.model.layer_stacks import unstack_layers
 from glm_jax.model.visibility import Visibility
 
 forward = jax.jit(glm.forward, static_argnames="config")

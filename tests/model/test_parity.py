@@ -8,8 +8,8 @@ import pytest
 from conftest import GOLDEN, load_golden
 
 from glm_jax.model import glm
+from glm_jax.model.layer_stacks import unstack_layers
 from glm_jax.model.layers import rotary_tables
-from glm_jax.model.params import unstack_layers
 from glm_jax.model.visibility import Visibility
 
 pytestmark = pytest.mark.gpu

@@ -1,5 +1,7 @@
 """Quantised weights: the original's integers, and what dequantising loses."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,17 +9,19 @@ import pytest
 from conftest import load_golden
 
 from glm_jax import make_mesh, restore, save_model
-from glm_jax.checkpoints.model_folder import CheckpointError
+from glm_jax.checkpoints.model_folder import CheckpointError, stored_format
 from glm_jax.kernels.quantized_matmul.api import quantized_matmul
 from glm_jax.model import params as glm_params
 from glm_jax.quantization import (
     QuantizationError,
     Scheme,
+    WeightFormat,
     dequantize,
     pack_int4,
     quantize,
     unpack_int4,
 )
+from glm_jax.quantization.formats import format_of
 from glm_jax.quantization.report import as_table, report
 
 
@@ -133,8 +137,44 @@ def test_groups_and_zero_points_survive_on_disk_and_on_a_mesh(tiny_model, tmp_pa
         _, restored = restore(tmp_path / "model", mesh, quantization="int4")
         jax.tree.map(np.testing.assert_array_equal, restored, quantized)
     for other in ("int4,group=64", "int8"):
-        with pytest.raises(CheckpointError, match="int4 already, 32 inputs a group"):
+        with pytest.raises(CheckpointError, match="int4-g32-zp already"):
             restore(tmp_path / "model", quantization=other)
+
+
+@pytest.mark.parametrize("name", ["float16", "int8", "int4-g128", "int4-g32-zp", "int8-s8"])
+def test_formats_have_names(name):
+    stored = WeightFormat.parse(name)
+    assert stored.name == name
+    kernels = [(1024, False), (1024, True), (4096, True)]
+    if stored.is_quantized:
+        found = [(*kernel, stored.groups(*kernel)) for kernel in kernels]
+        assert format_of(stored.bits, stored.zero_point, found) == stored
+
+
+@pytest.mark.parametrize("name", ["int5", "int4-g7", "int4-zp-g32", "float16-zp", "int4-s0", "", 3])
+def test_unknown_formats_are_refused(name):
+    with pytest.raises(QuantizationError, match=r"weight format|group size 7"):
+        WeightFormat.parse(name)
+
+
+def test_a_folder_names_its_format(tiny_model, tmp_path):
+    config, params = tiny_model
+    quantized = glm_params.quantize_params(params, Scheme(4, 32, search=False))
+    save_model(tmp_path / "model", config, quantized)
+    file = tmp_path / "model" / "config.json"
+    content = json.loads(file.read_text())
+    assert content["weight_format"] == "int4-g32"
+    assert stored_format(tmp_path / "model") == Scheme(4, 32).format
+    wrong = dict.fromkeys(("int8", "int4"), "scales is .*, its config says")
+    wrong |= {"float32": "kernel is missing", "int3": "weight format 'int3'"}
+    for name, message in wrong.items():
+        file.write_text(json.dumps(content | {"weight_format": name}))
+        with pytest.raises(CheckpointError, match=message):
+            restore(tmp_path / "model")
+    content.pop("weight_format")
+    file.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r'names no weight_format: add .* "float32"'):
+        restore(tmp_path / "model")
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,17 @@ def quantized_matmul(
     return _matmul(x, weight, bias)
 
 
+def transposed_matmul(y: Float[Array, "..."], weight: Weight) -> Float[Array, "..."]:
+    """y [..., *outputs] times the transpose of weight [K, *outputs], accumulated in float32.
+
+    Returns:
+      [..., K] in y's dtype, to which weights are rounded too.
+    """
+    if isinstance(weight, QuantizedArray) and sharded.applies(weight):
+        return sharded.transposed_matmul(_transposed, y, weight)
+    return _transposed(y, weight)
+
+
 @jax.custom_vjp
 def _matmul(x: Array, weight: Weight, bias: Array | None) -> Array:
     if isinstance(weight, QuantizedArray) and sharded.applies(weight):
@@ -71,15 +82,12 @@ def _forward(x: Array, weight: Weight, bias: Array | None) -> tuple[Array, Any]:
     return _matmul(x, weight, bias), (weight, like(x), like(bias))
 
 
-def _backward(kept: Any, gradient: Array) -> tuple[Array, None, Array | None]:
-    weight, x, bias = kept
+def _backward(saved: Any, gradient: Array) -> tuple[Array, None, Array | None]:
+    weight, x, bias = saved
     leading = tuple(range(gradient.ndim - len(weight.shape) + 1))
     of_bias = None if bias is None else jnp.sum(gradient, axis=leading).astype(bias.dtype)
-    # Narrow from here on: what devices exchange for it is half of the bytes.
-    narrow = gradient.astype(x.dtype)
-    if isinstance(weight, QuantizedArray) and sharded.applies(weight):
-        return sharded.transposed_matmul(_transposed, narrow, weight), None, of_bias
-    return _transposed(narrow, weight), None, of_bias
+    # Rounded first: the all-reduce of the result then moves half of the bytes.
+    return transposed_matmul(gradient.astype(x.dtype), weight), None, of_bias
 
 
 _matmul.defvjp(_forward, _backward)

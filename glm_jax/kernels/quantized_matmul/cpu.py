@@ -51,6 +51,10 @@ class TiledArray:
     zero_points: Any = None
     activation_bits: int | None = struct.field(pytree_node=False, default=None)
 
+    @property
+    def axes(self) -> None:
+        """No logical axes: the layout is of one device."""
+
 
 def is_available() -> bool:
     """Whether the kernel was built; warns once where not."""

@@ -1,0 +1,286 @@
+"""A weight is an interface: what multiplies activations, in whatever form its numbers are stored.
+
+A parameter tree holds a weight as a plain array, as an array that `quantized_matmul` takes, or as
+one of the classes below. `as_weight` gives the interface of each; a new form registers itself
+there, and no call site asks which form it has.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from glm_jax.kernels.quantized_matmul.api import (
+    TiledArray,
+    quantized_matmul,
+    take_outputs,
+    transposed_matmul,
+)
+from glm_jax.numerics import dot_general
+from glm_jax.quantization import QuantizedArray
+from glm_jax.sharding import LogicalAxes, surrounding_mesh
+
+Dropout = Callable[[Array], Array]
+Layout = Callable[[Any], Any]
+
+
+@runtime_checkable
+class Weight(Protocol):
+    """A weight [inputs, *outputs].
+
+    Attributes:
+      shape: [inputs, *outputs], of the numbers that it stands for.
+      axes: their logical axes; None where they are not known.
+      nbytes: bytes of all its arrays.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def axes(self) -> LogicalAxes | None: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def matmul(
+        self,
+        x: Float[Array, "..."],
+        bias: Float[Array, "..."] | None = None,
+        adapter_dropout: Dropout | None = None,
+    ) -> Float[Array, "..."]:
+        """Multiply x [..., inputs] with the weight and add bias [*outputs].
+
+        Args:
+          adapter_dropout: applied to the inputs of a low-rank pair, if there is one.
+
+        Returns:
+          float32 [..., *outputs].
+        """
+
+    def transposed_matmul(self, y: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Multiply y [..., *outputs] with the transpose: float32 [..., inputs]."""
+
+    def laid_out(self, layout: Layout) -> Any:
+        """Return the same weight for a parameter tree, its arrays changed by `layout`, which
+        takes an array or a QuantizedArray; the weight itself where it has a layout already."""
+
+
+@runtime_checkable
+class Embedding(Weight, Protocol):
+    """A weight [vocab, embed]: rows are the embeddings of tokens, the transpose gives logits."""
+
+    def take_rows(self, rows: Int[Array, "*indices"]) -> Float[Array, "*indices embed"]: ...
+
+
+@struct.dataclass
+class DenseWeight:
+    """A plain array of floats."""
+
+    array: Any
+    axes: LogicalAxes | None = struct.field(pytree_node=False, default=None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return _nbytes(self.array)
+
+    def matmul(
+        self, x: Array, bias: Array | None = None, adapter_dropout: Dropout | None = None
+    ) -> Array:
+        product = _product(x, self.array.astype(x.dtype))
+        return product if bias is None else product + bias
+
+    def transposed_matmul(self, y: Array) -> Array:
+        outputs, own = _output_axes(y, self.shape)
+        return dot_general(y, self.array.astype(y.dtype), ((outputs, own), ((), ())))
+
+    def take_rows(self, rows: Array) -> Array:
+        if rows.size == 1 and surrounding_mesh() is not None:
+            # One row alone would be a slice, for which every device would be sent the whole table.
+            taken: Array = self.array[jnp.repeat(rows, 2, axis=-1)][..., :1, :]
+            return taken
+        taken = self.array[rows]
+        return taken
+
+    def laid_out(self, layout: Layout) -> Any:
+        return layout(self.array)
+
+
+@struct.dataclass
+class KernelWeight:
+    """An array that a kernel of `quantized_matmul` takes: quantised, or laid out for it."""
+
+    array: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape: tuple[int, ...] = self.array.shape
+        return shape
+
+    @property
+    def axes(self) -> LogicalAxes | None:
+        axes: LogicalAxes | None = self.array.axes
+        return axes
+
+    @property
+    def nbytes(self) -> int:
+        return _nbytes(self.array)
+
+    def matmul(
+        self, x: Array, bias: Array | None = None, adapter_dropout: Dropout | None = None
+    ) -> Array:
+        return quantized_matmul(x, self.array, bias)
+
+    def transposed_matmul(self, y: Array) -> Array:
+        return transposed_matmul(y, self.array).astype(jnp.float32)
+
+    def laid_out(self, layout: Layout) -> Any:
+        return layout(self.array)
+
+
+@struct.dataclass
+class LowRank:
+    """A pair of matrices: down [inputs, rank], up [rank, *outputs]."""
+
+    down: Any
+    up: Any
+
+    def matmul(self, x: Array) -> Array:
+        down, up = self.down.astype(x.dtype), self.up.astype(x.dtype)
+        return _product(_product(x, down).astype(x.dtype), up)
+
+    def transposed_matmul(self, y: Array) -> Array:
+        outputs, own = _output_axes(y, self.up.shape)
+        inner = dot_general(y, self.up.astype(y.dtype), ((outputs, own), ((), ())))
+        down = self.down.astype(y.dtype)
+        return dot_general(inner.astype(y.dtype), down, (((inner.ndim - 1,), (1,)), ((), ())))
+
+
+@struct.dataclass
+class AdaptedWeight:
+    """Stands for frozen + scale * down up, a sum that is never materialised."""
+
+    frozen: Any
+    pair: LowRank
+    scale: float = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return as_weight(self.frozen).shape
+
+    @property
+    def axes(self) -> LogicalAxes | None:
+        return as_weight(self.frozen).axes
+
+    @property
+    def nbytes(self) -> int:
+        return _nbytes(self)
+
+    def matmul(
+        self, x: Array, bias: Array | None = None, adapter_dropout: Dropout | None = None
+    ) -> Array:
+        dropped = x if adapter_dropout is None else adapter_dropout(x)
+        product = as_weight(self.frozen).matmul(x, bias)
+        return product + self.scale * self.pair.matmul(dropped)
+
+    def transposed_matmul(self, y: Array) -> Array:
+        product = as_weight(self.frozen).transposed_matmul(y)
+        return product + self.scale * self.pair.transposed_matmul(y)
+
+    def laid_out(self, layout: Layout) -> "AdaptedWeight":
+        frozen = as_weight(self.frozen).laid_out(layout)
+        return AdaptedWeight(frozen, self.pair, self.scale)
+
+
+@struct.dataclass
+class TransposedWeight:
+    """An embedding [vocab, embed] whose transpose [embed, vocab] is laid out for a kernel."""
+
+    kernel: TiledArray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        inputs, *outputs = self.kernel.shape
+        return (*outputs, inputs)
+
+    @property
+    def axes(self) -> LogicalAxes | None:
+        return None
+
+    @property
+    def nbytes(self) -> int:
+        return _nbytes(self.kernel)
+
+    def matmul(
+        self, x: Array, bias: Array | None = None, adapter_dropout: Dropout | None = None
+    ) -> Array:
+        product = transposed_matmul(x, self.kernel).astype(jnp.float32)
+        return product if bias is None else product + bias
+
+    def transposed_matmul(self, y: Array) -> Array:
+        return quantized_matmul(y, self.kernel)
+
+    def take_rows(self, rows: Array) -> Array:
+        return take_outputs(self.kernel, rows)
+
+    def laid_out(self, layout: Layout) -> "TransposedWeight":
+        return self
+
+
+@functools.singledispatch
+def as_weight(leaf: Any) -> Any:
+    """Return the `Weight` that a leaf of a parameter tree stands for."""
+    return DenseWeight(leaf)
+
+
+as_weight.register(QuantizedArray, KernelWeight)
+as_weight.register(TiledArray, KernelWeight)
+as_weight.register(AdaptedWeight, lambda weight: weight)
+as_weight.register(TransposedWeight, lambda weight: weight)
+
+
+def _nbytes(tree: Any) -> int:
+    """Bytes of arrays, or of descriptions of them."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _output_axes(y: Array, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes of the outputs in y and in a weight of that shape."""
+    count = len(shape) - 1
+    return tuple(range(y.ndim - count, y.ndim)), tuple(range(1, len(shape)))
+
+
+@jax.custom_vjp
+def _product(x: Array, kernel: Array) -> Array:
+    """x [..., inputs] times a kernel [inputs, *outputs], in float32.
+
+    The kernel's gradient comes out in the kernel's own layout. JAX's own is transposed, and costs
+    a transpose of the gradient that flows back besides.
+    """
+    return dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _product_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    rounded = gradient.astype(x.dtype)
+    leading, outputs = tuple(range(x.ndim - 1)), tuple(range(x.ndim - 1, gradient.ndim))
+    of_x = dot_general(rounded, kernel, ((outputs, tuple(range(1, kernel.ndim))), ((), ())))
+    # The smaller of the two is the one that is transposed.
+    is_wide = x.shape[-1] > math.prod(kernel.shape[1:])
+    first, second = (rounded, x) if is_wide else (x, rounded)
+    of_kernel = dot_general(first, second, ((leading, leading), ((), ())))
+    if is_wide:
+        of_kernel = jnp.moveaxis(of_kernel, -1, 0)
+    return of_x.astype(x.dtype), of_kernel.astype(kernel.dtype)
+
+
+_product.defvjp(lambda x, kernel: (_product(x, kernel), (x, kernel)), _product_backward)
