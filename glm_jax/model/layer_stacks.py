@@ -188,7 +188,8 @@ def map_linears(
 
 def unstack_layers(params: GLMParams) -> GLMParams:
     """Layers apart, for unrolled programs."""
-    return dataclasses.replace(params, layers=as_layers(params.layers).unstacked())
+    layers = as_layers(params.layers).unstacked()
+    return params if layers is params.layers else dataclasses.replace(params, layers=layers)
 
 
 def stack_layers(params: GLMParams) -> GLMParams:
