@@ -16,7 +16,7 @@ from convert.opening import SAFETENSORS_INDEX, open_safetensors, read_index
 from convert.sat_reader import SatCheckpoint
 from glm_jax import cli
 from glm_jax.checkpoints import parameter_files
-from glm_jax.checkpoints.model_folder import CONFIG_FILE, load_config
+from glm_jax.checkpoints.model_folder import CONFIG_FILE, read_config
 from glm_jax.config import GLMConfig
 from glm_jax.model.params import parameter_count
 
@@ -54,7 +54,7 @@ def describe(path: str, num_heads: int | None) -> tuple[list[str], list[Row], GL
     """What it is in lines, its arrays, and its config if this architecture can run it."""
     folder = Path(path)
     if (folder / CONFIG_FILE).exists():
-        config = load_config(folder)
+        config = read_config(folder)
         if (folder / SAFETENSORS_INDEX).exists():
             return [f"{path}: safetensors"], list(_safetensors_rows(folder)), config
         return [f"{path}: model folder"], list(_folder_rows(folder, config)), config
@@ -95,6 +95,6 @@ def main(paths: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_integer(
-        "num_heads", None, "attention heads, where shards do not tell", lower_bound=1
+        "num_heads", None, "number of attention heads, where shards do not say", lower_bound=1
     )
     cli.run_with_paths(main, "PATH")

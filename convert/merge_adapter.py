@@ -11,8 +11,8 @@ from convert.merging import write_merged
 from glm_jax import cli
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("input", None, "the model that was fine-tuned, as floats", required=True)
-flags.DEFINE_string("adapter", None, "the adapters, of its run's workdir", required=True)
+flags.DEFINE_string("input", None, "float model that was fine-tuned", required=True)
+flags.DEFINE_string("adapter", None, "folder of adapters, of the run's workdir", required=True)
 flags.DEFINE_string("output", None, "folder to write; must not hold anything", required=True)
 
 

@@ -24,6 +24,7 @@ from glm_jax.checkpoints.model_folder import (
     CONFIG_FILE,
     check_files,
     load_config,
+    read_config,
     restore_layers,
     stored_format,
 )
@@ -153,7 +154,7 @@ class _Shards:
 class _Safetensors:
     def __init__(self, folder: Path):
         self._folder = folder
-        self.config = load_config(folder)
+        self.config = read_config(folder)
         self._files = read_index(folder)
         self._checksums = check_files(folder)
         # Before shapes of layers are listed: a config can claim any number of them.

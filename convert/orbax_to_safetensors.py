@@ -102,8 +102,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("input", None, "a model folder", required=True)
+    flags.DEFINE_string(
+        "input", None, "model to write: a model folder or released shards", required=True
+    )
     flags.DEFINE_string("output", None, "folder to write; must not hold anything", required=True)
-    flags.DEFINE_float("file_gigabytes", 5.0, "of a file", lower_bound=1e-6)
+    flags.DEFINE_float("file_gigabytes", 5.0, "maximum size of a file", lower_bound=1e-6)
     flags.register_validator("file_gigabytes", math.isfinite, "a number")
     cli.run(main)

@@ -71,6 +71,8 @@ def _in_folder(folder: epath.Path) -> list[ByteSource]:
         inner = [p for p in folder.iterdir() if p.is_dir() and (p / "latest").exists()]
         if len(inner) == 1:
             return _in_folder(inner[0])
+        if (folder / "config.json").exists() and (folder / "params").is_dir():
+            raise ConvertError(f"{folder} holds no shards: it is a model folder already")
     chosen = _choose(list(files), named, str(folder))
     return [FileBytes(files[name]) for name in chosen]
 

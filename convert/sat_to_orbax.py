@@ -15,25 +15,41 @@ from glm_jax.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
-    "input", None, "folder with `latest`, an iteration's, a .tar, or its parts", required=True
+    "input",
+    None,
+    "released shards: a folder with `latest`, an iteration's folder, a .tar, or its parts",
+    required=True,
 )
 flags.DEFINE_string("output", None, "folder to write; must not hold anything", required=True)
 flags.DEFINE_integer(
-    "num_heads", None, "attention heads, where the shards do not tell", lower_bound=1
+    "num_heads", None, "number of attention heads, where the shards do not say", lower_bound=1
 )
 flags.DEFINE_integer(
-    "max_sequence_length", 2048, "positions that the model was trained with", lower_bound=1
+    "max_sequence_length",
+    2048,
+    "number of positions that the model was trained with",
+    lower_bound=1,
 )
-flags.DEFINE_string("tokenizer", None, "folder or .model file, copied into the output")
-flags.DEFINE_enum("dtype", None, ["float16", "bfloat16", "float32"], "of floats; as stored")
-flags.DEFINE_string("quantization", None, "int8, int4, or such as int4,group=128")
-flags.DEFINE_bool("allow_non_finite", False, "take weights that are NaN or infinite")
+flags.DEFINE_string("tokenizer", None, "tokenizer's folder or .model file, copied into the output")
+flags.DEFINE_enum(
+    "dtype", None, ["float16", "bfloat16", "float32"], "dtype of floats; as stored by default"
+)
+flags.DEFINE_string(
+    "quantization", None, "quantises on the way: int8, int4, or such as int4,group=128"
+)
+flags.DEFINE_bool("allow_non_finite", False, "accept weights that are NaN or infinite")
 flags.DEFINE_bool(
-    "allow_differing_copies", False, "take the first shard's where each has a tensor whole"
+    "allow_differing_copies",
+    False,
+    "where shards' copies of a whole tensor differ, take the first shard's",
 )
-flags.DEFINE_bool("checksums", True, "hold what is read against the files' checksums")
-flags.DEFINE_integer("process_id", None, "which of several processes this is", lower_bound=0)
-flags.DEFINE_integer("num_processes", None, "how many share the work", lower_bound=1)
+flags.DEFINE_bool("checksums", True, "compare what is read with the files' checksums")
+flags.DEFINE_integer(
+    "process_id", None, "index of this process among --num_processes, from 0", lower_bound=0
+)
+flags.DEFINE_integer(
+    "num_processes", None, "number of processes that share the work", lower_bound=1
+)
 
 
 def main() -> None:

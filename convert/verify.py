@@ -129,9 +129,11 @@ def main(paths: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_integer(
-        "num_heads", None, "attention heads, where shards do not tell", lower_bound=1
+        "num_heads", None, "number of attention heads, where shards do not say", lower_bound=1
     )
     flags.DEFINE_bool(
-        "allow_differing_copies", False, "take the first shard's where each has a tensor whole"
+        "allow_differing_copies",
+        False,
+        "where shards' copies of a whole tensor differ, take the first shard's",
     )
     cli.run_with_paths(main, "A", "[B]")

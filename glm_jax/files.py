@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -221,16 +221,19 @@ def _sync_one(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_json(path: Path, error: type[UserError], if_missing: str) -> Any:
+def read_json(path: Path, error: type[UserError], if_missing: str | Callable[[], str]) -> Any:
     """The content of a JSON file.
 
+    Args:
+      if_missing: message of the error where the file is missing, or what makes it then.
+
     Raises:
-      error: the file is missing, which `if_missing` says, or cannot be read, or is no JSON.
+      error: the file is missing, cannot be read, or is no JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as missing:
-        raise error(if_missing) from missing
+        raise error(if_missing if isinstance(if_missing, str) else if_missing()) from missing
     except OSError as unreadable:
         raise error(f"{path}: {unreadable.strerror}") from unreadable
     except (ValueError, RecursionError) as wrong:

@@ -46,10 +46,16 @@ _PAUSE = 0.02  # seconds
 flags.DEFINE_enum("suite", "decode_step", [*_SUITES, "gpu"], "what to measure")
 flags.DEFINE_integer("rounds", 15, "timed runs of each case", lower_bound=3)
 flags.DEFINE_string("output", "bench_output", "folder for SUITE.json and SUITE.png")
-flags.DEFINE_multi_enum("skip", [], list(gpu.PARTS), "of --suite=gpu; may be given often")
-flags.DEFINE_string("checkpoint", "random:130b", "of --suite=gpu: a model folder, or random:SIZE")
-flags.DEFINE_string("quantization", None, "of --suite=gpu; int4 for random weights by default")
-flags.DEFINE_enum("shapes", "full", list(SHAPES), "of --suite=gpu; tiny to try it on a CPU")
+flags.DEFINE_multi_enum(
+    "skip", [], list(gpu.PARTS), "a part of --suite=gpu to leave out; may be repeated"
+)
+flags.DEFINE_string(
+    "checkpoint", "random:130b", "model of --suite=gpu: a model folder, or random:SIZE"
+)
+flags.DEFINE_string(
+    "quantization", None, "quantization of --suite=gpu's model; int4 for random weights by default"
+)
+flags.DEFINE_enum("shapes", "full", list(SHAPES), "shapes of --suite=gpu; tiny to try it on a CPU")
 
 
 def interleaved(cases: dict[str, Case], rounds: int) -> dict[str, list[float]]:

@@ -32,18 +32,20 @@ define_model_flags()
 define_engine_flags()
 define_strategy_flags()
 cli.define_process_flags()
-flags.DEFINE_string("input", None, "JSON lines (.jsonl, .json), else a text each line")
+flags.DEFINE_string(
+    "input", None, "prompts: JSON lines where its name ends in .jsonl or .json, else a text a line"
+)
 flags.DEFINE_string("output", None, "folder of the answers", required=True)
-flags.DEFINE_bool("merge", False, "puts all answers into one file, in the order of the input")
-flags.DEFINE_bool("log_probabilities", False, "of all generated tokens, in the answers")
+flags.DEFINE_bool("merge", False, "write all answers to one file, in the order of the input")
+flags.DEFINE_bool("log_probabilities", False, "write the log-probability of each generated token")
 flags.DEFINE_enum(
-    "too_long", "error", ["error", "truncate"], "a text without room: leave out its first tokens?"
+    "too_long",
+    "error",
+    ["error", "truncate"],
+    "what to do with a text that leaves no room for an answer: report it, or leave out its "
+    "first tokens",
 )
-flags.register_multi_flags_validator(
-    ["checkpoint", "input", "merge"],
-    lambda given: given["merge"] or (given["checkpoint"] and given["input"]),
-    "give --checkpoint and --input, or --merge",
-)
+cli.require(("checkpoint", "input"), instead=("merge",))
 
 
 def main() -> None:

@@ -1,4 +1,6 @@
-"""The main job from end to end, on a small model and real input: `make demo`.
+"""The main job from end to end, on a small model and real input.
+
+    python -m launch.demo --output=DIR
 
 Writes a bilingual corpus of facts, trains a tokenizer and a GLM model on it, exports the
 model as released-layout shards, converts those back, quantises, and evaluates all three
@@ -34,7 +36,7 @@ from launch.demo_finetuning import interval, teach
 FLAGS = flags.FLAGS
 flags.DEFINE_string("output", "demo_output", "folder to write; an earlier demo there is removed")
 flags.DEFINE_integer(
-    "steps", None, "training steps; those of configs/demo.py by default", lower_bound=1
+    "steps", None, "training steps; as in configs/demo.py by default", lower_bound=1
 )
 
 _SHARDS = 4

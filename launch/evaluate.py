@@ -30,27 +30,19 @@ from launch.model_flags import (
 FLAGS = flags.FLAGS
 define_model_flags()
 cli.define_process_flags()
-flags.DEFINE_multi_string("task", [], "a task file, or a folder of them; may be given often")
-flags.DEFINE_string("data", None, "folder of all tasks' data")
+flags.DEFINE_multi_string("task", [], "a task file, or a folder of them; may be repeated")
+flags.DEFINE_string("data", None, "folder of the data of all tasks")
 flags.DEFINE_string("output", None, "folder of records and results")
-flags.DEFINE_string("published", "configs/published.yaml", "numbers to set beside the measured")
-flags.DEFINE_integer("batch_tokens", 4096, "that are scored at once", lower_bound=64)
-flags.DEFINE_bool("check", False, "only look for what is wrong with the tasks' data")
-flags.DEFINE_list("compare", None, "two results.json: which differences are no chance?")
-flags.register_validator("compare", lambda files: files is None or len(files) == 2, "two files")
-flags.register_multi_flags_validator(
-    ["checkpoint", "task", "data", "output", "check", "compare"],
-    lambda given: (
-        given["compare"]
-        or (
-            given["checkpoint"]
-            and given["task"]
-            and given["data"]
-            and (given["output"] or given["check"])
-        )
-    ),
-    "give --checkpoint, --task, --data and --output, or --compare",
+flags.DEFINE_string(
+    "published", "configs/published.yaml", "published numbers to print beside the measured ones"
 )
+flags.DEFINE_integer("batch_tokens", 4096, "maximum tokens of a batch to score", lower_bound=64)
+flags.DEFINE_bool("check", False, "check the tasks' data and print what is wrong, without a run")
+flags.DEFINE_list(
+    "compare", None, "two results.json to compare, with the significance of each difference"
+)
+flags.register_validator("compare", lambda files: files is None or len(files) == 2, "two files")
+cli.require(("checkpoint", "task", "data", "output|check"), instead=("compare",))
 
 
 def main() -> None:

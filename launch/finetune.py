@@ -1,6 +1,6 @@
 """Trains a model further on instructions; the same command goes on where one stopped.
 
-    python -m launch.finetune --config=configs/finetune_lora.py --checkpoint=DIR --workdir=DIR \
+    python -m launch.finetune --config=configs/finetune_lora.py --checkpoint=DIR --workdir=DIR \\
         --config.data.files='pairs/*.jsonl' --config.quantization=int4
 """
 

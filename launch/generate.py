@@ -23,10 +23,14 @@ FLAGS = flags.FLAGS
 define_model_flags()
 define_strategy_flags()
 flags.mark_flag_as_required("checkpoint")
-flags.DEFINE_string("input", None, "a text a line; asked for in the terminal by default")
-flags.DEFINE_bool("with_id", False, "texts are ID<tab>TEXT, and so are the answers")
 flags.DEFINE_string(
-    "history", "~/.glm_jax_history", "what was typed before, for arrow keys; empty for none"
+    "input", None, "file with a text a line; without it texts are asked for in the terminal"
+)
+flags.DEFINE_bool("with_id", False, "read and write lines of ID<tab>TEXT")
+flags.DEFINE_string(
+    "history",
+    "~/.glm_jax_history",
+    "file of lines typed before, for the arrow keys; empty for none",
 )
 
 

@@ -11,7 +11,7 @@ from glm_jax.checkpoints.model_folder import load_config, restore
 from glm_jax.checkpoints.random_weights import is_random, random_config, random_model
 from glm_jax.config import COMPUTE_DTYPES, GLMConfig
 from glm_jax.engine.engine import EngineSettings
-from glm_jax.engine.generation_settings import SETTINGS, SamplingError
+from glm_jax.engine.generation_settings import SETTINGS, SamplingError, Setting
 from glm_jax.errors import UserError
 from glm_jax.generation.text_request import TextRequest
 from glm_jax.model.device_layout import prepare
@@ -43,41 +43,60 @@ _DEFINE: dict[type, Any] = {
 def define_model_flags() -> None:
     """Which model, in which precision, and where."""
     flags.DEFINE_string(
-        "checkpoint", None, "a model folder; or random:SIZE, such as random:130b: random weights"
+        "checkpoint",
+        None,
+        "a model folder; or random:SIZE, such as random:130b, for random weights",
     )
-    flags.DEFINE_string("tokenizer", None, "folder or .model file; the checkpoint's by default")
     flags.DEFINE_string(
-        "mesh", None, "sizes of data,fsdp,tensor, such as 1,1,8; one device by default"
+        "tokenizer", None, "tokenizer's folder or .model file; the checkpoint's by default"
+    )
+    flags.DEFINE_string(
+        "mesh",
+        None,
+        "mesh of devices, sizes of data,fsdp,tensor such as 1,1,8; one device by default",
     )
     flags.DEFINE_enum(
         "dtype",
         None,
         COMPUTE_DTYPES,
-        "of the model, as stored by default; tensorfloat32: float32 with products of fewer bits",
+        "dtype of weights and computation; as stored by default; tensorfloat32 is float32 whose "
+        "matrix products accelerators may round",
     )
     flags.DEFINE_string(
         "quantization",
         None,
-        "quantises a float checkpoint: int8, int4, or int4,group=128,zero_point",
+        "quantises a float checkpoint: int8, int4, or such as int4,group=128,zero_point",
     )
-    flags.DEFINE_string("adapter", None, "a folder of adapters that were trained on it")
+    flags.DEFINE_string("adapter", None, "folder of adapters that were trained on the checkpoint")
     flags.DEFINE_integer(
-        "activation_bits", None, "8: integer products of INT8 and INT4, on one CPU", 8, 8
+        "activation_bits",
+        None,
+        "8 quantises activations, so that INT8 and INT4 products are of integers; on one CPU",
+        8,
+        8,
     )
     flags.DEFINE_integer(
-        "embedding_bits", None, "8 or 4: embedding and output projection too, on one CPU"
+        "embedding_bits", None, "8 or 4 quantises embedding and output projection; on one CPU"
     )
     flags.register_validator("embedding_bits", lambda bits: bits in (None, 8, 4), "8 or 4")
     flags.DEFINE_enum(
-        "cache_dtype", None, ["float32", "bfloat16", "float16", "int8"], "of keys and values"
+        "cache_dtype",
+        None,
+        ["float32", "bfloat16", "float16", "int8"],
+        "dtype of cached keys and values; that of the computation by default",
     )
     flags.DEFINE_float(
         "weight_memory_limit",
         None,
-        "GiB of weights a device; blocks beyond it wait in the host's memory",
+        "GiB of weights on each device; blocks beyond it are streamed from the host's memory",
         lower_bound=0,
     )
-    flags.DEFINE_integer("max_length", None, "tokens of text and answer together", lower_bound=4)
+    flags.DEFINE_integer(
+        "max_length",
+        None,
+        "maximum tokens of text and answer together; the model's positions by default",
+        lower_bound=4,
+    )
     flags.register_validator("quantization", is_scheme)
 
 
@@ -91,11 +110,14 @@ def is_scheme(text: str | None) -> bool:
 
 def define_engine_flags() -> None:
     """How much is done at once."""
-    flags.DEFINE_integer("slots", 16, "requests that run together", lower_bound=1)
+    flags.DEFINE_integer("slots", 16, "maximum requests in the running batch", lower_bound=1)
     flags.DEFINE_integer(
-        "cache_tokens", None, "of all running requests; 512 a slot by default", lower_bound=1
+        "cache_tokens",
+        None,
+        "tokens in the cache of all running requests; 512 a slot by default",
+        lower_bound=1,
     )
-    flags.DEFINE_integer("prefill_width", 512, "tokens of prompts at once", lower_bound=32)
+    flags.DEFINE_integer("prefill_width", 512, "maximum tokens of a prefill batch", lower_bound=32)
 
 
 def engine_settings(prefill_budget: int | None = None) -> EngineSettings:
@@ -118,10 +140,14 @@ def define_strategy_flags() -> None:
     for name, setting in SETTINGS.items():
         if name not in _WITHOUT_FLAG:
             default = 0 if name == "seed" else setting.default
-            _DEFINE[setting.kind](name, default, f"{setting.help} {setting.range}".strip())
+            _DEFINE[setting.kind](name, default, _help(setting))
             flags.register_validator(name, functools.partial(_is_setting, name))
-    flags.DEFINE_multi_string("ban", [], "a text that comes in no answer; may be given often")
+    flags.DEFINE_multi_string("ban", [], "a text that no answer contains; may be repeated")
     flags.register_validator("ban", functools.partial(_is_setting, "banned_texts"))
+
+
+def _help(setting: Setting) -> str:
+    return f"{setting.help}; {setting.range}" if setting.range else setting.help
 
 
 def _is_setting(name: str, value: Any) -> bool:

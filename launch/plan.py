@@ -1,6 +1,6 @@
 """Will a job fit, and how fast can it be at best: its own programs compiled without a device.
 
-    python -m launch.plan --config=configs/glm_130b.py --job=decode --hardware=a100_40gb \
+    python -m launch.plan --config=configs/glm_130b.py --job=decode --hardware=a100_40gb \\
         --devices=8 --precision=float16 --batch=2 --length=2048 [--sweep]
 
 Takes the compilers that `make test-aot` installs (in .venv-aot).
@@ -15,7 +15,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from glm_jax import cli
 from glm_jax.config import GLMConfig, glm_130b
@@ -31,26 +31,39 @@ from launch.model_flags import is_scheme, model_config
 
 FLAGS = flags.FLAGS
 _TABLES = {"hardware": hardware_table.TABLE, "finetuning": finetuning_table.TABLE}
-config_flags.DEFINE_config_file("config", "configs/glm_130b.py", "an experiment's file")
+cli.define_experiment_flag("configs/glm_130b.py", is_default=True)
 flags.DEFINE_string(
     "checkpoint", None, "a model folder, or random:SIZE: its model instead of the config's"
 )
-flags.DEFINE_enum("job", "decode", JOBS, "which program")
-flags.DEFINE_string("hardware", None, "a file of configs/hardware: a100_40gb")
-flags.DEFINE_integer("devices", 1, "how many", lower_bound=1)
-flags.DEFINE_string("mesh", None, "sizes of data,fsdp,tensor; all tensor by default")
-flags.DEFINE_enum("precision", "float16", PRECISIONS, "of the weights")
-flags.DEFINE_string("quantization", None, "int8, int4, or int4,group=128: instead of --precision")
+flags.DEFINE_enum("job", "decode", JOBS, "program to compile")
+flags.DEFINE_string("hardware", None, "a file of configs/hardware, such as a100_40gb")
+flags.DEFINE_integer("devices", 1, "number of devices", lower_bound=1)
+flags.DEFINE_string(
+    "mesh", None, "mesh, sizes of data,fsdp,tensor; all devices along tensor by default"
+)
+flags.DEFINE_enum("precision", "float16", PRECISIONS, "number format of the weights")
+flags.DEFINE_string(
+    "quantization",
+    None,
+    "quantization instead of --precision: int8, int4, or such as int4,group=128",
+)
 flags.register_validator("quantization", is_scheme)
-flags.DEFINE_enum("cache_dtype", None, ["float16", "bfloat16", "int8"], "of keys and values")
-flags.DEFINE_integer("batch", 1, "requests that decode together, or rows", lower_bound=1)
+flags.DEFINE_enum(
+    "cache_dtype",
+    None,
+    ["float16", "bfloat16", "int8"],
+    "dtype of cached keys and values; that of the computation by default",
+)
 flags.DEFINE_integer(
-    "length", None, "tokens of each; the model's positions by default", lower_bound=1
+    "batch", 1, "requests that decode together, or rows of a training step", lower_bound=1
+)
+flags.DEFINE_integer(
+    "length", None, "tokens of each request or row; the model's positions by default", lower_bound=1
 )
 flags.DEFINE_float(
     "weight_memory_limit",
     None,
-    "GiB of weights a device; blocks beyond it are streamed from the host's memory",
+    "GiB of weights on each device; blocks beyond it are streamed from the host's memory",
     lower_bound=0,
 )
 flags.DEFINE_bool("sweep", False, "tries every mesh, and batches as large as fit")
@@ -58,11 +71,7 @@ flags.DEFINE_enum(
     "table", None, list(_TABLES), "prints the table of docs/hardware.md, or docs/finetuning.md"
 )
 flags.DEFINE_string("output", None, "folder for plan.json and plan.png")
-flags.register_multi_flags_validator(
-    ["hardware", "table"],
-    lambda given: given["hardware"] or given["table"],
-    "give --hardware, or --table",
-)
+cli.require(("hardware",), instead=("table",))
 
 
 def hardware(name: str) -> ConfigDict:

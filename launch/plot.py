@@ -11,7 +11,7 @@ from glm_jax import cli
 from glm_jax.training.curves import draw, read
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "of the run", required=True)
+flags.DEFINE_string("workdir", None, "folder of the run", required=True)
 flags.DEFINE_string("output", None, "a PNG file; curves.png in the workdir by default")
 
 

@@ -1,6 +1,6 @@
 """Tokenises text once, into shards that training reads; broken off, it goes on.
 
-    python -m launch.prepare_data --input='english/*.jsonl.zst' --output=data/en \
+    python -m launch.prepare_data --input='english/*.jsonl.zst' --output=data/en \\
         --tokenizer=DIR --language=en
 """
 
@@ -19,12 +19,18 @@ from glm_jax.tokenizer import Tokenizer
 FLAGS = flags.FLAGS
 flags.DEFINE_string("input", None, "comma-separated files and patterns", required=True)
 flags.DEFINE_string("output", None, "folder to write", required=True)
-flags.DEFINE_string("tokenizer", None, "folder of the tokenizer", required=True)
-flags.DEFINE_enum("kind", "text", KINDS_OF_FILES, "documents, or prompts and targets")
-flags.DEFINE_string("language", "text", "what metrics call this dataset")
-flags.DEFINE_integer("sequence_length", 2048, "of the training to come", lower_bound=8)
-flags.DEFINE_integer("processes", os.cpu_count(), "that work at once", lower_bound=1)
-flags.DEFINE_integer("most_bad_lines", 100, "left out and listed; more are an error", 0)
+flags.DEFINE_string("tokenizer", None, "tokenizer's folder", required=True)
+flags.DEFINE_enum(
+    "kind", "text", KINDS_OF_FILES, "text: documents; instructions: prompts and targets"
+)
+flags.DEFINE_string("language", "text", "name of the data set in metrics")
+flags.DEFINE_integer("sequence_length", 2048, "tokens of a row in training", lower_bound=8)
+flags.DEFINE_integer(
+    "processes", os.cpu_count(), "number of processes that tokenise", lower_bound=1
+)
+flags.DEFINE_integer(
+    "most_bad_lines", 100, "maximum lines that cannot be used, which are left out and listed", 0
+)
 
 
 def main() -> None:

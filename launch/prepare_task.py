@@ -2,7 +2,7 @@
 
     python -m launch.prepare_task --dataset=glue_cola --input=CoLA/dev.tsv --output=DATA
     python -m launch.prepare_task --dataset=mmlu --input=MMLU/data --output=DATA
-    python -m launch.prepare_task --dataset=crows_pairs --input=crows_pairs_anonymized.csv \
+    python -m launch.prepare_task --dataset=crows_pairs --input=crows_pairs_anonymized.csv \\
         --tokenizer=CHECKPOINT --output=DATA
 """
 
@@ -23,13 +23,15 @@ from glm_jax.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
 _MMLU, _CROWS_PAIRS = "mmlu", "crows_pairs"
-flags.DEFINE_string("dataset", None, "name of a file in --prompts, or of a text", required=True)
+flags.DEFINE_string(
+    "dataset", None, "name of a data set: of a file in --prompts, or of a text", required=True
+)
 flags.DEFINE_string("prompts", "configs/prompts", "folder of prompt files")
 flags.DEFINE_string("input", None, "file or folder of the data set", required=True)
-flags.DEFINE_string("output", None, "folder of all tasks' data", required=True)
+flags.DEFINE_string("output", None, "folder of the data of all tasks", required=True)
 flags.DEFINE_string("split", "validation", "name of the file that is written")
-flags.DEFINE_string("examples", None, "file of answered examples, where the prompt takes some")
-flags.DEFINE_string("tokenizer", None, "folder or .model file, which crows_pairs needs")
+flags.DEFINE_string("examples", None, "file of answered examples, for prompts that begin with some")
+flags.DEFINE_string("tokenizer", None, "tokenizer's folder or .model file; crows_pairs needs one")
 
 
 def main() -> None:

@@ -35,28 +35,45 @@ FLAGS = flags.FLAGS
 define_model_flags()
 define_engine_flags()
 flags.mark_flag_as_required("checkpoint")
-flags.DEFINE_string("name", None, "the model's, as clients ask for it; its folder's by default")
-flags.DEFINE_string("host", "127.0.0.1", "address to listen on; 0.0.0.0 for every one")
-flags.DEFINE_integer("port", 8000, "0 for any that is free", lower_bound=0, upper_bound=65535)
-flags.DEFINE_string("api_keys", None, "a file of keys, one a line, of which a request needs one")
-flags.DEFINE_multi_string("cors_origin", [], "of pages whose scripts may ask; may be given often")
+flags.DEFINE_string("name", None, "name of the model that clients ask for; its folder's by default")
+flags.DEFINE_string("host", "127.0.0.1", "address to listen on; 0.0.0.0 for all of the machine's")
+flags.DEFINE_integer(
+    "port", 8000, "port to listen on; 0 for any free one", lower_bound=0, upper_bound=65535
+)
+flags.DEFINE_string(
+    "api_keys", None, "file of API keys, one a line; without it no request needs a key"
+)
+flags.DEFINE_multi_string(
+    "cors_origin", [], "origin of pages whose scripts may send requests; may be repeated"
+)
 flags.DEFINE_multi_string(
     "allowed_host",
     [],
-    "a name, without port, under which the server may be asked beside that it listens on; "
-    "*.example.org for all below example.org, * for any; may be given often",
+    "a host name, without port, that requests may be sent to, beside that of --host; "
+    "*.example.org for all below example.org, * for any; may be repeated",
 )
 flags.DEFINE_integer(
-    "max_connections", DEFAULT_CONNECTIONS.count, "that are open at once", lower_bound=1
+    "max_connections", DEFAULT_CONNECTIONS.count, "maximum open connections", lower_bound=1
 )
 flags.DEFINE_integer(
-    "prefill_budget", 512, "tokens of prompts between two steps of those that run", lower_bound=1
+    "prefill_budget",
+    512,
+    "prompt tokens prefilled between two decode steps of the running requests",
+    lower_bound=1,
 )
-flags.DEFINE_integer("max_waiting", 256, "answers that may wait for a slot", lower_bound=0)
-flags.DEFINE_integer("max_beams", 4, "of a search; 1 for no searches", lower_bound=1)
-flags.DEFINE_integer("max_body_bytes", 1 << 20, "of a request", lower_bound=1024)
-flags.DEFINE_float("request_seconds", 600, "until an answer must be whole", lower_bound=1)
-flags.DEFINE_float("drain_seconds", 600, "that requests have to end after SIGTERM", lower_bound=1)
+flags.DEFINE_integer("max_waiting", 256, "maximum answers that wait for a slot", lower_bound=0)
+flags.DEFINE_integer(
+    "max_beams", 4, "maximum beams of a search; 1 for no beam search", lower_bound=1
+)
+flags.DEFINE_integer(
+    "max_body_bytes", 1 << 20, "maximum size of a request's body", lower_bound=1024
+)
+flags.DEFINE_float(
+    "request_seconds", 600, "maximum time of a request, until its answer is whole", lower_bound=1
+)
+flags.DEFINE_float(
+    "drain_seconds", 600, "time that running requests have to end after SIGTERM", lower_bound=1
+)
 
 
 def load(tokenizer: Tokenizer) -> ServedModel:

@@ -1,6 +1,6 @@
 """Trains a GLM model; the same command goes on where an earlier one stopped.
 
-    python -m launch.train --config=configs/train_tiny.py --workdir=DIR \
+    python -m launch.train --config=configs/train_tiny.py --workdir=DIR \\
         --config.data.files='corpus/*.txt' --config.data.tokenizer=DIR
 """
 

@@ -1,7 +1,6 @@
 """Flags that launchers share which train."""
 
 from absl import flags
-from ml_collections import config_flags
 
 from glm_jax import cli
 
@@ -9,21 +8,17 @@ FLAGS = flags.FLAGS
 
 
 def define_training_flags(example: str) -> None:
-    """An experiment, and where its run is kept.
+    """Defines the flags of an experiment and of its run's folder.
 
     Args:
-      example: a file of configs/ to name where none is given.
+      example: a file of configs/ to name and to show in help.
     """
-    config_flags.DEFINE_config_file("config", None, "experiment, a file of configs/")
-    flags.DEFINE_string("workdir", None, "checkpoints, metrics and what was learnt", required=True)
+    cli.define_experiment_flag(example)
+    flags.DEFINE_string(
+        "workdir", None, "folder of the run: checkpoints, metrics and the result", required=True
+    )
     flags.DEFINE_list("profile_steps", [], "FIRST,LAST: steps of which the workdir gets a trace")
     cli.define_process_flags()
-    # A file that cannot be loaded raises here, at the first look into it.
-    flags.register_validator(
-        "config",
-        lambda config: config is not None and "model" in config,
-        f"give an experiment, such as {example}",
-    )
     flags.register_validator(
         "profile_steps",
         lambda steps: (

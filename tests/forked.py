@@ -32,6 +32,8 @@ class Try:
 
     Attributes:
       is_full: no file can be written, as where a disk is full.
+      is_parsed_only: instead of running it, its flags are parsed; the answer's stdout is their
+        names, but those of libraries.
       bad_numbers: instead of running it, each of its flags that is a number is parsed as each of
         these; the answer's stdout is {"--flag=text": status}.
     """
@@ -39,6 +41,7 @@ class Try:
     command: tuple[str, ...]
     cwd: str
     is_full: bool = False
+    is_parsed_only: bool = False
     bad_numbers: tuple[str, ...] = ()
 
 
@@ -95,7 +98,7 @@ def _begin(tried):
         if tried["is_full"]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
         os.chdir(tried["cwd"])
-        status = _run(tried["command"], tried["bad_numbers"])
+        status = _run(tried["command"], tried["bad_numbers"], tried["is_parsed_only"])
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
@@ -105,18 +108,16 @@ def _begin(tried):
         os._exit(status)
 
 
-def _run(command, bad_numbers):
+def _run(command, bad_numbers, is_parsed_only):
     sys.argv = list(command)
-    if bad_numbers:
+    if bad_numbers or is_parsed_only:
         from absl import flags
 
         from glm_jax import cli
 
-        cli.run = cli.run_with_paths = lambda *_: None
         of_libraries = set(flags.FLAGS)
-        runpy.run_module(command[0], run_name="__main__", alter_sys=True)
-        print(json.dumps(_statuses(command[1:], bad_numbers, of_libraries)))
-        return 0
+        answer = lambda *_: _answer_parsing(command[1:], bad_numbers, of_libraries)
+        cli.run = cli.run_with_paths = answer
     try:
         runpy.run_module(command[0], run_name="__main__", alter_sys=True)
     except SystemExit as error:
@@ -125,6 +126,18 @@ def _run(command, bad_numbers):
             return 1
         return error.code or 0
     return 0
+
+
+def _answer_parsing(arguments, bad_numbers, of_libraries):
+    from absl import flags
+
+    from glm_jax import cli
+
+    if bad_numbers:
+        print(json.dumps(_statuses(arguments, bad_numbers, of_libraries)))
+        return
+    print(json.dumps(sorted(set(flags.FLAGS) - of_libraries)))
+    cli._parse_known(list(sys.argv))
 
 
 def _statuses(arguments, bad_numbers, of_libraries):

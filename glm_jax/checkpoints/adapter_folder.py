@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from glm_jax import files, processes
 from glm_jax.checkpoints import parameter_files
 from glm_jax.checkpoints.checksums import CHECKSUMS_FILE, checked_files, write_checksums
+from glm_jax.checkpoints.folder_kinds import is_model
 from glm_jax.checkpoints.parameter_files import PARAMS_FOLDER, CheckpointError
 from glm_jax.config import GLMConfig
 from glm_jax.model import adapters as model_adapters
@@ -92,11 +93,7 @@ def load_adapter(
     """
     folder = Path(path).absolute()
     file = folder / ADAPTER_FILE
-    if_missing = (
-        f"{path} holds no adapters ({ADAPTER_FILE} is missing): give the folder `adapter` of a "
-        "fine-tuning run's workdir"
-    )
-    about = files.read_json(file, CheckpointError, if_missing)
+    about = files.read_json(file, CheckpointError, lambda: _no_adapters(path))
     with parameter_files.readable(folder):
         checked_files(folder)
     try:
@@ -116,3 +113,12 @@ def load_adapter(
     metadata = parameter_files.part_metadata(folder, _PART)
     adapters: Adapters = parameter_files.read_part(folder, _PART, described, metadata)
     return adapter, adapters
+
+
+def _no_adapters(path: str | os.PathLike[str]) -> str:
+    inner = Path(path) / "adapter"
+    give = "the folder `adapter` of a fine-tuning run's workdir"
+    if (inner / ADAPTER_FILE).is_file():
+        give = f"{inner}, of this fine-tuning run"
+    what = ", it is a model folder" if is_model(Path(path)) else ""
+    return f"{path} holds no adapters ({ADAPTER_FILE} is missing{what}): give {give}"

@@ -16,10 +16,11 @@ import jax
 from jax.sharding import Mesh
 
 from glm_jax import files, processes, tokenizer
-from glm_jax.checkpoints import parameter_files
+from glm_jax.checkpoints import folder_kinds, parameter_files
 from glm_jax.checkpoints.adapter_folder import load_adapter, model_identity
 from glm_jax.checkpoints.array_reader import array_name, reusing_memory
 from glm_jax.checkpoints.checksums import CHECKSUMS_FILE, checked_files, write_checksums
+from glm_jax.checkpoints.folder_kinds import CONFIG_FILE
 from glm_jax.checkpoints.layer_assembly import HostStack, Part, gathered
 from glm_jax.checkpoints.parameter_files import PARAMS_FOLDER, CheckpointError
 from glm_jax.config import ConfigError, GLMConfig
@@ -33,7 +34,6 @@ from glm_jax.numerics import array_dtype
 from glm_jax.quantization import QuantizationError, QuantizedArray, Scheme, WeightFormat
 from glm_jax.quantization.formats import format_of
 
-CONFIG_FILE = "config.json"
 _FORMAT = "weight_format"  # its field beside those of `GLMConfig`
 _PART_BYTES = 4 << 30
 _EDITABLE = (CONFIG_FILE, tokenizer.MODEL_FILE, tokenizer.CONFIG_FILE)
@@ -102,18 +102,26 @@ def load_config(path: str | os.PathLike[str]) -> GLMConfig:
     """The config of a model folder.
 
     Raises:
-      CheckpointError: there is none, or it cannot be read.
+      CheckpointError: there is none, or it cannot be read; says what the folder is instead.
+    """
+    config = read_config(path)
+    if not (Path(path) / PARAMS_FOLDER).is_dir():
+        raise CheckpointError(_no_model(path, PARAMS_FOLDER, "no complete parameters"))
+    return config
+
+
+def read_config(path: str | os.PathLike[str]) -> GLMConfig:
+    """`load_config` of a folder that may hold its parameters in another form.
+
+    Raises:
+      CheckpointError: there is none, or it cannot be read; says what the folder is instead.
     """
     return _read_config(path)[0]
 
 
 def _read_config(path: str | os.PathLike[str]) -> tuple[GLMConfig, WeightFormat]:
     file = Path(path) / CONFIG_FILE
-    if_missing = (
-        f"{path} holds no model ({CONFIG_FILE} is missing): give a folder that a converter, "
-        "a training run's export or save_model wrote"
-    )
-    fields = files.read_json(file, CheckpointError, if_missing)
+    fields = files.read_json(file, CheckpointError, lambda: _no_model(path, CONFIG_FILE))
     try:
         name = fields.pop(_FORMAT, None) if isinstance(fields, dict) else None
         config = GLMConfig.from_dict(fields)
@@ -124,7 +132,14 @@ def _read_config(path: str | os.PathLike[str]) -> tuple[GLMConfig, WeightFormat]
             )
         return config, WeightFormat.parse(name)
     except (ConfigError, QuantizationError) as error:
-        raise CheckpointError(f"{file}: {error}") from error
+        hint = ""
+        if not folder_kinds.is_model(Path(path)):
+            hint = f": {folder_kinds.described(path, has_other_config=True)}"
+        raise CheckpointError(f"{file}: {error}{hint}") from error
+
+
+def _no_model(path: str | os.PathLike[str], missing: str, lacks: str = "no model") -> str:
+    return f"{path} holds {lacks} ({missing} is missing): {folder_kinds.described(path)}"
 
 
 def check_files(path: str | os.PathLike[str]) -> dict[str, int] | None:

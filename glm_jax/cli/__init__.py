@@ -15,8 +15,22 @@ import jax
 from absl import app, flags, logging
 
 from glm_jax import processes, supervision
+from glm_jax.cli import help as cli_help
+from glm_jax.cli.experiments import define_experiment_flag, with_default_experiment
+from glm_jax.cli.flag_errors import explained, require
+from glm_jax.cli.packaged import packaged
 from glm_jax.errors import UserError, shortened, system_refusal
 
+__all__ = [
+    "define_experiment_flag",
+    "define_process_flags",
+    "join_processes",
+    "packaged",
+    "require",
+    "run",
+    "run_with_paths",
+    "set_up_compiler",
+]
 _OVERLAP = "xla_gpu_enable_latency_hiding_scheduler"
 _GREATEST = 2**63 - 1  # of a flag's number
 _OUTPUTS = ("output", "workdir")  # flags
@@ -40,7 +54,8 @@ def run_with_paths(main: Callable[[list[str]], None], *names: str) -> None:
     def parse(argv: list[str]) -> list[str]:
         rest = _parse_known(argv)
         if not len(required) <= len(rest) - 1 <= len(names):
-            _fail(f"{len(rest) - 1} paths given, expected {' '.join(names)}", 2)
+            usage = " ".join(names)
+            _fail(f"{len(rest) - 1} paths given, expected {usage} (--help says more)", 2)
         return rest
 
     _run(lambda argv: main(list(argv[1:])), parse)
@@ -155,13 +170,15 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 def _parse_known(argv: list[str]) -> list[str]:
     try:
-        rest = list(flags.FLAGS(argv))
+        help_text = cli_help.asked_for(argv[1:])
+        if help_text is not None:
+            print(help_text, end="", flush=True)
+            _leave(status=0)
+        rest = list(flags.FLAGS(with_default_experiment(argv)))
         _check_values()
         return rest
-    except BrokenPipeError:  # of --help
-        raise
-    except (flags.Error, ValueError, AttributeError, KeyError, OSError) as error:
-        _fail(error, status=2)
+    except (flags.Error, ValueError) as error:
+        _fail(explained(error), status=2)
 
 
 def _check_values() -> None:
@@ -199,13 +216,13 @@ def _leave(status: int) -> NoReturn:
 
 def define_process_flags() -> None:
     """Flags of a launcher that several processes can run together."""
-    flags.DEFINE_string("coordinator", None, "host:port of process 0, of several processes")
-    flags.DEFINE_integer("num_processes", None, "how many there are", lower_bound=1)
-    flags.DEFINE_integer("process_id", None, "which of them this is, from 0", lower_bound=0)
+    flags.DEFINE_string("coordinator", None, "host:port of process 0, to join several processes")
+    flags.DEFINE_integer("num_processes", None, "number of processes", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "index of this process, from 0", lower_bound=0)
     flags.DEFINE_integer(
         "heartbeat_seconds",
         processes.HEARTBEAT_SECONDS,
-        "a process that gave no sign of life for so long counts as gone, and the others end",
+        "seconds without a heartbeat after which a process counts as lost and the others end",
         lower_bound=1,
     )
 
