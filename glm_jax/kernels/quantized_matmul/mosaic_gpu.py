@@ -1,0 +1,444 @@
+"""The kernel for compute capability 9.0 (Pallas, Mosaic GPU).
+
+Outputs lie along M of the matrix instruction, 64 at least, and rows along its N, 8 at least, so
+that few rows cost little. One warpgroup copies tiles of weights, activations and scales into
+shared memory, several steps ahead; the others turn integers into floats in registers, which are
+the instruction's operand, and multiply. Programs, one a multiprocessor, share all (tile, step)
+pairs evenly, whatever the shape; a tile that several worked on comes back in parts, which are
+added in one order.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from glm_jax.kernels.quantized_matmul import mosaic_registers
+from glm_jax.kernels.quantized_matmul.mosaic_layout import LANES, TILE, MosaicArray
+
+_COPYING_REGISTERS = 40  # of a thread that copies
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How the kernel divides its work.
+
+    Attributes:
+      rows: of a tile, a multiple of 8 up to 256.
+      tiles: of 64 outputs, of one warpgroup.
+      consumers: warpgroups that multiply.
+      inputs: of a step, a multiple of 64.
+      stages: steps that are in shared memory at once.
+      programs: that run at once, one a multiprocessor.
+      whole: gives programs whole tiles, so that no parts are to add.
+      scale_first: scales weights, rounded to x's dtype, before they are multiplied, and not a
+        group's products after: where rows are many.
+    """
+
+    rows: int
+    tiles: int
+    consumers: int
+    inputs: int
+    stages: int
+    programs: int
+    whole: bool = False
+    scale_first: bool = False
+
+    @property
+    def output_tiles(self) -> int:
+        return self.tiles * self.consumers
+
+    @property
+    def outputs(self) -> int:
+        return TILE * self.output_tiles
+
+    @property
+    def registers(self) -> int:
+        """Of a thread that multiplies: what threads that copy leave, in eights."""
+        left = 65536 - 128 * _COPYING_REGISTERS
+        return min(232, left // (128 * self.consumers) // 8 * 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """Which steps a program takes: `share` of them one after another, tile after tile.
+
+    Attributes:
+      row_tiles, output_tiles: how many there are; tiles of the same outputs follow each other.
+      steps: of a tile.
+      share: steps of a program.
+    """
+
+    row_tiles: int
+    output_tiles: int
+    steps: int
+    share: int
+
+    @property
+    def total(self) -> int:
+        return self.row_tiles * self.output_tiles * self.steps
+
+    @property
+    def programs(self) -> int:
+        return pl.cdiv(self.total, self.share)
+
+    def parts(self) -> list[int]:
+        """How many programs work on each tile."""
+        first = range(0, self.total, self.steps)
+        return [(f + self.steps - 1) // self.share - f // self.share + 1 for f in first]
+
+
+def divide(rows: int, inputs: int, outputs: int, blocks: Blocks) -> Division:
+    """Divides a product of padded rows among programs."""
+    row_tiles, output_tiles = rows // blocks.rows, outputs // blocks.outputs
+    tiles, steps = row_tiles * output_tiles, inputs // blocks.inputs
+    whole = pl.cdiv(tiles, blocks.programs) * steps
+    share = whole if blocks.whole else pl.cdiv(tiles * steps, blocks.programs)
+    return Division(row_tiles, output_tiles, steps, share)
+
+
+def matmul(
+    x: Float[Array, "rows inputs"],
+    weight: MosaicArray,
+    blocks: Blocks,
+    interpret: bool = False,
+) -> Float[Array, "rows outputs"]:
+    """x [rows, K], float16 or bfloat16, times weight [K, N].
+
+    Args:
+      blocks: sizes that divide the weight's.
+      interpret: runs the kernel's program step by step on any device, for tests.
+
+    Returns:
+      float32 [rows, N].
+    """
+    rows, (inputs, outputs) = x.shape[0], weight.shape
+    x = jnp.pad(x, ((0, -rows % blocks.rows), (0, 0)))
+    division = divide(len(x), inputs, outputs, blocks)
+    parts = _call(x, weight, blocks, division, interpret)
+    counts = division.parts()
+    if len(parts) == 1:
+        return parts[0].T[:rows]
+    written = jnp.array(counts).reshape(division.output_tiles, division.row_tiles)
+    written = jnp.repeat(jnp.repeat(written, blocks.outputs, 0), blocks.rows, 1)
+    total = parts[0]
+    for index in range(1, len(parts)):
+        total = total + jnp.where(index < written, parts[index], 0)
+    return total.T[:rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What the kernel's parts share: all of it static."""
+
+    blocks: Blocks
+    division: Division
+    bits: int
+    group_size: int
+    dtype: Any
+    zeros: bool
+    interpret: bool
+
+    @property
+    def group(self) -> int:
+        """Inputs of a step that share a scale."""
+        return min(self.group_size, self.blocks.inputs)
+
+    @property
+    def groups(self) -> int:
+        """Groups of a step."""
+        return self.blocks.inputs // self.group
+
+    @property
+    def chunk(self) -> int:
+        """Inputs that are multiplied at once."""
+        return min(self.group, TILE)
+
+    @property
+    def sums(self) -> bool:
+        """Whether zero points are taken off products, by the sums of x, not off weights."""
+        return self.zeros and not self.blocks.scale_first
+
+
+def _call(
+    x: Array, weight: MosaicArray, blocks: Blocks, division: Division, interpret: bool
+) -> Array:
+    """Parts of the product, [parts, N, rows]; tiles that have fewer leave the rest unwritten."""
+    outputs, stages = weight.shape[1], blocks.stages
+    has_zeros = weight.zero_points is not None
+    plan = _Plan(blocks, division, weight.bits, weight.group_size, x.dtype, has_zeros, interpret)
+    of_groups = (stages, plan.groups, blocks.output_tiles, TILE)
+    swizzle = 2 * plan.chunk
+    scratch: dict[str, Any] = {
+        "x": plgpu.SMEM(
+            (stages, blocks.rows, blocks.inputs),
+            x.dtype,
+            transforms=(plgpu.TilingTransform((8, plan.chunk)), plgpu.SwizzleTransform(swizzle)),
+        ),
+        "values": plgpu.SMEM(
+            (stages, blocks.output_tiles, blocks.inputs // TILE, weight.bits, LANES), jnp.int32
+        ),
+        "scales": plgpu.SMEM(of_groups, weight.scales.dtype),
+    }
+    by_tile = lambda a: a.reshape(weight.groups, outputs // TILE, TILE)
+    operands = {"x": x, "values": weight.values, "scales": by_tile(weight.scales)}
+    if has_zeros:
+        operands["zeros"] = by_tile(weight.zero_points)
+        scratch["zeros"] = plgpu.SMEM(of_groups, weight.zero_points.dtype)
+    if plan.sums:
+        of_groups_x = x.astype(jnp.float32).reshape(len(x), -1, plan.group)
+        operands["sums"] = of_groups_x.sum(-1).T
+        scratch["sums"] = plgpu.SMEM((stages, plan.groups, blocks.rows), jnp.float32)
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, plan=plan, names=tuple(operands)),
+        out_type=jax.ShapeDtypeStruct((max(division.parts()), outputs, len(x)), jnp.float32),
+        scratch_types={
+            "shared": scratch,
+            "full": plgpu.Barrier(num_arrivals=len(operands), num_barriers=stages),
+            "empty": plgpu.Barrier(num_arrivals=blocks.consumers, num_barriers=stages),
+        },
+        grid=(division.programs,),
+        grid_names=("program",),
+        num_threads=blocks.consumers + 1,
+        thread_name="warpgroup",
+        kernel_name=f"quantized_matmul_int{weight.bits}",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )
+    parts: Array = kernel(*operands.values())
+    return parts
+
+
+def _kernel(
+    *refs: Any, plan: _Plan, names: tuple[str, ...], shared: dict[str, Any], full: Any, empty: Any
+) -> None:
+    blocks, division = plan.blocks, plan.division
+    *operands, out = refs
+    memory = dict(zip(names, operands, strict=True))
+    warpgroup = lax.axis_index("warpgroup")
+    first = lax.axis_index("program") * division.share
+    stop = jnp.minimum(first + division.share, division.total)
+
+    @pl.when(warpgroup == blocks.consumers)
+    def copy() -> None:
+        if not plan.interpret:
+            plgpu.set_max_registers(_COPYING_REGISTERS, action="decrease")
+        _copy(memory, shared, full, empty, first, stop, plan)
+
+    @pl.when(warpgroup < blocks.consumers)
+    def multiply() -> None:
+        if not plan.interpret:
+            plgpu.set_max_registers(blocks.registers, action="increase")
+
+        def one(tile: Array, _: None) -> None:
+            outputs, rows = _tile(tile, plan)
+            start = tile * division.steps
+            steps = (jnp.maximum(start, first), jnp.minimum(start + division.steps, stop))
+            totals = _multiply(shared, full, empty, first, steps, warpgroup, plan)
+            part = lax.axis_index("program") - lax.div(start, division.share)
+            for index, total in enumerate(totals):
+                output = (outputs + warpgroup * blocks.tiles + index) * TILE
+                rows_here = pl.ds(rows * blocks.rows, blocks.rows)
+                out[part, pl.ds(output, TILE), rows_here] = total
+
+        tiles = lax.div(first, division.steps), lax.div(stop - 1, division.steps) + 1
+        lax.fori_loop(*tiles, one, None)
+
+
+def _tile(tile: Array, plan: _Plan) -> tuple[Array, Array]:
+    """First tile of 64 outputs, and tile of rows."""
+    rows = plan.division.row_tiles
+    return lax.div(tile, rows) * plan.blocks.output_tiles, lax.rem(tile, rows)
+
+
+def _copy(
+    memory: dict[str, Any],
+    shared: dict[str, Any],
+    full: Any,
+    empty: Any,
+    first: Array,
+    stop: Array,
+    plan: _Plan,
+) -> None:
+    """Copies what each step takes into shared memory."""
+    blocks = plan.blocks
+
+    def wait(index: Array, _: None = None) -> None:
+        plgpu.barrier_wait(empty.at[lax.rem(index, blocks.stages)])
+
+    def one(index: Array, _: None) -> None:
+        stage = lax.rem(index, blocks.stages)
+        pl.when(index >= blocks.stages)(lambda: wait(index))
+        of_tile = plan.division.steps
+        tile, step = lax.div(first + index, of_tile), lax.rem(first + index, of_tile)
+        output, row = _tile(tile, plan)
+        outputs, rows = pl.ds(output, blocks.output_tiles), pl.ds(row * blocks.rows, blocks.rows)
+        tiles = blocks.inputs // TILE
+        groups = pl.ds(lax.div(step * blocks.inputs, plan.group_size), plan.groups)
+        slices = {
+            "x": (rows, pl.ds(step * blocks.inputs, blocks.inputs)),
+            "values": (outputs, pl.ds(step * tiles, tiles)),
+            "scales": (groups, outputs),
+            "zeros": (groups, outputs),
+            "sums": (pl.ds(step * plan.groups, plan.groups), rows),
+        }
+        for name, ref in memory.items():
+            source = ref.at[slices[name]]
+            plgpu.copy_gmem_to_smem(source, shared[name].at[stage], full.at[stage])
+
+    count = stop - first
+    lax.fori_loop(0, count, one, None)
+    lax.fori_loop(jnp.maximum(count - blocks.stages, 0), count, wait, None)
+
+
+def _multiply(
+    shared: dict[str, Any],
+    full: Any,
+    empty: Any,
+    first: Array,
+    steps: tuple[Array, Array],
+    warpgroup: Array,
+    plan: _Plan,
+) -> tuple[Array, ...]:
+    """Products of a warpgroup's tiles over some steps, each [64, rows]."""
+    blocks = plan.blocks
+
+    def one(step: Array, totals: Any, accumulators: Any = None) -> Any:
+        stage = lax.rem(step - first, blocks.stages)
+        plgpu.barrier_wait(full.at[stage])
+        here = {name: ref.at[stage] for name, ref in shared.items()}
+        if blocks.scale_first:
+            totals = _accumulate_step(accumulators or totals, here, warpgroup, plan)
+        else:
+            totals = _add_step(totals, here, warpgroup, plan)
+        plgpu.barrier_arrive(empty.at[stage])
+        return totals
+
+    shape = (TILE, blocks.rows)
+    if blocks.scale_first and not plan.interpret:
+
+        def scoped(*accumulators: Any) -> tuple[Array, ...]:
+            loop = functools.partial(one, accumulators=accumulators)
+            lax.fori_loop(*steps, loop, None)
+            return tuple(accumulator[...] for accumulator in accumulators)
+
+        kinds = [plgpu.ACC(shape, jnp.float32)] * blocks.tiles
+        totals: tuple[Array, ...] = pl.run_scoped(scoped, *kinds)
+        return totals
+    zero = jnp.zeros(shape, jnp.float32)
+    if not plan.interpret:
+        zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
+    totals = lax.fori_loop(*steps, one, (zero,) * blocks.tiles)
+    return totals
+
+
+def _add_step(
+    totals: tuple[Array, ...], here: dict[str, Any], warpgroup: Array, plan: _Plan
+) -> tuple[Array, ...]:
+    """Adds a step's products, scaled group by group."""
+    added = list(totals)
+    pairs = [(g, t) for g in range(plan.groups) for t in range(plan.blocks.tiles)]
+    parts = _products(here, pairs, warpgroup, plan)
+    for (group, index), part in zip(pairs, parts, strict=True):
+        tile = warpgroup * plan.blocks.tiles + index
+        if plan.sums:
+            sums = _vector(here["sums"].at[group], 0, plan, part)
+            part = part - _vector(here["zeros"].at[group, tile], 1, plan, part) * sums
+        added[index] += part * _vector(here["scales"].at[group, tile], 1, plan, part)
+    return tuple(added)
+
+
+def _products(
+    here: dict[str, Any], pairs: list[tuple[int, int]], warpgroup: Array, plan: _Plan
+) -> list[Array]:
+    """Products of groups and tiles, [64, rows] each. One is multiplied while the next converts."""
+    chunks = plan.group // plan.chunk
+    operand = _operands(here, warpgroup, plan)
+    if plan.interpret:
+        of_group = lambda group: range(group * chunks, (group + 1) * chunks)
+        return [sum(_dot(*operand(i, c)) for c in of_group(group)) for group, i in pairs]
+
+    def scoped(*accumulators: Any) -> list[Array]:
+        done = []
+        for number, (group, index) in enumerate(pairs):
+            for chunk in range(chunks):
+                values, x = operand(index, group * chunks + chunk)
+                plgpu.wgmma(accumulators[number], values, x.T)
+                if chunk + 1 < chunks:
+                    plgpu.wgmma_wait(1)
+            if number:
+                done.append(plgpu.wgmma_accumulator_load(accumulators[number - 1], wait_n=1))
+        done.append(plgpu.wgmma_accumulator_load(accumulators[-1], wait_n=0))
+        return done
+
+    shape = (TILE, plan.blocks.rows)
+    products: list[Array] = pl.run_scoped(scoped, *[plgpu.ACC(shape, jnp.float32)] * len(pairs))
+    return products
+
+
+def _accumulate_step(
+    accumulators: tuple[Any, ...], here: dict[str, Any], warpgroup: Array, plan: _Plan
+) -> tuple[Array, ...] | None:
+    """Multiplies a step's scaled weights into accumulators, one for each tile."""
+    operand = _operands(here, warpgroup, plan)
+    totals = list(accumulators)
+    for chunk in range(plan.blocks.inputs // plan.chunk):
+        for index in range(plan.blocks.tiles):
+            values, x = operand(index, chunk)
+            values = _scaled(values, here, chunk * plan.chunk // plan.group, index, warpgroup, plan)
+            if plan.interpret:
+                totals[index] += _dot(values, x)
+            else:
+                plgpu.wgmma(accumulators[index], values, x.T)
+                plgpu.wgmma_wait(1)
+    if plan.interpret:
+        return tuple(totals)
+    plgpu.wgmma_wait(0)
+    return None
+
+
+def _dot(values: Array, x: Any) -> Array:
+    """What wgmma adds, in the interpreter, which has no operand in registers."""
+    return jnp.dot(values, x[...].T, preferred_element_type=jnp.float32)
+
+
+def _scaled(
+    values: Array, here: dict[str, Any], group: int, index: int, warpgroup: Array, plan: _Plan
+) -> Array:
+    """Weights [64, chunk] of one group, less their zero points, times their scales."""
+    tile = warpgroup * plan.blocks.tiles + index
+    if plan.zeros:
+        values = values - _vector(here["zeros"].at[group, tile], 1, plan, values)
+    return values * _vector(here["scales"].at[group, tile], 1, plan, values)
+
+
+def _operands(here: dict[str, Any], warpgroup: Array, plan: _Plan) -> Any:
+    """A function of (tile, chunk) to (weights [64, chunk], x [rows, chunk] in shared memory)."""
+    loaded: dict[tuple[int, int], list[Array]] = {}
+    of_tile = TILE // plan.chunk
+
+    def operand(index: int, chunk: int) -> tuple[Array, Any]:
+        tile, part = divmod(chunk, of_tile)
+        if (index, tile) not in loaded:
+            values = here["values"].at[warpgroup * plan.blocks.tiles + index, tile]
+            load = mosaic_registers.emulate if plan.interpret else mosaic_registers.load
+            loaded[index, tile] = load(values, plan.bits, plan.dtype, plan.chunk)
+        x = here["x"].at[:, pl.ds(chunk * plan.chunk, plan.chunk)]
+        return loaded[index, tile][part], x
+
+    return operand
+
+
+def _vector(ref: Any, axis: int, plan: _Plan, like: Array) -> Array:
+    """A vector of shared memory, as wide as a matrix in registers whose `axis` it lacks."""
+    if plan.interpret:
+        vector = ref[...]
+    else:
+        vector = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(axis), optimized=False)
+    return lax.broadcast_in_dim(vector.astype(like.dtype), like.shape, (1 - axis,))
