@@ -26,7 +26,8 @@ from convert.sat_reader import SatCheckpoint
 from glm_jax import files
 from glm_jax.checkpoints import parameter_files
 from glm_jax.checkpoints.array_reader import aligned_empty
-from glm_jax.checkpoints.model_folder import CONFIG_FILE, describe_model
+from glm_jax.checkpoints.folder_kinds import CONFIG_FILE
+from glm_jax.checkpoints.model_folder import describe_model
 from glm_jax.config import GLMConfig
 from glm_jax.errors import UserError, is_no_room
 from glm_jax.model import params as glm_params

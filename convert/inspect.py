@@ -16,7 +16,8 @@ from convert.opening import SAFETENSORS_INDEX, open_safetensors, read_index
 from convert.sat_reader import SatCheckpoint
 from glm_jax import cli
 from glm_jax.checkpoints import parameter_files
-from glm_jax.checkpoints.model_folder import CONFIG_FILE, read_config
+from glm_jax.checkpoints.folder_kinds import CONFIG_FILE
+from glm_jax.checkpoints.model_folder import read_config
 from glm_jax.config import GLMConfig
 from glm_jax.model.params import parameter_count
 

@@ -20,8 +20,8 @@ from convert.plain_reading import PlainModel, WholeTensors
 from convert.sat_reader import SatCheckpoint
 from glm_jax.checkpoints import parameter_files
 from glm_jax.checkpoints.checksums import chunk_checksum, damaged
+from glm_jax.checkpoints.folder_kinds import CONFIG_FILE
 from glm_jax.checkpoints.model_folder import (
-    CONFIG_FILE,
     check_files,
     load_config,
     read_config,

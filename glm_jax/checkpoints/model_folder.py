@@ -24,6 +24,7 @@ from glm_jax.checkpoints.folder_kinds import CONFIG_FILE
 from glm_jax.checkpoints.layer_assembly import HostStack, Part, gathered
 from glm_jax.checkpoints.parameter_files import PARAMS_FOLDER, CheckpointError
 from glm_jax.config import ConfigError, GLMConfig
+from glm_jax.errors import UserError
 from glm_jax.model import adapters
 from glm_jax.model import params as glm_params
 from glm_jax.model.abstract_params import abstract_quantized
@@ -122,9 +123,12 @@ def read_config(path: str | os.PathLike[str]) -> GLMConfig:
 def _read_config(path: str | os.PathLike[str]) -> tuple[GLMConfig, WeightFormat]:
     file = Path(path) / CONFIG_FILE
     fields = files.read_json(file, CheckpointError, lambda: _no_model(path, CONFIG_FILE))
+    name = fields.pop(_FORMAT, None) if isinstance(fields, dict) else None
     try:
-        name = fields.pop(_FORMAT, None) if isinstance(fields, dict) else None
         config = GLMConfig.from_dict(fields)
+    except ConfigError as error:
+        raise _refused(file, error, has_other_config=True) from error
+    try:
         if name is None:
             raise ConfigError(
                 f"it names no {_FORMAT}: add what the kernels are stored as, such as "
@@ -132,10 +136,14 @@ def _read_config(path: str | os.PathLike[str]) -> tuple[GLMConfig, WeightFormat]
             )
         return config, WeightFormat.parse(name)
     except (ConfigError, QuantizationError) as error:
-        hint = ""
-        if not folder_kinds.is_model(Path(path)):
-            hint = f": {folder_kinds.described(path, has_other_config=True)}"
-        raise CheckpointError(f"{file}: {error}{hint}") from error
+        raise _refused(file, error) from error
+
+
+def _refused(file: Path, error: UserError, has_other_config: bool = False) -> CheckpointError:
+    hint = ""
+    if not folder_kinds.is_model(file.parent):
+        hint = f": {folder_kinds.described(file.parent, has_other_config)}"
+    return CheckpointError(f"{file}: {error}{hint}")
 
 
 def _no_model(path: str | os.PathLike[str], missing: str, lacks: str = "no model") -> str:

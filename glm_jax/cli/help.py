@@ -95,7 +95,7 @@ def _entry(flag: flags.Flag) -> Iterator[str]:
     if isinstance(flag.parser, ExperimentParser) and flag.parser.is_default:
         notes.append(f"default: {flag.parser.example}")
     elif flag.default not in (None, False, []):
-        notes.append(f"default: {flag.default_as_str.strip(chr(39)) or 'empty'}")
+        notes.append(f"default: {(flag.default_as_str or '').strip(chr(39)) or 'empty'}")
     bounds = getattr(flag.parser, "lower_bound", None), getattr(flag.parser, "upper_bound", None)
     if bounds != (None, None) and " to " not in described:
         notes.append(flag.parser.syntactic_help)
