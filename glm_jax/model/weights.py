@@ -148,6 +148,14 @@ class KernelWeight:
 
 
 @struct.dataclass
+class LaidOutWeight(KernelWeight):
+    """An array in a kernel's layout, which it keeps."""
+
+    def laid_out(self, layout: Layout) -> Any:
+        return self.array
+
+
+@struct.dataclass
 class LowRank:
     """A pair of matrices: down [inputs, rank], up [rank, *outputs]."""
 
@@ -243,7 +251,7 @@ def as_weight(leaf: Any) -> Any:
 
 
 as_weight.register(QuantizedArray, KernelWeight)
-as_weight.register(TiledArray, KernelWeight)
+as_weight.register(TiledArray, LaidOutWeight)
 as_weight.register(AdaptedWeight, lambda weight: weight)
 as_weight.register(TransposedWeight, lambda weight: weight)
 

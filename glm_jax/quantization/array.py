@@ -1,5 +1,6 @@
 """`QuantizedArray`: what stands in for a float weight."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -34,6 +35,7 @@ class QuantizedArray:
     contraction_axis: int = struct.field(pytree_node=False)
     zero_points: Any = None
     axes: tuple[str | None, ...] | None = struct.field(pytree_node=False, default=None)
+    layout = "stored"  # the name of the kernel that an array is laid out for, or this
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -50,6 +52,12 @@ class QuantizedArray:
     def nbytes(self) -> int:
         """Bytes of values, scales and zero points."""
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+    def flattened(self) -> "QuantizedArray":
+        """A weight [K, *outputs] as [K, N], without logical axes."""
+        outputs = math.prod(self.shape[1:])
+        flat = jax.tree.map(lambda a: a.reshape(a.shape[0], outputs), self)
+        return dataclasses.replace(flat, contraction_axis=-2, axes=None)
 
     @property
     def groups(self) -> int:

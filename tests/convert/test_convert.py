@@ -128,7 +128,7 @@ def test_restored_in_another_dtype_or_quantised(tmp_path):
 def test_a_quantised_model_is_not_quantised_otherwise(tmp_path):
     _convert(CHECKPOINTS / "int8_tp2", tmp_path)
     restore(tmp_path / "out", quantization="int8")
-    with pytest.raises(CheckpointError, match="int8 already"):
+    with pytest.raises(CheckpointError, match="int8-s2 already"):
         restore(tmp_path / "out", quantization="int4")
     with pytest.raises(QuantizationError, match="begin with int8 or int4"):
         restore(tmp_path / "out", quantization="int2")

@@ -6,6 +6,7 @@ are laid out anew for it once, when a model is made ready to decode: strips of 1
 each one run of bytes in the order in which it is read.
 """
 
+import dataclasses
 import functools
 import math
 from pathlib import Path
@@ -18,6 +19,8 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from glm_jax.kernels import cpu_library
+from glm_jax.kernels.dispatch import unmet
+from glm_jax.kernels.quantized_matmul.arguments import Arguments, add_bias
 from glm_jax.numerics import einsum
 from glm_jax.quantization import QuantizedArray, unpack_int4
 
@@ -51,9 +54,16 @@ class TiledArray:
     zero_points: Any = None
     activation_bits: int | None = struct.field(pytree_node=False, default=None)
 
+    layout = "cpu"
+    axes = None  # the layout is of one device
+
     @property
-    def axes(self) -> None:
-        """No logical axes: the layout is of one device."""
+    def contraction_axis(self) -> int:
+        return -len(self.shape)
+
+    def flattened(self) -> "TiledArray":
+        """The same weight as [K, N]."""
+        return dataclasses.replace(self, shape=(self.shape[0], math.prod(self.shape[1:])))
 
 
 def is_available() -> bool:
@@ -62,7 +72,28 @@ def is_available() -> bool:
     return cpu_library.register(path, "GlmJaxQuantizedMatmul", _TARGET)
 
 
-def can_tile(weight: QuantizedArray | Array) -> bool:
+@dataclasses.dataclass(frozen=True)
+class CPUKernel:
+    """A weight in the kernel's layout."""
+
+    name: str = "cpu"
+    platform: None = None  # no other backend takes the layout
+
+    def supports(self, arguments: Arguments) -> str | None:
+        return unmet((arguments.weight.layout == "cpu", "a weight in its own layout"))
+
+    def __call__(self, arguments: Arguments) -> Array:
+        return add_bias(matmul(arguments.x, arguments.weight), arguments.bias)
+
+
+class CPUTransposed(CPUKernel):
+    """The product with the transpose."""
+
+    def __call__(self, arguments: Arguments) -> Array:
+        return transposed_matmul(arguments.x, arguments.weight)
+
+
+def can_tile(weight: Any) -> bool:
     """Whether the kernel takes a weight: whole steps of inputs, in each group."""
     if isinstance(weight, QuantizedArray):
         inputs, groups = weight.shape[weight.contraction_axis], weight.groups
@@ -82,8 +113,9 @@ def tile(weight: QuantizedArray | Array, activation_bits: int | None = None) -> 
     """
     inputs, outputs = weight.shape[0], math.prod(weight.shape[1:])
     matrix = lambda a: jnp.pad(a.reshape(-1, outputs), ((0, 0), (0, -outputs % _STRIP)))
+    zeros = None
     if isinstance(weight, QuantizedArray):
-        bits, values = weight.bits, weight.values
+        bits, values, zeros = weight.bits, weight.values, weight.zero_points
         values = (unpack_int4(values, 0) if bits == 4 else values) ^ jnp.int8(-(2 ** (bits - 1)))
         scales = matrix(weight.scales).astype(jnp.float32)
     else:
@@ -96,7 +128,6 @@ def tile(weight: QuantizedArray | Array, activation_bits: int | None = None) -> 
         lanes = (lanes[..., 0::2] & 0x0F) | (lanes[..., 1::2] << 4)
     elif bits > 8:
         lanes = jax.lax.bitcast_convert_type(lanes, jnp.int8)
-    zeros = weight.zero_points if isinstance(weight, QuantizedArray) else None
     return TiledArray(
         values=lanes.reshape(*lanes.shape[:2], 4 * _STRIP),
         scales=scales,

@@ -16,27 +16,53 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
+from glm_jax.kernels import target
+from glm_jax.kernels.dispatch import unmet
+from glm_jax.kernels.quantized_matmul import tuning
+from glm_jax.kernels.quantized_matmul.arguments import Arguments
+from glm_jax.kernels.quantized_matmul.tuning import Blocks
 from glm_jax.quantization import QuantizedArray
 from glm_jax.quantization.packing import interleaved_planes, split_bytes
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
-    """How the kernel divides its work. Sizes are powers of two, all that Triton takes.
+class PallasGPU:
+    """Activations in 16 bits and a weight that some block sizes divide.
 
     Attributes:
-      rows, outputs, inputs: sizes of a block; outputs divide the weight's, inputs a group's.
-      splits: programs among which the inputs are divided, each taking whole blocks.
-      warps: of a program.
-      stages: blocks of the pipeline that reads ahead.
+      capability: compute capability of the GPU; None for that of the GPU that is compiled for.
+      interpret: runs the kernel's program step by step on any device, for tests.
     """
 
-    rows: int
-    outputs: int
-    inputs: int
-    splits: int
-    warps: int
-    stages: int
+    capability: float | None = None
+    interpret: bool = False
+    name: str = "pallas"
+    platform: str = "cuda"
+
+    def supports(self, arguments: Arguments) -> str | None:
+        return unmet(arguments.is_as_stored) or unmet(
+            (arguments.x.dtype != jnp.float32, "activations in 16 bits"),
+            (
+                self._capability() >= target.TRITON_CAPABILITY,
+                f"compute capability {target.TRITON_CAPABILITY} or higher",
+            ),
+            (self._blocks(arguments) is not None, "sizes that its blocks divide"),
+        )
+
+    def __call__(self, arguments: Arguments) -> Array:
+        blocks = self._blocks(arguments)
+        assert blocks is not None
+        return matmul(arguments.x, arguments.weight, arguments.bias, blocks, self.interpret)
+
+    def _capability(self) -> float:
+        return target.compute_capability() if self.capability is None else self.capability
+
+    def _blocks(self, arguments: Arguments) -> Blocks | None:
+        weight = arguments.weight
+        inputs, outputs = weight.shape
+        rows = len(arguments.x)
+        problem = tuning.Problem(rows, inputs, outputs, weight.group_size, weight.bits)
+        return tuning.lookup(problem, self._capability())
 
 
 def matmul(

@@ -4,6 +4,7 @@ The grid walks over blocks of inputs innermost and sums in VMEM, while the pipel
 the next block of packed weights from HBM.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -14,6 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from glm_jax.kernels.dispatch import unmet
+from glm_jax.kernels.quantized_matmul.arguments import Arguments, add_bias
 from glm_jax.quantization import QuantizedArray
 from glm_jax.quantization.packing import interleaved_planes, split_bytes
 
@@ -21,9 +24,27 @@ _LANES = 128
 _ROWS, _OUTPUTS, _INPUTS = 128, 512, 1024  # the largest block; about 4 MB of VMEM
 
 
-def takes(weight: QuantizedArray) -> bool:
-    """Whether blocks of lanes divide a weight [K, N], groups and packed pairs included."""
-    return weight.shape[1] % _LANES == 0 and _input_block(weight) is not None
+@dataclasses.dataclass(frozen=True)
+class PallasTPU:
+    """A weight that blocks of lanes divide, groups and packed pairs included.
+
+    Attributes:
+      interpret: runs the kernel's program step by step on any device, for tests.
+    """
+
+    interpret: bool = False
+    name: str = "pallas"
+    platform: str = "tpu"
+
+    def supports(self, arguments: Arguments) -> str | None:
+        return unmet(arguments.is_as_stored) or unmet(
+            (arguments.weight.shape[1] % _LANES == 0, f"outputs in multiples of {_LANES}"),
+            (_input_block(arguments.weight) is not None, "inputs that blocks of lanes divide"),
+        )
+
+    def __call__(self, arguments: Arguments) -> Array:
+        product = matmul(arguments.x, arguments.weight, self.interpret)
+        return add_bias(product, arguments.bias)
 
 
 def matmul(

@@ -1,9 +1,10 @@
 """A product whose weight is divided among the devices of a mesh."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ Product = Callable[[Array, QuantizedArray, Array | None], Array]
 Transposed = Callable[[Array, QuantizedArray], Array]
 
 
-def applies(weight: QuantizedArray) -> bool:
+def applies(weight: Any) -> TypeGuard[QuantizedArray]:
     """Whether there is a mesh to divide the product over, and the weight's axes are known."""
     return weight.axes is not None and mesh_to_divide() is not None
 
@@ -104,7 +105,8 @@ def _divided(weight: QuantizedArray) -> tuple[QuantizedArray, Any]:
     inputs, *outputs = parameter_spec(mesh.shape, weight.axes, weight.values.shape)
     weight = _with_groups_for(weight, 1 if inputs is None else mesh.shape[inputs])
     scales_spec = PartitionSpec(inputs if weight.groups > 1 else None, *outputs)
-    spec = weight.replace(  # type: ignore[attr-defined]
+    spec = dataclasses.replace(
+        weight,
         values=PartitionSpec(inputs, *outputs),
         scales=scales_spec,
         zero_points=None if weight.zero_points is None else scales_spec,
@@ -127,7 +129,6 @@ def _with_groups_for(weight: QuantizedArray, parts: int) -> QuantizedArray:
         return weight
     copies = math.lcm(weight.groups, parts) // weight.groups
     repeat = lambda a: None if a is None else jnp.repeat(a, copies, axis=0)
-    split: QuantizedArray = weight.replace(  # type: ignore[attr-defined]
-        scales=repeat(weight.scales), zero_points=repeat(weight.zero_points)
+    return dataclasses.replace(
+        weight, scales=repeat(weight.scales), zero_points=repeat(weight.zero_points)
     )
-    return split

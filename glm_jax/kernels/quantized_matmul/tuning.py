@@ -12,8 +12,6 @@ import json
 from collections.abc import Iterator
 from importlib import resources
 
-from glm_jax.kernels.quantized_matmul.pallas_gpu import Blocks
-
 FILE = "blocks.json"
 ROW_BUCKETS = (16, 32, 64, 128, 512)  # problems of as many rows share block sizes
 # Seconds from asking memory to the answer; sets how many bytes must be under way.
@@ -21,6 +19,25 @@ _LATENCY = 700e-9
 _L2_TO_MEMORY = 3.0  # how much faster L2 hands out what several blocks read
 _MOST_REGISTERS = 200  # a thread; beyond that the compiler begins to spill
 _LAUNCH = 3e-6  # seconds of a further pass, which sums what split programs wrote
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How the kernel divides its work. Sizes are powers of two, all that Triton takes.
+
+    Attributes:
+      rows, outputs, inputs: sizes of a block; outputs divide the weight's, inputs a group's.
+      splits: programs among which the inputs are divided, each taking whole blocks.
+      warps: of a program.
+      stages: blocks of the pipeline that reads ahead.
+    """
+
+    rows: int
+    outputs: int
+    inputs: int
+    splits: int
+    warps: int
+    stages: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,17 +4,41 @@ A scan dequantises one tile of inputs after another, so that the float matrix ne
 as a whole.
 """
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from glm_jax.kernels.dispatch import unmet
 from glm_jax.kernels.quantized_matmul import reference
+from glm_jax.kernels.quantized_matmul.arguments import Arguments, add_bias
 from glm_jax.numerics import dot_general
 from glm_jax.quantization import QuantizedArray, dequantize
 
 _TILE = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class XLA:
+    """Any quantised weight, on any platform."""
+
+    name: str = "xla"
+    platform: None = None
+
+    def supports(self, arguments: Arguments) -> str | None:
+        return unmet(arguments.is_as_stored)
+
+    def __call__(self, arguments: Arguments) -> Array:
+        return add_bias(matmul(arguments.x, arguments.weight), arguments.bias)
+
+
+class XLATransposed(XLA):
+    """The product with the transpose."""
+
+    def __call__(self, arguments: Arguments) -> Array:
+        return transposed_matmul(arguments.x, arguments.weight)
 
 
 def matmul(x: Float[Array, "rows inputs"], weight: QuantizedArray) -> Float[Array, "rows outputs"]:

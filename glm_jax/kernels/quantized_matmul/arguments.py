@@ -1,0 +1,32 @@
+"""What the backends of quantized_matmul are called with."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array
+
+
+@struct.dataclass
+class Arguments:
+    """A product on one device, as one pytree.
+
+    Attributes:
+      x: [rows, K]; of the transposed product [rows, N].
+      weight: [K, N], a QuantizedArray, or what a backend laid out for itself: `weight.layout`
+        says which.
+      bias: [N] or None.
+    """
+
+    x: Any  # or what jax puts in its place while it transforms a function
+    weight: Any
+    bias: Any = None
+
+    @property
+    def is_as_stored(self) -> tuple[bool, str]:
+        """Whether the weight has no backend's layout, for `dispatch.unmet`."""
+        return self.weight.layout == "stored", "a weight in no other backend's layout"
+
+
+def add_bias(product: Array, bias: Array | None) -> Array:
+    return product if bias is None else product + bias.astype(jnp.float32)
