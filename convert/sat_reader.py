@@ -370,8 +370,7 @@ class SatCheckpoint:
         buffer = getattr(self._own, "buffer", None)
         if buffer is None or buffer.size < size:
             buffer = self._own.buffer = np.empty(size, np.uint8)
-        array: np.ndarray = buffer[:size].view(dtype).reshape(shape)
-        return array
+        return buffer[:size].view(dtype).reshape(shape)
 
 
 def module(shard: TorchFile) -> dict[str, LazyTensor]:

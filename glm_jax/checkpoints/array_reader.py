@@ -43,8 +43,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(size + _LINE_BYTES, np.uint8)
     start = -raw.ctypes.data % _LINE_BYTES
-    array: np.ndarray = raw[start : start + size].view(dtype).reshape(shape)
-    return array
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 @contextlib.contextmanager

@@ -103,8 +103,7 @@ class HostStack:
             end = first + leaf.shape[0]
             return Buffers({d: b[first:end] for d, b in buffers.by_device.items()})
 
-        room: LayerParams = jax.tree.map(part, layers, self._buffers)
-        return room
+        return jax.tree.map(part, layers, self._buffers)
 
     def put(self, layers: LayerParams, first: int) -> None:
         """Copies stacked blocks to where they belong, from `first` on."""
@@ -126,5 +125,4 @@ class HostStack:
             kind = HOST_MEMORY if self._is_streamed and is_streamed(leaf) else None
             shape = (self._count, *leaf.shape[1:])
             stacks.append(placed(leaf, buffers.pop(0), shape, kind))
-        stacked: LayerParams = jax.tree.unflatten(structure, stacks)
-        return stacked
+        return jax.tree.unflatten(structure, stacks)

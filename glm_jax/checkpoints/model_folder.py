@@ -73,7 +73,7 @@ def save_model(
 
 
 def _layers_a_part(config: GLMConfig, layers: Any) -> int:
-    """As many as what reads a part, and no mesh, has room for."""
+    """How many layers go into a part: what a single device that reads it has room for."""
     size = sum(x.nbytes for x in jax.tree.leaves(layers)) // config.num_layers
     return max(1, min(config.num_layers, _PART_BYTES // max(size, 1)))
 
@@ -230,7 +230,7 @@ def restore(
       OffloadError: the limit leaves no room for two blocks.
     """
     scheme = None if quantization is None else Scheme.parse(quantization)
-    config, stored = _read_config(path)
+    config, stored = load_config(path), stored_format(path)
     if scheme is not None and stored.is_quantized:
         _check_same(path, stored, scheme)
         scheme = None
@@ -262,9 +262,9 @@ def restore(
         config = config.replace(param_dtype=array_dtype(dtype), compute_dtype=dtype)
     params = GLMParams(layers=layers, **rest)
     if adapter is not None:
-        chosen, pairs = load_adapter(adapter, config, model_identity(Path(path), config), mesh)
+        trained, pairs = load_adapter(adapter, config, model_identity(Path(path), config), mesh)
         pairs = glm_params.cast_params(pairs, config.activation_dtype)
-        params = adapters.attach(params, pairs, chosen.scale)
+        params = adapters.attach(params, pairs, trained.scale)
     return config, params
 
 
@@ -294,13 +294,13 @@ def _read_into_stack(
     ranges: list[tuple[int, int]],
     mesh: Mesh | None,
 ) -> LayerParams:
-    """All layers as they are stored, each part read to its place in the stack."""
+    """All layers as they are stored, each part read to its position in the stack."""
     stack = HostStack(config.num_layers, False)
     for first, end in ranges:
         name = parameter_files.layers_part(first, end)
         metadata = parameter_files.part_metadata(folder, name)
         target = _abstract_layers(metadata, stored, config, end - first, mesh)
-        # One after another: they share the disk, and buffers that are had again.
+        # One after another: they share the disk, and buffers that are used again.
         parameter_files.read_part_into(folder, name, target, stack.room(target, first), metadata)
     return stack.finish()
 
@@ -321,14 +321,12 @@ def restore_layers(
     name = parameter_files.layers_part(first, end)
     metadata = parameter_files.part_metadata(folder, name)
     target = _abstract_layers(metadata, stored, config, end - first, mesh)
-    layers: LayerParams = parameter_files.read_part(folder, name, target, metadata)
-    return layers
+    return parameter_files.read_part(folder, name, target, metadata)
 
 
 def _abstract(config: GLMConfig, mesh: Mesh | None) -> GLMParams:
     tree = glm_params.abstract(config, mesh)
-    placed: GLMParams = parameter_files.on_one_device(tree) if mesh is None else tree
-    return placed
+    return parameter_files.on_one_device(tree) if mesh is None else tree
 
 
 def _abstract_layers(
@@ -337,8 +335,7 @@ def _abstract_layers(
     """`count` layers as a format says that they are stored, scales in the part's own dtype."""
     config = config.replace(num_layers=count)
     if not stored.is_quantized:
-        floats: Any = _abstract(config, mesh).layers
-        return floats
+        return _abstract(config, mesh).layers
     found = dict(jax.tree_util.tree_leaves_with_path(metadata))
     scales = next((x for path, x in found.items() if array_name(path).endswith(".scales")), None)
     tree = abstract_quantized(config, mesh, stored, None if scales is None else scales.dtype)

@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685): what is trained beside kernels that stay.
+"""Low-rank adapters (LoRA, arXiv:2106.09685): pairs of matrices, trained beside frozen kernels.
 
-Of a kernel W the model computes with W + scale * down up, where down is [inputs, rank] and
-up [rank, *outputs]. W may be quantised: it is never changed, nor written out as floats.
+Instead of a kernel W the model computes with W + scale * down up, where down is [inputs, rank]
+and up [rank, *outputs]. W may be quantised: it never changes, and is never materialised in floats.
 """
 
 import dataclasses
@@ -34,12 +34,12 @@ RANGES = {
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """What adapters are made of.
+    """The shape of adapters, and how they are trained.
 
     Attributes:
       rank: inner size of each pair of matrices.
       alpha: the product of a pair is multiplied by alpha / rank.
-      dropout: share of an adapter's inputs that is left out in training.
+      dropout: share of an adapter's inputs that training sets to zero.
       targets: the linears that have one, of `LINEAR_NAMES`.
     """
 
@@ -54,8 +54,8 @@ class AdapterConfig:
         unknown = [name for name in self.targets if name not in LINEAR_NAMES]
         if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
             raise ConfigError(
-                f"adapter.targets={','.join(self.targets)}: some of {','.join(LINEAR_NAMES)}, "
-                "each once"
+                f"adapter.targets={','.join(self.targets)}: expected one or more of "
+                f"{','.join(LINEAR_NAMES)}, each once"
             )
 
     @property
@@ -64,7 +64,7 @@ class AdapterConfig:
 
     @classmethod
     def from_dict(cls, fields: Any) -> "AdapterConfig":
-        """Of plain values.
+        """Inverse of `dataclasses.asdict`.
 
         Raises:
           ConfigError: unknown fields, or values out of range.

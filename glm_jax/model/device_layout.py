@@ -1,4 +1,4 @@
-"""A model in the form that decodes fastest where it is."""
+"""A model's weights in the layout that decodes fastest on their devices."""
 
 import dataclasses
 import functools
@@ -10,27 +10,26 @@ from jaxtyping import Array
 from glm_jax.errors import UserError
 from glm_jax.kernels.quantized_matmul import cpu
 from glm_jax.kernels.quantized_matmul.api import prepare as prepare_weight
-from glm_jax.model.layer_stacks import map_linears, unstack_layers
+from glm_jax.model.layer_stacks import as_layers, map_linears, unstack_layers
 from glm_jax.model.params import GLMParams, LinearParams
-from glm_jax.model.streamed_layers import OffloadedLayers
 from glm_jax.model.weights import TransposedWeight
 from glm_jax.quantization import Scheme, quantize
 
-_EMBEDDING_GROUP = 128  # inputs that share a scale, of an embedding in 4 bits
+_EMBEDDING_GROUP = 128  # embed positions that share a scale in a 4-bit embedding
 
 
 class PrecisionError(UserError):
-    """A precision that is not to be had here."""
+    """A precision that the devices or the model's shape do not allow."""
 
 
 def prepare(
     params: GLMParams, activation_bits: int | None = None, embedding_bits: int | None = None
 ) -> GLMParams:
-    """Parameters in the form that decodes fastest here.
+    """Lays parameters out for fast decoding on the devices that they are on.
 
-    A loop over stacked layers copies each layer's weights in every step, so layers are put
-    apart; where `restore` did that already, nothing is copied. On a single CPU device kernels
-    and embedding are laid out for the CPU kernel. Call it once where many prompts follow.
+    A loop over stacked layers copies each layer's weights in every step, so layers are unstacked;
+    where `restore` did that already, nothing is copied. On a single CPU device kernels and
+    embedding are laid out for the CPU kernel. Call it once before many prompts.
 
     Args:
       activation_bits: 8 to round activations too and multiply integers, of quantised
@@ -44,17 +43,15 @@ def prepare(
     """
     device, *others = jax.tree.leaves(params)[0].devices()
     is_one_cpu = device.platform == "cpu" and not others
-    is_offloaded = isinstance(params.layers, OffloadedLayers)
-    can_narrow = is_one_cpu and cpu.is_available() and not is_offloaded
-    if (activation_bits or embedding_bits) and not can_narrow:
+    is_streamed = as_layers(params.layers).is_streamed
+    can_quantize = is_one_cpu and cpu.is_available() and not is_streamed
+    if (activation_bits or embedding_bits) and not can_quantize:
         raise PrecisionError(
             "activations and embedding in few bits are for one CPU device, its kernel built, "
             "and all weights in its memory: leave out activation_bits and embedding_bits"
         )
-    if is_offloaded:
-        return params
     params = unstack_layers(params)
-    if not is_one_cpu:
+    if is_streamed or not is_one_cpu:
         return params
 
     def lay_out_kernel(_: str, linear: LinearParams) -> LinearParams:
@@ -79,5 +76,5 @@ def prepare(
 
 
 def _embedding_scheme(bits: int, inputs: int) -> Scheme:
-    groups = bits == 4 and inputs % _EMBEDDING_GROUP == 0
-    return Scheme(bits, _EMBEDDING_GROUP if groups else None)
+    has_groups = bits == 4 and inputs % _EMBEDDING_GROUP == 0
+    return Scheme(bits, _EMBEDDING_GROUP if has_groups else None)

@@ -209,5 +209,4 @@ def run_layers(
         at = start.of_layer(index) if isinstance(start, Paging) else start
         return _block(x, layer, config, rotary, visible, own, at)
 
-    ran: tuple[Array, Any] = as_layers(layers).run(step, x, cache, bounds)
-    return ran
+    return as_layers(layers).run(step, x, cache, bounds)

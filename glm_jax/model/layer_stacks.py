@@ -28,10 +28,14 @@ class Layers(Protocol):
 
     Attributes:
       is_apart: each layer has arrays of its own, and so has the cache that belongs to it.
+      is_streamed: weights wait in hosts' memory.
     """
 
     @property
     def is_apart(self) -> bool: ...
+
+    @property
+    def is_streamed(self) -> bool: ...
 
     def __len__(self) -> int: ...
 
@@ -81,6 +85,7 @@ class StackedLayers:
 
     layers: LayerParams
     is_apart = False
+    is_streamed = False
 
     def __len__(self) -> int:
         return int(jax.tree.leaves(self.layers)[0].shape[0])
@@ -90,15 +95,13 @@ class StackedLayers:
     ) -> tuple[Array, Any]:
         first, end = bounds or (0, len(self))
         one = lambda index, carry: run_one(step, take(self.layers, index), index, carry)
-        carried: tuple[Array, Any] = jax.lax.fori_loop(first, end, one, (x, cache))
-        return carried
+        return jax.lax.fori_loop(first, end, one, (x, cache))
 
     def scan(
         self, step: Callable[..., tuple[Array, Array]], x: Array, own: Callable[[Index], Any]
     ) -> tuple[Array, Array]:
         one = lambda x, scanned: step(x, scanned[0], own(scanned[1]))
-        scanned: tuple[Array, Array] = jax.lax.scan(one, x, (self.layers, jnp.arange(len(self))))
-        return scanned
+        return jax.lax.scan(one, x, (self.layers, jnp.arange(len(self))))
 
     def map(self, function: Callable[..., LayerParams], *own: Any) -> LayerParams:
         return function(self.layers, *own)
@@ -109,8 +112,7 @@ class StackedLayers:
     def stacked(self, first: int, end: int) -> LayerParams:
         if (first, end) == (0, len(self)):
             return self.layers
-        part: LayerParams = jax.tree.map(lambda x: x[first:end], self.layers)
-        return part
+        return jax.tree.map(lambda x: x[first:end], self.layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +121,7 @@ class LayersApart:
 
     layers: tuple[LayerParams, ...]
     is_apart = True
+    is_streamed = False
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -148,8 +151,7 @@ class LayersApart:
         return self.layers
 
     def stacked(self, first: int, end: int) -> LayerParams:
-        stack: LayerParams = jax.tree.map(lambda *parts: jnp.stack(parts), *self.layers[first:end])
-        return stack
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *self.layers[first:end])
 
 
 @functools.singledispatch

@@ -29,11 +29,11 @@ def layer_norm(
 
 @struct.dataclass
 class Dropout:
-    """Sets a share `rate` of the numbers to zero, others for each key.
+    """Sets a share `rate` of the numbers to zero, chosen by the key.
 
     Attributes:
       attention_rate: the share of attention's weights.
-      adapter_rate: the share of what adapters take.
+      adapter_rate: the share of an adapter's inputs.
     """
 
     key: Any
@@ -45,40 +45,45 @@ class Dropout:
         return dataclasses.replace(self, key=jax.random.fold_in(self.key, index))
 
 
-def weight_dropout(dropout: Dropout | None, place: int) -> WeightDropout | None:
-    """The same for attention's weights, which are never all there."""
+def weight_dropout(dropout: Dropout | None, salt: int) -> WeightDropout | None:
+    """Dropout of attention's weights, which are never materialised; `salt`: see `drop`."""
     if dropout is None or dropout.attention_rate == 0:
         return None
-    seed = jax.random.bits(jax.random.fold_in(dropout.key, place), dtype=jnp.uint32)
+    seed = jax.random.bits(jax.random.fold_in(dropout.key, salt), dtype=jnp.uint32)
     return WeightDropout(seed, dropout.attention_rate)
 
 
-def drop(x: Float[Array, "..."], dropout: Dropout | None, place: int) -> Float[Array, "..."]:
-    """x with dropout, what is kept enlarged by as much; `place` tells uses of a key apart."""
-    return x if dropout is None else _drop(x, dropout.rate, dropout.key, place)
+def drop(x: Float[Array, "..."], dropout: Dropout | None, salt: int) -> Float[Array, "..."]:
+    """Applies dropout to x and divides what remains by the share that remains.
+
+    Args:
+      salt: folded into the key; unique for each call site.
+    """
+    return x if dropout is None else _drop(x, dropout.rate, dropout.key, salt)
 
 
-def _drop(x: Array, rate: float, key: Array, place: int) -> Array:
+def _drop(x: Array, rate: float, key: Array, salt: int) -> Array:
     if rate == 0:
         return x
-    kept = 1 - rate
-    is_kept = jax.random.bernoulli(jax.random.fold_in(key, place), kept, x.shape)
-    return jnp.where(is_kept, x / kept, 0).astype(x.dtype)
+    keep_rate = 1 - rate
+    keep = jax.random.bernoulli(jax.random.fold_in(key, salt), keep_rate, x.shape)
+    return jnp.where(keep, x / keep_rate, 0).astype(x.dtype)
 
 
 def linear(
-    x: Float[Array, "..."], params: LinearParams, dropout: Dropout | None = None, place: int = 0
+    x: Float[Array, "..."], params: LinearParams, dropout: Dropout | None = None, salt: int = 0
 ) -> Float[Array, "..."]:
     """x [..., inputs] times a weight [inputs, *outputs] plus bias.
 
     Accumulates in float32 and rounds once, to x's dtype.
 
     Args:
-      dropout: of the inputs of the weight's adapter, if it has one; `place`: see `drop`.
+      dropout: of the inputs of the weight's adapter, if it has one.
+      salt: see `drop`.
     """
 
     def adapter_dropout(x: Array) -> Array:
-        return x if dropout is None else _drop(x, dropout.adapter_rate, dropout.key, place)
+        return x if dropout is None else _drop(x, dropout.adapter_rate, dropout.key, salt)
 
     return params.weight.matmul(x, params.bias, adapter_dropout).astype(x.dtype)
 

@@ -39,8 +39,7 @@ class LinearParams:
     @property
     def weight(self) -> Weight:
         """The interface of the kernel, of one layer."""
-        weight: Weight = as_weight(self.kernel)
-        return weight
+        return as_weight(self.kernel)
 
 
 @struct.dataclass
@@ -101,8 +100,7 @@ class GLMParams:
     @property
     def embedding(self) -> Embedding:
         """The interface of the word embedding."""
-        embedding: Embedding = as_weight(self.word_embeddings)
-        return embedding
+        return as_weight(self.word_embeddings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,8 +205,7 @@ def parameter_count(config: GLMConfig) -> int:
 
 def abstract(config: GLMConfig, mesh: Mesh | None = None) -> GLMParams:
     """The float tree as `jax.ShapeDtypeStruct`, with shardings where a mesh is given."""
-    tree: GLMParams = abstract_of(specs(config), mesh)
-    return tree
+    return abstract_of(specs(config), mesh)
 
 
 def abstract_of(tree: Any, mesh: Mesh | None) -> Any:
@@ -223,8 +220,7 @@ def abstract_of(tree: Any, mesh: Mesh | None) -> Any:
 
 def init(config: GLMConfig, key: PRNGKeyArray, mesh: Mesh | None = None) -> GLMParams:
     """Fresh parameters, made where they will live: the same values on every mesh."""
-    made: GLMParams = init_of(specs(config), key, mesh)
-    return made
+    return init_of(specs(config), key, mesh)
 
 
 def init_of(tree: Any, key: PRNGKeyArray, mesh: Mesh | None) -> Any:
@@ -247,8 +243,8 @@ def quantized_sharding(
 ) -> tuple[Any, Any]:
     """Shardings of a quantised kernel's values and scales.
 
-    Values lie as the float kernel does. Scales follow them but along the contraction,
-    where they are split only if every device would get whole groups.
+    Values are sharded as the float kernel is, and so are scales except along the contraction,
+    where they are split only if every device gets whole groups.
     """
     values = parameter_sharding(mesh, spec.axes, values_shape)
     scale_axes = list(spec.axes)
@@ -292,7 +288,7 @@ def quantize_layers(layers: LayerParams, scheme: Scheme) -> LayerParams:
 
     def convert(name: str, linear: LinearParams) -> LinearParams:
         axis = contraction_axis(linear.kernel)
-        # Layer after layer: floats beside integers are then one layer's, not the model's.
+        # One layer at a time: float32 copies are then one layer's, not the model's.
         kernel = _quantize_each(linear.kernel, scheme, axis, KERNEL_AXES[name])
         return LinearParams(kernel=kernel, bias=linear.bias)
 

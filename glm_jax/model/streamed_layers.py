@@ -1,7 +1,7 @@
-"""Blocks whose weights wait in the memory of hosts and come to the devices one ahead.
+"""Layers whose weights wait in hosts' memory and are copied to the devices one layer ahead.
 
-What the original did by BMInf: a model larger than the devices' memory runs, as fast as its
-blocks come over the bus.
+A model larger than the devices' memory runs as fast as its layers come over the bus. The original
+did the same with BMInf.
 """
 
 import functools
@@ -19,13 +19,13 @@ from glm_jax.model.layer_stacks import Index, Step, as_layers, run_one
 from glm_jax.model.params import LayerParams
 
 DEVICE_MEMORY, HOST_MEMORY = "device", "pinned_host"
-# Blocks that are on a device while streamed ones run: that which runs, and the next.
+# Blocks on a device while streamed ones run: the one that runs, and the next.
 IN_FLIGHT = 2
 _GIB = 2**30
 
 
 class OffloadError(UserError):
-    """A limit that not even a model of two blocks at a time keeps to."""
+    """A limit on weights' memory without room for two blocks, or what streamed blocks cannot do."""
 
 
 @struct.dataclass
@@ -34,15 +34,14 @@ class OffloadedLayers:
 
     Attributes:
       resident: blocks on the devices, apart.
-      streamed: the blocks after them, stacked; what `is_streamed` in the hosts' pinned memory.
+      streamed: the blocks after them, stacked; arrays that `is_streamed` names lie in the hosts'
+        pinned memory.
     """
 
     resident: tuple[LayerParams, ...]
     streamed: LayerParams
-
-    @property
-    def is_apart(self) -> bool:
-        return False
+    is_apart = False
+    is_streamed = True
 
     @property
     def resident_count(self) -> int:
@@ -114,44 +113,43 @@ def _run_if(is_run: bool | Array, run: Callable[[Any], Any], carry: Any) -> Any:
 
 
 def fetch(streamed: Any, index: int | Int[Array, ""]) -> Any:
-    """One of the streamed blocks, or of what is kept for each, on its way to the devices."""
+    """Copies one entry of a tree of stacks, such as a streamed block, to the devices."""
 
     def one(stack: Array) -> Array:
         here = jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
-        copied: Array = jax.device_put(here, jax.memory.Space.Device)
-        return copied
+        return jax.device_put(here, jax.memory.Space.Device)
 
     return jax.tree.map(one, streamed)
 
 
 def is_streamed(stack: Any) -> bool:
-    """Whether a stack of parameters leaves the device: not where an entry is one row, which
-    is small, and which TPUs do not copy out of the middle of a tile."""
+    """Whether a stack of parameters lies in hosts' memory: not where an entry is one row, which is
+    small, and which TPUs do not copy out of the middle of a tile."""
     return len(stack.shape) > 2
 
 
 def resident_count(rest: int, layers: Any, num_layers: int, limit_gib: float) -> int:
-    """How many blocks stay on a device, so that its weights take no more than a limit.
+    """Counts the blocks that can stay on a device whose weights may take `limit_gib`.
 
     Args:
-      rest: bytes a device of what always stays: embedding, final layernorm.
-      layers: some blocks, stacked; arrays or descriptions of them.
+      rest: bytes a device of embedding and final layernorm, which always stay.
+      layers: one or more blocks, stacked; arrays or descriptions of them.
 
     Raises:
       OffloadError: there is no room for two blocks at a time.
     """
     limit = limit_gib * _GIB
     leaves = jax.tree.leaves(layers)
-    given = len(as_layers(layers))
-    layer = device_bytes([x for x in leaves if is_streamed(x)]) // given
-    rest += num_layers * (device_bytes(layers) // given - layer)
+    stacked = len(as_layers(layers))
+    layer = device_bytes([x for x in leaves if is_streamed(x)]) // stacked
+    rest += num_layers * (device_bytes(layers) // stacked - layer)
     if rest + num_layers * layer <= limit:
         return num_layers
     count = int((limit - rest) // layer) - IN_FLIGHT
     if count < 0:
-        least = (rest + IN_FLIGHT * layer) / _GIB
+        minimum = (rest + IN_FLIGHT * layer) / _GIB
         raise OffloadError(
-            f"weight_memory_limit={limit_gib:g}: at least {math.ceil(100 * least) / 100} GiB a "
+            f"weight_memory_limit={limit_gib:g}: at least {math.ceil(100 * minimum) / 100} GiB a "
             f"device, for the embedding and {IN_FLIGHT} blocks at a time; give more, or fewer bits"
         )
     return count

@@ -106,8 +106,7 @@ class DenseWeight:
     def take_rows(self, rows: Array) -> Array:
         if rows.size == 1 and surrounding_mesh() is not None:
             # One row alone would be a slice, for which every device would be sent the whole table.
-            taken: Array = self.array[jnp.repeat(rows, 2, axis=-1)][..., :1, :]
-            return taken
+            return self.array[jnp.repeat(rows, 2, axis=-1)][..., :1, :]
         taken = self.array[rows]
         return taken
 
@@ -123,13 +122,11 @@ class KernelWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        shape: tuple[int, ...] = self.array.shape
-        return shape
+        return self.array.shape
 
     @property
     def axes(self) -> LogicalAxes | None:
-        axes: LogicalAxes | None = self.array.axes
-        return axes
+        return self.array.axes
 
     @property
     def nbytes(self) -> int:

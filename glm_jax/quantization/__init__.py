@@ -1,4 +1,4 @@
-"""Weights held in 8 or 4 bits with a scale per output row and group of inputs."""
+"""Weights in 8 or 4 bits with a scale per output row and group of inputs."""
 
 from glm_jax.quantization.array import QuantizedArray, dequantize
 from glm_jax.quantization.formats import QuantizationError, WeightFormat

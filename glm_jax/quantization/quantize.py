@@ -10,7 +10,7 @@ from glm_jax.quantization.packing import pack_int4
 from glm_jax.quantization.scheme import Scheme
 
 # Shares of the full range that the search tries.
-_NARROWEST, _TRIES = 0.5, 16
+_MIN_SHARE, _TRIES = 0.5, 16
 
 Bounds = tuple[Array, Array]  # of size 1 along the inputs of a group
 
@@ -25,7 +25,7 @@ def quantize(
 
     Scales and quotients are rounded to the weight's dtype. Without search, in float16 and
     symmetric, that gives the integers of the original's converter to the bit. With it, each
-    group's range is narrowed to that share which leaves the least squared error.
+    group's range shrinks to the share that leaves the least squared error.
 
     Args:
       weight: [..., K, *outputs].
@@ -89,20 +89,20 @@ def _round_values(
 
 
 def _search(grouped: Array, bounds: Bounds, axis: int, scheme: Scheme) -> Bounds:
-    """Bounds narrowed to the share that leaves the least squared error in each group."""
+    """Bounds times the share that leaves the least squared error in each group."""
     wide = grouped.astype(jnp.float32)
     low, high = bounds
 
     def attempt(best: tuple[Array, Array], share: Array) -> tuple[tuple[Array, Array], None]:
-        narrowed = (share * low, share * high)
-        values, scales, zero_points = _round_values(grouped, narrowed, scheme)
+        smaller = (share * low, share * high)
+        values, scales, zero_points = _round_values(grouped, smaller, scheme)
         centred = values if zero_points is None else values - zero_points
         error = jnp.sum((centred * scales - wide) ** 2, axis=axis, keepdims=True)
         is_better = error < best[0]
         return (jnp.where(is_better, error, best[0]), jnp.where(is_better, share, best[1])), None
 
     start = (jnp.full_like(low, jnp.inf), jnp.ones_like(low))
-    (_, share), _ = jax.lax.scan(attempt, start, jnp.linspace(1.0, _NARROWEST, _TRIES))
+    (_, share), _ = jax.lax.scan(attempt, start, jnp.linspace(1.0, _MIN_SHARE, _TRIES))
     return share * low, share * high
 
 

@@ -1,4 +1,4 @@
-"""How to quantise, as one value that flags and configs can hold."""
+"""How to quantise, as one value for flags and configs."""
 
 import dataclasses
 
@@ -7,14 +7,14 @@ from glm_jax.quantization.formats import QuantizationError, WeightFormat
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """What quantised weights are made of.
+    """How float weights become integers.
 
     Attributes:
       bits: 8 or 4.
       group_size: inputs that share a scale: 32, 64 or 128, or None for all of a row.
       zero_point: whether a group's range may lie off centre; otherwise it is symmetric.
-      search: whether each group's range is narrowed to where the squared error is least;
-        otherwise it reaches to the greatest magnitude, as the original's does.
+      search: whether each group's range shrinks to where the squared error is least; otherwise
+        it reaches to the greatest magnitude, as the original's does.
     """
 
     bits: int

@@ -22,7 +22,6 @@ from glm_jax.quantization import (
     unpack_int4,
 )
 from glm_jax.quantization.formats import format_of
-from glm_jax.quantization.report import as_table, report
 
 
 @pytest.mark.gpu
@@ -80,26 +79,14 @@ def test_product_equals_that_with_the_dequantised_weight(bits):
 @pytest.mark.parametrize("zero_point", [False, True])
 def test_the_search_never_loses_and_wins_at_four_bits(bits, zero_point):
     weight = jax.random.normal(jax.random.key(0), (512, 64))
-    tree = {"w": weight}
-    errors = [
-        report(tree, {"w": quantize(weight, Scheme(bits, 128, zero_point, search), -2)})[0]
-        for search in (False, True)
+    arrays = [
+        quantize(weight, Scheme(bits, 128, zero_point, search), -2) for search in (False, True)
     ]
-    plain, searched = (entry.relative_error for entry in errors)
+    plain, searched = (jnp.linalg.norm(dequantize(a, "float32") - weight) for a in arrays)
     assert searched <= plain
     if bits == 4:
         assert searched < 0.95 * plain
-    assert errors[0].bits_per_weight == bits + (32 + 8 * zero_point) / 128
-
-
-def test_report_has_a_line_for_each_layer(tiny_model):
-    _, params = tiny_model
-    entries = report(params, glm_params.quantize_params(params, Scheme(4)))
-    layers = params.layers.dense.bias.shape[0]
-    assert [e.layer for e in entries[:layers]] == list(range(layers))
-    assert len(entries) == 4 * layers
-    assert "layers.dense.kernel" in as_table(entries)
-    assert all(0.01 < e.relative_error < 0.2 for e in entries)
+    assert 8 * arrays[0].nbytes / arrays[0].size == bits + (32 + 8 * zero_point) / 128
 
 
 @pytest.mark.parametrize(

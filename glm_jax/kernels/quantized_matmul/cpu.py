@@ -2,8 +2,8 @@
 
 XLA on CPU writes a whole quantised matrix out as floats before each product. The kernel
 unpacks weights in registers instead, so that a step reads an eighth of the bytes. Weights
-are laid out anew for it once, when a model is made ready to decode: strips of 16 outputs,
-each one run of bytes in the order in which it is read.
+are laid out for it once, before decoding: strips of 16 outputs, each contiguous in the order in
+which it is read.
 """
 
 import dataclasses

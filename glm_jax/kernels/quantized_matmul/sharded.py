@@ -29,11 +29,11 @@ def matmul(
     weight: QuantizedArray,
     bias: Float[Array, "..."] | None,
 ) -> Float[Array, "..."]:
-    """x [..., K] times weight [K, *outputs] plus bias, each device with what it holds.
+    """x [..., K] times weight [K, *outputs] plus bias, each device with its part.
 
-    The weight stays where it is. x is given to all devices that hold other parts of the
-    weight, with the inputs that theirs has; where these divide the inputs, results are
-    summed over them. Rows are divided over the data axis alone.
+    The weight never moves. x is all-gathered to the devices that have other outputs of the
+    weight; where devices have other inputs, partial sums are all-reduced. Rows are divided over
+    the data axis alone.
 
     Args:
       product: multiplies on one device.
@@ -51,7 +51,7 @@ def matmul(
         total = jax.lax.psum(product(x, weight, None), inputs)
         return total if bias is None else total + bias.astype(jnp.float32)
 
-    divided: Array = _shard_map(
+    return _shard_map(
         local,
         in_specs=(
             PartitionSpec(*batch, inputs),
@@ -60,7 +60,6 @@ def matmul(
         ),
         out_specs=PartitionSpec(*batch, *outputs),
     )(x, weight, bias)
-    return divided
 
 
 def transposed_matmul(
@@ -68,8 +67,8 @@ def transposed_matmul(
 ) -> Float[Array, "..."]:
     """gradient [..., *outputs] times the transpose of weight, as `matmul` divides it.
 
-    Where devices hold other outputs of the weight their results are summed, in the
-    gradient's dtype.
+    Where devices have other outputs of the weight, partial sums are all-reduced in the gradient's
+    dtype.
 
     Args:
       product: multiplies on one device.
@@ -86,12 +85,11 @@ def transposed_matmul(
         part = product(gradient, weight)
         return jax.lax.psum(part, summed) if summed else part
 
-    divided: Array = _shard_map(
+    return _shard_map(
         local,
         in_specs=(PartitionSpec(*batch, *outputs), weight_spec),
         out_specs=PartitionSpec(*batch, inputs),
     )(gradient, weight)
-    return divided
 
 
 _shard_map: Any = functools.partial(jax.shard_map, check_vma=False)

@@ -1,6 +1,6 @@
 """Block sizes of the GPU kernel: a model of bytes and occupancy, and its results as data.
 
-`blocks.json` holds what `choose` answers for the shapes of GLM-130B, and the figures of the
+`blocks.json` lists what `choose` returns for the shapes of GLM-130B, and the figures of the
 GPUs that it used, with which it answers for other shapes when they are traced.
 `launch/tune.py` writes the file.
 """
