@@ -1,12 +1,12 @@
-"""The device mesh, and which logical axis of an array lies on which mesh axis.
+"""The device mesh, and which mesh axis each logical axis of an array is sharded over.
 
-This is the only place that knows mesh axes. Everything else names logical axes:
-batch, seq, embed, heads, head_dim, mlp, vocab, layers, group.
+Only this module knows the mesh axes. All others name logical axes: batch, seq, embed, heads,
+head_dim, mlp, vocab, layers, group.
 """
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,9 +27,10 @@ PARAMETER_RULES = (
     ("layers", None),
     ("group", None),
 )
-# Activations keep whole embeddings: fsdp splits parameters and, like data, the batch.
+# The embed axis of activations is not sharded: fsdp shards parameters and, like data, the batch.
+_BATCH_AXES = ("data", "fsdp")
 ACTIVATION_RULES = (
-    ("batch", ("data", "fsdp")),
+    ("batch", _BATCH_AXES),
     ("vocab", "tensor"),
     ("heads", "tensor"),
     ("mlp", "tensor"),
@@ -41,19 +42,18 @@ ACTIVATION_RULES = (
 
 
 class MeshError(UserError):
-    """A mesh that the devices or the model's shapes do not allow."""
+    """A mesh that does not fit the devices or the model's shapes."""
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes (data, fsdp, tensor).
+    """Make a mesh with axes (data, fsdp, tensor).
 
     Args:
-      shape: sizes of the three axes; one of them may be -1 and takes what is left.
-      devices: the devices to use, all by default; when fewer are asked for than there
-        are, the first ones.
+      shape: sizes of the three axes; one may be -1, for all remaining devices.
+      devices: the devices to use, all by default; a smaller mesh uses the first ones.
 
     Raises:
-      MeshError: not three sizes, or more devices asked for than there are.
+      MeshError: `shape` is not three sizes, or asks for more devices than there are.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = list(shape)
@@ -75,10 +75,10 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
 
 
 def parse_mesh(text: str) -> Mesh:
-    """A mesh from a flag such as "1,1,8" (data, fsdp, tensor).
+    """Make a mesh from a flag such as "1,1,8" (data, fsdp, tensor).
 
     Raises:
-      MeshError: the text is not three integers, or `make_mesh` refuses them.
+      MeshError: the text is not three integers, or see `make_mesh`.
     """
     return make_mesh(_parse_sizes(text))
 
@@ -91,18 +91,19 @@ def _parse_sizes(text: str) -> list[int]:
 
 
 def parse_replica_mesh(text: str, processes: int) -> Mesh | None:
-    """The part of a mesh that a process has as a model of its own, on its own devices.
+    """Make the mesh of one process that runs a replica of the model on its own devices.
 
     Args:
-      text: as of `parse_mesh`, of all processes together.
+      text: the mesh of all processes together; see `parse_mesh`.
+      processes: number of processes.
 
     Returns:
-      A mesh of local devices, or None where data does not divide by the processes: they run
-      one model together.
+      A mesh of local devices, or None if the data axis does not divide by the processes: then
+      they run one model together.
     """
     data, *rest = sizes = _parse_sizes(text)
     if len(sizes) != 3:
-        return None  # `make_mesh` says what is wrong
+        return None  # `make_mesh` reports what is wrong
     if data == -1:
         alone = len(jax.local_devices()) % math.prod(rest) == 0
     else:
@@ -114,11 +115,14 @@ def parse_replica_mesh(text: str, processes: int) -> Mesh | None:
 def parameter_spec(
     mesh_shape: Mapping[str, int], axes: LogicalAxes, shape: Sequence[int]
 ) -> PartitionSpec:
-    """The mesh axes of a parameter. An axis that its mesh axis does not divide stays whole.
+    """Return the mesh axes of a parameter. An axis that fsdp does not divide is not sharded.
+
+    Args:
+      mesh_shape: sizes of the mesh axes by name.
 
     Raises:
-      MeshError: a tensor-parallel axis does not divide (that must be said, not hidden:
-        the model would be held once per device).
+      MeshError: the tensor axis does not divide an axis. An unsharded axis would hide that every
+        device then holds the whole array.
     """
     spec = list(spmd.logical_to_mesh_axes(axes, PARAMETER_RULES) or ())
     for i, mesh_axis in enumerate(spec):
@@ -134,54 +138,81 @@ def parameter_spec(
 
 
 def parameter_sharding(mesh: Mesh, axes: LogicalAxes, shape: Sequence[int]) -> NamedSharding:
-    """Where a parameter lives, by `parameter_spec`."""
+    """Return the sharding of a parameter; see `parameter_spec`."""
     return NamedSharding(mesh, parameter_spec(mesh.shape, axes, shape))
 
 
 def activation_spec(axes: LogicalAxes) -> PartitionSpec:
-    """The mesh axes of an activation with the given logical axes."""
+    """Return the mesh axes of an activation."""
     spec = spmd.logical_to_mesh_axes(axes, ACTIVATION_RULES)
     return PartitionSpec(*(spec or ()))
 
 
 def activation_sharding(mesh: Mesh, axes: LogicalAxes) -> NamedSharding:
+    """Return the sharding of an activation."""
     return NamedSharding(mesh, activation_spec(axes))
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def fitting_sharding(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """Return a parameter's sharding, in its memory, for an array that is derived from it.
+
+    Axes that the mesh does not divide are not sharded; an array with fewer axes is replicated.
+
+    Args:
+      shape: of the derived array, such as the scales of quantised moments.
+    """
+    sizes = sharding.mesh.shape
+    fits = lambda axis, size: axis is None or size % sizes[axis] == 0
+    axes = [a if fits(a, n) else None for a, n in zip(sharding.spec, shape, strict=False)]
+    spec = PartitionSpec() if len(sharding.spec) > len(shape) else PartitionSpec(*axes)
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+
+
+def row_shards(mesh: Mesh | None) -> int:
+    """Return the number of parts that the batch axis is sharded into, 1 without a mesh."""
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in _BATCH_AXES)
+
+
 def is_cpu(mesh: Mesh) -> bool:
-    """Whether a mesh's devices are CPUs."""
+    """Return True for a mesh of CPU devices."""
     return bool(mesh.devices.flat[0].platform == "cpu")
 
 
 def is_for_cpu() -> bool:
-    """Whether what is traced is for CPU: the surrounding mesh's devices, else the default."""
+    """Return True while tracing for CPU: for the surrounding mesh, else the default device."""
     described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return jax.default_backend() == "cpu" if described is None else described.device_kind == "cpu"
 
 
 def surrounding_mesh() -> AbstractMesh | None:
-    """The mesh of the surrounding `jax.set_mesh`; None where there is none, or where it has one
-    device, on which programs are those of a single device."""
+    """Return the mesh of the surrounding `jax.set_mesh`, or None.
+
+    None also for a mesh of one device, whose programs are those of a single device.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if mesh.size > 1 else None
 
 
 def mesh_to_divide() -> AbstractMesh | None:
-    """`surrounding_mesh` where programs are still to be divided among its devices: None inside
-    `jax.shard_map`, where each device has its own part already."""
+    """Return `surrounding_mesh`, or None inside `jax.shard_map`, where arrays are one device's."""
     mesh = surrounding_mesh()
     return None if mesh is None or mesh.manual_axes else mesh
 
 
 def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
-    """Pins an activation to the mesh of the surrounding `jax.set_mesh`, if there is one."""
+    """Constrain the sharding of an activation under the surrounding mesh, if there is one."""
     if surrounding_mesh() is None:
         return x
     return jax.lax.with_sharding_constraint(x, fitting_activation_spec(x.shape, axes))
 
 
 def constrain_parameters(tree: Any, axes: Any) -> Any:
-    """Pins a tree of arrays shaped like parameters to where parameters live.
+    """Constrain a tree of arrays to the shardings of the parameters whose shapes they have.
 
     Args:
       axes: logical axes of each leaf, in a tree of the same structure.
@@ -197,7 +228,7 @@ def constrain_parameters(tree: Any, axes: Any) -> Any:
 
 
 def fitting_activation_spec(shape: Sequence[int], axes: LogicalAxes) -> PartitionSpec:
-    """`activation_spec` under the surrounding mesh, without the axes that don't divide."""
+    """Return `activation_spec` without mesh axes of the surrounding mesh that do not divide."""
     mesh = jax.sharding.get_abstract_mesh()
     spec = list(activation_spec(axes))
     for i, mesh_axes in enumerate(spec):
@@ -207,13 +238,22 @@ def fitting_activation_spec(shape: Sequence[int], axes: LogicalAxes) -> Partitio
     return PartitionSpec(*spec)
 
 
+def per_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """Return `jax.shard_map` of a function over the surrounding mesh.
+
+    Unchecked as to which results vary over which mesh axes: kernels do not declare it.
+    """
+    run: Any = jax.shard_map
+    return run(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
 def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """Has programs run on a mesh, or on a single device where there is none."""
+    """Return a context in which programs run on a mesh, or on one device if it is None."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def mesh_of(tree: Any) -> Mesh | None:
-    """The mesh that the arrays of a tree are sharded over, None for a single device."""
+    """Return the mesh that the arrays of a tree are sharded over, None for a single device."""
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):

@@ -217,11 +217,11 @@ class StopError(Exception):
 
 def broken_at(step, monkeypatch):
     """Lets a run come to a step, and no further."""
-    real = metrics.Watcher.log
+    real = metrics.MetricsLogger.log
 
     def log(self, at, *metrics):
         if at == step:
             raise StopError
         real(self, at, *metrics)
 
-    monkeypatch.setattr(metrics.Watcher, "log", log)
+    monkeypatch.setattr(metrics.MetricsLogger, "log", log)

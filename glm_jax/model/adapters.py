@@ -92,12 +92,14 @@ def specs(config: GLMConfig, adapter: AdapterConfig) -> Adapters:
                 "float32",
                 ("layers", of_inputs, None),
                 glm_params.normal(inputs**-0.5),
+                decays=True,
             ),
             up=ParamSpec(
                 (count, adapter.rank, *outputs),
                 "float32",
                 ("layers", None, *of_outputs),
                 glm_params.constant(0.0),
+                decays=True,
             ),
         )
     return Adapters(pairs)

@@ -105,12 +105,17 @@ class GLMParams:
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """What one array is, before it exists."""
+    """What one array is, before it exists.
+
+    Attributes:
+      decays: weight decay applies in training; each parameter says so itself.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     axes: LogicalAxes
     initializer: Initializer
+    decays: bool
 
 
 def _is_spec(leaf: Any) -> bool:
@@ -154,20 +159,21 @@ def specs(config: GLMConfig) -> GLMParams:
         shape = (*tuple(size for size, _ in stack), hidden)
         axes = (*tuple(axis for _, axis in stack), None)
         return LayerNormParams(
-            scale=ParamSpec(shape, dtype, axes, constant(1.0)),
-            bias=ParamSpec(shape, dtype, axes, constant(0.0)),
+            scale=ParamSpec(shape, dtype, axes, constant(1.0), decays=False),
+            bias=ParamSpec(shape, dtype, axes, constant(0.0), decays=False),
         )
 
     def linear(name: str, sizes: tuple[int, ...], initializer: Initializer) -> LinearParams:
         axes = KERNEL_AXES[name]
+        of_kernel, of_bias = ("layers", *axes), ("layers", *axes[1:])
         return LinearParams(
-            kernel=ParamSpec((layers, *sizes), dtype, ("layers", *axes), initializer),
-            bias=ParamSpec((layers, *sizes[1:]), dtype, ("layers", *axes[1:]), constant(0.0)),
+            kernel=ParamSpec((layers, *sizes), dtype, of_kernel, initializer, decays=True),
+            bias=ParamSpec((layers, *sizes[1:]), dtype, of_bias, constant(0.0), decays=False),
         )
 
     return GLMParams(
         word_embeddings=ParamSpec(
-            (config.vocab_size, hidden), dtype, ("vocab", "embed"), normal(0.02)
+            (config.vocab_size, hidden), dtype, ("vocab", "embed"), normal(0.02), decays=True
         ),
         layers=LayerParams(
             input_layernorm=layernorm((layers, "layers")),
@@ -181,20 +187,6 @@ def specs(config: GLMConfig) -> GLMParams:
         ),
         final_layernorm=layernorm(),
     )
-
-
-def logical_axes(config: GLMConfig, is_stacked: bool = True) -> GLMParams:
-    """The tree of each array's logical axes, layers stacked or as a tuple."""
-    axes: GLMParams = axes_of(specs(config))
-    if is_stacked:
-        return axes
-    layer = jax.tree.map(lambda a: a[1:], axes.layers, is_leaf=lambda a: type(a) is tuple)
-    return dataclasses.replace(axes, layers=(layer,) * config.num_layers)
-
-
-def axes_of(tree: Any) -> Any:
-    """Of a tree of `ParamSpec` leaves their logical axes."""
-    return jax.tree.map(lambda spec: spec.axes, tree, is_leaf=_is_spec)
 
 
 def parameter_count(config: GLMConfig) -> int:

@@ -1,1 +1,1 @@
-"""Training: state, optimiser, step, checkpoints and the loop that joins them."""
+"""Training: state, optimiser, step, checkpoints and the loop that runs them."""

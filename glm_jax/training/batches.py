@@ -1,4 +1,4 @@
-"""From a run's data to batches on its mesh."""
+"""Batches of a run's data on its mesh: each process makes the rows of its devices."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from glm_jax.config import ConfigError
@@ -14,18 +14,22 @@ from glm_jax.data import documents, pipeline
 from glm_jax.data.objective import ObjectiveConfig
 from glm_jax.data.pipeline import Batches, Mixture
 from glm_jax.data.records import Dataset, open_dataset
-from glm_jax.sharding import activation_spec
+from glm_jax.sharding import activation_sharding, row_shards
 from glm_jax.tokenizer import Tokenizer
-from glm_jax.training.state import Batch
+from glm_jax.training.state import TrainBatch
 
 
 def open_mixture(
     source: ConfigDict, config: ConfigDict, tokenizer: Tokenizer, rows: int
 ) -> Mixture:
-    """What a config's `data` or `evaluation` names, files or prepared folders.
+    """Open the files or prepared folders of a config's `data` or `evaluation`.
+
+    Args:
+      source: `config.data` or `config.evaluation`.
+      rows: of a micro-batch.
 
     Raises:
-      ConfigError, DataError: nothing is named, or it cannot be used.
+      ConfigError, DataError: the config names no data, or data that cannot be used.
     """
     data = config.data
     datasets, weights = _datasets(source, data.sequence_length, tokenizer)
@@ -65,30 +69,34 @@ def _datasets(
 
 
 def describe(mixture: Mixture, rows: int) -> str:
-    """What a run of so many rows sees of its data, in a line."""
+    """Describe in a line how often a run of `rows` rows sees its data."""
     length, weights = mixture.sequence_length, mixture.weights
-    told = []
+    lines = []
     for dataset, weight in zip(mixture.datasets, weights, strict=True):
         seen = rows * length * weight / sum(weights) / dataset.tokens
         line = f"{dataset.name}: {len(dataset.records)} records, {dataset.tokens} tokens, "
         line += f"each seen about {seen:.2g} times"
         if isinstance(dataset.records, list):
-            cut = sum(len(record.tokens) > length - 3 for record in dataset.records)
-            line += f"; {cut} too long for {length} tokens and cut" if cut else ""
-        told.append(line)
-    return "data: " + "; ".join(told)
+            too_long = sum(len(record.tokens) > length - 3 for record in dataset.records)
+            line += f"; {too_long} too long for {length} tokens and cut" if too_long else ""
+        lines.append(line)
+    return "data: " + "; ".join(lines)
 
 
 class MeshBatches:
-    """Batches on the mesh, each process making the rows that its devices hold.
+    """Batches on the mesh.
 
     Attributes:
-      groups: names of the kinds of sample by dataset.
+      groups: names of the kinds of samples by dataset.
     """
 
     def __init__(self, mixture: Mixture, mesh: Mesh):
-        """Raises ConfigError where rows do not divide over the mesh or the streams."""
-        parts = mesh.shape["data"] * mesh.shape["fsdp"]
+        """Open the streams of this process.
+
+        Raises:
+          ConfigError: the rows do not divide over the mesh or the streams.
+        """
+        parts = row_shards(mesh)
         if mixture.rows % parts:
             raise ConfigError(
                 f"a micro-batch of {mixture.rows} rows does not divide over the {parts} devices "
@@ -98,9 +106,7 @@ class MeshBatches:
             raise ConfigError(
                 f"data.streams={mixture.streams} does not divide a micro-batch of {mixture.rows}"
             )
-        self._sharding = NamedSharding(
-            mesh, PartitionSpec(None, *activation_spec(("batch", "seq")))
-        )
+        self._sharding = activation_sharding(mesh, (None, "batch", "seq"))
         self._rows = mixture.rows
         self._batches = Batches(mixture, self._own_streams(mixture))
         self.groups = pipeline.group_names(mixture.datasets)
@@ -113,13 +119,13 @@ class MeshBatches:
         each = mixture.rows // mixture.streams
         if first % each or last % each:
             raise ConfigError(
-                f"data.streams={mixture.streams}: rows {first} to {last} of this process are no "
+                f"data.streams={mixture.streams}: rows {first} to {last} of this process are not "
                 "whole streams; set as many streams as rows"
             )
         return range(first // each, last // each)
 
-    def next(self, accumulation: int) -> Batch:
-        """The next batch, [accumulation, rows, sequence_length]."""
+    def next(self, accumulation: int) -> TrainBatch:
+        """Return the next batch, [accumulation, rows, sequence_length]."""
         parts = [next(self._batches) for _ in range(accumulation)]
 
         def place(name: str) -> jax.Array:
@@ -127,14 +133,18 @@ class MeshBatches:
             shape = (accumulation, self._rows, local.shape[2])
             return jax.make_array_from_process_local_data(self._sharding, local, shape)
 
-        return Batch(**{name: place(name) for name in parts[0]})
+        return TrainBatch(**{name: place(name) for name in parts[0]})
 
     def get_state(self) -> dict[str, Any]:
-        """Of this process's streams; `processes.gather` joins them."""
+        """Return the state of this process's streams; `processes.gather` joins them."""
         return self._batches.get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Raises ConfigError where the state is of another number of streams."""
+        """Continue from a state.
+
+        Raises:
+          ConfigError: the state has another number of streams.
+        """
         try:
             self._batches.set_state(state)
         except KeyError as error:

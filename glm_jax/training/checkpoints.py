@@ -1,6 +1,7 @@
-"""Checkpoints of a run: the train state and where its data stands, saved as one.
+"""Checkpoints of a run: the train state and its position in the data, saved as one.
 
-TensorStore checks every chunk of every array as it reads it; `checksums.json` lists the files.
+Every chunk of every array has a checksum, which TensorStore checks when it reads the chunk;
+`checksums.json` lists the files.
 """
 
 import contextlib
@@ -39,21 +40,20 @@ from glm_jax.training.state import (
     step_form,
 )
 
-_MINUTES_CHECKED = 10  # steps between looks at the clock, which processes must agree on
-
+_CLOCK_STEPS = 10  # steps between looks at the clock, which processes must agree on
 
 _ITEMS = ("state", "data")
-_DAMAGED_FOLDER = "damaged_checkpoints"  # beside that of the checkpoints
+_DAMAGED_FOLDER = "damaged_checkpoints"  # beside the folder of the checkpoints
 
 
 def _zarr_metadata(
     global_shape: tuple[int, ...], chunk_shape: tuple[int, ...], use_compression: bool
 ) -> dict[str, Any]:
-    """Of an array whose chunks have checksums.
+    """Return the Zarr 3 metadata of an array whose chunks have checksums.
 
     Orbax has no option for codecs, and makes them in the threads of a save, in functions that
     a type handler cannot replace: so this is set for the whole process. Any reader of Zarr 3
-    reads what is written, and older checkpoints, without checksums, are read as before.
+    reads these arrays.
     """
     codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
     if use_compression:
@@ -67,36 +67,38 @@ def _zarr_metadata(
 
 
 if not callable(tensorstore_utils._build_zarr3_metadata):
-    raise ImportError("this version of Orbax describes its arrays elsewhere")
+    raise ImportError("this version of Orbax makes the metadata of arrays elsewhere")
 tensorstore_utils._build_zarr3_metadata = _zarr_metadata
 
 
 class SavingError(UserError):
-    """A checkpoint that could not be written; those before it stay."""
+    """A checkpoint that could not be written; earlier ones stay."""
 
 
 class RunCheckpoints:
-    """The checkpoints under a run's folder; a half-written one never counts."""
+    """The checkpoints of a run; one that is not complete is never restored."""
 
     def __init__(
         self,
         folder: Path,
         every: int,
         minutes: float,
-        kept: int,
-        kept_every: int,
+        max_to_keep: int,
+        keep_period: int,
         is_strict: bool = False,
     ):
-        """Args:
-        every: steps between checkpoints.
-        minutes: time after which one is due besides; 0 for steps alone.
-        kept: how many of the newest stay.
-        kept_every: those of steps that this divides stay for good; 0 for none.
-        is_strict: a damaged checkpoint is an error, and is not passed over.
+        """Open the folder, which need not exist.
+
+        Args:
+          every: steps between checkpoints.
+          minutes: save also when the last checkpoint is this old; 0 for steps alone.
+          max_to_keep: number of newest checkpoints to keep.
+          keep_period: checkpoints of multiples of this step stay for good; 0 for none.
+          is_strict: raise an error for a damaged checkpoint instead of restoring an earlier one.
         """
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=kept,
-            keep_period=kept_every or None,
+            max_to_keep=max_to_keep,
+            keep_period=keep_period or None,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._complete),
@@ -112,7 +114,7 @@ class RunCheckpoints:
         )
 
     def _complete(self) -> None:
-        """Lists and syncs the files of a checkpoint that is written and has no name yet."""
+        """List and sync the files of a checkpoint before it gets its final name."""
         if not processes.is_first():
             return
         for folder in self._folder.glob("*.orbax-checkpoint-tmp*"):
@@ -120,19 +122,22 @@ class RunCheckpoints:
             write_checksums(folder, written, {})
             files.sync(folder)
 
-    def is_due(self, step: int) -> bool:
-        """Whether `save` should be called after this step; the same in all processes."""
+    def should_save(self, step: int) -> bool:
+        """Return True if `save` is to be called after this step; the same in all processes."""
         if step % self._every == 0:
             return True
-        if not self._seconds or step % _MINUTES_CHECKED:
+        if not self._seconds or step % _CLOCK_STEPS:
             return False
         return processes.agree(time.monotonic() - self._saved_at) >= self._seconds
 
     def save(self, step: int, state: TrainState, data_state: Any) -> None:
-        """Saves; returns when the arrays are copied, before they are on disk.
+        """Save; return when the arrays are copied, before they are on disk.
+
+        Args:
+          data_state: the position in the data, plain JSON.
 
         Raises:
-          SavingError: there is no room for this one or for the one before.
+          SavingError: the disk has no room for this checkpoint or for the one before.
         """
         if step in self._manager.all_steps():
             return
@@ -151,7 +156,7 @@ class RunCheckpoints:
         self._saved_at = time.monotonic()
 
     def _check_room(self, state: TrainState) -> None:
-        """Says no before anything is written, where that is bound to fail half-way."""
+        """Raise OSError before anything is written if the disk has no room for the state."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         if missing := files.missing_room(self._folder, needed):
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {missing}")
@@ -159,13 +164,16 @@ class RunCheckpoints:
     def restore_latest(
         self, config: GLMConfig, recipe: Recipe, mesh: Mesh
     ) -> tuple[TrainState, Any] | None:
-        """The newest whole checkpoint as (state, data state), None if there is none yet.
+        """Restore the newest checkpoint that is not damaged.
 
-        Newer ones that are damaged are named on stderr and moved to `damaged_checkpoints`.
+        Damaged ones are named on stderr and moved to `damaged_checkpoints`.
+
+        Returns:
+          (state, data state), or None if there is no checkpoint.
 
         Raises:
-          SavingError: a save that is under way failed.
-          DamageError: a checkpoint is damaged and none before it is whole, or `is_strict`.
+          SavingError: a save in progress failed.
+          DamageError: all checkpoints are damaged, or one is and `is_strict`.
           UserError: the checkpoint is of another model or recipe.
         """
         self.wait()
@@ -178,7 +186,7 @@ class RunCheckpoints:
                     raise
                 if processes.is_first():
                     before = steps[steps.index(step) + 1]
-                    print(f"{error}; going on from step {before}", file=sys.stderr)
+                    print(f"{error}; resuming from step {before}", file=sys.stderr)
                 processes.together(functools.partial(self._move_away, step))
                 self._manager.reload()
             else:
@@ -194,14 +202,14 @@ class RunCheckpoints:
             lambda: self._read(folder, serialization.to_state_dict(target)), DamageError
         )
         state: TrainState = serialization.from_state_dict(target, saved)
-        # Its buffers are new: what is donated to a step must belong to jax alone.
+        # In new buffers: jax must own what is donated to a step.
         return step_form(state, abstract_state(config, recipe, mesh)), data
 
     def _read(self, folder: Path, expected: dict[str, Any]) -> tuple[Any, Any]:
-        """This process's part of a checkpoint's state, and the data's.
+        """Read this process's part of a checkpoint.
 
-        By the handlers: what the manager reads with waits for the other processes, which may
-        have found damage.
+        With the handlers: the manager would wait for the other processes, which may have found
+        damage.
         """
         if processes.is_first():
             checked_files(folder)
@@ -217,13 +225,13 @@ class RunCheckpoints:
             )
         except UserError:
             raise
-        except Exception as error:  # of whatever kind a library finds damage to be
+        except Exception as error:  # libraries raise many kinds for damage
             failure = unreadable(folder, _first_cause(error))
         _forget_broken_reads()
         raise failure
 
     def _move_away(self, step: int) -> None:
-        """Takes a damaged checkpoint from those that count; its step will be saved again."""
+        """Move a damaged checkpoint to another folder; its step will be saved again."""
         if not processes.is_first():
             return
         target = self._folder.parent / _DAMAGED_FOLDER / str(step)
@@ -232,7 +240,7 @@ class RunCheckpoints:
         (self._folder / str(step)).rename(target)
 
     def wait(self) -> None:
-        """Returns when saves under way are on disk.
+        """Return when all saves are on disk.
 
         Raises:
           SavingError: one could not be written.
@@ -257,38 +265,39 @@ class RunCheckpoints:
                 raise
             whole = self._manager.all_steps()
             last = f"the last whole checkpoint is step {max(whole)}" if whole else "there is none"
-            which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+            this = "a checkpoint" if step is None else f"the checkpoint of step {step}"
             raise SavingError(
-                f"no room for {which} in {self._folder}: {last}; make room and start the same "
+                f"no room for {this} in {self._folder}: {last}; make room and start the same "
                 f"command again ({str(error)[:200]})"
             ) from error
 
 
 def _refuse_other(folder: Path, metadata: Any, expected: dict[str, Any]) -> None:
-    """Raises UserError where a checkpoint has other arrays than a run's state."""
+    """Raise UserError if a checkpoint's arrays are not those of the run's state."""
 
     def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
 
-    found, wanted = shapes(getattr(metadata, "tree", metadata)), shapes(expected)
-    if found != wanted:
-        name = next(n for n in found | wanted if found.get(n) != wanted.get(n))
+    saved, wanted = shapes(getattr(metadata, "tree", metadata)), shapes(expected)
+    if saved != wanted:
+        name = next(n for n in saved | wanted if saved.get(n) != wanted.get(n))
         raise UserError(
-            f"{folder} is a checkpoint of another model or recipe: go on with its config, or name "
-            f"another workdir ({name} is {found.get(name)}, and {wanted.get(name)} here)"
+            f"{folder} is a checkpoint of another model or recipe: use the config that it began "
+            f"with, or name another workdir ({name} is {saved.get(name)}, expected "
+            f"{wanted.get(name)})"
         )
 
 
 def _first_cause(error: BaseException) -> Any:
-    """What a library's error was raised from."""
+    """Return the error at the start of a chain of causes."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def _forget_broken_reads() -> None:
-    """Without the traces that Orbax's other reads would print when they are collected."""
+    """Collect Orbax's other reads without the tracebacks that they would print."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         gc.collect()

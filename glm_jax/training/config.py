@@ -1,4 +1,4 @@
-"""The fields of an experiment, with defaults; configs/*.py set what differs."""
+"""The fields of an experiment with their defaults; a file of configs/ sets those that differ."""
 
 import dataclasses
 from typing import Any
@@ -42,7 +42,7 @@ _STABILITY = (
     "spike_loss",
 )
 _AT_LEAST_0, _AT_LEAST_1 = Range(int, 0, MAX_COUNT), Range(int, 1, MAX_COUNT)
-# Of every number of an experiment but its model's, whose are `glm_jax.config.RANGES`.
+# Of every number of an experiment. Those of its model are in `glm_jax.config.RANGES`.
 RANGES = {
     "seed": Range(int, 0, MAX_COUNT),
     "steps": _AT_LEAST_1,
@@ -73,7 +73,7 @@ _ADAPTER_RANGES = {f"adapter.{name}": range_ for name, range_ in adapters.RANGES
 
 
 def default_config(size: str, **model_overrides: object) -> ConfigDict:
-    """An experiment with a model of a named size; all fields can be set by flags.
+    """Return an experiment with a model of a named size; flags can set all fields.
 
     Raises:
       ConfigError: no such size.
@@ -86,51 +86,54 @@ def default_config(size: str, **model_overrides: object) -> ConfigDict:
 
 
 def run_fields() -> dict[str, Any]:
-    """All fields but those of the model."""
+    """Return all fields except those of the model."""
     recipe = dataclasses.asdict(Recipe(total_samples=1))
     return dict(
         seed=0,
-        steps=1000,  # times data.batch_size are the rows of the run
+        steps=1000,  # the run has steps * data.batch_size rows
         mesh="1,1,1",
         data=dict(
-            files="",  # to tokenise in memory: comma-separated paths and patterns
-            kind="text",  # of these files; or instructions: JSON lines, prompt and target
-            mixture="",  # or prepared folders: data/en:0.6,data/zh:0.35,data/tasks:0.05
+            files="",  # tokenised in memory: comma-separated paths and patterns
+            kind="text",  # of these files; or instructions: JSON lines of prompt and target
+            mixture="",  # instead of files: data/en:0.6,data/zh:0.35,data/tasks:0.05
             tokenizer="",  # folder that launch/train_tokenizer.py wrote
             sequence_length=2048,
             batch_size=8,
-            micro_batch_size=0,  # rows at once; 0 for the whole batch
-            initial_batch_size=0,  # from which the batch grows; 0 for no growth
-            ramp_fraction=0.025,  # of the run's rows, over which it grows
-            ramp_increment=0,  # by which it grows; 0 for the initial size
-            streams=0,  # that samples are dealt to; 0 for one a row
+            micro_batch_size=0,  # rows computed at once; 0 for the whole batch
+            initial_batch_size=0,  # rows of the first batch; 0 for no growth
+            ramp_fraction=0.025,  # share of the run's rows over which the batch grows
+            ramp_increment=0,  # rows added at a time; 0 for initial_batch_size
+            streams=0,  # number of streams of samples; 0 for one for each row
             objective=dataclasses.asdict(ObjectiveConfig()),
         ),
         optimizer={name: recipe[name] for name in _OPTIMIZER},
         stability={name: recipe[name] for name in _STABILITY}
         | dict(
             restore_after=10,  # skipped steps in a row; 0 for never
-            most_restores=5,  # without a checkpoint in between
+            most_restores=5,  # at most, without a checkpoint in between
         ),
         evaluation=dict(files="", kind="text", mixture="", every=0, batches=8),
         log_every=10,
         checkpoint_every=500,
-        checkpoint_minutes=0.0,  # besides; 0 for steps alone
-        checkpoints_kept=2,
-        checkpoints_kept_every=0,  # steps of which one stays for good; 0 for none
-        checkpoints_strict=False,  # a damaged one ends the run; else the one before goes on
-        peak_flops=0.0,  # of a device, for model FLOPs utilisation; 0 to measure it
+        checkpoint_minutes=0.0,  # also after this time; 0 for steps alone
+        checkpoints_kept=2,  # number of the newest
+        checkpoints_kept_every=0,  # checkpoints of multiples of this step stay; 0 for none
+        checkpoints_strict=False,  # end at a damaged one instead of using an earlier one
+        peak_flops=0.0,  # operations per second of a device, for MFU; 0 to measure it
     )
 
 
 def model_config(config: ConfigDict) -> GLMConfig:
-    """The model of an experiment, without special tokens."""
-    fields = config.model.to_dict()
-    return GLMConfig.from_dict(fields)
+    """Return the model of an experiment, without special tokens."""
+    return GLMConfig.from_dict(config.model.to_dict())
 
 
 def recipe(config: ConfigDict) -> Recipe:
-    """How an experiment trains; raises ConfigError for values out of range."""
+    """Return the recipe of an experiment.
+
+    Raises:
+      ConfigError: a value is out of range.
+    """
     fields = {name: config.optimizer[name] for name in _OPTIMIZER}
     fields |= {name: config.stability[name] for name in _STABILITY}
     if config.get("adapter", {}).get("rank"):
@@ -139,14 +142,22 @@ def recipe(config: ConfigDict) -> Recipe:
 
 
 def adapter(config: ConfigDict) -> AdapterConfig:
-    """What a fine-tuning config trains; raises ConfigError for values out of range."""
+    """Return the adapters of a fine-tuning experiment.
+
+    Raises:
+      ConfigError: a value is out of range.
+    """
     fields = config.adapter.to_dict()
     targets = tuple(name.strip() for name in fields.pop("targets").split(","))
     return AdapterConfig(targets=targets, **fields)
 
 
 def batch_schedule(config: ConfigDict) -> BatchSchedule:
-    """How an experiment's batch grows; raises ConfigError where sizes don't divide."""
+    """Return the batch sizes of an experiment.
+
+    Raises:
+      ConfigError: sizes do not divide.
+    """
     data = config.data
     initial = data.initial_batch_size or data.batch_size
     return BatchSchedule(
@@ -159,22 +170,24 @@ def batch_schedule(config: ConfigDict) -> BatchSchedule:
 
 
 def check_fields(config: ConfigDict) -> None:
-    """Refuses fields that are missing, of another kind, or out of range, each by itself.
+    """Check each field by itself.
 
     Raises:
-      ConfigError: names the field.
+      ConfigError: a field is missing, of another type, or out of range; names the field.
     """
     ranges = RANGES | (_ADAPTER_RANGES if "adapter" in config else {})
     for name, default in _flat(run_fields()).items():
         value = _field(config, name)
         if name not in ranges and type(value) is not type(default):
-            raise ConfigError(f"{name}={value!r}: expected such as {default!r}")
+            raise ConfigError(
+                f"{name}={value!r}: expected {type(default).__name__}, such as {default!r}"
+            )
     for name, range_ in ranges.items():
         range_.check(name, _field(config, name))
 
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"data.kind": value} of nested dictionaries."""
+    """Flatten nested dictionaries to names such as data.kind."""
     flat: dict[str, Any] = {}
     for name, value in fields.items():
         is_inner = isinstance(value, dict)
@@ -192,7 +205,7 @@ def _field(config: ConfigDict, name: str) -> Any:
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses values that would fail late or train in silence on nothing.
+    """Check fields, also against each other, that would fail late or train on nothing.
 
     Raises:
       ConfigError: names the field.

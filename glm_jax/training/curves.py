@@ -1,4 +1,4 @@
-"""A run's metrics as a picture."""
+"""A plot of a run's metrics."""
 
 import json
 from pathlib import Path
@@ -14,10 +14,10 @@ Line = dict[str, Any]
 
 
 def read(workdir: Path) -> list[Line]:
-    """The logged lines of a run.
+    """Read the logged lines of a run.
 
     Raises:
-      UserError: there are none, or they cannot be read.
+      UserError: there are none, or the file cannot be read.
     """
     file = workdir / METRICS_FILE
     try:
@@ -36,8 +36,10 @@ def read(workdir: Path) -> list[Line]:
 
 
 def draw(lines: list[Line], output: Path) -> None:
-    """Draws loss (by group and held-out too), learning rate, gradient norm, and activation
-    scales over steps; spikes are red dots, skipped steps crosses."""
+    """Plot losses, learning rate, norms and activation scales over steps.
+
+    Spikes are red dots, skipped steps are red crosses.
+    """
     figure, all_axes = pyplot.subplots(2, 2, figsize=(13, 8), layout="constrained")
     (losses, rates), (norms, scales) = all_axes
     steps = [line for line in lines if "loss" in line]

@@ -1,4 +1,4 @@
-"""Fine-tuning: a run that begins with a model, and trains adapters beside it or all of it."""
+"""Fine-tuning: a run that begins with a checkpoint, and trains adapters beside it or all of it."""
 
 import dataclasses
 from pathlib import Path
@@ -16,7 +16,7 @@ from glm_jax.model.params import GLMParams
 from glm_jax.sharding import parse_mesh
 from glm_jax.tokenizer import Tokenizer, check_fits
 from glm_jax.training import config as train_config
-from glm_jax.training.loop import Job, run_job
+from glm_jax.training.loop import TrainingJob, run_job
 from glm_jax.training.results import MODEL_FOLDER, replace_result, save_trained
 from glm_jax.training.state import TrainState, init_state, start_state
 
@@ -25,7 +25,7 @@ _FORMATS = ("param_dtype", "compute_dtype")
 
 
 def default_config(**adapter: Any) -> ConfigDict:
-    """A fine-tuning experiment: its model, but for number formats, is the checkpoint's.
+    """Return a fine-tuning experiment: its model, except for dtypes, is the checkpoint's.
 
     Args:
       adapter: fields of `AdapterConfig` that differ; rank=0 to train all parameters.
@@ -36,7 +36,7 @@ def default_config(**adapter: Any) -> ConfigDict:
     config = ConfigDict(
         dict(
             model=dict(
-                param_dtype="float32",  # of parameters that are trained
+                param_dtype="float32",  # of trained parameters
                 compute_dtype="bfloat16",  # of activations, and of frozen floats
             ),
             quantization="",  # of a frozen float model: int8, int4, int4,group=128
@@ -46,7 +46,7 @@ def default_config(**adapter: Any) -> ConfigDict:
     )
     config.data.kind = config.evaluation.kind = "instructions"
     config.data.sequence_length = 1024
-    # It has learnt what dropout and a shrunken gradient were to help it learn.
+    # Dropout and a smaller embedding gradient are for training from scratch.
     config.optimizer.dropout = config.optimizer.attention_dropout = 0.0
     config.stability.embedding_gradient = 1.0
     config.optimizer.warmup_fraction = 0.03
@@ -58,16 +58,18 @@ def default_config(**adapter: Any) -> ConfigDict:
 def finetune(
     config: ConfigDict, checkpoint: Path, workdir: Path, profiled: range = range(0)
 ) -> list[dict[str, Any]]:
-    """Trains a model further; see `loop.run_job`.
-
-    Writes at the end the adapters, `workdir/adapter`, or the whole model, `workdir/model`.
+    """Train a model further and write `workdir/adapter`, or `workdir/model` for all parameters.
 
     Args:
       config: see `default_config`.
-      checkpoint: a model folder; a quantised one takes adapters alone.
+      checkpoint: a model folder; of a quantised one only adapters can be trained.
+      profiled: see `loop.run_job`.
+
+    Returns:
+      See `loop.run_job`.
 
     Raises:
-      ConfigError, CheckpointError, QuantizationError, MeshError: what was asked for cannot be.
+      ConfigError, CheckpointError, QuantizationError, MeshError: the experiment is not possible.
     """
     train_config.check_fields(config)
     stored = load_config(checkpoint)
@@ -96,7 +98,7 @@ def finetune(
         if is_whole:
             return None
         _, frozen = restore(checkpoint, mesh, model.compute_dtype, quantization)
-        # Once, and not in every step.
+        # Once, not in every step.
         return unstack_layers(frozen)
 
     def finish(state: TrainState) -> None:
@@ -108,7 +110,7 @@ def finetune(
         write = lambda folder: save_adapter(folder, adapter, trained, identity)
         replace_result(workdir / ADAPTER_FOLDER, int(state.step), write)
 
-    job = Job(
+    job = TrainingJob(
         config, tokenizer, model, recipe, mesh, begin, finish,
         workdir / (MODEL_FOLDER if is_whole else ADAPTER_FOLDER), load_frozen,
         identity | {"quantization": quantization},
@@ -117,8 +119,7 @@ def finetune(
 
 
 def resolved(config: ConfigDict, checkpoint: Path, stored: GLMConfig) -> ConfigDict:
-    """A fine-tuning config with what the checkpoint says: the model, and where none is named
-    its tokenizer."""
+    """Return a fine-tuning config completed by the checkpoint: model, and tokenizer if unset."""
     whole = ConfigDict(config.to_dict())
     model = dataclasses.asdict(stored) | _formats(config)
     model.pop("special_tokens")
@@ -132,7 +133,7 @@ def _formats(config: ConfigDict) -> dict[str, str]:
 
 
 def outcome(workdir: Path) -> str:
-    """What a finished run left, in words."""
+    """Say in words where the result of a finished run is."""
     if (workdir / ADAPTER_FOLDER).exists():
         return f"the adapters are in {workdir / ADAPTER_FOLDER}"
     return f"the model is in {workdir / MODEL_FOLDER}"

@@ -1,4 +1,8 @@
-"""A whole run: data, steps, metrics, checkpoints and the finished model."""
+"""The training loop: data, steps, metrics, checkpoints and the final model.
+
+A run resumes from its newest checkpoint to the bit: a batch is a function of the seed and the
+position in the data, which the checkpoint has beside the state.
+"""
 
 import contextlib
 import dataclasses
@@ -14,38 +18,40 @@ from ml_collections import ConfigDict
 from glm_jax import processes
 from glm_jax.config import ConfigError, GLMConfig
 from glm_jax.errors import UserError
+from glm_jax.model.flops import training_flops
 from glm_jax.sharding import parse_mesh
 from glm_jax.tokenizer import Tokenizer
 from glm_jax.training import config as train_config
 from glm_jax.training import metrics as run_metrics
 from glm_jax.training.batches import MeshBatches, describe, open_mixture
 from glm_jax.training.checkpoints import RunCheckpoints
-from glm_jax.training.metrics import Watcher
+from glm_jax.training.metrics import MetricsLogger
 from glm_jax.training.recipe import BatchSchedule, Recipe
 from glm_jax.training.results import MODEL_FOLDER, refuse_result_of_others, save_trained
-from glm_jax.training.state import Batch, TrainState, init_state
+from glm_jax.training.state import TrainBatch, TrainState, init_state
 from glm_jax.training.step import compiled_train_step, evaluation_step
 from glm_jax.training.stopping import InterruptedRunError, stop_requests
 
 
 class DivergedError(UserError):
-    """Steps that stay bad whatever data is passed over."""
+    """Steps that stay bad after restores to earlier checkpoints."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """What is trained, how, and what becomes of it.
+class TrainingJob:
+    """What to train: a new model, or one that a checkpoint begins with.
 
     Attributes:
-      config: the experiment's.
+      config: of the experiment.
       tokenizer: of its data.
-      model, recipe: the config's, once and for all.
-      mesh: where it runs.
-      begin: gives the state of a run that begins.
-      finish: keeps what was learnt, once the run has ended.
+      model, recipe: from the config.
+      mesh: of the devices to train on.
+      begin: returns the state of a new run.
+      finish: saves the result of a finished run.
       result: the folder that `finish` writes.
-      load_frozen: reads the model beside the adapters that are trained; None where all of it is.
-      identity: of the model that the run began with, plain JSON; another's does not go on.
+      load_frozen: reads the model beside adapters; returns None if all parameters are trained.
+      identity: of the model that the run began with, plain JSON. A run does not resume with
+        another model.
     """
 
     config: ConfigDict
@@ -61,16 +67,22 @@ class Job:
 
 
 @dataclasses.dataclass
-class Run:
-    """What the steps of a run share; `frozen` is what `Job.load_frozen` gave, `consumed` counts
-    rows that were drawn from the data, those of skipped steps too."""
+class _Run:
+    """What the steps of a run share.
 
-    job: Job
+    Attributes:
+      frozen: the model beside adapters, or None.
+      consumed: rows drawn from the data before this call, those of skipped steps included.
+      profiled: steps to trace.
+      restores: since the last checkpoint.
+    """
+
+    job: TrainingJob
     frozen: Any
     schedule: BatchSchedule
     batches: MeshBatches
     checkpoints: RunCheckpoints
-    watcher: Watcher
+    logger: MetricsLogger
     evaluation: Any  # a Mixture, or None
     consumed: int
     profiled: range
@@ -83,12 +95,17 @@ class Run:
 
 
 def train(config: ConfigDict, workdir: Path, profiled: range = range(0)) -> list[dict[str, Any]]:
-    """Trains a model from nothing; see `run_job`.
+    """Train a new model and write the model folder `workdir/model`; see `run_job`.
 
-    Writes at the end the model folder `workdir/model`.
+    Args:
+      config: of the experiment; see `training.config`.
+      profiled: see `run_job`.
+
+    Returns:
+      See `run_job`.
 
     Raises:
-      ConfigError, TokenizerError, MeshError: what was asked for cannot be.
+      ConfigError, TokenizerError, MeshError: the experiment is not possible.
     """
     model = train_config.model_config(config)
     train_config.check(config)
@@ -96,7 +113,7 @@ def train(config: ConfigDict, workdir: Path, profiled: range = range(0)) -> list
     check_vocabulary(model, tokenizer)
     model = model.replace(special_tokens=tokenizer.special_tokens)
     recipe, mesh = train_config.recipe(config), parse_mesh(config.mesh)
-    job = Job(
+    job = TrainingJob(
         config, tokenizer, model, recipe, mesh,
         begin=lambda: init_state(model, recipe, jax.random.key(config.seed), mesh),
         finish=lambda state: save_trained(workdir, model, state, tokenizer),
@@ -105,21 +122,21 @@ def train(config: ConfigDict, workdir: Path, profiled: range = range(0)) -> list
     return run_job(job, workdir, profiled)
 
 
-def run_job(job: Job, workdir: Path, profiled: range = range(0)) -> list[dict[str, Any]]:
-    """Trains until all rows were seen, going on from the newest checkpoint in `workdir`.
+def run_job(job: TrainingJob, workdir: Path, profiled: range = range(0)) -> list[dict[str, Any]]:
+    """Train until the run has seen all rows, from the newest checkpoint in `workdir` if any.
 
     Writes `workdir/checkpoints`, `metrics.jsonl`, TensorBoard scalars in
-    `workdir/tensorboard`, and at the end what the job makes of it.
+    `workdir/tensorboard`, and at the end the job's result.
 
     Args:
-      profiled: steps of which `workdir/profile` gets a trace.
+      profiled: steps to write a trace of to `workdir/profile`.
 
     Returns:
-      The logged metrics of this call, one dictionary a logged step.
+      The metrics logged by this call, a dictionary for each logged step.
 
     Raises:
-      ConfigError, DataError: what was asked for cannot be.
-      SavingError, InterruptedRunError, DivergedError: the run stopped; what it saved stays.
+      ConfigError, DataError: the experiment is not possible.
+      SavingError, InterruptedRunError, DivergedError: the run stopped; its checkpoints stay.
     """
     config, model, recipe, mesh = job.config, job.model, job.recipe, job.mesh
     schedule = train_config.batch_schedule(config)
@@ -130,40 +147,40 @@ def run_job(job: Job, workdir: Path, profiled: range = range(0)) -> list[dict[st
     batches = MeshBatches(mixture, mesh)
     workdir.mkdir(parents=True, exist_ok=True)
     with _closing(RunCheckpoints(workdir / "checkpoints", *_saving(config))) as checkpoints:
-        place: dict[str, Any]
+        position: dict[str, Any]
         restored = checkpoints.restore_latest(model, recipe, mesh)
         if restored is None:
             refuse_result_of_others(job.result)
-        state, place = restored or (
+        state, position = restored or (
             job.begin(),
             {"consumed": 0, "streams": batches.get_state(), "model": job.identity},
         )
-        if place.get("model") != job.identity:
+        if position["model"] != job.identity:
             raise ConfigError(
-                f"{workdir} is a run of another model or precision: go on with the checkpoint "
+                f"{workdir} is a run of another model or precision: resume it with the checkpoint "
                 "that it began with, or name another workdir"
             )
-        batches.set_state(place["streams"])
-        peak = config.peak_flops or run_metrics.measured_peak_flops(model.compute_dtype)
+        batches.set_state(position["streams"])
+        peak = config.peak_flops or run_metrics.measure_peak_flops(model.compute_dtype)
         done, step = int(state.samples), int(state.step)
         peak *= mesh.size
-        with _closing(Watcher(workdir, recipe.total_samples, done, step, peak)) as watcher:
-            run = Run(
-                job, job.load_frozen(), schedule, batches, checkpoints, watcher, evaluation,
-                place["consumed"], profiled,
+        with _closing(MetricsLogger(workdir, recipe.total_samples, done, step, peak)) as logger:
+            run = _Run(
+                job, job.load_frozen(), schedule, batches, checkpoints, logger, evaluation,
+                position["consumed"], profiled,
             )  # fmt: skip
-            watcher.tell(describe(mixture, recipe.total_samples))
+            logger.print(describe(mixture, recipe.total_samples))
             if restored:
-                watcher.tell(f"going on from step {step}, whose checkpoint is in {workdir}")
+                logger.print(f"resuming from step {step}, whose checkpoint is in {workdir}")
             with jax.set_mesh(mesh):
                 state = _steps(run, state, workdir)
     job.finish(state)
-    return watcher.history
+    return logger.history
 
 
 @contextlib.contextmanager
 def _closing(thing: Any) -> Iterator[Any]:
-    """Closes what is given, but lets an error that is under way be the one that is seen."""
+    """Close an object at the end; after an error, that error and not one of closing is raised."""
     try:
         yield thing
     except BaseException:
@@ -183,7 +200,7 @@ def _saving(config: ConfigDict) -> tuple[int, float, int, int, bool]:
     )
 
 
-def _steps(run: Run, state: TrainState, workdir: Path) -> TrainState:
+def _steps(run: _Run, state: TrainState, workdir: Path) -> TrainState:
     key = jax.random.key(run.config.seed + 1)
     groups = len(run.batches.groups)
     job = run.job
@@ -191,29 +208,29 @@ def _steps(run: Run, state: TrainState, workdir: Path) -> TrainState:
     drawn = _draw(run, run.consumed)
     with stop_requests() as stopped_by:
         while int(state.samples) < job.recipe.total_samples:
-            batch, place = drawn
+            batch, position = drawn
             with _profile(run, int(state.step) + 1, workdir):
                 state, metrics = train_step(state, run.frozen, batch, key)
-                # Made while the devices are at work.
-                drawn = _draw(run, place["consumed"])
-                values = run_metrics.plain(jax.device_get(metrics), run.batches.groups)
+                # While the devices compute.
+                drawn = _draw(run, position["consumed"])
+                values = run_metrics.to_plain(jax.device_get(metrics), run.batches.groups)
             rows = batch.tokens.shape[0] * batch.tokens.shape[1]
-            run.watcher.count(0 if values["is_skipped"] else rows, batch.tokens.size)
-            state = _after(run, state, values, place)
+            run.logger.count(0 if values["is_skipped"] else rows, batch.tokens.size)
+            state = _after(run, state, values, position)
             if received := stopped_by(int(state.step)):
-                _save(run, state, place)
+                _save(run, state, position)
                 run.checkpoints.wait()
                 processes.wait("all have saved")
                 raise InterruptedRunError(
                     f"stopped by {received.name} after step {int(state.step)}, which is saved: "
-                    "the same command goes on",
+                    "the same command resumes the run",
                     received,
                 )
     return state
 
 
-def _draw(run: Run, consumed: int) -> tuple[Batch, dict[str, Any]]:
-    """The next batch, and the place in the data after it."""
+def _draw(run: _Run, consumed: int) -> tuple[TrainBatch, dict[str, Any]]:
+    """Return the next batch, and the position in the data after it."""
     accumulation = run.schedule.accumulation(consumed)
     batch = run.batches.next(accumulation)
     rows = accumulation * run.schedule.micro_batch
@@ -221,43 +238,42 @@ def _draw(run: Run, consumed: int) -> tuple[Batch, dict[str, Any]]:
 
 
 def _after(
-    run: Run, state: TrainState, values: dict[str, Any], place: dict[str, Any]
+    run: _Run, state: TrainState, values: dict[str, Any], position: dict[str, Any]
 ) -> TrainState:
-    """Logs, evaluates and saves what is due after a step, or goes back after bad ones."""
+    """Log, evaluate and save after a step as the config says, or restore after bad steps."""
     step = int(state.step)
     is_last = int(state.samples) >= run.job.recipe.total_samples
     if values["is_skipped"]:
-        run.watcher.log(step, values)
-        run.watcher.tell(
+        run.logger.log(step, values)
+        run.logger.print(
             f"step {step + 1} skipped: gradient norm {values['gradient_norm']}, loss "
             f"{values['loss']} (None is not finite)"
         )
         return _restored(run, state, int(values["bad_steps"]))
     if step % run.config.log_every == 0 or is_last:
-        flops = run_metrics.flops_per_token(
-            run.job.model, run.config.data.sequence_length, run.frozen is not None
-        )
-        run.watcher.log(step, values, flops)
+        length, is_frozen = run.config.data.sequence_length, run.frozen is not None
+        flops = training_flops(run.job.model, 1, length, is_frozen)
+        run.logger.log(step, values, flops)
     elif values["is_spike"]:
-        run.watcher.log(step, values)
+        run.logger.log(step, values)
     every = run.config.evaluation.every
     if every and (step % every == 0 or is_last):
-        run.watcher.log(step, evaluate(run, state))
-    if run.checkpoints.is_due(step) or is_last:
-        _save(run, state, place)
+        run.logger.log(step, evaluate(run, state))
+    if run.checkpoints.should_save(step) or is_last:
+        _save(run, state, position)
         run.restores = 0
     return state
 
 
-def _save(run: Run, state: TrainState, place: dict[str, Any]) -> None:
-    streams = processes.gather(place["streams"])
+def _save(run: _Run, state: TrainState, position: dict[str, Any]) -> None:
+    streams = processes.gather(position["streams"])
     run.checkpoints.save(
-        int(state.step), state, place | {"streams": streams, "model": run.job.identity}
+        int(state.step), state, position | {"streams": streams, "model": run.job.identity}
     )
 
 
-def _restored(run: Run, state: TrainState, bad_steps: int) -> TrainState:
-    """The last good checkpoint's state after so many bad steps, whose data is passed over."""
+def _restored(run: _Run, state: TrainState, bad_steps: int) -> TrainState:
+    """Return the state, or after too many bad steps that of the last checkpoint."""
     stability = run.config.stability
     if not stability.restore_after or bad_steps < stability.restore_after:
         return state
@@ -265,19 +281,19 @@ def _restored(run: Run, state: TrainState, bad_steps: int) -> TrainState:
     if restored is None or run.restores >= stability.most_restores:
         why = "before the first checkpoint" if restored is None else "after every restore"
         raise DivergedError(
-            f"{bad_steps} steps in a row had to be skipped {why}: lower the learning rate, or "
+            f"{bad_steps} steps in a row were skipped {why}: lower the learning rate, or "
             "look at the data of these steps"
         )
     run.restores += 1
-    run.watcher.tell(
+    run.logger.print(
         f"{bad_steps} bad steps in a row: going back to the checkpoint of step "
         f"{int(restored[0].step)}, on with later data"
     )
     return restored[0]
 
 
-def evaluate(run: Run, state: TrainState) -> dict[str, float]:
-    """Mean loss of held-out samples by dataset and kind, the same samples every time."""
+def evaluate(run: _Run, state: TrainState) -> dict[str, float]:
+    """Return mean losses of held-out samples by dataset and kind; the same samples every time."""
     job = run.job
     batches = MeshBatches(run.evaluation, job.mesh)
     groups = len(batches.groups)
@@ -293,8 +309,8 @@ def evaluate(run: Run, state: TrainState) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _profile(run: Run, step: int, workdir: Path) -> Iterator[None]:
-    """Traces from the first to the last of the profiled steps."""
+def _profile(run: _Run, step: int, workdir: Path) -> Iterator[None]:
+    """Trace the profiled steps, from the first to the last."""
     if run.profiled and step == run.profiled.start:
         jax.profiler.start_trace(str(workdir / "profile"))
         run.is_profiling = True
@@ -305,7 +321,7 @@ def _profile(run: Run, step: int, workdir: Path) -> Iterator[None]:
 
 
 def check_vocabulary(model: GLMConfig, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError where a tokenizer gives ids that a model does not have."""
+    """Raise ConfigError if a tokenizer has ids that a model does not have."""
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(
             f"model.vocab_size={model.vocab_size} is less than the tokenizer's "

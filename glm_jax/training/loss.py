@@ -1,8 +1,8 @@
-"""Cross-entropy over the vocabulary, some positions at a time.
+"""Cross-entropy over the vocabulary in chunks of positions, fused with its gradient.
 
-Logits of all positions at once would be the largest array of a step: at 2048 positions and
-150528 entries 1.2 GB a sequence in float32. Here a chunk's logits give its losses and at
-once its part of the gradients, so that nothing is computed twice.
+Logits of all positions at once would be the largest array of a step: 1.2 GB for a sequence of
+2048 positions and 150528 entries in float32. A chunk's logits give its losses and its part of the
+gradients together, so that nothing is computed twice.
 """
 
 import functools
@@ -27,15 +27,15 @@ def cross_entropy(
     chunk: int,
     z_loss: float,
 ) -> Sums:
-    """Weighted sum of -log softmax(hidden table^T)[target], in nats.
+    """Return the weighted sum of -log softmax(hidden table^T)[target], in nats.
 
     Args:
-      chunk: positions at a time; where it does not divide seq, all at once.
-      z_loss: times the squared logarithm of the softmax's sum is added to each loss.
+      chunk: positions at a time; all at once if it does not divide seq.
+      z_loss: factor of the squared log-sum-exp that is added to each loss.
 
     Returns:
-      The sum, and by position the losses without z-loss and 1.0 where the target is the
-      likeliest entry; these have no gradient.
+      The sum; and for each position the loss without z-loss, and 1.0 where the target is the
+      argmax. These have no gradient.
     """
     return _run(hidden, table, targets, weights, chunk, z_loss, False)[0]
 
@@ -43,7 +43,10 @@ def cross_entropy(
 def _forward(
     hidden: Any, table: Any, targets: Any, weights: Any, chunk: int, z_loss: float
 ) -> tuple[Sums, Any]:
-    """Arguments are values, and whether they are differentiated by; so is a frozen table not."""
+    """Forward rule; with symbolic zeros an argument says whether it is differentiated.
+
+    A frozen table is not, and gets no gradient.
+    """
     sums, gradients = _run(
         hidden.value, table.value, targets.value, weights.value, chunk, z_loss, True,
         table.perturbed,
@@ -53,8 +56,8 @@ def _forward(
     return sums, (*gradients, *empty)
 
 
-def _backward(chunk: int, z_loss: float, kept: Any, cotangents: Any) -> tuple[Any, ...]:
-    of_hidden, of_table, hidden, table = kept
+def _backward(chunk: int, z_loss: float, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+    of_hidden, of_table, hidden, table = residuals
     factor = cotangents[0]
     return (
         (of_hidden * factor).astype(hidden.dtype),
@@ -79,7 +82,7 @@ def _run(
 ) -> tuple[Sums, tuple[Array, Array | None] | None]:
     batch, length, _ = hidden.shape
     count = length // chunk if length % chunk == 0 else 1
-    narrow = table.astype(hidden.dtype)
+    cast_table = table.astype(hidden.dtype)
 
     def split(x: Array) -> Array:
         return jnp.moveaxis(x.reshape(batch, count, -1, *x.shape[2:]), 1, 0)
@@ -90,13 +93,13 @@ def _run(
     def step(carry: Any, part: tuple[Array, ...]) -> tuple[Any, Any]:
         total, of_table = carry
         h, target, weight = part
-        losses, hits, penalty, of_logits = _chunk(h, narrow, target, weight, z_loss)
+        losses, hits, penalty, of_logits = _chunk(h, cast_table, target, weight, z_loss)
         total = total + jnp.sum(weight * (losses + penalty))
         if not with_gradients:
             return (total, of_table), (losses, hits)
-        of_h = einsum("bsv,ve->bse", of_logits, narrow)
+        of_h = einsum("bsv,ve->bse", of_logits, cast_table)
         if of_table_too:
-            # [embed, vocab], for which h is turned and not the larger gradient of logits.
+            # [embed, vocab]: transposes h and not the larger gradient of logits.
             of_table = of_table + einsum("bse,bsv->ev", h, of_logits)
         return (total, of_table), (losses, hits, of_h)
 
@@ -118,13 +121,13 @@ def _run(
 def _chunk(
     hidden: Array, table: Array, targets: Array, weights: Array, z_loss: float
 ) -> tuple[Array, Array, Array, Array]:
-    """Losses, hits, z-losses, and the gradient of the weighted losses to the logits."""
+    """Return losses, hits, z-losses, and the gradient of the weighted sum by the logits."""
     logits = constrain(einsum("bse,ve->bsv", hidden, table), ("batch", "seq", "vocab"))
     largest = jnp.max(logits, axis=-1)
     powers = jnp.exp(logits - largest[..., None])
     total = jnp.sum(powers, axis=-1)
     log_sum = largest + jnp.log(total)
-    # A comparison, not a gather: each device holds a part of the vocabulary.
+    # A comparison, not a gather: the vocabulary is sharded.
     is_target = jnp.arange(table.shape[0], dtype=jnp.int32) == targets[..., None]
     chosen = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
     factor = weights * (1 + 2 * z_loss * log_sum) / total

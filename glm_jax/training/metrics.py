@@ -1,4 +1,4 @@
-"""What a run shows while it runs: a bar, TensorBoard, and a line of JSON a logged step."""
+"""Metrics of a run: a progress bar, TensorBoard, and a line of JSON for each logged step."""
 
 import json
 import math
@@ -14,9 +14,7 @@ import tensorboardX
 from tqdm import tqdm
 
 from glm_jax import processes
-from glm_jax.config import GLMConfig
 from glm_jax.files import write_text
-from glm_jax.model import params as glm_params
 from glm_jax.numerics import array_dtype, einsum, products_as
 from glm_jax.text_files import to_json
 
@@ -24,20 +22,8 @@ METRICS_FILE = "metrics.jsonl"
 _PEAK_SIZE = 2048
 
 
-def flops_per_token(config: GLMConfig, sequence_length: int, is_frozen: bool = False) -> float:
-    """Operations that training takes for a token: six a parameter of the products, and
-    attention over the whole sequence; recomputation does not count.
-
-    Args:
-      is_frozen: parameters have no gradients: four a parameter.
-    """
-    weights = glm_params.parameter_count(config)
-    attention = 2 * config.num_layers * config.hidden_size * sequence_length
-    return (4.0 if is_frozen else 6.0) * weights + 6.0 * attention
-
-
-def measured_peak_flops(compute_dtype: str) -> float:
-    """Operations a second that a device reaches in a product of two large matrices."""
+def measure_peak_flops(compute_dtype: str) -> float:
+    """Measure the operations per second of a device in a product of two large matrices."""
     size = _PEAK_SIZE if jax.default_backend() == "cpu" else 4 * _PEAK_SIZE
     square = jnp.ones((size, size), array_dtype(compute_dtype))
     square = jax.device_put(square, jax.local_devices()[0])
@@ -51,18 +37,20 @@ def measured_peak_flops(compute_dtype: str) -> float:
     return 2.0 * size**3 / min(times)
 
 
-class Watcher:
-    """Shows and keeps a run's numbers; only process 0 writes.
+class MetricsLogger:
+    """Shows and writes the metrics of a run; only process 0 writes.
 
     Attributes:
-      history: the logged lines of this call.
+      history: the lines logged by this object.
     """
 
     def __init__(self, workdir: Path, total: int, done: int, step: int, peak_flops: float):
-        """Args:
-        total, done: samples of the run, and those that were seen before.
-        step: updates that were made; later lines of an earlier call are dropped.
-        peak_flops: of all devices together.
+        """Continue the metrics of a run.
+
+        Args:
+          total, done: samples of the whole run, and those before this call.
+          step: number of updates before this call; lines of later steps are dropped.
+          peak_flops: operations per second of all devices together.
         """
         self.history: list[dict[str, Any]] = []
         self._writes = processes.is_first()
@@ -72,18 +60,23 @@ class Watcher:
             _drop_lines_after(self._file, step)
             self._lines = self._file.open("a", encoding="utf-8")
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
-        # Last: an error above would stand in the bar's line.
+        # Last: the message of an error above would be on the line of the bar.
         self._bar = tqdm(
             total=total, initial=done, desc="training", unit="row", disable=not self._writes
         )
 
     def count(self, rows: int, tokens: int) -> None:
-        """Takes note of a step's rows, and of its tokens."""
+        """Count the rows and tokens of a step."""
         self._bar.update(rows)
         self._tokens += tokens
 
     def log(self, step: int, metrics: dict[str, Any], flops_per_token: float = 0.0) -> None:
-        """Writes a line; metrics are numbers or lists of them."""
+        """Write a line.
+
+        Args:
+          metrics: numbers or lists of them.
+          flops_per_token: operations of training; adds tokens per second and MFU to the line.
+        """
         now = time.perf_counter()
         line: dict[str, Any] = {"step": step} | metrics
         if flops_per_token:
@@ -108,8 +101,8 @@ class Watcher:
                 step,
             )
 
-    def tell(self, message: str) -> None:
-        """A line above the bar."""
+    def print(self, message: str) -> None:
+        """Print a line above the progress bar, on stderr."""
         if self._writes:
             self._bar.write(message, file=sys.stderr)
 
@@ -120,9 +113,12 @@ class Watcher:
             self._board.close()
 
 
-def plain(metrics: dict[str, Any], groups: list[str]) -> dict[str, Any]:
-    """Metrics of a step as numbers and lists, with the mean loss of each group seen; None
-    for what is not finite."""
+def to_plain(metrics: dict[str, Any], groups: list[str]) -> dict[str, Any]:
+    """Return a step's metrics as numbers and lists, None for numbers that are not finite.
+
+    Args:
+      groups: names of the kinds of samples; each that occurs gets its mean loss.
+    """
     values = {name: np.asarray(value) for name, value in metrics.items()}
     losses, counts = values.pop("group_losses"), values.pop("group_counts")
     line: dict[str, Any] = {n: _finite(v.tolist()) for n, v in values.items()}
@@ -130,7 +126,7 @@ def plain(metrics: dict[str, Any], groups: list[str]) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """A number or a list of them, None in place of what JSON has no word for."""
+    """Replace numbers that JSON cannot express by None."""
     if isinstance(value, list):
         return [_finite(part) for part in value]
     return value if math.isfinite(value) else None
@@ -139,7 +135,7 @@ def _finite(value: Any) -> Any:
 def mean_by_group(
     prefix: str, losses: np.ndarray, counts: np.ndarray, groups: list[str]
 ) -> dict[str, float]:
-    """{prefix_GROUP: mean loss} of the groups that had tokens."""
+    """Return {prefix_GROUP: mean loss} for the groups that had tokens."""
     zipped = zip(groups, losses, counts, strict=True)
     return {
         f"{prefix}_{name}": float(loss / n)
@@ -149,14 +145,14 @@ def mean_by_group(
 
 
 def _drop_lines_after(file: Path, step: int) -> None:
-    """Forgets what was logged after the checkpoint that is gone on from."""
+    """Remove the lines of steps after the checkpoint that the run resumes from."""
     if not file.is_file():
         return
-    kept = []
+    lines = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:  # broken off in the middle of a line
+                lines.append(line + "\n")
+        except ValueError:  # the file ends in the middle of a line
             break
-    write_text(file, "".join(kept))
+    write_text(file, "".join(lines))

@@ -6,25 +6,25 @@ from glm_jax.config import ConfigError, Range, check_ranges
 from glm_jax.model.adapters import AdapterConfig
 from glm_jax.model.training import REMAT_POLICIES
 
-# How the optimiser keeps the means of gradients and of their squares: as floats, as 8-bit
-# integers with scales, or squares alone by rows and columns.
+# How the optimiser stores moments: as floats, as 8-bit integers with scales, or the second moment
+# alone, factored into rows and columns.
 MOMENTS = ("float32", "int8", "factored")
 _FRACTION = Range(float, 0, 1)
-_SHARE_LEFT_OUT = Range(float, 0, 1, without_high=True)
-MAX_COUNT = 2**31 - 1  # of rows and steps, which programs count as int32
+_FRACTION_BELOW_1 = Range(float, 0, 1, without_high=True)
+MAX_COUNT = 2**31 - 1  # of rows and steps: programs count them as int32
 RANGES = {
     "total_samples": Range(int, 1, MAX_COUNT),
     "learning_rate": Range(float, 0, 1, without_low=True),
     "initial_learning_rate": _FRACTION,
     "final_learning_rate_fraction": _FRACTION,
     "warmup_fraction": _FRACTION,
-    "beta1": _SHARE_LEFT_OUT,
-    "beta2": _SHARE_LEFT_OUT,
+    "beta1": _FRACTION_BELOW_1,
+    "beta2": _FRACTION_BELOW_1,
     "epsilon": Range(float, 0, 1, without_low=True),
     "weight_decay": _FRACTION,
     "gradient_clip": Range(float, 0, 1e9, without_low=True),
-    "dropout": _SHARE_LEFT_OUT,
-    "attention_dropout": _SHARE_LEFT_OUT,
+    "dropout": _FRACTION_BELOW_1,
+    "attention_dropout": _FRACTION_BELOW_1,
     "loss_chunk": Range(int, 1, MAX_COUNT),
     "z_loss": _FRACTION,
     "embedding_gradient": _FRACTION,
@@ -38,32 +38,34 @@ RANGES = {
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Numbers of arXiv:2210.02414, sections 2.3 and 3, and what keeps a run alive.
+    """How to train: the numbers of arXiv:2210.02414, sections 2.3 and 3, and stability.
 
     Attributes:
-      total_samples: rows until the end, by which the learning rate falls.
-      learning_rate, initial_learning_rate, final_learning_rate_fraction, warmup_fraction:
-        from the initial rate up to the peak over this share of the samples, then a cosine
-        down to the fraction of the peak.
-      beta1, beta2, epsilon, weight_decay: of AdamW; biases and layernorms do not decay.
+      total_samples: rows of the whole run.
+      learning_rate: peak, reached after the warm-up.
+      initial_learning_rate: at the first step.
+      final_learning_rate_fraction: of the peak, to which a cosine decays at the last row.
+      warmup_fraction: share of the rows with a linear warm-up.
+      beta1, beta2, epsilon: of Adam.
+      weight_decay: of parameters whose `ParamSpec.decays`.
       moments: one of `MOMENTS`.
-      offload_moments: keeps them in hosts' memory, and a block's at a time on the devices.
-      gradient_clip: global norm that gradients are scaled down to.
-      dropout: share of activations: the embedding's and both outputs of a block.
-      attention_dropout: share of attention's weights.
-      remat: what is saved for the backward pass: "none" recomputes nothing, "blocks" all
-        but a block's input, "dots" all but the results of matrix products.
+      offload_moments: moments are in hosts' memory, and on the devices block by block.
+      gradient_clip: maximum global norm of gradients.
+      dropout: share of activations: of the embedding's and both outputs of a block.
+      attention_dropout: share of attention probabilities.
+      remat: what the backward pass recomputes: "none" nothing, "blocks" all but a block's
+        input, "dots" all but the results of matrix products.
       loss_chunk: positions whose logits exist at a time.
-      z_loss: times the squared logarithm of the softmax's sum; 0 for none.
-      embedding_gradient: times which the embedding's gradient is taken.
-      embedding_gradient_samples: over so many samples that factor rises to 1; 0 to keep it.
+      z_loss: factor of the squared log-sum-exp of the logits; 0 for none.
+      embedding_gradient: factor of the embedding's gradient.
+      embedding_gradient_samples: rows over which that factor rises to 1; 0 for a constant.
       loss_scaling: dynamic loss scaling, for float16.
-      loss_scale_window: good steps until the scale doubles.
-      median_window: steps whose gradient norms and losses a step is held against.
-      skip_factor: a step whose gradient norm is above this multiple of the running median
-        is skipped; 0 skips only what is not finite.
-      spike_loss: nats above the running median from which a loss is marked as a spike.
-      adapter: what is trained beside frozen parameters; None to train all of these.
+      loss_scale_window: good steps after which the loss scale doubles.
+      median_window: good steps whose median a step's gradient norm and loss are compared with.
+      skip_factor: a step whose gradient norm is above this multiple of the median is skipped;
+        0 skips only steps that are not finite.
+      spike_loss: nats above the median from which a loss is marked as a spike.
+      adapter: the adapters to train beside frozen parameters; None to train all parameters.
     """
 
     total_samples: int
@@ -105,20 +107,22 @@ class Recipe:
 
     @property
     def updates_by_block(self) -> bool:
-        """Whether blocks have an optimiser each and are updated one after another: what that
-        takes besides the moments is a block's then, not the model's."""
+        """True where each block has an optimiser of its own and they run one after another.
+
+        Their temporaries are then those of one block, not of the model.
+        """
         return self.adapter is None and (self.offload_moments or self.moments != "float32")
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchSchedule:
-    """Rows of a batch while it grows (arXiv:2210.02414, section 2.3).
+    """Rows of a batch, which grows at the start of a run (arXiv:2210.02414, section 2.3).
 
     Attributes:
-      final, initial: rows at the end, and at the start.
-      ramp_samples: rows over which it grows.
-      increment: rows that it grows by at a time; each size is a program of its own.
-      micro_batch: rows that the devices take at once; divides all of these.
+      final, initial: rows of a batch at the end and at the start.
+      ramp_samples: rows of the run over which the batch grows.
+      increment: rows added at a time; each batch size is compiled as a program.
+      micro_batch: rows that the devices compute at once; divides the other sizes.
     """
 
     final: int
@@ -141,7 +145,7 @@ class BatchSchedule:
                 )
 
     def accumulation(self, samples: int) -> int:
-        """Micro-batches of the batch that begins after so many rows."""
+        """Return the number of micro-batches of the batch that begins after `samples` rows."""
         size = self.final
         if samples < self.ramp_samples:
             grown = (self.final - self.initial) * samples // self.ramp_samples

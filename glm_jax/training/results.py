@@ -1,4 +1,4 @@
-"""What a run leaves at its end, always of its last step."""
+"""The result of a run, always of its last step: it replaces that of a shorter run as a whole."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ MODEL_FOLDER = "model"
 
 
 def save_trained(workdir: Path, model: GLMConfig, state: TrainState, tokenizer: Tokenizer) -> None:
-    """Writes a whole model that was trained, in place of that of an earlier, shorter run."""
+    """Write the trained model to `workdir/model`, replacing that of a shorter run."""
 
     def write(folder: Path) -> None:
         params: Any = state.params
@@ -27,29 +27,30 @@ def save_trained(workdir: Path, model: GLMConfig, state: TrainState, tokenizer: 
 
 
 def refuse_result_of_others(folder: Path) -> None:
-    """Raises UserError where the result of a run that begins would replace what no run wrote."""
+    """Raise UserError if the result of a new run would replace a folder that no run wrote."""
     if folder.exists() and not _about(folder).is_file():
         raise UserError(
-            f"{folder} is no earlier run's, and what this one learns would replace it: name "
+            f"{folder} is no earlier run's, and the result of this run would replace it: name "
             "another workdir"
         )
 
 
 def _about(folder: Path) -> Path:
-    """The file that says of which step a result is."""
+    """Return the file that names the step of a result."""
     folder = folder.resolve()
     return folder.with_name(f"{folder.name}.json")
 
 
 def replace_result(folder: Path, step: int, write: Callable[[Path], None]) -> None:
-    """Writes what a run leaves after `step`, unless this step's is there; joined processes all
-    call it.
+    """Write the result of a run after `step`, unless it is there; all joined processes call it.
 
-    What is there stays until the new one is whole. FOLDER.json says which step's is there, and
-    is missing while they change places: a run that is killed then writes its result again.
+    An earlier result stays until the new one is complete. FOLDER.json names the step of the
+    result, and is missing while the folders are renamed: a run that is killed then writes its
+    result again.
 
     Args:
-      write: writes it to a folder that does not exist.
+      folder: of the result.
+      write: writes the result to a folder that does not exist.
     """
     folder = folder.resolve()
     about, new, old = (
@@ -63,7 +64,7 @@ def replace_result(folder: Path, step: int, write: Callable[[Path], None]) -> No
     if processes.is_first():
         about.unlink(missing_ok=True)
         shutil.rmtree(new, ignore_errors=True)
-    processes.wait(f"a place for {new.name}")
+    processes.wait(f"room for {new.name}")
     write(new)
     if processes.is_first():
         shutil.rmtree(old, ignore_errors=True)
@@ -72,4 +73,4 @@ def replace_result(folder: Path, step: int, write: Callable[[Path], None]) -> No
         files.put_in_place(new, folder)
         files.write_text(about, content)
         shutil.rmtree(old, ignore_errors=True)
-    processes.wait(f"{folder.name} is in its place")
+    processes.wait(f"{folder.name} is renamed")

@@ -1,4 +1,4 @@
-"""What keeps a run of months alive: loss scaling, and steps held against their past."""
+"""Stability: loss scaling, and skipping steps whose gradient is not finite or much too large."""
 
 from typing import Any
 
@@ -9,21 +9,21 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from glm_jax.training.recipe import Recipe
 
-_FIRST_SCALE, _LEAST_SCALE, _MOST_SCALE = 2.0**15, 1.0, 2.0**24
-_LEAST_HISTORY = 8  # steps before a norm can be called too large
+_INITIAL_SCALE, _MIN_SCALE, _MAX_SCALE = 2.0**15, 1.0, 2.0**24
+_MIN_HISTORY = 8  # good steps before a norm can count as too large
 
 
 @struct.dataclass
 class Monitor:
-    """What is remembered from step to step; arrays, or what describes them.
+    """Statistics of recent steps; arrays, or what describes them.
 
     Attributes:
-      gradient_norms, losses: float32 [median_window] of the last good steps; not a number
-        where there was none yet.
-      loss_scale: float32 [], by which the loss is multiplied, 1 without loss scaling.
-      good_steps: int32 [], since the scale changed.
-      bad_steps: int32 [], skipped in a row, but for those that only halve the loss scale.
-      skipped: int32 [], of all.
+      gradient_norms, losses: float32 [median_window] of the last good steps; NaN before there
+        are as many.
+      loss_scale: float32 [], multiplies the loss; 1 without loss scaling.
+      good_steps: int32 [], number since the loss scale changed.
+      bad_steps: int32 [], number skipped in a row, without those that only halve the loss scale.
+      skipped: int32 [], number of all skipped steps.
     """
 
     gradient_norms: Any
@@ -35,37 +35,40 @@ class Monitor:
 
 
 def init_monitor(recipe: Recipe) -> Monitor:
+    """Return the monitor before the first step."""
     nothing = jnp.full((recipe.median_window,), jnp.nan, jnp.float32)
     zero = jnp.zeros((), jnp.int32)
-    scale = _FIRST_SCALE if recipe.loss_scaling else 1.0
+    scale = _INITIAL_SCALE if recipe.loss_scaling else 1.0
     return Monitor(nothing, nothing, jnp.float32(scale), zero, zero, zero)
 
 
 def judge(
     monitor: Monitor, recipe: Recipe, loss: Float[Array, ""], norm: Float[Array, ""]
 ) -> tuple[Bool[Array, ""], Bool[Array, ""], Monitor]:
-    """Whether a step may be taken.
+    """Decide whether a step may be taken.
 
     Args:
+      loss: mean of the batch, in nats.
       norm: of the gradient, before clipping.
 
     Returns:
-      Whether it is good, whether its loss or norm is a spike, and the monitor after it.
+      is_good, False to skip the step; is_spike, True for a loss or norm far above the median;
+      and the monitor after the step.
     """
     is_finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     is_large = jnp.zeros((), bool)
     if recipe.skip_factor > 0:
-        # NaNs, from before there is a history, are above nothing.
+        # No norm is above NaN, the median before there is a history.
         is_large = norm > recipe.skip_factor * _median(monitor.gradient_norms)
     is_good = is_finite & ~is_large
     is_spike = ~is_good | (loss > _median(monitor.losses) + recipe.spike_loss)
     scale, good_steps = monitor.loss_scale, monitor.good_steps
     only_overflow = jnp.zeros((), bool)
     if recipe.loss_scaling:
-        only_overflow = ~is_finite & (scale > _LEAST_SCALE)
+        only_overflow = ~is_finite & (scale > _MIN_SCALE)
         grows = is_finite & (good_steps + 1 >= recipe.loss_scale_window)
         scale = jnp.where(is_finite, jnp.where(grows, 2 * scale, scale), scale / 2)
-        scale = jnp.clip(scale, _LEAST_SCALE, _MOST_SCALE)
+        scale = jnp.clip(scale, _MIN_SCALE, _MAX_SCALE)
         good_steps = jnp.where(is_finite & ~grows, good_steps + 1, 0)
     bad_steps = jnp.where(is_good, 0, monitor.bad_steps + ~only_overflow)
     after = Monitor(
@@ -80,8 +83,8 @@ def judge(
 
 
 def _median(history: Float[Array, " window"]) -> Float[Array, ""]:
-    """Of what there is; not a number while that is too little."""
-    enough = jnp.sum(~jnp.isnan(history)) >= min(_LEAST_HISTORY, history.shape[0])
+    """Return the median of the values so far, NaN while there are too few."""
+    enough = jnp.sum(~jnp.isnan(history)) >= min(_MIN_HISTORY, history.shape[0])
     return jnp.where(enough, jnp.nanmedian(history), jnp.nan)
 
 
@@ -91,7 +94,7 @@ def _append(history: Array, value: Array, is_good: Array) -> Array:
 
 @jax.custom_vjp
 def shrink_gradient(x: Float[Array, "..."], factor: Float[Array, ""]) -> Float[Array, "..."]:
-    """x itself, whose gradient is multiplied by `factor` (arXiv:2210.02414, section 3)."""
+    """Return x; its gradient is multiplied by `factor` (arXiv:2210.02414, section 3)."""
     return x
 
 
@@ -101,7 +104,7 @@ shrink_gradient.defvjp(
 
 
 def embedding_factor(recipe: Recipe, samples: Int32[Array, ""]) -> Float[Array, ""]:
-    """What the embedding's gradient is multiplied by after so many samples."""
+    """Return the factor of the embedding's gradient after `samples` rows."""
     start = jnp.float32(recipe.embedding_gradient)
     if recipe.embedding_gradient_samples == 0:
         return start

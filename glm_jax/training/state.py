@@ -1,13 +1,19 @@
-"""What a training step takes and gives."""
+"""The train state: its shapes and shardings, and its two forms, in steps and in checkpoints.
 
+A checkpoint has layers stacked, whatever mesh saved it. A step takes layers apart where that
+compiles in a few minutes and saves copies (`abstract_state`).
+"""
+
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from glm_jax.config import GLMConfig
@@ -21,18 +27,20 @@ from glm_jax.model.layer_stacks import (
 )
 from glm_jax.model.params import Adapters, GLMParams
 from glm_jax.model.streamed_layers import DEVICE_MEMORY, HOST_MEMORY, is_streamed
-from glm_jax.sharding import is_cpu
-from glm_jax.training import trainable
+from glm_jax.sharding import fitting_sharding, is_cpu, replicated
+from glm_jax.training import trained_params
+from glm_jax.training.optimizer import make_optimizer
+from glm_jax.training.quantized_moments import QuantizedMoment
 from glm_jax.training.recipe import Recipe
 from glm_jax.training.stability import Monitor, init_monitor
-from glm_jax.training.trainable import Trainable
-from glm_jax.training.update import BlockMoments, init_moments
+from glm_jax.training.trained_params import TrainedParams
+from glm_jax.training.update import BlockMoments, init_moments, without_layers
 
-_MOST_APART = 40  # layers; a step takes some 3.6 s of a core to compile for each
+_MAX_LAYERS_APART = 40  # a step takes some 3.6 s of a core to compile for each
 
 
 @struct.dataclass
-class Batch:
+class TrainBatch:
     """Packed samples; see `data.pipeline.Batches`. A step takes [accumulation, batch, seq]."""
 
     tokens: Int32[Array, "*accumulation batch seq"]
@@ -46,116 +54,117 @@ class Batch:
 
 @struct.dataclass
 class TrainState:
-    """All that a run changes, but for its place in the data.
+    """All that a step changes; arrays, or what describes them.
 
     Attributes:
-      step: updates that were made, int32 [].
-      samples: rows that they were made of, int32 [].
-      params: what is trained; layers as `abstract_state` says.
+      step: int32 [], number of updates.
+      samples: int32 [], number of rows in these updates.
+      params: the trained parameters; `abstract_state` says whether layers are stacked.
       opt_state: optax's, sharded as the parameters are.
-      monitor: what steps are held against.
+      monitor: statistics of recent steps, by which a step is judged.
     """
 
-    step: Any  # arrays, or what describes them
+    step: Any
     samples: Any
-    params: Trainable
+    params: TrainedParams
     opt_state: Any
     monitor: Monitor
 
 
 def init_state(config: GLMConfig, recipe: Recipe, key: PRNGKeyArray, mesh: Mesh) -> TrainState:
-    """Fresh parameters on the mesh, and optimiser state sharded as they are."""
-    return start_state(trainable.init(config, recipe, key, mesh), config, recipe, mesh)
+    """Make a state with fresh parameters on the mesh, and optimiser state sharded as they are."""
+    return start_state(trained_params.init(config, recipe, key, mesh), config, recipe, mesh)
 
 
 def start_state(params: Any, config: GLMConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
-    """The state of a run that begins with given parameters."""
+    """Make the state of a run that begins with the given parameters."""
     target = abstract_state(config, recipe, mesh)
-    waiting = None
+    offloaded = None
     if recipe.offload_moments:
         # Never on the devices, which may have no room for them.
-        waiting = jax.tree.map(_zeros, target.opt_state.layers)
-        target = _without_waiting(target)
+        offloaded = jax.tree.map(_zeros, target.opt_state.layers)
+        target = _with_layer_moments(target, ())
     shardings = jax.tree.map(lambda a: a.sharding, target)
 
-    def begin(params: Trainable) -> TrainState:
+    def begin(params: TrainedParams) -> TrainState:
         if isinstance(params, GLMParams):
             params = stack_layers(params)
-        state = _state(_own(params, mesh), recipe)
-        return _lay_out(state if waiting is None else _without_waiting(state), target)
+        state = _new_state(_own(params, mesh), config, recipe)
+        if offloaded is not None:
+            state = _with_layer_moments(state, ())
+        return _lay_out(state, target)
 
-    state: TrainState = jax.jit(begin, out_shardings=shardings)(params)
-    if waiting is None:
-        return state
-    moments = state.opt_state.replace(layers=waiting)
-    whole: TrainState = state.replace(opt_state=moments)  # type: ignore[attr-defined]
-    return whole
+    state = jax.jit(begin, out_shardings=shardings)(params)
+    return state if offloaded is None else _with_layer_moments(state, offloaded)
 
 
 def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """What every optimiser here begins with, made in the memory where it stays."""
+    """Make the initial value of a moment, zeros for every optimiser here, in its own memory."""
     sharding: Any = leaf.sharding
-    piece = np.zeros(sharding.shard_shape(leaf.shape), leaf.dtype)
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda _: piece)
+    shard = np.zeros(sharding.shard_shape(leaf.shape), leaf.dtype)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda _: shard)
 
 
-def _without_waiting(state: TrainState) -> TrainState:
-    moments: BlockMoments = state.opt_state
-    less: TrainState = state.replace(opt_state=moments.replace(layers=()))  # type: ignore[attr-defined]
-    return less
+def _with_layer_moments(state: TrainState, layers: Any) -> TrainState:
+    return dataclasses.replace(state, opt_state=dataclasses.replace(state.opt_state, layers=layers))
 
 
 def _own(tree: Any, mesh: Mesh) -> Any:
-    """In buffers that belong to jax alone, as what is donated to a step must: a CPU's arrays
-    may lie in memory of others."""
+    """Copy arrays into buffers that jax owns, as donation to a step requires.
+
+    On CPU an array may alias memory of another owner.
+    """
     return jax.tree.map(jnp.copy, tree) if is_cpu(mesh) else tree
 
 
-def _state(params: Trainable, recipe: Recipe) -> TrainState:
+def _new_state(params: TrainedParams, config: GLMConfig, recipe: Recipe) -> TrainState:
+    """Make a state before its first step; layers stacked."""
+    decays = trained_params.decay_mask(config, recipe, is_stacked=True)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         samples=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=init_moments(params, recipe),
+        opt_state=init_moments(params, recipe, decays),
         monitor=init_monitor(recipe),
     )
 
 
 def abstract_state(config: GLMConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state that steps take and give.
+    """Return shapes, dtypes and shardings of the state that steps take and return.
 
-    The layers of a whole model are a tuple where `_takes_apart` says so: a loop over a stack
+    The layers of a whole model are a tuple if `_takes_apart` says so: a loop over a stack
     copies weights out of it and gradients into it, and what the backward pass takes into stacks
-    and out of them. Else they are stacked, as in `abstract_saved_state`.
+    and out of them. Otherwise they are stacked, as in `abstract_saved_state`.
     """
     saved = abstract_saved_state(config, recipe, mesh)
     return _map_params(described_apart, saved) if _takes_apart(config, recipe, mesh) else saved
 
 
 def _takes_apart(config: GLMConfig, recipe: Recipe, mesh: Mesh) -> bool:
-    """Whether layers are a tuple: of models whose step then compiles in a few minutes. Not on
-    TPUs, whose compiler puts slices into products."""
+    """Return True where layers are a tuple: for models whose step then compiles in a few minutes.
+
+    Not on TPUs, whose compiler fuses slices into products.
+    """
     if recipe.adapter is not None or recipe.updates_by_block:
         return False
     is_tpu = mesh.devices.flat[0].platform == "tpu"
-    return is_cpu(mesh) or (config.num_layers <= _MOST_APART and not is_tpu)
+    return is_cpu(mesh) or (config.num_layers <= _MAX_LAYERS_APART and not is_tpu)
 
 
 def saved_form(state: TrainState) -> TrainState:
-    """A state as `abstract_saved_state` describes it."""
+    """Return a state in the form that `abstract_saved_state` describes."""
     if is_stacked(state):
         return state
     return _stacked(state) if is_cpu(_mesh(state)) else _map_params(_to_hosts, state)
 
 
 def is_stacked(state: TrainState) -> bool:
-    """Whether its layers are, or what describes them."""
+    """Return True for a state, or its description, whose layers are stacked."""
     return isinstance(state.params, Adapters) or not as_layers(state.params.layers).is_apart
 
 
 def _mesh(state: TrainState) -> Mesh:
-    mesh: Mesh = state.step.sharding.mesh
-    return mesh
+    return state.step.sharding.mesh
 
 
 @jax.jit
@@ -164,52 +173,50 @@ def _stacked(state: TrainState) -> TrainState:
 
 
 def _to_hosts(params: GLMParams) -> GLMParams:
-    """Layers stacked in hosts' memory, one array after another: devices have room for no more."""
+    """Stack layers in hosts' memory, one array after another: devices have no room for more."""
 
     def stack(*parts: jax.Array) -> jax.Array:
         whole = _stack(parts)
-        place = whole.sharding.with_memory_kind(HOST_MEMORY)
-        return jax.block_until_ready(jax.device_put(whole, place))
+        on_host = whole.sharding.with_memory_kind(HOST_MEMORY)
+        return jax.block_until_ready(jax.device_put(whole, on_host))
 
-    stacked: GLMParams = params.replace(  # type: ignore[attr-defined]
-        layers=jax.tree.map(stack, *params.layers)
-    )
-    return stacked
+    return dataclasses.replace(params, layers=jax.tree.map(stack, *params.layers))
 
 
 _stack = jax.jit(jnp.stack)
 
 
 def _from_hosts(params: GLMParams) -> GLMParams:
-    """The reverse of `_to_hosts`."""
+    """Invert `_to_hosts`."""
 
     def split(stack: jax.Array) -> tuple[jax.Array, ...]:
-        here = jax.device_put(stack, stack.sharding.with_memory_kind(DEVICE_MEMORY))
-        return jax.block_until_ready(apart(here))
+        on_device = jax.device_put(stack, stack.sharding.with_memory_kind(DEVICE_MEMORY))
+        return jax.block_until_ready(apart(on_device))
 
     columns = jax.tree.map(split, params.layers)
-    split_up: GLMParams = params.replace(  # type: ignore[attr-defined]
-        layers=transposed(columns, len(as_layers(params.layers)))
+    return dataclasses.replace(
+        params, layers=transposed(columns, len(as_layers(params.layers)))
     )
-    return split_up
 
 
 def step_form(saved: TrainState, target: TrainState) -> TrainState:
-    """A saved state, in buffers of its own, as `abstract_state` describes it in `target`."""
+    """Return a saved state, in buffers of its own, in the form that steps take.
+
+    Args:
+      target: see `abstract_state`.
+    """
     shardings = jax.tree.map(lambda a: a.sharding, target)
     mesh = _mesh(target)
     if not (is_stacked(target) or is_cpu(mesh)):
-        here: TrainState = jax.device_put(_map_params(_from_hosts, saved), shardings)
-        return here
-    # Given up where it is jax's own: a device has no room for it twice.
-    given_up = () if is_cpu(mesh) else (0,)
+        return jax.device_put(_map_params(_from_hosts, saved), shardings)
+    # Donated where jax owns it: a device has no room for it twice.
+    donated = () if is_cpu(mesh) else (0,)
     lay_out = jax.jit(
         lambda saved: _lay_out(_own(saved, mesh), target),
-        donate_argnums=given_up,
+        donate_argnums=donated,
         out_shardings=shardings,
     )
-    state: TrainState = lay_out(saved)
-    return state
+    return lay_out(saved)
 
 
 def _lay_out(state: TrainState, target: TrainState) -> TrainState:
@@ -217,72 +224,78 @@ def _lay_out(state: TrainState, target: TrainState) -> TrainState:
 
 
 def _map_params(function: Callable[[GLMParams], GLMParams], state: TrainState) -> TrainState:
-    """Changes the parameters and what the optimiser holds in their form."""
+    """Apply a function to the parameters and to the optimiser's trees in their form."""
     is_params = lambda node: isinstance(node, GLMParams)
     change = lambda node: function(node) if is_params(node) else node
-    changed: TrainState = jax.tree.map(change, state, is_leaf=is_params)
-    return changed
+    return jax.tree.map(change, state, is_leaf=is_params)
 
 
 def abstract_saved_state(config: GLMConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of a state in a checkpoint: layers are stacked, in hosts'
-    memory where steps run on other devices and take layers apart."""
-    params = trainable.abstract(config, recipe, mesh)
-    whole = NamedSharding(mesh, PartitionSpec())
-    is_away = _takes_apart(config, recipe, mesh) and not is_cpu(mesh)
-    by_path: dict[tuple[str, ...], NamedSharding] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        names = _names(path)
-        # Where each block has an optimiser of its own, its parameters' paths begin there.
-        by_path |= {names: leaf.sharding, names[1:]: leaf.sharding}
+    """Return shapes, dtypes and shardings of a state in a checkpoint.
 
-    def place(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-        # Moments stand under the parameter's own path, behind the optimiser's; parts of one
-        # have a name after it.
-        names = _names(path)
-        ends = [part for i in range(len(names)) for part in (names[i:], names[i:-1])]
-        matches = (by_path[part] for part in ends if part in by_path)
-        sharding = _fitting(next(matches, whole), leaf.shape)
-        if (is_away and "layers" in names) or (recipe.offload_moments and _is_waiting(names, leaf)):
-            sharding = sharding.with_memory_kind(HOST_MEMORY)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    shapes = jax.eval_shape(lambda params: _state(params, recipe), params)
-    state: TrainState = jax.tree_util.tree_map_with_path(place, shapes)
-    return state
+    Layers are stacked, in hosts' memory where steps run on other devices and take layers apart.
+    """
+    params: Any = trained_params.abstract(config, recipe, mesh)
+    shapes = jax.eval_shape(lambda params: _new_state(params, config, recipe), params)
+    if _takes_apart(config, recipe, mesh) and not is_cpu(mesh):
+        params = dataclasses.replace(params, layers=jax.tree.map(_on_host, params.layers))
+    decays = trained_params.decay_mask(config, recipe, is_stacked=True)
+    moments = _place_moments(shapes.opt_state, params, recipe, decays)
+    scalars = jax.tree.map(lambda leaf: _placed(leaf, replicated(mesh)), shapes)
+    return dataclasses.replace(scalars, params=params, opt_state=moments)
 
 
-def _is_waiting(names: tuple[str, ...], leaf: Any) -> bool:
-    """Whether an array of a state lies in hosts' memory, where moments do."""
-    return names[:2] == ("opt_state", "layers") and is_streamed(leaf)
+def _place_moments(moments: Any, params: Any, recipe: Recipe, decays: Any) -> Any:
+    """Describe the optimiser's state with each moment sharded as its parameter is."""
+    if not isinstance(moments, BlockMoments):
+        return _like_params(make_optimizer(recipe, decays), moments, params)
+    rest_optimizer = make_optimizer(recipe, without_layers(decays))
+    layers = _like_params(make_optimizer(recipe, decays.layers), moments.layers, params.layers)
+    if recipe.offload_moments:
+        layers = jax.tree.map(lambda x: _on_host(x) if is_streamed(x) else x, layers)
+    return BlockMoments(layers, _like_params(rest_optimizer, moments.rest, without_layers(params)))
+
+
+def _like_params(optimizer: optax.GradientTransformation, moments: Any, params: Any) -> Any:
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+
+    def place(moment: Any, param: Any) -> Any:
+        # A quantised moment's scales have a shape of their own.
+        fit = lambda leaf: _placed(leaf, fitting_sharding(param.sharding, leaf.shape))
+        return jax.tree.map(fit, moment)
+
+    return optax.tree_utils.tree_map_params(
+        optimizer,
+        place,
+        moments,
+        params,
+        transform_non_params=lambda leaf: _placed(leaf, replicated(mesh)),
+        is_leaf=lambda node: isinstance(node, QuantizedMoment),
+    )
+
+
+def _placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _on_host(leaf: Any) -> jax.ShapeDtypeStruct:
+    return _placed(leaf, leaf.sharding.with_memory_kind(HOST_MEMORY))
 
 
 def state_shardings(config: GLMConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
-    """Where a step leaves its state; also over devices that are compiled for without being
-    here, whose arrays forget their memory."""
+    """Return the shardings of the state that a step returns.
+
+    Also over devices that are described for compiling alone, whose arrays lose their memory kind.
+    """
     state = abstract_state(config, recipe, mesh)
+    if not recipe.offload_moments:
+        return jax.tree.map(lambda leaf: leaf.sharding, state)
 
-    def sharding(path: Any, leaf: Any) -> NamedSharding:
-        place: NamedSharding = leaf.sharding
-        if recipe.offload_moments:
-            kind = HOST_MEMORY if _is_waiting(_names(path), leaf) else DEVICE_MEMORY
-            return NamedSharding(mesh.abstract_mesh, place.spec, memory_kind=kind)
-        return place
+    def named(leaf: Any, kind: str = DEVICE_MEMORY) -> NamedSharding:
+        return NamedSharding(mesh.abstract_mesh, leaf.sharding.spec, memory_kind=kind)
 
-    shardings: TrainState = jax.tree_util.tree_map_with_path(sharding, state)
-    return shardings
-
-
-def _fitting(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-    """A parameter's sharding for what the optimiser keeps of it, in the parameter's shape or
-    a smaller one."""
-    if len(sharding.spec) > len(shape):
-        return NamedSharding(sharding.mesh, PartitionSpec())
-    sizes = sharding.mesh.shape
-    fits = lambda axis, size: axis is None or size % sizes[axis] == 0
-    axes = [a if fits(a, n) else None for a, n in zip(sharding.spec, shape, strict=False)]
-    return NamedSharding(sharding.mesh, PartitionSpec(*axes))
-
-
-def _names(path: Any) -> tuple[str, ...]:
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+    offloaded = jax.tree.map(
+        lambda leaf: named(leaf, HOST_MEMORY if is_streamed(leaf) else DEVICE_MEMORY),
+        state.opt_state.layers,
+    )
+    return _with_layer_moments(jax.tree.map(named, state), offloaded)

@@ -1,5 +1,6 @@
-"""Loss, gradient and update, as one compiled program."""
+"""The train step: loss, gradients and update as one compiled program."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -22,37 +23,42 @@ from glm_jax.training.loss import cross_entropy
 from glm_jax.training.optimizer import clipping, learning_rate
 from glm_jax.training.recipe import Recipe
 from glm_jax.training.stability import embedding_factor, judge, shrink_gradient
-from glm_jax.training.state import Batch, TrainState, is_stacked, state_shardings
-from glm_jax.training.trainable import Trainable, logical_axes, whole_model
+from glm_jax.training.state import TrainBatch, TrainState, is_stacked, state_shardings
+from glm_jax.training.trained_params import (
+    TrainedParams,
+    decay_mask,
+    logical_axes,
+    whole_model,
+)
 from glm_jax.training.update import Step, update
 
 Metrics = dict[str, Array]
-_ROUNDING = 2**30  # no micro-batch's number
+_ROUNDING = 2**30  # salt of the key for rounding, above all numbers of micro-batches
 
 
 def loss_sums(
     params: GLMParams,
     config: GLMConfig,
-    batch: Batch,
+    batch: TrainBatch,
     recipe: Recipe,
     groups: int,
     dropout: Dropout | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Cross-entropy, in nats, of the tokens that count, summed.
+    """Sum the cross-entropy, in nats, of the tokens whose loss weight is not 0.
 
     Args:
       batch: [batch, seq].
-      groups: how many kinds of sample by dataset there are.
+      groups: number of kinds of samples by dataset.
 
     Returns:
-      The sum, z-loss included, and sums: loss, hits, and by group losses and counts
-      [groups]; and activation_scale [layers].
+      The sum with z-loss, and a dictionary of sums: loss, hits, group_losses and group_counts
+      [groups], and activation_scale [layers].
     """
     if is_for_cpu():
         params = unstack_layers(params)  # measured a fifth faster than the scan here
-    # Whole rows on each device, for looking up and for logits alike.
+    # Whole rows on each device, for the lookup and for the logits.
     table = constrain(params.word_embeddings.astype(config.activation_dtype), ("vocab", "embed"))
-    params = params.replace(word_embeddings=table)  # type: ignore[attr-defined]
+    params = dataclasses.replace(params, word_embeddings=table)
     visibility = Visibility.packed(batch.segment_ids, batch.context_length)
     hidden, scales = training_hidden(
         params, config, batch.tokens, batch.position_ids, visibility, recipe.remat, dropout
@@ -75,22 +81,24 @@ def loss_sums(
 def _gradients(
     state: TrainState,
     frozen: GLMParams | None,
-    batch: Batch,
+    batch: TrainBatch,
     config: GLMConfig,
     recipe: Recipe,
     groups: int,
     key: PRNGKeyArray,
-) -> tuple[Trainable, Metrics]:
-    """Gradients of the mean loss, times the loss scale, over all micro-batches; and sums."""
+) -> tuple[TrainedParams, Metrics]:
+    """Return gradients of the mean loss times the loss scale over all micro-batches, and sums."""
     accumulation = batch.tokens.shape[0]
     scale = state.monitor.loss_scale / jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
     factor = embedding_factor(recipe, state.samples)
 
-    def scaled(trained: Trainable, part: Batch, index: Array | int) -> tuple[Array, Metrics]:
+    def scaled(
+        trained: TrainedParams, part: TrainBatch, index: Array | int
+    ) -> tuple[Array, Metrics]:
         params = whole_model(trained, frozen, recipe)
         if recipe.adapter is None:
             table = shrink_gradient(params.word_embeddings, factor)
-            params = params.replace(word_embeddings=table)  # type: ignore[attr-defined]
+            params = dataclasses.replace(params, word_embeddings=table)
         dropout = _dropout(recipe, jax.random.fold_in(key, index))
         total, sums = loss_sums(params, config, part, recipe, groups, dropout)
         return total * scale, sums
@@ -124,11 +132,11 @@ def _dropout(recipe: Recipe, key: PRNGKeyArray) -> Dropout | None:
 @functools.cache
 def compiled_train_step(
     config: GLMConfig, recipe: Recipe, groups: int, mesh: Mesh
-) -> Callable[[TrainState, Any, Batch, PRNGKeyArray], tuple[TrainState, Metrics]]:
-    """`train_step` for a mesh, to be called under it; the old state's memory is reused.
+) -> Callable[[TrainState, Any, TrainBatch, PRNGKeyArray], tuple[TrainState, Metrics]]:
+    """Compile `train_step` for a mesh, to be called under it; the state is donated.
 
-    The new state lies as the old one did: what the compiler would choose for it may be
-    equivalent and yet another sharding, and compile the step once more.
+    The new state has the shardings of the old one: those that the compiler would choose may be
+    equivalent and yet different, and compile the step once more.
     """
     shardings = state_shardings(config, recipe, mesh)
     step = functools.partial(train_step, config=config, recipe=recipe, groups=groups)
@@ -138,27 +146,27 @@ def compiled_train_step(
 def train_step(
     state: TrainState,
     frozen: GLMParams | None,
-    batch: Batch,
+    batch: TrainBatch,
     key: PRNGKeyArray,
     config: GLMConfig,
     recipe: Recipe,
     groups: int,
 ) -> tuple[TrainState, Metrics]:
-    """One update, or none where the gradient is not to be trusted.
+    """Update the state, or skip the step if the gradient is not finite or much too large.
 
     Args:
-      frozen: the model beside the adapters that are trained, None where all of it is.
+      frozen: the model beside adapters, None if all parameters are trained.
       batch: [accumulation, batch, seq].
-      key: of dropout; the state's step is folded in.
+      key: for dropout and rounding; the state's step is folded in.
       groups: see `loss_sums`.
 
     Returns:
-      The new state, and float32 scalars loss, accuracy, gradient_norm, update_norm,
-      learning_rate, loss_scale, is_skipped, is_spike and bad_steps; with [groups] and
-      [layers] group_losses, group_counts and activation_scale. A skipped step leaves
-      parameters, optimiser state and counts as they were.
+      The new state, and metrics: float32 scalars loss, accuracy, gradient_norm, update_norm,
+      learning_rate, loss_scale, is_skipped, is_spike and bad_steps; group_losses and
+      group_counts [groups]; activation_scale [layers]. A skipped step leaves parameters,
+      optimiser state and counts unchanged.
     """
-    # A step that is tried again after one was skipped drops other activations.
+    # The step after a skipped one drops other activations.
     key = jax.random.fold_in(jax.random.fold_in(key, state.step), state.monitor.skipped)
     with trained_products(config.compute_dtype, is_for_cpu()):
         gradients, sums = _gradients(state, frozen, batch, config, recipe, groups, key)
@@ -169,8 +177,9 @@ def train_step(
     rate = learning_rate(recipe, state.samples)
     rounding = jax.random.fold_in(key, _ROUNDING)
     shared = Step(clipping(norm, recipe) / scale, rate, is_good, rounding)
+    decays = decay_mask(config, recipe, is_stacked(state))
     params, opt_state, update_norm = update(
-        state.params, gradients, state.opt_state, recipe, shared
+        state.params, gradients, state.opt_state, recipe, decays, shared
     )
     rows = batch.tokens.shape[0] * batch.tokens.shape[1]
     after = TrainState(
@@ -196,14 +205,14 @@ def train_step(
 
 @functools.partial(jax.jit, static_argnames=("config", "recipe", "groups"))
 def evaluation_step(
-    trained: Trainable,
+    trained: TrainedParams,
     frozen: GLMParams | None,
-    batch: Batch,
+    batch: TrainBatch,
     config: GLMConfig,
     recipe: Recipe,
     groups: int,
 ) -> Metrics:
-    """Sums of losses and counts by group, [groups] each, of one batch [1, batch, seq]."""
+    """Return the sums of losses and counts by group, [groups] each, of a batch [1, batch, seq]."""
     part = jax.tree.map(lambda x: x[0], batch)
     params = whole_model(trained, frozen, recipe)
     with trained_products(config.compute_dtype, is_for_cpu()):

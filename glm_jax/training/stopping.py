@@ -1,4 +1,4 @@
-"""How a run is asked to stop: the signals that let it save first."""
+"""Stop requests: SIGTERM and Ctrl-C let a run save a checkpoint before it ends."""
 
 import contextlib
 import os
@@ -13,17 +13,23 @@ from glm_jax.errors import UserError
 
 
 class InterruptedRunError(UserError):
-    """A run that was asked to stop, by SIGTERM or by Ctrl-C, and saved what it had."""
+    """A run that stopped after SIGTERM or Ctrl-C, with a checkpoint.
+
+    Attributes:
+      status: exit status of the process, as if the signal had ended it.
+    """
 
     def __init__(self, message: str, received: signal.Signals):
         super().__init__(message)
-        self.status = 128 + received  # as of a process that the signal ends
+        self.status = 128 + received
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[int], signal.Signals | None]]:
-    """Gives a function of the step: the signal that asked to stop after it, SIGTERM or that of
-    Ctrl-C, which may have come to any of the processes. Ctrl-C a second time does not wait."""
+    """Yield a function that returns the signal that asked to stop after a step, or None.
+
+    Any of the processes may have received it. A second Ctrl-C ends the process at once.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: None
         return
@@ -35,13 +41,13 @@ def stop_requests() -> Iterator[Callable[[int], signal.Signals | None]]:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.write(2, b"\nsaving after this step; Ctrl-C again ends at once\n")
-            if not is_alone:  # as SIGTERM, of which jax tells the others
+            if not is_alone:  # jax passes SIGTERM on to the other processes
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def stopped_by(step: int) -> signal.Signals | None:
         if is_alone:
             return received[0] if received else None
-        # jax has a handler of SIGTERM there, and brings the processes to one step.
+        # jax handles SIGTERM with several processes, and stops them all after the same step.
         is_asked = multihost_utils.reached_preemption_sync_point(step)
         return (received or [signal.SIGTERM])[0] if is_asked else None
 

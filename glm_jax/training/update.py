@@ -1,7 +1,7 @@
-"""From gradients to the next parameters, of all at once or a block at a time.
+"""The optimiser's update: of all parameters at once, or one block after another.
 
-A block at a time, moments can wait in hosts' memory and come to the devices one block's after
-the other: there they take the room of a block's.
+Block by block, moments can stay in hosts' memory and be copied to the devices for one block at a
+time: then the devices hold the moments of two blocks at most.
 """
 
 import dataclasses
@@ -21,41 +21,46 @@ from glm_jax.training.recipe import Recipe
 
 @struct.dataclass
 class BlockMoments:
-    """The optimiser's state where blocks have one each.
+    """The state of one optimiser for each block and one for the rest.
 
     Attributes:
-      layers: stacked; if offloaded, arrays of more than a row a block lie in hosts' memory.
-      rest: of embedding and final layernorm, on the devices.
+      layers: of the blocks, stacked; if offloaded, arrays with more than a row for each block are
+        in hosts' memory.
+      rest: of the embedding and the final layernorm, on the devices.
     """
 
     layers: Any
     rest: Any
 
 
-def init_moments(params: Any, recipe: Recipe) -> Any:
-    """The optimiser's state before the first step: zeros all through."""
-    optimizer = make_optimizer(recipe)
-    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)  # as their moments are
+def init_moments(params: Any, recipe: Recipe, decays: Any) -> Any:
+    """Return the optimiser's state before the first step, all zeros.
+
+    Args:
+      params: layers stacked.
+      decays: see `make_optimizer`.
+    """
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)  # the dtype of moments
     if not recipe.updates_by_block:
-        return optimizer.init(params)
-    rest = optimizer.init(_rest(params))
-    return BlockMoments(jax.vmap(optimizer.init)(params.layers), rest)
+        return make_optimizer(recipe, decays).init(params)
+    rest = make_optimizer(recipe, without_layers(decays)).init(without_layers(params))
+    return BlockMoments(jax.vmap(make_optimizer(recipe, decays.layers).init)(params.layers), rest)
 
 
-def _rest(params: GLMParams) -> GLMParams:
-    rest: GLMParams = params.replace(layers=None)  # type: ignore[attr-defined]
-    return rest
+def without_layers(params: GLMParams) -> GLMParams:
+    """Return a tree of the embedding and the final layernorm alone."""
+    return dataclasses.replace(params, layers=None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What all parameters share in a step.
+    """Scalars of one step that all parameters share.
 
     Attributes:
-      factor: of gradients, which clips them and takes the loss scale out.
+      factor: multiplies gradients, to clip them and to remove the loss scale.
       rate: learning rate.
-      is_good: where not, all stays as it was.
-      key: of the rounding of bfloat16 parameters.
+      is_good: False to leave parameters and moments unchanged.
+      key: for stochastic rounding of bfloat16 parameters.
     """
 
     factor: Float[Array, ""]
@@ -64,21 +69,23 @@ class Step:
     key: PRNGKeyArray
 
     def of_part(self, number: int | Array) -> "Step":
+        """Return the scalars for part `number` of the model, with a key of its own."""
         return dataclasses.replace(self, key=jax.random.fold_in(self.key, number))
 
 
 def update(
-    params: Any, gradients: Any, moments: Any, recipe: Recipe, step: Step
+    params: Any, gradients: Any, moments: Any, recipe: Recipe, decays: Any, step: Step
 ) -> tuple[Any, Any, Float[Array, ""]]:
-    """The next parameters and moments, and the norm of what was added.
+    """Return the next parameters and moments, and the norm of the update.
 
     Args:
-      moments: what `init_moments` gave.
+      moments: the optimiser's state; see `init_moments`.
+      decays: see `make_optimizer`.
     """
     if isinstance(moments, BlockMoments):
-        return _by_block(params, gradients, moments, recipe, step)
+        return _update_by_block(params, gradients, moments, recipe, decays, step)
     gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * step.factor, gradients)
-    updates, after = make_optimizer(recipe).update(gradients, moments, params)
+    updates, after = make_optimizer(recipe, decays).update(gradients, moments, params)
     updates = jax.tree.map(lambda u: -step.rate * u, updates)
     moved = apply_updates(params, updates, step.key)
     params, moments = jax.tree.map(
@@ -87,21 +94,32 @@ def update(
     return params, moments, optax.global_norm(updates)
 
 
-def _by_block(
-    params: GLMParams, gradients: GLMParams, moments: BlockMoments, recipe: Recipe, step: Step
+def _update_by_block(
+    params: GLMParams,
+    gradients: GLMParams,
+    moments: BlockMoments,
+    recipe: Recipe,
+    decays: GLMParams,
+    step: Step,
 ) -> tuple[GLMParams, BlockMoments, Array]:
-    # Each of them as if it were all of the model.
+    # Each part is updated as if it were the whole model.
     rest, rest_moments, norm = update(
-        _rest(params), _rest(gradients), moments.rest, recipe, step.of_part(0)
+        without_layers(params),
+        without_layers(gradients),
+        moments.rest,
+        recipe,
+        without_layers(decays),
+        step.of_part(0),
     )
     layers: Any = params.layers
 
     def one(index: Array, carry: Any) -> Any:
-        layers, waiting, squares = carry
+        layers, offloaded, squares = carry
         take = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
         layer, gradient = (jax.tree.map(take, stack) for stack in (layers, gradients.layers))
-        here = fetch(waiting, index)
-        moved, after, norm = update(layer, gradient, here, recipe, step.of_part(1 + index))
+        of_layer = fetch(offloaded, index)
+        part = step.of_part(1 + index)
+        moved, after, norm = update(layer, gradient, of_layer, recipe, decays.layers, part)
 
         def put(stack: Array, new: Array) -> Array:
             return jax.lax.dynamic_update_index_in_dim(stack, new, index, 0)
@@ -112,10 +130,13 @@ def _by_block(
             return put(stack, new)
 
         layers = jax.tree.map(put, layers, moved)
-        return layers, jax.tree.map(put_back, waiting, after), squares + norm**2
+        return layers, jax.tree.map(put_back, offloaded, after), squares + norm**2
 
     count = layers.input_layernorm.scale.shape[0]
     start = (layers, moments.layers, norm**2)
-    layers, waiting, squares = jax.lax.fori_loop(0, count, one, start)
-    moved = rest.replace(layers=layers)
-    return moved, BlockMoments(waiting, rest_moments), jnp.sqrt(squares)
+    layers, offloaded, squares = jax.lax.fori_loop(0, count, one, start)
+    return (
+        dataclasses.replace(rest, layers=layers),
+        BlockMoments(offloaded, rest_moments),
+        jnp.sqrt(squares),
+    )

@@ -10,6 +10,7 @@ from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.data.objective import ObjectiveConfig
 from glm_jax.data.pipeline import Batches, Mixture
 from glm_jax.data.records import Record, in_memory
+from glm_jax.model.flops import training_flops
 from launch.suites.case import Case, find_torch
 from launch.suites.train_step import torch_step_case, train_step_case
 
@@ -42,20 +43,12 @@ def train_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     yield title, cases
 
 
-def flops(model: GLMConfig) -> float:
-    """Operations of the products of one update: six a parameter and token, and attention."""
-    layer = 4 * model.hidden_size**2 + 3 * model.hidden_size * model.inner_hidden_size
-    weights = model.num_layers * layer + model.vocab_size * model.hidden_size
-    attention = 2 * model.num_layers * LENGTH * model.hidden_size
-    return 6.0 * BATCH * LENGTH * (weights + attention)
-
-
 def _peak_case(model: GLMConfig) -> Case:
     square = jax.random.normal(jax.random.key(0), (_PEAK_SIZE, _PEAK_SIZE))
     product = jax.jit(jnp.matmul)
     count = 8
     # `count` products take this part of the step's operations.
-    part = count * 2 * _PEAK_SIZE**3 / flops(model)
+    part = count * 2 * _PEAK_SIZE**3 / training_flops(model, BATCH * LENGTH, LENGTH)
     return Case(lambda: [product(square, square) for _ in range(count)], part)
 
 

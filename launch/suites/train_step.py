@@ -10,7 +10,7 @@ import numpy as np
 from glm_jax.config import GLMConfig
 from glm_jax.sharding import make_mesh
 from glm_jax.training.recipe import Recipe
-from glm_jax.training.state import Batch, init_state
+from glm_jax.training.state import TrainBatch, init_state
 from glm_jax.training.step import compiled_train_step
 from launch.suites import torch_glm
 from launch.suites.case import Case, find_torch
@@ -32,7 +32,7 @@ def train_step_case(
     train_step = compiled_train_step(model, recipe, 1, mesh)
     shape = (1, rows, length)
     tokens = jnp.asarray(random_tokens(model, rows, length))[None]
-    batch = Batch(
+    batch = TrainBatch(
         tokens=tokens,
         targets=tokens,
         loss_weights=jnp.ones(shape),

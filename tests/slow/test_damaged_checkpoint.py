@@ -31,8 +31,8 @@ def test_damage_that_one_of_two_processes_finds(corpus, tokenizer, tmp_path):
     shutil.rmtree(tmp_path / "run" / "model")
     first, second = _train(text, tokenizer, tmp_path / "run")
     assert "6/" in first
-    assert "going on from step 4\n" in first
-    assert "going on from step 2\n" in first
+    assert "resuming from step 4\n" in first
+    assert "resuming from step 2\n" in first
     assert "Traceback" not in first + second
     assert "damaged" not in second
     moved = (tmp_path / "run" / "damaged_checkpoints").iterdir()

@@ -115,7 +115,7 @@ def test_the_newest_whole_one_goes_on_and_it_is_said(folder, mesh, capsys):
     assert data == DATA | {"step": 1}
     said = capsys.readouterr().err
     assert f"{path.name} is damaged" in said
-    assert "going on from step 1" in said
+    assert "resuming from step 1" in said
     assert [p.name for p in (folder.parent / "damaged_checkpoints").iterdir()] == ["2"]
     assert sorted(p.name for p in folder.iterdir()) == ["1"]
 
@@ -125,7 +125,7 @@ def test_what_another_process_finds_counts_in_all(folder, mesh, capsys, monkeypa
     monkeypatch.setattr(processes, "gather", lambda own: own | found.pop(0))
     _, data = _restored(folder, mesh)
     assert data == DATA | {"step": 1}
-    assert "a chunk; going on from step 1" in capsys.readouterr().err
+    assert "a chunk; resuming from step 1" in capsys.readouterr().err
     assert sorted(p.name for p in folder.iterdir()) == ["1"]
 
 

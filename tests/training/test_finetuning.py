@@ -154,7 +154,7 @@ def test_what_cannot_be_is_refused(experiment, base, tmp_path, tokenizer):
     refused(ConfigError, "data.files is not set", **{"data.files": ""})
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "target": "b"}\n{"prompt": "a"}\n')
-    refused(DataError, 'bad.jsonl:2: no JSON object with "target"', **{"data.files": str(bad)})
+    refused(DataError, 'bad.jsonl:2: not a JSON object with "target"', **{"data.files": str(bad)})
 
 
 def test_a_run_does_not_go_on_with_another_model(experiment, base, tmp_path, tokenizer):

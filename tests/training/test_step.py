@@ -20,7 +20,7 @@ from glm_jax.training.loss import cross_entropy
 from glm_jax.training.recipe import Recipe
 from glm_jax.training.stability import embedding_factor, init_monitor, judge
 from glm_jax.training.state import (
-    Batch,
+    TrainBatch,
     abstract_saved_state,
     abstract_state,
     init_state,
@@ -40,7 +40,7 @@ def _batch(accumulation=1, rows=2, length=32, seed=0):
     shape = (accumulation, rows, length)
     segments = np.broadcast_to(np.array([1] * 20 + [2] * 10 + [0] * 2), shape)
     contexts = np.broadcast_to(np.array([7] * 20 + [3] * 10 + [0] * 2), shape)
-    return Batch(
+    return TrainBatch(
         tokens=jnp.asarray(rng.integers(0, 96, shape), jnp.int32),
         targets=jnp.asarray(rng.integers(0, 96, shape), jnp.int32),
         loss_weights=jnp.asarray((rng.random(shape) < 0.5) & (segments > 0), jnp.float32),
@@ -184,8 +184,8 @@ def test_the_embeddings_gradient_shrinks_and_its_forward_pass_does_not():
     whole, shrunk = _state(PLAIN), PLAIN.__class__(**(vars(PLAIN) | {"embedding_gradient": 0.1}))
     (a, first), (b, second) = _step(whole, _batch(), PLAIN), _step(whole, _batch(), shrunk)
     assert first["loss"] == second["loss"]
-    ratio = np.asarray(b.opt_state[1].mu.word_embeddings) / np.asarray(
-        a.opt_state[1].mu.word_embeddings
+    ratio = np.asarray(b.opt_state[0].mu.word_embeddings) / np.asarray(
+        a.opt_state[0].mu.word_embeddings
     )
     clipped = float(max(first["gradient_norm"], 1.0) / max(second["gradient_norm"], 1.0))
     np.testing.assert_allclose(np.nanmedian(ratio), 0.1 * clipped, rtol=1e-3)
@@ -278,7 +278,7 @@ def test_a_step_is_the_same_on_every_mesh(shape):
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-4, err_msg=name)
     assert jax.tree.map(lambda x: x.sharding, after) == jax.tree.map(lambda x: x.sharding, state)
     kernel = after.params.layers[1].dense_4h_to_h.kernel
-    assert after.opt_state[1].mu.layers[1].dense_4h_to_h.kernel.sharding == kernel.sharding
+    assert after.opt_state[0].mu.layers[1].dense_4h_to_h.kernel.sharding == kernel.sharding
     shard = kernel.addressable_shards[0].data
     assert shard.size * shape[1] * shape[2] == kernel.size
 
@@ -289,13 +289,13 @@ def test_checkpoints_hold_layers_stacked_and_steps_hold_them_apart(is_on_cpu, mo
     mesh = make_mesh((1, 2, 2))
     state = _state(PLAIN, mesh)
     monkeypatch.setattr(training_state, "is_cpu", lambda mesh: is_on_cpu)
-    assert isinstance(state.opt_state[1].nu.layers, tuple)
+    assert isinstance(state.opt_state[0].nu.layers, tuple)
     saved, described = saved_form(state), abstract_saved_state(CONFIG, PLAIN, mesh)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
     assert shapes(saved) == shapes(described)
     is_there = lambda x, of: x.sharding.is_equivalent_to(of.sharding, x.ndim)
     assert jax.tree.all(jax.tree.map(is_there, saved, described))
-    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(saved.opt_state[1].nu.layers)}
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(saved.opt_state[0].nu.layers)}
     assert kinds == ({"device"} if is_on_cpu else {HOST_MEMORY})
     kernels = [layer.dense.kernel for layer in state.params.layers]
     np.testing.assert_array_equal(saved.params.layers.dense.kernel, np.stack(kernels))

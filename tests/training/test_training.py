@@ -1,6 +1,5 @@
 """Training learns, goes on where it stopped, and refuses what cannot be."""
 
-import functools
 import json
 import math
 import os
@@ -8,9 +7,7 @@ import shutil
 import signal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from running import StopError, broken_at
 
@@ -24,11 +21,8 @@ from glm_jax.training import finetuning, metrics
 from glm_jax.training.batches import MeshBatches
 from glm_jax.training.config import check, default_config
 from glm_jax.training.loop import DivergedError, train
-from glm_jax.training.optimizer import clipping, decay_mask, learning_rate
-from glm_jax.training.recipe import Recipe
 from glm_jax.training.results import refuse_result_of_others, replace_result
 from glm_jax.training.stopping import InterruptedRunError
-from glm_jax.training.update import Step, init_moments, update
 
 
 def test_loss_goes_down_and_the_model_restores(experiment, tmp_path):
@@ -85,7 +79,7 @@ def test_the_batch_grows_and_is_accumulated(experiment, tmp_path):
 
 def _signalled_at_step(monkeypatch, step, received):
     """Sends this process signals during a step."""
-    real = metrics.Watcher.count
+    real = metrics.MetricsLogger.count
 
     def count(self, rows, tokens):
         real(self, rows, tokens)
@@ -94,20 +88,20 @@ def _signalled_at_step(monkeypatch, step, received):
             for number in received:
                 os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(metrics.Watcher, "count", count)
+    monkeypatch.setattr(metrics.MetricsLogger, "count", count)
 
 
 @pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(experiment, tmp_path, monkeypatch, capsys):
     unbroken = train(experiment, tmp_path / "whole")
-    assert "going on" not in capsys.readouterr().err
+    assert "resuming" not in capsys.readouterr().err
     with monkeypatch.context() as patched:
         _signalled_at_step(patched, 5, [signal.SIGTERM])
         with pytest.raises(InterruptedRunError, match="by SIGTERM after step 5, which is saved"):
             train(experiment, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "5").is_dir()
     _assert_same_losses(train(experiment, tmp_path / "run")[1:], unbroken)
-    assert "going on from step 5, whose checkpoint is in" in capsys.readouterr().err
+    assert "resuming from step 5, whose checkpoint is in" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -127,7 +121,7 @@ def test_ctrl_c_saves_as_sigterm_does_and_a_longer_run_replaces_its_model(
         with pytest.raises(KeyboardInterrupt):
             train(experiment, run)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert "going on from step 2, whose" in capsys.readouterr().err
+    assert "resuming from step 2, whose" in capsys.readouterr().err
     train(experiment, run)
     first = restore(run / "model")[1].word_embeddings
     experiment.steps = 6
@@ -247,7 +241,7 @@ def test_evaluation_by_kind_and_language_from_a_mixture(experiment, tmp_path, to
     for name, kind in (("en.txt", "text"), ("zh.txt", "text"), ("tasks.jsonl", "instructions")):
         prepare(
             [tmp_path / name], tmp_path / "data" / name.split(".")[0], tokenizer, kind=kind,
-            language=name.split(".")[0], window=40, processes=1, most_bad_lines=0,
+            language=name.split(".")[0], window=40, processes=1, max_bad_lines=0,
         )  # fmt: skip
     mixture = ",".join(
         f"{tmp_path}/data/{name}:{weight}"
@@ -264,41 +258,6 @@ def test_evaluation_by_kind_and_language_from_a_mixture(experiment, tmp_path, to
             k.removeprefix("evaluation_loss_") for k in line if k.startswith("evaluation_loss_")
         }
     assert evaluations[1]["evaluation_loss"] < evaluations[0]["evaluation_loss"]
-
-
-def test_decay_spares_biases_and_layernorms(tiny_model):
-    _, params = tiny_model
-    mask = decay_mask(params)
-    assert mask.word_embeddings
-    assert mask.layers.dense.kernel
-    assert not mask.layers.dense.bias
-    assert not mask.layers.input_layernorm.scale
-    assert not mask.final_layernorm.bias
-
-
-def test_adamw_step_equals_the_formula():
-    recipe = Recipe(total_samples=1000, gradient_clip=0.5)
-    params = glm_params.LinearParams(jnp.array([2.0]), jnp.array([2.0]))
-    gradient = glm_params.LinearParams(jnp.array([3.0]), jnp.array([4.0]))
-    factor = clipping(optax.global_norm(gradient), recipe)
-    shared = Step(factor, jnp.float32(0.01), jnp.array(True), jax.random.key(0))
-    moments = init_moments(params, recipe)
-    moved, after, norm = update(params, gradient, moments, recipe, shared)
-    # Clipped by 10; the first Adam update is the gradient's sign.
-    np.testing.assert_allclose(moved.kernel, 2 - 0.01 * (1 + 0.1 * 2.0), rtol=1e-4)
-    np.testing.assert_allclose(moved.bias, 2 - 0.01, rtol=1e-4)
-    assert float(norm) == pytest.approx(0.01 * np.hypot(1.2, 1), rel=1e-4)
-    assert float(optax.global_norm(after[1].mu)) == pytest.approx(0.1 * 0.5, rel=1e-4)
-    assert float(clipping(jnp.float32(0.3), recipe)) == 1
-
-
-def test_learning_rate_is_the_papers():
-    rate = functools.partial(learning_rate, Recipe(total_samples=10_000))
-    assert float(rate(0)) == pytest.approx(1e-7)
-    assert float(rate(50)) == pytest.approx(8e-5)
-    assert float(rate(25)) == pytest.approx((1e-7 + 8e-5) / 2)
-    assert float(rate(10_000)) == pytest.approx(8e-6)
-    assert float(rate(5025)) == pytest.approx((8e-5 + 8e-6) / 2)
 
 
 def test_the_batch_grows_as_the_papers():

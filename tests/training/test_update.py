@@ -12,9 +12,10 @@ from glm_jax.model.params import LinearParams
 from glm_jax.model.streamed_layers import HOST_MEMORY
 from glm_jax.sharding import make_mesh
 from glm_jax.training.optimizer import apply_updates
-from glm_jax.training.quantized_moments import narrow, scale_by_narrow_adam, widen
+from glm_jax.training.quantized_moments import dequantize, quantize, scale_by_quantized_adam
 from glm_jax.training.recipe import MOMENTS, Recipe
 from glm_jax.training.state import init_state, saved_form
+from glm_jax.training.trained_params import decay_mask
 from glm_jax.training.update import Step, init_moments, update
 
 CONFIG = GLMConfig(3, 32, 64, 4, 96, 32)
@@ -26,7 +27,7 @@ def test_eight_bits_keep_a_percent_of_what_is_large_and_the_sign_of_what_is_smal
     x = np.random.default_rng(0).lognormal(0, 3, shape).astype(np.float32)
     x[..., 0] = 0
     x = x if dtype == jnp.uint8 else x * np.resize([1, -1], shape)
-    back = np.asarray(widen(narrow(jnp.asarray(x), dtype)))
+    back = np.asarray(dequantize(quantize(jnp.asarray(x), dtype)))
     largest = np.max(np.abs(x.reshape(*shape[:-1], -1, min(128, shape[-1]))), axis=-1)
     largest = np.repeat(largest, min(128, shape[-1]), axis=-1).reshape(shape)
     bits = jnp.iinfo(dtype).max
@@ -55,7 +56,7 @@ def _distance(transformation, steps=300):
 
 @pytest.mark.gpu
 def test_eight_bits_descend_as_far_as_floats():
-    narrowed = _distance(scale_by_narrow_adam(0.9, 0.95, 1e-8))
+    narrowed = _distance(scale_by_quantized_adam(0.9, 0.95, 1e-8))
     exact = _distance(optax.scale_by_adam(0.9, 0.95, 1e-8))
     assert narrowed < 1.1 * exact + 1e-3, (narrowed, exact)
 
@@ -83,7 +84,9 @@ def _steps(recipe, count=3, mesh=None):
         keys = jax.random.split(key, len(leaves))
         drawn = [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
         shared = Step(jnp.float32(0.5), jnp.float32(1e-2), number != 1, key)
-        return update(params, jax.tree.unflatten(structure, drawn), moments, recipe, shared)
+        gradients = jax.tree.unflatten(structure, drawn)
+        decays = decay_mask(CONFIG, recipe, is_stacked=True)
+        return update(params, gradients, moments, recipe, decays, shared)
 
     with jax.set_mesh(mesh):
         for number in range(count):
@@ -118,8 +121,9 @@ def test_factored_moments_are_optaxs():
     peer = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
     expected, _ = peer.update(gradient, peer.init(params), params)
     shared = Step(jnp.float32(1), jnp.float32(1e-2), jnp.array(True), jax.random.key(0))
-    moments = init_moments(params, recipe)
-    moved, after, _ = update(params, gradient, moments, recipe, shared)
+    decays = LinearParams(True, None)
+    moments = init_moments(params, recipe, decays)
+    moved, after, _ = update(params, gradient, moments, recipe, decays, shared)
     got = (params.kernel - moved.kernel) / 1e-2
     np.testing.assert_allclose(got, expected.kernel, rtol=1e-2, atol=1e-3)
     assert sum(x.size for x in jax.tree.leaves(after)) < 2 * (256 + 384)
