@@ -21,9 +21,9 @@ from glm_jax import cli
 from glm_jax.config import GLMConfig, glm_130b
 from glm_jax.files import write_text
 from glm_jax.planning import finetuning_table, hardware_table
-from glm_jax.planning.plan import JOBS, PRECISIONS, PlanError, Question
+from glm_jax.planning.plan import JOBS, PRECISIONS, PlanError, PlanRequest
 from glm_jax.planning.reports import draw, line, record, table
-from glm_jax.planning.sweep import Tried, attempt, smallest, sweep
+from glm_jax.planning.sweep import PlanResult, attempt, smallest, sweep
 from glm_jax.sharding import MeshError
 from glm_jax.text_files import to_json
 from glm_jax.training import config as train_config
@@ -90,7 +90,7 @@ def hardware(name: str) -> ConfigDict:
     return config
 
 
-def question(described: ConfigDict) -> Question:
+def question(described: ConfigDict) -> PlanRequest:
     """What the flags ask."""
     model = _model()
     sizes = FLAGS.mesh or f"1,1,{FLAGS.devices}"
@@ -101,7 +101,7 @@ def question(described: ConfigDict) -> Question:
     if min(data, fsdp, tensor) < 1:
         raise MeshError(f"--mesh={sizes}: each at least 1")
     is_training = FLAGS.job == "train"
-    return Question(
+    return PlanRequest(
         model=model,
         job=FLAGS.job,
         precision=FLAGS.quantization or FLAGS.precision,
@@ -133,7 +133,7 @@ def main() -> None:
     if FLAGS.sweep:
         errors = set()
 
-        def show(tried: Tried) -> None:
+        def show(tried: PlanResult) -> None:
             errors.add(tried.error)
             print(line(tried), flush=True)
 
@@ -151,12 +151,12 @@ def main() -> None:
     print(table(tried, described))
     if not tried.plan.fits:
         least = smallest(asked, described)
-        wanted = "no number up to 1024" if least is None else str(least.question.devices)
+        wanted = "no number up to 1024" if least is None else str(least.request.devices)
         print(f"smallest that does: {wanted} x {described.device_kind}")
     write([tried], described)
 
 
-def write(found: list[Tried], described: ConfigDict) -> None:
+def write(found: list[PlanResult], described: ConfigDict) -> None:
     """plan.json and plan.png, where --output says so."""
     if FLAGS.output is None:
         return

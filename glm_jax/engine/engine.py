@@ -18,7 +18,7 @@ from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.engine import step_functions
 from glm_jax.engine.fair_queue import ALONE, Turn, Turns
 from glm_jax.engine.generation_settings import SETTINGS
-from glm_jax.engine.page_pool import Lease, PagePool
+from glm_jax.engine.page_pool import PAGE_SIZE, Lease, PagePool, cache_pages, table_size
 from glm_jax.engine.prefill_batch import Entry, pack_prompts, pack_width, prefilled, widths
 from glm_jax.engine.prompt import PromptError, check_end_tokens, check_prompt
 from glm_jax.engine.request import Completion, Request, Token, completion
@@ -34,9 +34,9 @@ from glm_jax.engine.slots import (
 )
 from glm_jax.engine.step_functions import Pack
 from glm_jax.model.device_layout import prepare
-from glm_jax.model.paged_cache import init_paged_cache, row_shards
+from glm_jax.model.paged_cache import init_paged_cache
 from glm_jax.model.params import GLMParams
-from glm_jax.sharding import mesh_of, on_mesh
+from glm_jax.sharding import mesh_of, on_mesh, row_shards
 
 _TYPICAL_LENGTH = 512  # tokens of a request that the cache has room for by default, each slot
 
@@ -59,7 +59,7 @@ class EngineSettings:
     slots: int = 16
     max_length: int | None = None
     cache_tokens: int | None = None
-    page_size: int = 64
+    page_size: int = PAGE_SIZE
     prefill_width: int = 512
     prefill_budget: int | None = None
 
@@ -152,11 +152,10 @@ class Engine:
         size, longest = self._settings.page_size, self.max_length
         typical = -(-min(longest, _TYPICAL_LENGTH) // size) * size  # whole pages
         tokens = self._settings.cache_tokens or self._slot_count * typical
-        pages = 1 + max(-(-longest // size), -(-tokens // (size * self._shards)))
+        pages = cache_pages(tokens, longest, self._shards, size)
         self._pool = PagePool(self._shards, pages, size)
         self._pages_a_layer = 0 if self._is_unrolled else pages
-        table_size = 1 << (-(-longest // size) - 1).bit_length()
-        self._empty = empty_slot(self._config, longest, table_size)
+        self._empty = empty_slot(self._config, longest, table_size(longest, size))
         with on_mesh(self._mesh):
             slots = empty_slots(self._empty, self._slot_count, self._mesh)
             cache = init_paged_cache(self._config, pages, size, self._is_unrolled, self._mesh)

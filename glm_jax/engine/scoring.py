@@ -15,10 +15,9 @@ from glm_jax.config import GLMConfig
 from glm_jax.engine.scoring_batch import Batch, ScoredSequence, pack
 from glm_jax.errors import UserError
 from glm_jax.model import glm
-from glm_jax.model.paged_cache import row_shards
 from glm_jax.model.params import GLMParams
 from glm_jax.model.visibility import Visibility
-from glm_jax.sharding import constrain, mesh_of, on_mesh
+from glm_jax.sharding import constrain, mesh_of, on_mesh, row_shards
 
 _CHUNK = 256  # places whose scores of the whole vocabulary are there at once
 _LEAST_WIDTH = 512

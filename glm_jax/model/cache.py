@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Int32, Shaped
 
 from glm_jax.config import GLMConfig
-from glm_jax.sharding import activation_sharding
+from glm_jax.sharding import activation_sharding, row_shards
 
 CACHE_AXES = ("batch", "heads", "seq", "head_dim")
 
@@ -60,7 +60,7 @@ def init_cache(
     """
     shape: tuple[int, ...] = (batch_size, config.num_heads, length, config.head_dim)
     axes: tuple[str | None, ...] = CACHE_AXES
-    if mesh is not None and batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    if mesh is not None and batch_size % row_shards(mesh):
         axes = (None, *axes[1:])
     if not unstacked:
         shape, axes = (config.num_layers, *shape), ("layers", *axes)

@@ -17,7 +17,12 @@ from jaxtyping import Array, Float, Int, Int32, Shaped
 
 from glm_jax.config import GLMConfig
 from glm_jax.model.cache import quantize_heads
-from glm_jax.sharding import activation_sharding, fitting_activation_spec, mesh_to_divide
+from glm_jax.sharding import (
+    activation_sharding,
+    fitting_activation_spec,
+    mesh_to_divide,
+    row_shards,
+)
 
 PAGE_AXES = ("heads", "batch", "seq", "head_dim")
 
@@ -76,11 +81,6 @@ class Paging:
         tables = None if self.tables is None else self.tables + first
         moved: Paging = self.replace(pages=self.pages + first, tables=tables)  # type: ignore[attr-defined]
         return moved
-
-
-def row_shards(mesh: Mesh | None) -> int:
-    """Devices that divide rows, and with them the pages."""
-    return 1 if mesh is None else int(mesh.shape["data"] * mesh.shape["fsdp"])
 
 
 def init_paged_cache(

@@ -1,1 +1,1 @@
-"""Compiling for devices that are not here: will it fit, how fast can it be."""
+"""Compilation for devices that are not here: does a job fit, and how fast can it be."""

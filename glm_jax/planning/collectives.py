@@ -1,6 +1,9 @@
-"""Exchanges between devices that a compiled program has, those in loops counted as often as
-the loop runs, or, where the text does not say that, as often as a model has layers: then the
-few bytes of loops that choose a token are counted too often. Branches count as if taken."""
+"""Collectives of a compiled program, read from its text.
+
+Those in a loop count once for each iteration. Where the text does not state the trip count, a
+model's number of layers is assumed; this overcounts the few bytes of loops that choose a token.
+Branches count as if taken.
+"""
 
 import dataclasses
 import math
@@ -10,7 +13,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 _KINDS = "all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute"
-_EXCHANGE = re.compile(rf"= (?P<type>.*?) (?P<kind>{_KINDS})(?P<start>-start)?\(")
+_COLLECTIVE = re.compile(rf"= (?P<type>.*?) (?P<kind>{_KINDS})(?P<start>-start)?\(")
 _ARRAY = re.compile(r"(\w+?)\[([\d,]*)\]")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .*\{$")
@@ -25,14 +28,14 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
-class Exchange:
-    """One in a program's text.
+class Collective:
+    """One collective of a program.
 
     Attributes:
       kind: all-reduce, all-gather, reduce-scatter, all-to-all or collective-permute.
-      bytes: of its result, on a device.
-      times: how often it runs.
-      group: the devices of one group that exchange, in order; empty where all do.
+      bytes: of its result, on one device.
+      times: number of times it runs.
+      group: the devices of one replica group, in order; empty for all devices.
     """
 
     kind: str
@@ -41,12 +44,12 @@ class Exchange:
     group: tuple[int, ...] = ()
 
 
-def exchanges(text: str, loops: int) -> list[Exchange]:
-    """All exchanges of a program.
+def find_collectives(text: str, loops: int) -> list[Collective]:
+    """Return all collectives of a program.
 
     Args:
-      text: the compiled program's.
-      loops: how often a loop runs whose text does not say so: a model's layers.
+      text: HLO of the compiled program.
+      loops: trip count of loops whose text does not state it: the model's number of layers.
     """
     bodies = dict(_computations(text))
     entry = next(name for name, (is_entry, _) in bodies.items() if is_entry)
@@ -57,10 +60,10 @@ def exchanges(text: str, loops: int) -> list[Exchange]:
             for called, count in _calls(lines, loops):
                 times[called] = times.get(called, 0) + times[name] * count
     return [
-        dataclasses.replace(exchange, times=times[name])
+        dataclasses.replace(collective, times=times[name])
         for name, (_, lines) in bodies.items()
         if name in times
-        for exchange in in_lines(lines)
+        for collective in parse_collectives(lines)
     ]
 
 
@@ -93,19 +96,19 @@ def _calls(lines: list[str], loops: int) -> Iterator[tuple[str, int]]:
             yield name.lstrip("%"), 1
 
 
-def in_lines(lines: list[str]) -> Iterator[Exchange]:
-    """Each exchange that stands in a text, once."""
+def parse_collectives(lines: list[str]) -> Iterator[Collective]:
+    """Yield each collective of some lines of HLO, counted once."""
     for line in lines:
-        match = _EXCHANGE.search(line)
+        match = _COLLECTIVE.search(line)
         if match is None:
             continue
         arrays = [
             _BYTES.get(dtype, 4) * math.prod(map(int, filter(None, sizes.split(","))))
             for dtype, sizes in _ARRAY.findall(match["type"])
         ]
-        # An asynchronous one's type has its operands, then its results.
+        # The type of an asynchronous collective lists its operands, then its results.
         size = sum(arrays[len(arrays) // 2 :] if match["start"] else arrays)
-        yield Exchange(match["kind"], size, 1, _group(line))
+        yield Collective(match["kind"], size, 1, _group(line))
 
 
 def _group(line: str) -> tuple[int, ...]:
@@ -128,22 +131,22 @@ def _group(line: str) -> tuple[int, ...]:
     return tuple(ids.reshape(int(counted[1]), int(counted[2]))[0].tolist())
 
 
-def by_kind(found: Iterable[Exchange]) -> dict[str, tuple[int, int]]:
-    """How many of each kind run, and their bytes together."""
-    counted: dict[str, tuple[int, int]] = {}
-    for exchange in found:
-        count, size = counted.get(exchange.kind, (0, 0))
-        more = exchange.times * exchange.bytes
-        counted[exchange.kind] = (count + exchange.times, size + more)
-    return counted
+def by_kind(collectives: Iterable[Collective]) -> dict[str, tuple[int, int]]:
+    """Return for each kind how many run, and the sum of their bytes."""
+    totals: dict[str, tuple[int, int]] = {}
+    for collective in collectives:
+        count, size = totals.get(collective.kind, (0, 0))
+        more = collective.times * collective.bytes
+        totals[collective.kind] = (count + collective.times, size + more)
+    return totals
 
 
 @dataclasses.dataclass(frozen=True)
-class Sent:
-    """Bytes that a device sends in a step.
+class Traffic:
+    """Bytes that one device sends in a step.
 
     Attributes:
-      link: by its links to others of its host.
+      link: over links within its host.
       network: between hosts.
     """
 
@@ -151,25 +154,27 @@ class Sent:
     network: int
 
 
-def sent(found: Iterable[Exchange], devices: int, a_host: int) -> Sent:
-    """What a device sends where exchanges go round a ring, hosts after one another.
+def traffic(collectives: Iterable[Collective], devices: int, devices_per_host: int) -> Traffic:
+    """Return what a device sends in ring collectives that pass from host to host.
 
-    An all-reduce sends its result twice but for its own part; a reduce-scatter's parts are
-    each as large as the result; the others send it once. Between hosts the devices of one
-    that are in the ring share the way.
+    With n devices in a ring, an all-reduce sends 2 (n - 1) / n of its result, a reduce-scatter
+    n - 1 times its result, and the others (n - 1) / n of it. The devices of a host that are in
+    the ring share its network.
 
     Args:
-      a_host: devices of a host, numbered one after another.
+      devices: number of all devices.
+      devices_per_host: devices are numbered host by host.
     """
     link = network = 0.0
-    for exchange in found:
-        group = exchange.group or tuple(range(devices))
+    for collective in collectives:
+        group = collective.group or tuple(range(devices))
         share = (len(group) - 1) / len(group)
         factors = {"all-reduce": 2 * share, "reduce-scatter": len(group) * share}
-        size = exchange.times * exchange.bytes * factors.get(exchange.kind, share)
-        beside = sum(device // a_host == group[0] // a_host for device in group)
-        if beside < len(group):
-            network += size / beside
-        if beside > 1:
+        size = collective.times * collective.bytes * factors.get(collective.kind, share)
+        host = group[0] // devices_per_host
+        on_one_host = sum(device // devices_per_host == host for device in group)
+        if on_one_host < len(group):
+            network += size / on_one_host
+        if on_one_host > 1:
             link += size
-    return Sent(round(link), round(network))
+    return Traffic(round(link), round(network))

@@ -1,21 +1,23 @@
-"""The engine's programs compiled for devices that are not here."""
+"""The engine's programs lowered for devices that are not here, with the engine's own shapes."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from glm_jax.config import GLMConfig
 from glm_jax.engine import step_functions
+from glm_jax.engine.page_pool import PAGE_SIZE, cache_pages, page_count, table_size
 from glm_jax.engine.prefill_batch import pack_prompts
 from glm_jax.engine.scoring import log_probabilities
 from glm_jax.engine.slots import empty_slot, empty_slots
 from glm_jax.model import params as glm_params
 from glm_jax.model.abstract_params import abstract_quantized
 from glm_jax.model.layer_stacks import as_layers, described_apart
-from glm_jax.model.paged_cache import PAGE_AXES, init_paged_cache, row_shards
+from glm_jax.model.paged_cache import PAGE_AXES, init_paged_cache
 from glm_jax.model.params import GLMParams
 from glm_jax.model.streamed_layers import (
     DEVICE_MEMORY,
@@ -27,9 +29,7 @@ from glm_jax.model.streamed_layers import (
 )
 from glm_jax.planning.topology import compiling_for, in_memory
 from glm_jax.quantization import Scheme
-from glm_jax.sharding import activation_sharding
-
-PAGE_SIZE = 64
+from glm_jax.sharding import activation_sharding, replicated, row_shards
 
 
 def lower_engine(
@@ -42,14 +42,14 @@ def lower_engine(
     max_length: int | None = None,
     weight_memory_limit: float | None = None,
 ) -> dict[str, Any]:
-    """A step of all slots and a prefill through all layers, lowered for a mesh's devices.
+    """Lower a decode step of all slots and a prefill through all layers.
 
     Args:
-      quantization: of the weights, as of `Scheme.parse`; None for floats.
-      slots: requests that run together, each with pages for `max_length` tokens (the model's
-        positions by default).
-      prefill_width: tokens of prompts at once.
-      weight_memory_limit: as of `abstract_params`.
+      quantization: of the weights, see `Scheme.parse`; None for floats.
+      slots: requests that run together, each with pages for `max_length` tokens.
+      prefill_width: tokens of a prefill batch.
+      max_length: tokens of a request, the model's positions by default.
+      weight_memory_limit: see `abstract_params`.
 
     Returns:
       Lowered programs under the names "step" and "prefill".
@@ -60,18 +60,19 @@ def lower_engine(
     is_apart = as_layers(params.layers).is_apart
     cache, pages = abstract_cache(config, mesh, slots, length, is_apart)
     pages_a_layer = 0 if is_apart else pages
-    row = empty_slot(config, length, 1 << (-(-length // PAGE_SIZE) - 1).bit_length())
+    row = empty_slot(config, length, table_size(length))
     described = jax.tree.map(
-        lambda x: _place(mesh, x, ("batch", *(None,) * (x.ndim - 1))),
+        lambda x: _sharded(mesh, x, ("batch", *(None,) * (x.ndim - 1))),
         jax.eval_shape(lambda: empty_slots(row, slots, None)),
     )
     pack = pack_prompts([], shards, prefill_width, PAGE_SIZE, pages_a_layer, 0)
-    whole = NamedSharding(mesh, PartitionSpec())
-    pack = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), pack)
+    pack = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), pack
+    )
     hidden = jax.ShapeDtypeStruct(
         (shards, prefill_width, config.hidden_size), config.activation_dtype
     )
-    x = _place(mesh, hidden, ("batch", "seq", "embed"))
+    x = _sharded(mesh, hidden, ("batch", "seq", "embed"))
     bounds = {"first": np.int32(0), "end": np.int32(config.num_layers)}
     if isinstance(params.layers, OffloadedLayers):
         described, cache, pack, x = in_memory((described, cache, pack, x), DEVICE_MEMORY)
@@ -86,35 +87,44 @@ def lower_engine(
 def lower_scoring(
     config: GLMConfig, mesh: Mesh, quantization: str | None, *, rows: int, length: int
 ) -> Any:
-    """The program that scores `rows` rows of so many tokens, lowered for a mesh's devices."""
+    """Lower the program that scores `rows` rows of `length` tokens.
+
+    Args:
+      quantization: see `lower_engine`.
+    """
     params = abstract_params(config, mesh, quantization)
-    place = lambda *shape: jax.ShapeDtypeStruct(
-        shape, jnp.int32, sharding=NamedSharding(mesh, PartitionSpec())
-    )
+    integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated(mesh))
     with compiling_for(mesh):
         return log_probabilities.lower(
             params,
             config,
-            tokens=place(rows, length),
-            position_ids=place(rows, length),
-            key_ranges=place(rows, length, 4),
-            places=place(rows, length),
-            targets=place(rows, length),
+            tokens=integers(rows, length),
+            position_ids=integers(rows, length),
+            key_ranges=integers(rows, length, 4),
+            places=integers(rows, length),
+            targets=integers(rows, length),
         )
 
 
 def abstract_cache(
     config: GLMConfig, mesh: Mesh, slots: int, length: int, is_apart: bool = True
 ) -> tuple[Any, int]:
-    """Pages for so many requests of so many tokens: what describes them on a mesh, of each
-    layer or all together, and how many a layer and device there are."""
+    """Describe a paged cache with room for `slots` requests of `length` tokens.
+
+    Args:
+      is_apart: a cache for each layer, as for layers that are a tuple.
+
+    Returns:
+      The cache, and the number of pages of a layer and device.
+    """
     shards = row_shards(mesh)
-    pages = 1 + -(-slots // shards) * -(-length // PAGE_SIZE)
-    made = jax.eval_shape(lambda: init_paged_cache(config, pages * shards, PAGE_SIZE, is_apart))
-    return jax.tree.map(lambda x: _place(mesh, x, PAGE_AXES[: x.ndim]), made), pages
+    all_slots = -(-slots // shards) * shards
+    pages = cache_pages(all_slots * page_count(length) * PAGE_SIZE, length, shards)
+    cache = jax.eval_shape(lambda: init_paged_cache(config, pages * shards, PAGE_SIZE, is_apart))
+    return jax.tree.map(lambda x: _sharded(mesh, x, PAGE_AXES[: x.ndim]), cache), pages
 
 
-def _place(mesh: Mesh, x: jax.ShapeDtypeStruct, axes: Any) -> jax.ShapeDtypeStruct:
+def _sharded(mesh: Mesh, x: jax.ShapeDtypeStruct, axes: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=activation_sharding(mesh, axes))
 
 
@@ -124,11 +134,11 @@ def abstract_params(
     quantization: str | None,
     weight_memory_limit: float | None = None,
 ) -> GLMParams:
-    """Shapes, dtypes and shardings of a model's parameters on a mesh of GPUs or TPUs, in the
-    form that `restore` gives them there.
+    """Return shapes, dtypes and shardings of parameters as `restore` loads them on GPUs or TPUs.
 
     Args:
-      weight_memory_limit: GiB of weights a device; blocks beyond it lie in hosts' memory.
+      quantization: see `lower_engine`.
+      weight_memory_limit: GiB of weights on a device; blocks beyond it are in hosts' memory.
 
     Raises:
       OffloadError: the limit leaves no room for two blocks.
@@ -143,22 +153,20 @@ def abstract_params(
     if weight_memory_limit is None:
         return whole
     rest = device_bytes(params) - device_bytes(layers)
-    kept = resident_count(rest, layers, config.num_layers, weight_memory_limit)
-    if kept == config.num_layers:
+    count = resident_count(rest, layers, config.num_layers, weight_memory_limit)
+    if count == config.num_layers:
         return whole
-    resident = in_memory(apart[:kept], DEVICE_MEMORY)
+    resident = in_memory(apart[:count], DEVICE_MEMORY)
     streamed = jax.tree.map(
         lambda x: in_memory(x, HOST_MEMORY if is_streamed(x) else DEVICE_MEMORY),
-        _of_count(layers, config.num_layers - kept),
+        _with_count(layers, config.num_layers - count),
     )
-    offloaded: GLMParams = in_memory(params, DEVICE_MEMORY).replace(
-        layers=OffloadedLayers(resident, streamed)
-    )
-    return offloaded
+    on_device: GLMParams = in_memory(params, DEVICE_MEMORY)
+    return dataclasses.replace(on_device, layers=OffloadedLayers(resident, streamed))
 
 
-def _of_count(layers: Any, count: int) -> Any:
-    """Described layers, so many."""
+def _with_count(layers: Any, count: int) -> Any:
+    """Describe stacked layers of another number."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=x.sharding), layers
     )

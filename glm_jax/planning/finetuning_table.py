@@ -1,4 +1,4 @@
-"""Fine-tuning the 130B model: on what it fits, by adapters and as a whole."""
+"""The table of docs/finetuning.md: GLM-130B fine-tuned by adapters and as a whole."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from glm_jax.config import GLMConfig
 from glm_jax.model.adapters import AdapterConfig
-from glm_jax.planning.plan import Plan, Question, make_plan
+from glm_jax.planning.plan import Plan, PlanRequest, make_plan
 from glm_jax.planning.reports import Table
 from glm_jax.training.recipe import Recipe
 
@@ -16,15 +16,15 @@ _GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """A line of the table.
+class FinetuningCase:
+    """A row of the table.
 
     Attributes:
-      hardware: a file of configs/hardware.
+      hardware: name of a file of configs/hardware.
       mesh: sizes of data, fsdp and tensor.
-      rows: of 1024 tokens at once, as many as leave a tenth of the memory or so.
-      precision: of the weights beside adapters, or of computing.
-      param_dtype: of parameters that are all trained; "" for adapters.
+      rows: of 1024 tokens at once; as many as leave about a tenth of the memory free.
+      precision: of the weights beside adapters, or the compute dtype.
+      param_dtype: of the parameters where all are trained; "" for adapters.
       moments, offload: see `Recipe`.
     """
 
@@ -38,26 +38,26 @@ class Case:
 
 
 CASES = (
-    Case("a100_40gb", (1, 1, 8), 12, "int4"),
-    Case("a100_40gb", (1, 1, 8), 2, "bfloat16"),
-    Case("a100_40gb", (1, 1, 4), 8, "int4"),
-    Case("rtx_3090", (1, 1, 8), 6, "int4"),
-    Case("rtx_3090", (1, 1, 8), 2, "int8"),
-    Case("rtx_3090", (1, 1, 4), 1, "int4"),
-    Case("v100", (1, 1, 8), 8, "int4"),
-    Case("h100", (1, 1, 1), 1, "int4"),
-    Case("a100_80gb", (1, 1, 8), 4, "bfloat16", "bfloat16", "factored"),
-    Case("a100_80gb", (1, 1, 8), 4, "bfloat16", "bfloat16", "int8", True),
-    Case("a100_80gb", (1, 2, 8), 8, "bfloat16", "bfloat16", "int8"),
-    Case("a100_80gb", (1, 2, 8), 2, "float16", "float32", "float32", True),
-    Case("a100_80gb", (1, 4, 8), 8, "float16", "float32", "int8"),
-    Case("a100_80gb", (1, 4, 8), 4, "float16", "float32", "float32"),
-    Case("tpu_v5p", (1, 1, 8), 1, "bfloat16", "bfloat16", "factored"),
+    FinetuningCase("a100_40gb", (1, 1, 8), 12, "int4"),
+    FinetuningCase("a100_40gb", (1, 1, 8), 2, "bfloat16"),
+    FinetuningCase("a100_40gb", (1, 1, 4), 8, "int4"),
+    FinetuningCase("rtx_3090", (1, 1, 8), 6, "int4"),
+    FinetuningCase("rtx_3090", (1, 1, 8), 2, "int8"),
+    FinetuningCase("rtx_3090", (1, 1, 4), 1, "int4"),
+    FinetuningCase("v100", (1, 1, 8), 8, "int4"),
+    FinetuningCase("h100", (1, 1, 1), 1, "int4"),
+    FinetuningCase("a100_80gb", (1, 1, 8), 4, "bfloat16", "bfloat16", "factored"),
+    FinetuningCase("a100_80gb", (1, 1, 8), 4, "bfloat16", "bfloat16", "int8", True),
+    FinetuningCase("a100_80gb", (1, 2, 8), 8, "bfloat16", "bfloat16", "int8"),
+    FinetuningCase("a100_80gb", (1, 2, 8), 2, "float16", "float32", "float32", True),
+    FinetuningCase("a100_80gb", (1, 4, 8), 8, "float16", "float32", "int8"),
+    FinetuningCase("a100_80gb", (1, 4, 8), 4, "float16", "float32", "float32"),
+    FinetuningCase("tpu_v5p", (1, 1, 8), 1, "bfloat16", "bfloat16", "factored"),
 )
 
 
-def question(case: Case, model: GLMConfig) -> Question:
-    """What a line asks."""
+def plan_request(case: FinetuningCase, model: GLMConfig) -> PlanRequest:
+    """Return the request of a case."""
     adapter = None if case.param_dtype else AdapterConfig(rank=16, dropout=0.05)
     recipe = Recipe(
         total_samples=10_000,
@@ -70,20 +70,23 @@ def question(case: Case, model: GLMConfig) -> Question:
         adapter=adapter,
     )
     model = model.replace(param_dtype=case.param_dtype or "float32")
-    return Question(model, "train", case.precision, case.mesh, case.rows, _LENGTH, recipe=recipe)
+    return PlanRequest(model, "train", case.precision, case.mesh, case.rows, _LENGTH, recipe=recipe)
 
 
-def plan_case(case: Case, model: GLMConfig, described: ConfigDict) -> Plan:
-    """A train step of a line.
+def plan_case(case: FinetuningCase, model: GLMConfig, described: ConfigDict) -> Plan:
+    """Plan a train step of a case.
+
+    Args:
+      described: what the case's hardware file returns.
 
     Raises:
       PlanError: the compiler refuses it.
     """
-    return make_plan(question(case, model), described)
+    return make_plan(plan_request(case, model), described)
 
 
-def described_case(case: Case, hardware: ConfigDict) -> tuple[str, ...]:
-    """The cells that say what a line is about."""
+def described_case(case: FinetuningCase, hardware: ConfigDict) -> tuple[str, ...]:
+    """Return the cells that describe a case."""
     mesh = " x ".join(map(str, case.mesh[1:]))
     trained = "adapters" if not case.param_dtype else f"all, {case.param_dtype}"
     moments = case.moments + (" on the host" if case.offload else "")
@@ -96,7 +99,7 @@ def described_case(case: Case, hardware: ConfigDict) -> tuple[str, ...]:
     )
 
 
-def _cells(case: Case, model: GLMConfig, hardware: ConfigDict) -> tuple[str, ...]:
+def _cells(case: FinetuningCase, model: GLMConfig, hardware: ConfigDict) -> tuple[str, ...]:
     plan = plan_case(case, model, hardware)
     seconds = plan.roofline.seconds
     return (

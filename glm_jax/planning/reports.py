@@ -1,4 +1,4 @@
-"""Plans for people: a line, a table, JSON, a picture."""
+"""Plans for people: a line, a table, JSON, a plot."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -12,44 +12,49 @@ from glm_jax.config import GLMConfig
 from glm_jax.files import replacing
 from glm_jax.planning.collectives import by_kind
 from glm_jax.planning.plan import Plan
-from glm_jax.planning.sweep import Tried
+from glm_jax.planning.sweep import PlanResult
 
 _GIB = 2**30
-_HELD = ("weights", "cache", "optimizer", "other", "temporaries", "total", "room")
+_MEMORY = ("weights", "cache", "optimizer", "other", "temporaries", "total", "room")
 
 
-def line(tried: Tried) -> str:
-    """One try in one line."""
-    asked, plan = tried.question, tried.plan
-    head = f"mesh {','.join(map(str, asked.mesh))} batch {asked.batch}: "
+def line(result: PlanResult) -> str:
+    """Describe a plan in one line."""
+    request, plan = result.request, result.plan
+    head = f"mesh {','.join(map(str, request.mesh))} batch {request.batch}: "
     if plan is None:
-        return head + tried.error
+        return head + result.error
     fits = "fits" if plan.fits else "does not fit"
     return (
         f"{head}{plan.total / _GIB:.1f} of {plan.room / _GIB:.0f} GiB {fits}, "
         f"{1e3 * plan.roofline.seconds:.2f} ms a step ({plan.roofline.limit}), "
-        f"{tried.rows_per_second:.1f} rows/s"
+        f"{result.rows_per_second:.1f} rows/s"
     )
 
 
-def table(tried: Tried, described: ConfigDict) -> str:
-    """What a device holds and does, line by line."""
-    asked, plan = tried.question, tried.plan
+def table(result: PlanResult, described: ConfigDict) -> str:
+    """Describe a plan in several lines: memory, collectives, least time.
+
+    Args:
+      described: what the hardware file returns.
+    """
+    request, plan = result.request, result.plan
     assert plan is not None
+    mesh = ",".join(map(str, request.mesh))
     rows = [
-        f"{asked.job} in {asked.precision} on {asked.devices} x {described.device_kind}, mesh "
-        f"{','.join(map(str, asked.mesh))}, batch {asked.batch}, length {asked.length}",
-        "a device holds:",
+        f"{request.job} in {request.precision} on {request.devices} x {described.device_kind}, "
+        f"mesh {mesh}, batch {request.batch}, length {request.length}",
+        "memory of a device:",
     ]
-    rows += [f"  {name:<12}{getattr(plan, name) / _GIB:>10.2f} GiB" for name in _HELD]
+    rows += [f"  {name:<12}{getattr(plan, name) / _GIB:>10.2f} GiB" for name in _MEMORY]
     if plan.streamed:
         rows.append(f"  {'on its host':<12}{plan.streamed / _GIB:>10.2f} GiB of weights")
-    rows.append("exchanges a step:")
+    rows.append("collectives of a step:")
     rows += [
-        f"  {kind:<20}{count:>6}{size / 2**20:>10.1f} MiB a device"
-        for kind, (count, size) in by_kind(plan.exchanges).items()
+        f"  {kind:<20}{count:>6}{size / 2**20:>10.1f} MiB on a device"
+        for kind, (count, size) in by_kind(plan.collectives).items()
     ]
-    rows.append("a step at best:")
+    rows.append("least time of a step:")
     amounts = dataclasses.asdict(plan.work)
     times = dataclasses.asdict(plan.roofline)
     for (amount, value), (name, seconds) in zip(amounts.items(), times.items(), strict=True):
@@ -59,30 +64,32 @@ def table(tried: Tried, described: ConfigDict) -> str:
     return "\n".join(rows)
 
 
-def record(tried: Tried) -> dict[str, Any]:
-    """A try as plain JSON."""
-    asked, plan = tried.question, tried.plan
+def record(result: PlanResult) -> dict[str, Any]:
+    """Return a plan as plain JSON."""
+    request, plan = result.request, result.plan
     fields: dict[str, Any] = {
-        "job": asked.job,
-        "precision": asked.precision,
-        "mesh": list(asked.mesh),
+        "job": request.job,
+        "precision": request.precision,
+        "mesh": list(request.mesh),
+        "batch": request.batch,
+        "length": request.length,
     }
-    fields |= {"batch": asked.batch, "length": asked.length}
     if plan is None:
-        return fields | {"error": tried.error}
+        return fields | {"error": result.error}
     described = dataclasses.asdict(plan)
     return fields | described | {"fits": plan.fits, "seconds": plan.roofline.seconds}
 
 
-def draw(found: list[Tried], path: Path) -> None:
-    """What a device holds, by kind, a bar for each plan; a line where its memory ends."""
+def draw(results: list[PlanResult], path: Path) -> None:
+    """Plot a device's memory by kind, a bar for each plan, and a line at the memory's size."""
     figure, axes = pyplot.subplots(
-        figsize=(9, 1.5 + 0.4 * len(found)), squeeze=True, layout="constrained"
+        figsize=(9, 1.5 + 0.4 * len(results)), squeeze=True, layout="constrained"
     )
-    names = [f"{','.join(map(str, t.question.mesh))} x {t.question.batch}" for t in found]
-    plans: list[Plan] = [tried.plan for tried in found if tried.plan is not None]
+    requests = [result.request for result in results]
+    names = [f"{','.join(map(str, request.mesh))} x {request.batch}" for request in requests]
+    plans: list[Plan] = [result.plan for result in results if result.plan is not None]
     ends = [0.0] * len(plans)
-    for kind in _HELD[:5]:
+    for kind in _MEMORY[:5]:
         sizes = [getattr(plan, kind) / _GIB for plan in plans]
         axes.barh(names, sizes, left=ends, label=kind)
         ends = [end + size for end, size in zip(ends, sizes, strict=True)]
@@ -101,7 +108,7 @@ class Table:
 
     Attributes:
       cases: each names a file of configs/hardware as its `hardware`.
-      cells: of a case, a model and the hardware, as many as there are columns.
+      cells: from a case, a model and the hardware to as many cells as there are columns.
     """
 
     columns: tuple[str, ...]
@@ -109,10 +116,10 @@ class Table:
     cells: Callable[[Any, GLMConfig, ConfigDict], tuple[str, ...]]
 
     def lines(self, model: GLMConfig, find: Callable[[str], ConfigDict]) -> Iterator[str]:
-        """In Markdown, one case after another.
+        """Yield the table in Markdown, a row as soon as it is planned.
 
         Args:
-          find: from a hardware file's name to what it returns.
+          find: from a hardware file's name to what the file returns.
         """
         yield markdown_row(self.columns)
         yield "|" + " --- |" * len(self.columns)
@@ -121,5 +128,5 @@ class Table:
 
 
 def markdown_row(cells: tuple[str, ...]) -> str:
-    """A line of a Markdown table."""
+    """Format a row of a Markdown table."""
     return f"| {' | '.join(cells)} |"

@@ -1,5 +1,5 @@
-"""How fast a program can be at best: the slowest of computing, reading memory, exchanging
-within hosts and between them, and copying from a host."""
+"""The roofline: a step takes at least the longest of its compute, memory, link, network and host
+copy times."""
 
 import dataclasses
 
@@ -8,14 +8,14 @@ from ml_collections import ConfigDict
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a step asks of a device.
+    """The work of one device in a step.
 
     Attributes:
       flops: of matrix products.
-      memory_bytes: read and written once each: weights, cache, optimiser state.
+      memory_bytes: weights, cache and optimiser state, each read and written once.
       link_bytes: sent to other devices of the host.
       network_bytes: sent to other hosts.
-      host_bytes: copied from a host's memory.
+      host_bytes: copied from and to the host's memory.
     """
 
     flops: float
@@ -27,7 +27,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds that each of the five would take alone."""
+    """Seconds that each resource would take alone."""
 
     compute: float
     memory: float
@@ -37,17 +37,22 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
+        """The least time of a step."""
         return max(dataclasses.astuple(self))
 
     @property
     def limit(self) -> str:
-        """Which of them is the largest."""
+        """The name of the slowest resource."""
         parts = dataclasses.asdict(self)
         return max(parts, key=lambda name: parts[name])
 
 
 def roofline(work: Work, hardware: ConfigDict) -> Roofline:
-    """The floor of a step's time on a device of `configs/hardware`."""
+    """Return the least time of a step, by resource.
+
+    Args:
+      hardware: of a file of `configs/hardware`; rates are in operations or bytes per second.
+    """
     over = lambda size, name: size / hardware[name] if size else 0.0
     return Roofline(
         compute=work.flops / hardware.matrix_flops,

@@ -1,6 +1,6 @@
-"""Devices that are compiled for without being here.
+"""Descriptions of devices to compile for that are not here.
 
-They take the platform's compiler (`jax[cuda12]` or `jax[tpu]`), not its hardware; run with
+They need the platform's compiler (`jax[cuda12]` or `jax[tpu]`), not its hardware. Run with
 JAX_PLATFORMS=cpu, and for TPUs TPU_SKIP_MDS_QUERY=1.
 """
 
@@ -30,7 +30,7 @@ _EVERY_GPU = {
 
 
 def target_config(hardware: ConfigDict) -> str:
-    """A GPU of `configs/hardware` as XLA's GpuTargetConfigProto in text form."""
+    """Describe a GPU of `configs/hardware` as XLA's GpuTargetConfigProto in text form."""
     major, minor = divmod(round(10 * hardware.compute_capability), 10)
     info = _EVERY_GPU | {
         "shared_memory_per_core": hardware.shared_memory_per_multiprocessor,
@@ -52,21 +52,22 @@ def target_config(hardware: ConfigDict) -> str:
     )
 
 
-def devices_a_host(hardware: ConfigDict) -> int:
-    """Devices that exchange without a network: GPUs of a server, TPUs of a slice."""
+def devices_per_host(hardware: ConfigDict) -> int:
+    """Return how many devices communicate without a network: GPUs of a server, TPUs of a slice."""
     return int(hardware.get("devices_per_host", 1 << 30))
 
 
 def devices(hardware: ConfigDict, count: int = 1, hosts: int = 1) -> list[jax.Device]:
-    """`count` devices of a kind, to make a mesh of and compile for.
+    """Describe devices of one kind, to make a mesh of and compile for.
 
     Args:
-      hosts: that GPUs are divided among.
-      hardware: what a file of `configs/hardware` returns. TPUs come in its topologies, of
-        the smallest of which that has enough the first `count` are given.
+      hardware: of a file of `configs/hardware`. TPUs come in its topologies: the first `count`
+        of the smallest topology that has enough.
+      count: number of devices.
+      hosts: number of hosts that GPUs are divided among.
 
     Raises:
-      ValueError: no topology has so many.
+      ValueError: no topology has so many devices.
       RuntimeError: the platform's compiler is not installed.
     """
     if hardware.platform == "tpu":
@@ -87,9 +88,9 @@ def devices(hardware: ConfigDict, count: int = 1, hosts: int = 1) -> list[jax.De
 
 @contextlib.contextmanager
 def compiling_for(mesh: Mesh) -> Iterator[None]:
-    """What is lowered inside is for a mesh's devices.
+    """Lower programs for a mesh's devices within this context.
 
-    Libraries of kernels ask the default device, which is another here, what it can do.
+    Kernel libraries ask the default device, a different one here, for its capabilities.
     """
     device = mesh.devices.flat[0]
     default = mock.patch("jax.extend.backend.get_default_device", return_value=device)
@@ -98,21 +99,24 @@ def compiling_for(mesh: Mesh) -> Iterator[None]:
 
 
 def in_memory(tree: Any, kind: str) -> Any:
-    """Described arrays in a kind of memory, to lower within `compiling_for`.
+    """Return descriptions of arrays in a kind of memory, to lower within `compiling_for`.
 
-    Devices that are not here may list no memories, and a sharding over them then drops a
-    memory's name; one over a mesh without devices keeps it.
+    Devices that are not here may list no memories, and a sharding over them then drops the
+    memory kind; a sharding over an abstract mesh keeps it.
+
+    Args:
+      kind: `DEVICE_MEMORY` or `HOST_MEMORY`.
     """
 
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         sharding: Any = x.sharding
-        mesh = sharding.mesh.abstract_mesh  # its own where it is one
-        there = NamedSharding(mesh, sharding.spec, memory_kind=kind)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there)
+        mesh = sharding.mesh.abstract_mesh  # itself if it is abstract already
+        moved = NamedSharding(mesh, sharding.spec, memory_kind=kind)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=moved)
 
     return jax.tree.map(place, tree)
 
 
 def _chips(shape: str) -> int:
-    """Of a shape such as 2x2x4."""
+    """Count the chips of a shape such as 2x2x4."""
     return math.prod(map(int, shape.split("x")))

@@ -1,26 +1,30 @@
-"""This project's programs compiled for devices that are not here, and what they would take."""
+"""The train step compiled for devices that are not here, and the memory that it needs."""
 
 import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from glm_jax.config import GLMConfig
 from glm_jax.model.params import GLMParams
-from glm_jax.planning.collectives import by_kind, in_lines
 from glm_jax.planning.topology import compiling_for
-from glm_jax.sharding import activation_spec
+from glm_jax.sharding import activation_sharding, replicated
 from glm_jax.training.recipe import Recipe
-from glm_jax.training.state import Batch, TrainState, abstract_state, state_shardings
+from glm_jax.training.state import TrainBatch, TrainState, abstract_state, state_shardings
 from glm_jax.training.step import compiled_train_step
+
+_GROUPS = 9  # kinds of samples: the size of a few small sums
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes a device: what goes in (of it `reused`, for what comes out), and what a program
-    needs besides."""
+    """Bytes on one device.
+
+    Attributes:
+      reused: part of the arguments, donated to outputs.
+    """
 
     arguments: int
     outputs: int
@@ -42,50 +46,42 @@ def lower_train_step(
     sequence_length: int,
     frozen: GLMParams | None = None,
 ) -> Any:
-    """The train step of a run, lowered for the devices of `mesh`.
+    """Lower the train step of a run for the devices of `mesh`.
 
     Args:
-      frozen: the model beside adapters, described, where the recipe has these.
+      accumulation: number of micro-batches.
+      micro_batch: rows that the devices take at once.
+      frozen: description of the model beside adapters, if the recipe has these.
     """
     shape = (accumulation, micro_batch, sequence_length)
-    sharding = NamedSharding(mesh, PartitionSpec(None, *activation_spec(("batch", "seq"))))
+    sharding = activation_sharding(mesh, (None, "batch", "seq"))
     integers = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-    names = [field.name for field in dataclasses.fields(Batch)]
-    described: Any = dict.fromkeys(names, integers)
-    batch = Batch(**described)
     floats = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
-    batch = batch.replace(loss_weights=floats)  # type: ignore[attr-defined]
+    fields: Any = dict.fromkeys([field.name for field in dataclasses.fields(TrainBatch)], integers)
+    batch = TrainBatch(**fields | {"loss_weights": floats})
     key = jax.eval_shape(lambda: jax.random.key(0))
-    whole = NamedSharding(mesh, PartitionSpec())
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
-    step: Any = compiled_train_step(model, recipe, 9, mesh)
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
+    step: Any = compiled_train_step(model, recipe, _GROUPS, mesh)
     state = described_state(model, recipe, mesh)
     with compiling_for(mesh):
         return step.lower(state, frozen, batch, key)
 
 
 def described_state(model: GLMConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
-    """What a train step takes, on devices that are not here; moments may wait on hosts."""
-    state: TrainState = jax.tree.map(
+    """Describe the state that a train step takes; offloaded moments are in hosts' memory."""
+    return jax.tree.map(
         lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
         abstract_state(model, recipe, mesh),
         state_shardings(model, recipe, mesh),
     )
-    return state
 
 
 def memory(compiled: Any) -> Memory:
-    """What a compiled program takes of a device's memory."""
-    found = compiled.memory_analysis()
+    """Return the memory that a compiled program needs."""
+    analysis = compiled.memory_analysis()
     return Memory(
-        arguments=found.argument_size_in_bytes,
-        outputs=found.output_size_in_bytes,
-        reused=found.alias_size_in_bytes,
-        temporaries=found.temp_size_in_bytes,
+        arguments=analysis.argument_size_in_bytes,
+        outputs=analysis.output_size_in_bytes,
+        reused=analysis.alias_size_in_bytes,
+        temporaries=analysis.temp_size_in_bytes,
     )
-
-
-def collectives(compiled: Any) -> dict[str, tuple[int, int]]:
-    """Exchanges that the text of a program has, by kind: how many, and bytes a device of
-    their results. What stands in a loop counts once."""
-    return by_kind(in_lines(compiled.as_text().splitlines()))

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from glm_jax.planning import topology
+from glm_jax.planning.collectives import by_kind, parse_collectives
 from glm_jax.quantization import QuantizedArray
 
 _PTXAS = Path(sysconfig.get_paths()["purelib"]) / "nvidia/cuda_nvcc/bin/ptxas"
@@ -83,3 +84,8 @@ def assembly(kernel: str, capability: float) -> Assembly:
         )
     assert len(found) == 1
     return found[0]
+
+
+def collectives(compiled: Any) -> dict[str, tuple[int, int]]:
+    """How many of each kind stand in a program's text, and bytes of their results on a device."""
+    return by_kind(parse_collectives(compiled.as_text().splitlines()))

@@ -1,12 +1,12 @@
 """The engine's programs at GLM-130B's size compile for the paper's hardware, and fit."""
 
 import pytest
-from aot.compiling import hardware
+from aot.compiling import collectives, hardware
 
 from glm_jax.config import glm_130b
 from glm_jax.planning import topology
 from glm_jax.planning.engine_programs import lower_engine
-from glm_jax.planning.training_programs import collectives, memory
+from glm_jax.planning.training_programs import memory
 from glm_jax.sharding import make_mesh
 
 CASES = [

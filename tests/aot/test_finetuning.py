@@ -11,7 +11,7 @@ from glm_jax.config import glm_130b
 from glm_jax.model import params as glm_params
 from glm_jax.model.adapters import AdapterConfig
 from glm_jax.planning import finetuning_table, topology, training_programs
-from glm_jax.planning.collectives import exchanges
+from glm_jax.planning.collectives import find_collectives
 from glm_jax.planning.engine_programs import abstract_params
 from glm_jax.planning.finetuning_table import CASES
 from glm_jax.planning.reports import markdown_row
@@ -101,7 +101,7 @@ def test_a_block_sums_twice_forward_and_twice_backward():
     """And what adapters sum besides is their rank's; no weights are exchanged."""
     length = 1024
     model, compiled = _adapted("int4", length, 16)
-    found = exchanges(compiled.as_text(), model.num_layers)
+    found = find_collectives(compiled.as_text(), model.num_layers)
     hidden = length * model.hidden_size * 2
     large = [e for e in found if e.bytes >= hidden]
     assert {e.kind for e in large} == {"all-reduce"}

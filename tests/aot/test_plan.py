@@ -1,4 +1,4 @@
-"""The table of hardware, what is exchanged at 130B size, and plans from the command line."""
+"""The table of hardware, the collectives at 130B size, and plans from the command line."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from aot.compiling import hardware
 
 from glm_jax.config import glm_130b
 from glm_jax.planning.hardware_table import CASES, plan_case
-from glm_jax.planning.plan import Question, make_plan
+from glm_jax.planning.plan import PlanRequest, make_plan
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -44,20 +44,20 @@ def test_every_case_fits_as_the_table_says(case):
 @pytest.mark.parametrize("job", ["decode", "prefill", "evaluate"])
 @pytest.mark.parametrize("name", ["a100_40gb", "tpu_v5p"])
 def test_two_sums_a_block_and_no_weights(name, job):
-    """Tensor parallelism at its floor. Of exchanges as large as hidden states there are
+    """Tensor parallelism at its floor. Of collectives as large as hidden states there are
     exactly two sums a block and, where tokens are looked up, one; in decoding the scores may
     be gathered. All others together, which choose a token or normalise scores, are smaller
     than one of these."""
     model = glm_130b()
-    plan = make_plan(Question(model, job, "bfloat16", (1, 1, 8), 1, 2048), hardware(name))
+    plan = make_plan(PlanRequest(model, job, "bfloat16", (1, 1, 8), 1, 2048), hardware(name))
     hidden = (1 if job == "decode" else 2048) * model.hidden_size * 2
-    large = [e for e in plan.exchanges if e.bytes >= hidden]
+    large = [e for e in plan.collectives if e.bytes >= hidden]
     sums = sum(e.times for e in large if e.kind == "all-reduce")
     assert sums == 2 * model.num_layers + (job != "prefill"), large
     gathered = [e for e in large if e.kind != "all-reduce"]
     scores = 4 * model.vocab_size
     assert sum(e.times * e.bytes for e in gathered) in ((0, scores) if job == "decode" else (0,))
-    small = sum(e.times * e.bytes for e in plan.exchanges if e.bytes < hidden)
+    small = sum(e.times * e.bytes for e in plan.collectives if e.bytes < hidden)
     assert small < hidden
 
 

@@ -1,7 +1,7 @@
 """The 130B train step at the paper's scale fits 96 hosts of 8 A100 of 40 GB."""
 
 import pytest
-from aot.compiling import hardware
+from aot.compiling import collectives, hardware
 
 from configs import glm_130b
 from glm_jax.planning import topology, training_programs
@@ -40,7 +40,7 @@ def test_the_papers_step_fits(compiled, capsys):
             f"{taken.reused / 2**30:.2f}, temporaries {taken.temporaries / 2**30:.2f}, "
             f"together {taken.total / 2**30:.2f}"
         )
-        for kind, (count, size) in training_programs.collectives(compiled).items():
+        for kind, (count, size) in collectives(compiled).items():
             print(f"  {kind}: {count} in the text, {size / 2**20:.0f} MiB a device")
     assert taken.total < 0.9 * room
     # Parameters and both moments in float32, on 768 devices, and little that is not split.
@@ -53,7 +53,7 @@ def test_the_state_is_gathered_a_layer_at_a_time(compiled):
     """No gather's result is larger than a layer's weights and the embedding in float16."""
     layer = 2 * 12 * 12288**2 / GPUS
     table = 2 * 150528 * 12288 / GPUS
-    gathers = training_programs.collectives(compiled)
+    gathers = collectives(compiled)
     assert "all-gather" in gathers
     count, size = gathers["all-gather"]
     assert size < 3.2 * (layer + table), (count, size)

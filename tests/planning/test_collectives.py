@@ -1,4 +1,4 @@
-"""What programs exchange, counted from their text."""
+"""Collectives of programs, counted from their text."""
 
 import functools
 
@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from glm_jax.planning.collectives import Exchange, Sent, by_kind, exchanges, sent
+from glm_jax.planning.collectives import Collective, Traffic, by_kind, find_collectives, traffic
 from glm_jax.planning.roofline import Work, roofline
 from glm_jax.sharding import make_mesh
 
@@ -36,7 +36,7 @@ def _program(mesh, steps):
 def test_loops_count_as_often_as_they_run(steps):
     """Known to the program, or told."""
     text = _program(make_mesh((1, 1, 8)), steps).compile().as_text()
-    found = exchanges(text, loops=STEPS)
+    found = find_collectives(text, loops=STEPS)
     reduced = [e for e in found if e.kind in ("all-reduce", "reduce-scatter")]
     assert sum(e.times for e in reduced) == STEPS + 1, text
     assert by_kind(found) == by_kind(list(reversed(found)))
@@ -58,15 +58,15 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   %r = f32[8]{0} all-reduce(%z), to_apply=%add
 }
 """
-    found = exchanges(text, loops=70)
+    found = find_collectives(text, loops=70)
     assert set(found) == {
-        Exchange("all-reduce", 128, 70, (0, 1)),
-        Exchange("all-gather", 256, 1),
-        Exchange("all-reduce", 32, 1),
+        Collective("all-reduce", 128, 70, (0, 1)),
+        Collective("all-gather", 256, 1),
+        Collective("all-reduce", 32, 1),
     }
     assert by_kind(found) == {"all-reduce": (71, 70 * 128 + 32), "all-gather": (1, 256)}
     ring = functools.partial(pytest.approx, abs=1)
-    together = sent(found, 8, a_host=8)
+    together = traffic(found, 8, devices_per_host=8)
     assert together.network == 0
     assert together.link == ring(70 * 128 * 2 * 1 / 2 + 32 * 2 * 7 / 8 + 256 * 7 / 8)
 
@@ -82,24 +82,24 @@ ENTRY %main (p: f32[8]) -> f32[8] {
         ("mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_1','axis_2'}", (0, 1, 2, 3)),
     ],
 )
-def test_who_exchanges_with_whom(groups, group):
+def test_replica_groups(groups, group):
     """As XLA writes it: listed, counted off after a transposition, or by names of axes."""
     text = f"""
 ENTRY %main (p: f32[8]) -> f32[8] {{
   %r = f32[8]{{0}} all-reduce(%z), replica_groups={groups}, to_apply=%add
 }}
 """
-    assert exchanges(text, 1) == [Exchange("all-reduce", 32, 1, group)]
+    assert find_collectives(text, 1) == [Collective("all-reduce", 32, 1, group)]
 
 
-def test_hosts_exchange_by_the_network():
-    gather = lambda *group: [Exchange("all-gather", 1200, 1, group)]
-    assert sent(gather(0, 1, 2, 3), 16, a_host=4) == Sent(900, 0)
+def test_traffic_between_hosts_goes_over_the_network():
+    gather = lambda *group: [Collective("all-gather", 1200, 1, group)]
+    assert traffic(gather(0, 1, 2, 3), 16, devices_per_host=4) == Traffic(900, 0)
     # One device of each of three hosts, then two of each of two, who share the way.
-    assert sent(gather(0, 4, 8), 16, a_host=4) == Sent(0, 800)
-    assert sent(gather(0, 1, 4, 5), 16, a_host=4) == Sent(900, 450)
-    scatter = [Exchange("reduce-scatter", 100, 2, (0, 4, 8))]
-    assert sent(scatter, 16, a_host=4) == Sent(0, 2 * 100 * 2)
+    assert traffic(gather(0, 4, 8), 16, devices_per_host=4) == Traffic(0, 800)
+    assert traffic(gather(0, 1, 4, 5), 16, devices_per_host=4) == Traffic(900, 450)
+    scatter = [Collective("reduce-scatter", 100, 2, (0, 4, 8))]
+    assert traffic(scatter, 16, devices_per_host=4) == Traffic(0, 2 * 100 * 2)
 
 
 def test_the_slowest_is_the_roofline():

@@ -6,9 +6,9 @@ import pytest
 
 from glm_jax.config import glm_config
 from glm_jax.planning import plan, sweep, topology
-from glm_jax.planning.plan import CompilerError, Question
+from glm_jax.planning.plan import CompilerError, PlanRequest
 
-QUESTION = Question(glm_config("tiny"), "decode", "float16", (1, 1, 2), 1, 64)
+REQUEST = PlanRequest(glm_config("tiny"), "decode", "float16", (1, 1, 2), 1, 64)
 
 
 @pytest.mark.parametrize("ask", [sweep.attempt, lambda *given: sweep.sweep(*given, print)])
@@ -19,7 +19,7 @@ def test_a_missing_compiler_ends_a_sweep(ask, monkeypatch):
     monkeypatch.setattr(topology, "devices", missing)
     hardware = importlib.import_module("configs.hardware.a100_40gb").get_config()
     with pytest.raises(CompilerError, match=r"its compiler is not here .*glm_jax\[aot\]"):
-        ask(QUESTION, hardware)
+        ask(REQUEST, hardware)
 
 
 def test_what_cannot_be_planned_is_kept_as_a_reason(monkeypatch):
@@ -28,4 +28,4 @@ def test_what_cannot_be_planned_is_kept_as_a_reason(monkeypatch):
 
     monkeypatch.setattr(plan.topology, "devices", no_topology)
     hardware = importlib.import_module("configs.hardware.tpu_v5p").get_config()
-    assert "no topology has 2 chips" in sweep.attempt(QUESTION, hardware).error
+    assert "no topology has 2 chips" in sweep.attempt(REQUEST, hardware).error
