@@ -1,4 +1,4 @@
-"""What a GLM model is, as one immutable value that is static under ``jax.jit``."""
+"""What a GLM model is: one immutable config, static under ``jax.jit``."""
 
 import dataclasses
 import itertools
@@ -16,18 +16,18 @@ _ROTARY_DTYPES = ("float16", "float32")
 
 
 class ConfigError(UserError):
-    """A configuration that no model can have; the message names the field."""
+    """A configuration that is not valid; the message names the field."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Which numbers a field may be: none but finite ones, and no text, None or bool.
+    """The valid numbers of a field; text, None, bool, NaN and infinities are not valid.
 
     Attributes:
-      kind: int, or float, which takes an int too.
-      low, high: the least and the greatest.
-      without_low, without_high: the number itself is out of range.
-      also: single numbers besides, such as a 0 that turns something off.
+      kind: int, or float, for which an int is valid too.
+      low, high: bounds, inclusive.
+      without_low, without_high: the bound is exclusive.
+      also: further valid numbers, such as a 0 that turns a feature off.
     """
 
     kind: type
@@ -38,7 +38,7 @@ class Range:
     also: tuple[int, ...] = ()
 
     def check(self, name: str, value: Any) -> None:
-        """Raises ConfigError where a value is out of range; `name` is the field's."""
+        """Raise ConfigError if a value is out of range; `name` is the field's."""
         kinds = (int,) if self.kind is int else (int, float)
         if isinstance(value, kinds) and not isinstance(value, bool):
             is_above = value > self.low if self.without_low else value >= self.low
@@ -56,25 +56,25 @@ class Range:
 
 
 def check_ranges(fields: Any, ranges: Mapping[str, Range]) -> None:
-    """Raises ConfigError for the first attribute of `fields` that is out of its range."""
+    """Raise ConfigError for the first attribute of `fields` that is out of its range."""
     for name, range_ in ranges.items():
         range_.check(name, getattr(fields, name))
 
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the tokens that are not text. The defaults are those of the released model.
+    """Ids of the tokens that are not text; the defaults are the released model's.
 
     Attributes:
       mask: [MASK], a short blank inside a text.
       gmask: [gMASK], a blank of any length at the end of a text.
-      smask: [sMASK], a sentence-long blank.
-      eod: ends a document.
-      sop: starts a generated piece.
-      eop: ends a generated piece.
+      smask: [sMASK], a blank of a sentence.
+      eod: end of a document.
+      sop: start of a generated span.
+      eop: end of a generated span.
       enc: marks a context that is encoded only.
       dblock: marks a block that is decoded.
-      eos: the sentencepiece end of sentence, which lies among the text ids.
+      eos: sentencepiece's end of sentence, an id among those of text.
     """
 
     mask: int = 150000
@@ -93,19 +93,20 @@ class SpecialTokens:
 
     @property
     def end_tokens(self) -> tuple[int, int]:
-        """Generating one of these ends an answer."""
+        """The tokens at which generation stops by default."""
         return (self.eop, self.eos)
 
     def without_end(
         self, answer: Sequence[int], end_tokens: Sequence[int] | None = None
     ) -> tuple[int, ...]:
-        """The tokens of an answer that are its text: those before the token that ended it.
+        """Return the text tokens of an answer: those before the token that ended it.
 
-        eod ends a text too. Models write it before eop where a document ends, so that
-        generation does not stop at it.
+        eod ends the text too. Models write it before eop at the end of a document, so generation
+        does not stop at it.
 
         Args:
-          end_tokens: at which generation stopped; `end_tokens` by default.
+          answer: generated token ids.
+          end_tokens: ids at which generation stopped, None for the default.
         """
         ends = {self.eod, *(self.end_tokens if end_tokens is None else end_tokens)}
         return tuple(itertools.takewhile(lambda token: token not in ends, answer))
@@ -114,7 +115,7 @@ class SpecialTokens:
 RELEASED_VOCAB_SIZE = 150528
 _MAX_VOCAB_SIZE = 1 << 24
 _TOKEN_ID = Range(int, 0, _MAX_VOCAB_SIZE - 1)
-# Of `GLMConfig`: what no model exceeds, and arrays of which still have shapes.
+# Of `GLMConfig`: wider than any model, and small enough for the shapes of arrays.
 RANGES = {
     "num_layers": Range(int, 1, 1 << 14),
     "hidden_size": Range(int, 1, 1 << 20),
@@ -127,7 +128,7 @@ RANGES = {
 }
 
 
-# What tells the models of the family apart, and the one value of each that is implemented.
+# How models of the family differ, and the one value of each that is implemented.
 ARCHITECTURE: dict[str, Any] = {
     "norm": "layernorm",
     "residual": "deepnorm",
@@ -144,27 +145,27 @@ class GLMConfig:
     Attributes:
       num_layers: transformer blocks.
       hidden_size: width of the residual stream.
-      inner_hidden_size: width of each half of the gated feed-forward layer.
-      num_heads: attention heads; hidden_size / num_heads must be even, for rotary.
-      vocab_size: rows of the word embedding, padding rows included.
+      inner_hidden_size: width of each half of the gated linear unit.
+      num_heads: attention heads; hidden_size / num_heads must be even, for rotary positions.
+      vocab_size: rows of the word embedding, including padding rows.
       max_sequence_length: position ids run from 0 to this, exclusive.
       layernorm_epsilon: added to the variance.
       rotary_base: base of the geometric rotary frequencies.
       rotary_dtype: "float16" rounds frequencies, angles, cosines and sines as the
-        released model does, "float32" keeps them exact.
-      param_dtype: how float parameters are stored.
-      compute_dtype: activations and products; "tensorfloat32" is float32 whose products
+        released model does; "float32" does not.
+      param_dtype: of stored float parameters.
+      compute_dtype: of activations and products; "tensorfloat32" is float32 with products that
         accelerators may round to fewer bits.
-      softmax_dtype: attention probabilities, before the product with the values.
-      cache_dtype: keys and values kept while decoding: a float dtype, or "int8" with a scale
-        for each head and position; None for compute_dtype.
-      special_tokens: ids of the tokens that are not text, None if not known.
-      norm: of a block's inputs, "layernorm" (`layers.layer_norm`).
-      residual: where norms stand and what is added, "deepnorm": x = norm(x) * alpha + f(norm(x))
+      softmax_dtype: of attention probabilities, before the product with the values.
+      cache_dtype: of cached keys and values: a float dtype, or "int8" with a scale for each
+        head and position; None for compute_dtype.
+      special_tokens: ids of the tokens that are not text, None if unknown.
+      norm: of a block's inputs: "layernorm" (`layers.layer_norm`).
+      residual: order of norms and additions: "deepnorm", x = norm(x) * alpha + f(norm(x))
         (`glm.block`).
-      activation: of the feed-forward layer, "geglu", which is gated (`layers.geglu`).
+      activation: of the feed-forward layer: "geglu", which is gated (`layers.geglu`).
       positions: "rotary" (`layers.apply_rotary`).
-      output_projection: "tied": the word embedding itself (`glm.logits`).
+      output_projection: "tied", the word embedding (`glm.logits`).
       num_key_value_heads: None for num_heads, one for each query head.
     """
 
@@ -223,30 +224,34 @@ class GLMConfig:
 
     @property
     def activation_dtype(self) -> str:
-        """The dtype of the arrays that `compute_dtype` asks for."""
+        """The dtype of activations; see `compute_dtype`."""
         return array_dtype(self.compute_dtype)
 
     @property
     def head_dim(self) -> int:
+        """Size of an attention head."""
         return self.hidden_size // self.num_heads
 
     @property
     def residual_scale(self) -> float:
-        """alpha of DeepNorm, sqrt(2 * layers) (arXiv:2210.02414, section 2.1)."""
+        """DeepNorm's alpha, sqrt(2 * layers) (arXiv:2210.02414, section 2.1)."""
         return math.sqrt(2.0 * self.num_layers)
 
     def replace(self, **changes: Any) -> "GLMConfig":
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> str:
+        """Return the fields as JSON."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "GLMConfig":
-        """Inverse of `to_json`.
+        """Invert `to_json`.
 
         Raises:
-          ConfigError: not JSON, an unknown or missing field, or a value out of range.
+          ConfigError: the text is not JSON, a field is unknown or missing, or a value is out of
+            range.
         """
         try:
             fields = json.loads(text)
@@ -256,7 +261,11 @@ class GLMConfig:
 
     @classmethod
     def from_dict(cls, fields: Any) -> "GLMConfig":
-        """Builds a config from plain values; raises ConfigError as `from_json` does."""
+        """Build a config from plain values.
+
+        Raises:
+          ConfigError: see `from_json`.
+        """
         if not isinstance(fields, dict):
             raise ConfigError("model config is not a JSON object")
         fields = dict(fields)
@@ -265,8 +274,7 @@ class GLMConfig:
             if not isinstance(special, dict):
                 raise ConfigError(f"special_tokens={shown(special)}: expected an object of ids")
             fields["special_tokens"] = _build(SpecialTokens, special)
-        config: GLMConfig = _build(cls, fields)
-        return config
+        return _build(cls, fields)
 
 
 def _build(cls: Any, fields: dict[str, Any]) -> Any:
@@ -294,9 +302,9 @@ MODEL_SIZES = tuple(_SIZES)
 
 
 def glm_config(size: str, **overrides: Any) -> GLMConfig:
-    """The config of a named size, from "tiny" to "130b".
+    """Return the config of a named size, from "tiny" to "130b".
 
-    The names count all parameters, the 150,528-row embedding included; "tiny" has a
+    The names count all parameters, including the embedding of 150,528 rows; "tiny" has a
     vocabulary of 512 and 128 positions.
 
     Raises:
@@ -316,6 +324,6 @@ def glm_config(size: str, **overrides: Any) -> GLMConfig:
 
 
 def glm_130b(**overrides: Any) -> GLMConfig:
-    """The released model: 70 layers, hidden 12288, 96 heads, float16 rotary tables."""
+    """Return the released model: 70 layers, hidden size 12288, 96 heads, float16 rotary tables."""
     released = dict(rotary_dtype="float16", param_dtype="float16", compute_dtype="float16")
     return glm_config("130b", **(released | overrides))

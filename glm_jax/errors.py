@@ -1,4 +1,4 @@
-"""Errors whose cause lies outside of the program: the user's to mend, or the system's."""
+"""Errors with a cause outside of the program: in the user's input, or in the system."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ class UserError(ValueError):
     """Input that cannot be used. The message is one line: what is wrong, where, what to do.
 
     Attributes:
-      status: of the process that ends by it.
+      status: exit status of a process that ends with this error.
     """
 
     status = 1
@@ -21,14 +21,14 @@ _SHORT.maxstring = _SHORT.maxother = 60
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: its repr, cut short however much it holds."""
+    """Return the repr of a value for a message, shortened."""
     return _SHORT.repr(value)
 
 
 def shortened(message: str) -> str:
-    """A message without its middle, where what it quotes would fill the screen."""
-    half = _LONGEST_LINE // 2
-    return message if len(message) <= _LONGEST_LINE else f"{message[:half]} ... {message[-half:]}"
+    """Return a message, without its middle if it is longer than a screen."""
+    half = _MAX_MESSAGE // 2
+    return message if len(message) <= _MAX_MESSAGE else f"{message[:half]} ... {message[-half:]}"
 
 
 _NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
@@ -42,28 +42,28 @@ _REFUSED = (
         ),
     ),
 )  # fmt: skip
-_NO_MEMORY = "RESOURCE_EXHAUSTED"  # what XLA calls it
-_LONGEST = 300
-_LONGEST_LINE = 2000
+_NO_MEMORY = "RESOURCE_EXHAUSTED"  # XLA's word
+_MAX_REASON = 300
+_MAX_MESSAGE = 2000
 
 
 def is_no_room(error: Exception) -> bool:
-    """Whether a disk was full. Libraries wrap the system's error in their own."""
+    """Return True for the error of a full disk, which libraries wrap in their own errors."""
     return any(words in str(error) for words in _NO_ROOM)
 
 
 def system_refusal(error: Exception, written: str) -> str | None:
-    """What the operating system refused, in a line that names the path; None for any other error.
+    """Return in a line what the operating system refused, or None for any other error.
 
-    Libraries wrap the system's error in their own, which is known by the system's words.
+    Libraries wrap the system's errors in their own; these are recognised by the system's words.
 
     Args:
-      written: what is named where the error names no path, as a write to an open file does.
+      written: the path to name if the error has none, as for a write to an open file.
     """
     if isinstance(error, OSError) and error.strerror is not None:
         paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
         return ": ".join([*(paths or [written]), error.strerror])
-    text = str(error)[:_LONGEST] or type(error).__name__
+    text = str(error)[:_MAX_REASON] or type(error).__name__
     if isinstance(error, OSError) or any(words in str(error) for words in _REFUSED):
         return f"{written}: {text}"
     if isinstance(error, MemoryError) or _NO_MEMORY in str(error):

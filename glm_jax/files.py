@@ -1,6 +1,6 @@
-"""Output that is whole or not there, after a loss of power too, and written by one at a time.
+"""Output that is complete or absent, even after a power failure, with one writer at a time.
 
-Everything is written beside its place, synced to the disk and renamed (`put_in_place`).
+A file or folder is written beside its final path, synced to the disk and renamed (`put_in_place`).
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from typing import Any
 from glm_jax import processes
 from glm_jax.errors import UserError, is_no_room
 
-# Errors of writing alone: the files that are read at the same time do not raise them.
-_OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# Errors that only writing raises, not the files that are read at the same time.
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _LOCK = re.compile(r"\..*\.lock")
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # the file system has no locks
 
 
 class OutputError(UserError):
-    """An output that cannot be written; what was there before is as it was."""
+    """An output that cannot be written; an earlier one is unchanged."""
 
 
 class LockedError(OutputError):
@@ -37,18 +37,18 @@ class LockedError(OutputError):
 
 @contextlib.contextmanager
 def locked(path: Path, number: int = 0, count: int = 1) -> Iterator[None]:
-    """Keeps other processes from writing to `path`, which need not be there yet.
+    """Hold a lock that keeps other processes from writing to `path`, which need not exist.
 
-    The system opens the lock when this process ends, however it does: only the file of the lock,
-    `.NAME.lock` beside `path`, may stay. Of joined processes the first has the lock. On a file
-    system without locks there is none, which a line on stderr says.
+    The system releases the lock when this process ends, for whatever reason: only the lock file,
+    `.NAME.lock` beside `path`, may remain. Of joined processes the first has the lock. On a file
+    system without locks there is none, and a line on stderr says so.
 
     Args:
-      number, count: of processes that are not joined and share the output; each number comes
-        once, and a process that is alone shares with none.
+      number, count: index and number of processes that share the output without being joined;
+        each index can be used once. A process with count 1 does not share.
 
     Raises:
-      LockedError: another process has it; the message names it.
+      LockedError: another process has the lock; the message names it.
     """
     if processes.are_joined() and not processes.is_first():
         yield
@@ -62,7 +62,7 @@ def locked(path: Path, number: int = 0, count: int = 1) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lock(path: Path, suffix: str, is_shared: bool) -> Iterator[None]:
-    path = path.resolve()  # by whatever links it is named
+    path = path.resolve()  # the same lock whatever links lead to the path
     with explained(path):
         is_inside = path.is_dir() and not os.access(path.parent, os.W_OK)
         file = (path if is_inside else path.parent) / f".{path.name}{suffix}.lock"
@@ -78,14 +78,14 @@ def _lock(path: Path, suffix: str, is_shared: bool) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            # The file goes with its last holder, while no other can have it.
+            # The last holder removes the file, while no other can take the lock.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.unlink()
         os.close(descriptor)
 
 
 def _open_lock(path: Path, file: Path, is_shared: bool) -> int | None:
-    """An open file that is locked; None where the file system has no locks."""
+    """Return a locked file descriptor, or None if the file system has no locks."""
     kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
@@ -98,7 +98,7 @@ def _open_lock(path: Path, file: Path, is_shared: bool) -> int | None:
             holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip()
             os.close(descriptor)
             raise LockedError(
-                f"{path} is being written by {holder or 'another process'}: wait until that has "
+                f"{path} is being written by {holder or 'another process'}: wait until it has "
                 "ended, or name another folder"
             ) from error
         except OSError as error:
@@ -106,25 +106,25 @@ def _open_lock(path: Path, file: Path, is_shared: bool) -> int | None:
             if error.errno not in _NO_LOCKS:
                 raise
             print(
-                f"{path}: no locks on this file system ({error.strerror}): see to it that no "
+                f"{path}: no locks on this file system ({error.strerror}): make sure that no "
                 "other process writes there",
                 file=sys.stderr,
             )
             return None
-        os.close(descriptor)  # its last holder has just removed it
+        os.close(descriptor)  # its last holder has just removed the file
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a name beside `path` to write a file to: it becomes `path`, whole, at the end.
+    """Yield a path beside `path` to write a file to, which is renamed to `path` at the end.
 
     Raises:
-      OutputError: the file cannot be written, or is a device; what was at `path` stays.
+      OutputError: the file cannot be written, or is a device; an earlier file at `path` stays.
     """
-    path = path.resolve()  # a link stays one
+    path = path.resolve()  # keeps a symbolic link
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise OutputError(f"output {path} is a device, or no file of another kind")
-    # No two writers share a name, on whatever hosts they run.
+        raise OutputError(f"output {path} is not a regular file")
+    # Unique for each writer on all hosts.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file of UTF-8, whole; see `replacing`.
+    """Write a UTF-8 file as a whole; see `replacing`.
 
     Raises:
       OutputError: the file cannot be written.
@@ -146,40 +146,41 @@ def write_text(path: Path, text: str) -> None:
 
 
 def refuse_non_empty(path: Path) -> None:
-    """Raises OutputError where writing to `path` would mix with what is there."""
+    """Raise OutputError if `path` is a file or a folder with content."""
     with explained(path):
         if path.is_dir():
-            found = any(not _LOCK.fullmatch(file.name) for file in path.iterdir())
+            has_content = any(not _LOCK.fullmatch(file.name) for file in path.iterdir())
         else:
-            found = path.exists()
-        if found:
+            has_content = path.exists()
+        if has_content:
             raise OutputError(f"output {path} is not empty: remove it or name another folder")
 
 
 def missing_room(folder: Path, needed: int) -> str | None:
-    """In words, where a folder's disk has less free than the bytes `needed`; else None."""
+    """Return a message if a folder's disk has less free bytes than `needed`, else None."""
     free = shutil.disk_usage(folder).free
     if free >= needed:
         return None
-    return f"{free / 2**20:.1f} MiB are free of {needed / 2**20:.1f} that it takes"
+    return f"{free / 2**20:.1f} MiB are free of {needed / 2**20:.1f} MiB needed"
 
 
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a folder to write, beside `path`; it becomes `path`, whole, at the end, and is
-    removed at an error. Joined processes all enter, and the first makes and renames it.
+    """Yield a folder beside `path` to write to, which is renamed to `path` at the end.
+
+    An error removes it. All joined processes enter; the first makes and renames the folder.
 
     Raises:
-      OutputError: there is something at `path` already, or it cannot be written.
+      OutputError: `path` has content already, or cannot be written.
     """
-    target = Path(path).resolve()  # a link to an empty folder stays one
+    target = Path(path).resolve()  # keeps a symbolic link to an empty folder
     partial = target.with_name(f"{target.name}.partial")
     with locked(target), explained(target):
         refuse_non_empty(target)
         if processes.is_first():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        processes.wait(f"a place for {target.name}")
+        processes.wait(f"room for {target.name}")
         try:
             yield partial
             if processes.is_first():
@@ -188,20 +189,21 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             if processes.is_first():
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-        processes.wait(f"{target.name} is whole")
+        processes.wait(f"{target.name} is complete")
 
 
 def put_in_place(partial: Path, target: Path) -> None:
-    """Renames a file or folder that is whole to `target`, where there is nothing yet, a file
-    or an empty folder. What it holds is on the disk before the name is, and the name when this
-    returns."""
+    """Rename a complete file or folder to `target`, which may be absent, a file or an empty folder.
+
+    The content is on the disk before the rename, and the rename before this returns.
+    """
     sync(partial)
     partial.rename(target)
     _sync_one(target.parent)
 
 
 def sync(path: Path) -> None:
-    """Returns when a file, or a folder with all that is in it, is on the disk."""
+    """Return when a file, or a folder with all its content, is on the disk."""
     for parent, _, names in os.walk(path):
         for name in names:
             _sync_one(Path(parent, name))
@@ -215,20 +217,21 @@ def _sync_one(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that syncs no folders
+        if error.errno != errno.EINVAL:  # the file system cannot sync folders
             raise
     finally:
         os.close(descriptor)
 
 
 def read_json(path: Path, error: type[UserError], if_missing: str | Callable[[], str]) -> Any:
-    """The content of a JSON file.
+    """Read a JSON file.
 
     Args:
-      if_missing: message of the error where the file is missing, or what makes it then.
+      error: class of errors to raise.
+      if_missing: message if the file does not exist, or a function that makes it then.
 
     Raises:
-      error: the file is missing, cannot be read, or is no JSON.
+      error: the file does not exist, cannot be read, or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -242,7 +245,7 @@ def read_json(path: Path, error: type[UserError], if_missing: str | Callable[[],
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turns the system's errors about an output, and libraries' of a full disk, into one line.
+    """Turn errors of the system about an output, or of libraries about a full disk, into one line.
 
     Raises:
       OutputError: the output cannot be written.
@@ -258,7 +261,7 @@ def explained(path: Path) -> Iterator[None]:
             raise
         above = {str(folder) for folder in (path, *path.parents)}
         is_of_path = str(error.filename) in above or str(error.filename).startswith(f"{path}.")
-        if error.errno not in _OF_OUTPUT and not is_of_path:
+        if error.errno not in _WRITE_ERRORS and not is_of_path:
             raise
         file = next((folder for folder in path.parents if folder.is_file()), None)
         why = error.strerror if file is None else f"{file} is a file"

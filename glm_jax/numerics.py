@@ -1,8 +1,8 @@
-"""Products of float arrays, summed in float32, in the precision that their dtype promises.
+"""Matrix products with float32 sums, in full precision of their operands' dtype.
 
-A GPU multiplies float32 as TF32 (10 bits of fraction) and a TPU as bfloat16 unless it is asked
-not to. Here float32 is float32 on every device. `compute_dtype="tensorfloat32"` asks for the fast
-products by name, and so does JAX's own setting `jax_default_matmul_precision`.
+By default a GPU multiplies float32 as TF32 (10 bits of fraction) and a TPU as bfloat16. Here
+float32 is float32 on every device. `compute_dtype="tensorfloat32"` asks for the fast products by
+name, and so does JAX's own setting `jax_default_matmul_precision`.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ _casts = contextvars.ContextVar("casts", default=False)  # bfloat16 operands to 
 
 
 def array_dtype(compute_dtype: str) -> str:
-    """The dtype of the arrays behind a name that also says how they are multiplied."""
+    """Return the dtype of arrays for a `compute_dtype`, which may also name a product precision."""
     return "float32" if compute_dtype == TENSORFLOAT32 else compute_dtype
 
 
 def products_as(compute_dtype: str) -> contextlib.AbstractContextManager[Any]:
-    """Within it, products that are traced have the precision that `compute_dtype` names.
+    """Return a context in which traced products have the precision that `compute_dtype` names.
 
-    Gradients that a `jax.custom_vjp` computes are traced when they are taken: take them within
-    it too.
+    The gradients of a `jax.custom_vjp` are traced when they are taken: take them in the context
+    too.
     """
     if compute_dtype == TENSORFLOAT32:
         return jax.default_matmul_precision(TENSORFLOAT32)
@@ -36,11 +36,11 @@ def products_as(compute_dtype: str) -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def trained_products(compute_dtype: str, on_cpu: bool) -> Iterator[None]:
-    """`products_as`, for a program that takes gradients.
+    """Enter `products_as` for a program that takes gradients.
 
-    XLA folds transposes of gradients into products, and its CPU has no bfloat16 product with its
-    first operand turned: DotThunk says UNIMPLEMENTED when it runs. There the operands are cast to
-    float32, which changes no product of them.
+    XLA folds the transposes of gradients into products, and its CPU backend has no bfloat16
+    product with a transposed first operand: DotThunk reports UNIMPLEMENTED when it runs. On CPU the
+    operands are cast to float32, which does not change their products.
     """
     before = _casts.set(on_cpu)
     try:
@@ -57,8 +57,10 @@ def _operands(x: Array, y: Array) -> tuple[Array, Array]:
 
 
 def precision_of(*operands: Array) -> jax.lax.Precision | None:
-    """The `precision` argument for a product of these: full for float32, unless
-    `jax_default_matmul_precision` asks for another."""
+    """Return the `precision` argument for a product of some operands.
+
+    Full precision for float32, unless `jax_default_matmul_precision` sets another.
+    """
     is_float32 = any(operand.dtype == jnp.float32 for operand in operands)
     if not is_float32 or jax.config.jax_default_matmul_precision is not None:
         return None
@@ -66,7 +68,7 @@ def precision_of(*operands: Array) -> jax.lax.Precision | None:
 
 
 def dot_general(x: Array, y: Array, dimension_numbers: Any) -> Array:
-    """`jax.lax.dot_general` with a float32 result."""
+    """Compute `jax.lax.dot_general` with a float32 result."""
     x, y = _operands(x, y)
     return jax.lax.dot_general(
         x,
@@ -78,7 +80,7 @@ def dot_general(x: Array, y: Array, dimension_numbers: Any) -> Array:
 
 
 def einsum(equation: str, x: Array, y: Array) -> Array:
-    """`jnp.einsum` of two arrays with a float32 result."""
+    """Compute `jnp.einsum` of two arrays with a float32 result."""
     x, y = _operands(x, y)
     return jnp.einsum(
         equation, x, y, precision=precision_of(x, y), preferred_element_type=jnp.float32

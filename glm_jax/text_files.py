@@ -1,8 +1,8 @@
-"""How text of users is read: training files, prompts, tasks and data sets all come in here.
+"""Reading of users' text: training files, prompts, tasks and data sets.
 
-A file is UTF-8, plain or packed by gzip or Zstandard, whatever its name says. A byte order mark
-at its beginning is no part of it. A line ends at a line feed, or a carriage return and a line
-feed, and nowhere else: form feeds and U+2028 belong to the text.
+A file is UTF-8, plain or compressed by gzip or Zstandard, whatever its name. A byte order mark at
+its beginning is skipped. A line ends at a line feed, or at a carriage return and a line feed;
+form feeds and U+2028 are text.
 """
 
 import contextlib
@@ -19,75 +19,75 @@ from typing import Any, BinaryIO
 from glm_jax.errors import UserError
 
 _BOM = b"\xef\xbb\xbf"
-_PACKED_SUFFIXES = (".gz", ".zst")
+_COMPRESSED_SUFFIXES = (".gz", ".zst")
 _GZIP = b"\x1f\x8b"
 _ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # a frame, or one to skip
-# What a file is that begins so, and cannot be read.
+# Formats that cannot be read, by their first bytes.
 _REFUSED = {
     b"\xff\xfe": "UTF-16: save it as UTF-8",
     b"\xfe\xff": "UTF-16: save it as UTF-8",
     b"\x00\x00\xfe\xff": "UTF-32: save it as UTF-8",
-    b"\xfd7zXZ\x00": "packed by xz: unpack it, or pack it by gzip or zstd",
-    b"BZh91AY&SY": "packed by bzip2: unpack it, or pack it by gzip or zstd",
-    b"PK\x03\x04": "a zip archive: unpack it",
+    b"\xfd7zXZ\x00": "compressed by xz: decompress it, or use gzip or zstd",
+    b"BZh91AY&SY": "compressed by bzip2: decompress it, or use gzip or zstd",
+    b"PK\x03\x04": "a zip archive: extract it",
 }
-_PEEKED = max(map(len, _REFUSED))
-_FED_BYTES = 1 << 12  # a packed byte can become 30,000: what is unpacked at once stays small
-_MAX_DEPTH = 100  # of JSON: what was read can be written again, at whatever depth of calls
+_PEEK_BYTES = max(map(len, _REFUSED))
+_CHUNK_BYTES = 1 << 12  # small, as a compressed byte can become 30,000
+_MAX_DEPTH = 100  # of JSON, so that a value can be written again without deep recursion
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class TextFileError(UserError):
-    """Text that cannot be read: says where and why."""
+    """Text that cannot be read; the message says where and why."""
 
 
 def is_json_lines(path: Path) -> bool:
-    """Whether a file's name, without .gz or .zst, ends in .jsonl or .json."""
-    name = path.with_suffix("") if path.suffix.lower() in _PACKED_SUFFIXES else path
+    """Return True if a file's name, without .gz or .zst, ends in .jsonl or .json."""
+    name = path.with_suffix("") if path.suffix.lower() in _COMPRESSED_SUFFIXES else path
     return name.suffix.lower() in (".jsonl", ".json")
 
 
-def is_packed(path: Path) -> bool:
-    """Whether a file is packed by gzip or Zstandard: such a file is read from its beginning.
+def is_compressed(path: Path) -> bool:
+    """Return True if a file is compressed, so that it can be read from its beginning only.
 
     Raises:
-      TextFileError: as `raw_lines`.
+      TextFileError: see `raw_lines`.
     """
     with _reading(path), path.open("rb") as file:
-        return _is_packed(file, path)
+        return _is_compressed(file, path)
 
 
 def raw_lines(path: Path, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-    """The lines of a file, without their ends, as bytes; `decode` makes text of them.
+    """Yield the lines of a file as bytes, without line ends; see `decode`.
 
     Args:
-      start, end: only lines that begin in these bytes, [start, end), of a file that is not
-        packed; to its end by default.
+      start, end: yield the lines that begin in the bytes [start, end) of a plain file; None for
+        all to its end.
 
     Raises:
       TextFileError: the file is missing, a folder, unreadable, in another encoding or damaged;
-        a packed one that was cut gives its whole lines first.
+        of a truncated compressed file the complete lines come first.
     """
     with _reading(path), _opened(path) as stream:
         if start:
-            # A line that begins before `start` belongs to the bytes before.
+            # A line that begins before `start` belongs to the part before.
             stream.seek(start - 1)
             stream.readline()
-        at = stream.tell() if start else 0
-        while end is None or at < end:
+        offset = stream.tell() if start else 0
+        while end is None or offset < end:
             line = stream.readline()
             if not line:
                 return
-            text = line if at else line.removeprefix(_BOM)
+            text = line if offset else line.removeprefix(_BOM)
             yield text[:-1].removesuffix(b"\r") if text.endswith(b"\n") else text
-            at += len(line)
+            offset += len(line)
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a file, without their ends.
+    """Yield the lines of a file, without line ends.
 
     Raises:
-      TextFileError: as `raw_lines` and `decode`, with the line's number.
+      TextFileError: see `raw_lines` and `decode`; names the line.
     """
     for number, line in enumerate(raw_lines(path), 1):
         try:
@@ -98,10 +98,10 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def read_text(path: Path) -> str:
-    """All of a file; its lines end at line feeds.
+    """Read a whole file, with line feeds as line ends.
 
     Raises:
-      TextFileError: as `read_lines`.
+      TextFileError: see `read_lines`.
     """
     with _reading(path), _opened(path) as stream:
         content = stream.read().removeprefix(_BOM)
@@ -117,10 +117,10 @@ def read_text(path: Path) -> str:
 
 
 def decode(content: bytes) -> str:
-    """UTF-8 as text.
+    """Decode UTF-8.
 
     Raises:
-      TextFileError: it is not UTF-8, or has a NUL byte, which no text has.
+      TextFileError: the bytes are not UTF-8, or have a NUL, which no text has.
     """
     if b"\0" in content:
         raise TextFileError("a NUL byte: not text, or not UTF-8")
@@ -131,13 +131,13 @@ def decode(content: bytes) -> str:
 
 
 def check_characters(value: Any) -> None:
-    """JSON can name halves of characters ("\\ud83d"), which no UTF-8 holds.
+    """Check for unpaired surrogates, which JSON can express ("\\ud83d") and UTF-8 cannot.
 
     Args:
-      value: a text, or what `parse_json` returned.
+      value: a string, or a value of `parse_json`.
 
     Raises:
-      TextFileError: a text in it has such a half.
+      TextFileError: a string in it has an unpaired surrogate.
     """
     if isinstance(value, str):
         half = _SURROGATE.search(value)
@@ -152,10 +152,10 @@ def check_characters(value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The one JSON value of a file; see `parse_json`.
+    """Read the JSON value of a file.
 
     Raises:
-      TextFileError: as `read_text` and `parse_json`, with the file.
+      TextFileError: see `read_text` and `parse_json`; names the file.
     """
     text = read_text(path)
     try:
@@ -165,10 +165,10 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """A JSON value; NaN and infinities are none, and nesting is bounded.
+    """Parse a JSON value; NaN and infinities are errors, and nesting is bounded.
 
     Raises:
-      TextFileError: it is not JSON.
+      TextFileError: the text is not JSON.
     """
     try:
         value = json.loads(text, parse_float=_finite, parse_constant=_finite)
@@ -182,7 +182,7 @@ def parse_json(text: str) -> Any:
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """A value as JSON; numbers that are not finite, which JSON has not, become null.
+    """Format a value as JSON; numbers that are not finite, which JSON cannot express, become null.
 
     Args:
       options: of `json.dumps`.
@@ -201,7 +201,7 @@ def _without_infinities(value: Any) -> Any:
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is no finite number")
+        raise ValueError(f"{text} is not a finite number")
     return number
 
 
@@ -218,7 +218,7 @@ def _check_depth(value: Any) -> None:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Names the file in what goes wrong."""
+    """Name the file in errors."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -235,43 +235,43 @@ def _reading(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """A file unpacked."""
+    """Open a file and decompress it."""
     with path.open("rb") as file:
-        stream = _unpacked(file, path)
-        head = stream.peek(_PEEKED)[:_PEEKED]
+        stream = _decompressed(file, path)
+        head = stream.peek(_PEEK_BYTES)[:_PEEK_BYTES]
         for magic, what in _REFUSED.items():
             if head.startswith(magic):
                 raise TextFileError(f"{path}: {what}")
         yield stream
 
 
-def _is_packed(file: io.BufferedReader, path: Path) -> bool:
-    head = file.peek(_PEEKED)
+def _is_compressed(file: io.BufferedReader, path: Path) -> bool:
+    head = file.peek(_PEEK_BYTES)
     if head.startswith(_GZIP) or _ZSTD.match(head):
         return True
-    if path.suffix.lower() in _PACKED_SUFFIXES:
-        what = "empty" if not head else "not packed"
+    if path.suffix.lower() in _COMPRESSED_SUFFIXES:
+        what = "empty" if not head else "not compressed"
         raise TextFileError(f"{path}: {what}, though its name ends in {path.suffix}")
     return False
 
 
-def _unpacked(file: io.BufferedReader, path: Path) -> Any:
-    if not _is_packed(file, path):
+def _decompressed(file: io.BufferedReader, path: Path) -> Any:
+    if not _is_compressed(file, path):
         return file
-    if file.peek(_PEEKED).startswith(_GZIP):
+    if file.peek(_PEEK_BYTES).startswith(_GZIP):
         return gzip.GzipFile(fileobj=file)
     return io.BufferedReader(_Unzstd(file), 1 << 17)
 
 
 class _Unzstd(io.RawIOBase):
-    """All frames of a file, each of which must end.
+    """A stream of all frames of a Zstandard file, each of which must be complete.
 
-    zstandard's own stream reader ends without a word where a frame was cut, and by default
-    after the first frame.
+    zstandard's own stream reader ends without an error in a truncated frame, and by default after
+    the first frame.
     """
 
     def __init__(self, file: BinaryIO):
-        # Here, since all else is of use where an environment lacks the package.
+        # Here, so that the module can be used without this package.
         import zstandard
 
         self._file = file
@@ -279,34 +279,34 @@ class _Unzstd(io.RawIOBase):
         self._damage = zstandard.ZstdError
         self._frame = self._new_frame()
         self._has_begun = False
-        self._packed = b""
-        self._unpacked = memoryview(b"")
+        self._compressed = b""
+        self._decompressed = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._unpacked and self._advance():
+        while not self._decompressed and self._advance():
             pass
-        count = min(len(buffer), len(self._unpacked))
-        buffer[:count] = self._unpacked[:count]
-        self._unpacked = self._unpacked[count:]
+        count = min(len(buffer), len(self._decompressed))
+        buffer[:count] = self._decompressed[:count]
+        self._decompressed = self._decompressed[count:]
         return count
 
     def _advance(self) -> bool:
-        """Unpacks some more; False at the end of the file."""
-        packed = self._packed or self._file.read(_FED_BYTES)
+        """Decompress the next chunk; return False at the end of the file."""
+        chunk = self._compressed or self._file.read(_CHUNK_BYTES)
         if self._frame.eof:
             self._frame = self._new_frame()
             self._has_begun = False
-        if not packed:
+        if not chunk:
             if self._has_begun:
                 raise EOFError("the last frame has no end")
             return False
         self._has_begun = True
         try:
-            self._unpacked = memoryview(self._frame.decompress(packed))
+            self._decompressed = memoryview(self._frame.decompress(chunk))
         except self._damage as error:
             raise EOFError(str(error)) from error
-        self._packed = self._frame.unused_data if self._frame.eof else b""
+        self._compressed = self._frame.unused_data if self._frame.eof else b""
         return True

@@ -44,7 +44,7 @@ def main() -> None:
             language=FLAGS.language,
             window=pipeline.window_length(FLAGS.sequence_length),
             processes=FLAGS.processes,
-            most_bad_lines=FLAGS.most_bad_lines,
+            max_bad_lines=FLAGS.most_bad_lines,
         )
     print(
         f"wrote {FLAGS.output}: {about['records']} records, {about['tokens']} tokens, "

@@ -132,7 +132,7 @@ def test_an_output_that_is_named_by_a_link(tmp_path):
 
 def test_no_device_and_no_link_makes_way_for_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OutputError, match="is a device, or no file"):
+    with pytest.raises(OutputError, match="is not a regular file"):
         files.write_text(tmp_path / "pipe", "text")
     (tmp_path / "link").symlink_to("file")
     files.write_text(tmp_path / "link", "text")

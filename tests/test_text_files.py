@@ -9,8 +9,8 @@ import zstandard
 from glm_jax.errors import UserError
 from glm_jax.text_files import (
     check_characters,
+    is_compressed,
     is_json_lines,
-    is_packed,
     parse_json,
     raw_lines,
     read_json,
@@ -40,12 +40,12 @@ def _split_frames(content: bytes) -> bytes:
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, _zstd, _split_frames])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "marked"])
 @pytest.mark.parametrize("name", ["packed", "text.txt"])
-def test_lines_are_the_same_however_a_file_is_packed(tmp_path, pack, mark, name):
+def test_lines_are_the_same_however_a_file_is_compressed(tmp_path, pack, mark, name):
     suffix = {gzip.compress: ".gz", bytes: ""}.get(pack, ".zst") if name == "packed" else ""
     file = _write(tmp_path / f"{name}{suffix}", pack(mark + TEXT.encode()))
     assert list(read_lines(file)) == LINES
     assert read_text(file) == TEXT.replace("\r\n", "\n")
-    assert is_packed(file) == (pack is not bytes)
+    assert is_compressed(file) == (pack is not bytes)
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, _zstd])
@@ -91,10 +91,14 @@ def test_other_encodings_and_binary_files_are_named(tmp_path, content, message):
 
 
 def test_plain_text_named_as_packed_folders_and_missing_files_are_one_line(tmp_path):
-    for name, message in [("a.gz", "not packed"), ("a.zst", "not packed"), ("b.zst", "empty")]:
-        content = b"text" if message == "not packed" else b""
+    for name, message in [
+        ("a.gz", "not compressed"),
+        ("a.zst", "not compressed"),
+        ("b.zst", "empty"),
+    ]:
+        content = b"text" if message == "not compressed" else b""
         file = _write(tmp_path / name, content)
-        for read in (lambda path: list(raw_lines(path)), is_packed, read_text):
+        for read in (lambda path: list(raw_lines(path)), is_compressed, read_text):
             with pytest.raises(UserError, match=f"{name}: {message}"):
                 read(file)
     for path, message in [(tmp_path, "Is a directory"), (tmp_path / "no", "No such file")]:

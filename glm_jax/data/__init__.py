@@ -1,1 +1,1 @@
-"""From text files to packed batches of GLM's blank-infilling samples."""
+"""Data: from text files to packed batches of GLM's blank-infilling samples."""

@@ -1,4 +1,4 @@
-"""Documents and instructions of text files, plain or packed."""
+"""Documents and instructions, read from text files that may be compressed."""
 
 import glob
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ _MASKS = {"[MASK]": "mask", "[gMASK]": "gmask"}
 
 
 def find_files(patterns: str) -> list[Path]:
-    """Files of a comma-separated list of paths and glob patterns, each pattern sorted.
+    """Return the files of a comma-separated list of paths and glob patterns, sorted by pattern.
 
     Raises:
       DataError: a pattern matches no file.
@@ -36,26 +36,26 @@ def find_files(patterns: str) -> list[Path]:
 
 
 def parse_text(line: bytes, is_json: bool) -> str:
-    """The document of a line: its "text" where lines are JSON, else the line itself.
+    """Return the document of a line: its "text" if lines are JSON, else the line itself.
 
     Raises:
-      UserError: not UTF-8, or no JSON object with a "text" that is a string.
+      UserError: the line is not UTF-8, or not a JSON object with a string "text".
     """
     text = decode(line)
     return _text_of(parse_json(text), "text") if is_json and text.strip() else text
 
 
 def parse_instruction(line: bytes, tokenizer: Tokenizer) -> Record | None:
-    """A JSON line with "prompt", "target" and, if it likes, "mask": "[MASK]" or "[gMASK]".
+    """Parse a JSON line with "prompt", "target" and, optionally, "mask": "[MASK]" or "[gMASK]".
 
-    Of words such as <eop> those of `MASK_WORDS` are special tokens, in the prompt; all others
-    are text.
+    In the prompt the words of `MASK_WORDS` are special tokens. All other words, such as <eop>, are
+    text.
 
     Returns:
-      None for an empty line.
+      The record, or None for an empty line.
 
     Raises:
-      UserError: says what is missing or wrong.
+      UserError: a field is missing or wrong; names it.
     """
     text = decode(line)
     if not text.strip():
@@ -67,14 +67,14 @@ def parse_instruction(line: bytes, tokenizer: Tokenizer) -> Record | None:
         raise DataError('"target" is empty')
     mask = fields.get("mask")
     if mask is not None and (not isinstance(mask, str) or mask not in _MASKS):
-        raise DataError(f'"mask" is not {" or ".join(_MASKS)}')
+        raise DataError(f'"mask": expected {" or ".join(_MASKS)}')
     tokens = np.array([*prompt, *target], np.int32)
     return Record(tokens, len(prompt), None if mask is None else _MASKS[mask])
 
 
 def _text_of(fields: Any, name: str) -> str:
     if not isinstance(fields, dict) or name not in fields:
-        raise DataError(f'no JSON object with "{name}"')
+        raise DataError(f'not a JSON object with "{name}"')
     if not isinstance(fields[name], str):
         raise DataError(f'"{name}" is not a string')
     try:
@@ -85,7 +85,7 @@ def _text_of(fields: Any, name: str) -> str:
 
 
 def _parsed(files: list[Path], parse: Callable[[bytes, Path], T]) -> Iterator[T]:
-    """What each line of some files says, in order.
+    """Yield each line of some files, parsed, in order.
 
     Raises:
       DataError: `parse` raised a UserError; names the file and the line.
@@ -101,10 +101,10 @@ def _parsed(files: list[Path], parse: Callable[[bytes, Path], T]) -> Iterator[T]
 
 
 def read_documents(files: list[Path]) -> Iterator[str]:
-    """Documents in order: of .jsonl files each line's "text", of others each line.
+    """Yield documents in order: the "text" of each line of .jsonl files, each line of others.
 
     Raises:
-      DataError: a line that is not UTF-8, or no JSON object with a "text".
+      DataError: a line is not UTF-8, or not a JSON object with a "text".
       TextFileError: a file cannot be read.
     """
     for text in _parsed(files, lambda line, file: parse_text(line, is_json_lines(file))):
@@ -113,17 +113,20 @@ def read_documents(files: list[Path]) -> Iterator[str]:
 
 
 def text_records(text: str, tokenizer: Tokenizer, window: int) -> Iterator[Record]:
-    """A document, closed by eod, in pieces of at most `window` tokens."""
+    """Yield a document, with eod at its end, in pieces of at most `window` tokens."""
     ids = np.array([*tokenizer.encode(text, ()), tokenizer.special_tokens.eod], np.int32)
     for start in range(0, len(ids), window):
         yield Record(ids[start : start + window])
 
 
 def tokenize(files: list[Path], tokenizer: Tokenizer, window: int) -> Dataset:
-    """All documents of some files, tokenised in memory: for text that is small.
+    """Tokenise all documents of some files in memory, for small amounts of text.
+
+    Args:
+      window: tokens of a record at most.
 
     Raises:
-      DataError: unreadable files, or no text in them.
+      DataError: the files have bad lines, or no text.
     """
     records: list[Record] = []
     for text in tqdm(read_documents(files), desc="tokenising", unit="doc"):
@@ -134,10 +137,10 @@ def tokenize(files: list[Path], tokenizer: Tokenizer, window: int) -> Dataset:
 
 
 def tokenize_instructions(files: list[Path], tokenizer: Tokenizer) -> Dataset:
-    """All instructions of some files of JSON lines, in memory; see `parse_instruction`.
+    """Tokenise all instructions of some files of JSON lines in memory; see `parse_instruction`.
 
     Raises:
-      DataError: unreadable files, a line that is no instruction, or none at all.
+      DataError: the files have bad lines, or no instructions.
     """
     parsed = _parsed(files, lambda line, _: parse_instruction(line, tokenizer))
     records = [record for record in parsed if record is not None]

@@ -1,7 +1,7 @@
 """A bilingual corpus of facts that anyone can check, for demonstrations and tests.
 
-Countries, chemical elements and small sums, each said in several forms of English and
-Chinese. Of some facts one form is held out: whoever knows the fact from its other forms,
+Countries, chemical elements and small sums, each in several sentence forms of English and
+Chinese. For some facts one form is held out: a model that knows the fact from its other forms,
 and the form from other facts, can fill it.
 """
 
@@ -98,7 +98,7 @@ _FORMS: dict[tuple[str, str], tuple[str, ...]] = {
     ),
 }
 LANGUAGES = ("en", "zh")
-# Not in the corpus: to be learnt by a model that knows the others.
+# Not in the corpus: for fine-tuning a model that knows the others.
 NEW_RELATION = "capital_continent"
 RELATIONS = tuple(dict.fromkeys(name for name, _ in _FORMS if name != NEW_RELATION))
 _REQUESTS = {"en": "Say on which continent {subject} is.", "zh": "说说{subject}在哪个洲。"}
@@ -106,7 +106,7 @@ _REQUESTS = {"en": "Say on which continent {subject} is.", "zh": "说说{subject
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A held-out form: `text` has one [MASK], and `answer` belongs there."""
+    """A held-out sentence: `text` has one [MASK], which `answer` fills."""
 
     text: str
     answer: str
@@ -116,16 +116,20 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+    """A prompt and the text to generate after it."""
+
     prompt: str
     target: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Attributes:
-    sentences: to learn from.
-    questions: of forms that are not among them.
-    blanks: the sentences as blanks to fill.
+    """Sentences to train on, and questions to evaluate with.
+
+    Attributes:
+      sentences: training text, shuffled.
+      questions: held-out sentences.
+      blanks: the training sentences as instructions to fill a blank.
     """
 
     sentences: tuple[str, ...]
@@ -134,7 +138,7 @@ class Corpus:
 
 
 def _facts() -> Iterator[tuple[str, str, str, str]]:
-    """(relation, language, subject, answer) of all relations but the new one."""
+    """Yield (relation, language, subject, answer) of all relations except the new one."""
     for row in _table("countries.tsv"):
         for language in LANGUAGES:
             for relation in ("capital", "continent", "currency"):
@@ -156,10 +160,11 @@ def _table(name: str) -> list[dict[str, str]]:
 
 
 def build_corpus(seed: int = 0, held_out: float = 0.3) -> Corpus:
-    """All facts in all forms but the held-out ones, shuffled.
+    """Make a corpus of all facts in all forms except the held-out ones.
 
     Args:
-      held_out: share of the facts of which one form is left out and asked for instead.
+      seed: of the choice of held-out forms and of the order.
+      held_out: share of the facts with one form held out.
     """
     rng = random.Random(seed)
     sentences, questions, blanks = [], [], []
@@ -180,13 +185,16 @@ def build_corpus(seed: int = 0, held_out: float = 0.3) -> Corpus:
 def build_instructions(
     seed: int = 0, held_out: float = 0.5
 ) -> tuple[tuple[Instruction, ...], tuple[Question, ...]]:
-    """The new relation as instructions, and questions in forms that are not among them.
+    """Make instructions and held-out questions of the new relation.
 
-    Of each capital and language a blank to fill in each form, but the one that is held out,
-    and a question that a whole sentence answers.
+    The instructions of each capital and language: a blank to fill for each form except a
+    held-out one, and a request that a whole sentence answers.
 
     Args:
-      held_out: share of the facts of which one form is left out and asked for instead.
+      seed, held_out: see `build_corpus`.
+
+    Returns:
+      Instructions, shuffled, and questions.
     """
     rng = random.Random(seed)
     instructions, questions = [], []
@@ -194,24 +202,26 @@ def build_instructions(
         for language in LANGUAGES:
             subject, answer = row[f"capital_{language}"], row[f"continent_{language}"]
             forms = list(_FORMS[NEW_RELATION, language])
-            asked = rng.choice(forms) if rng.random() < held_out else None
+            hidden = rng.choice(forms) if rng.random() < held_out else None
             for form in forms:
                 blank = form.format(subject=subject, answer="[MASK]")
-                if form == asked:
+                if form == hidden:
                     questions.append(Question(blank, answer, NEW_RELATION, language))
                 else:
                     instructions.append(Instruction(blank, answer))
-            said = next(form for form in forms if form != asked)
+            shown = next(form for form in forms if form != hidden)
             request = _REQUESTS[language].format(subject=subject)
-            sentence = said.format(subject=subject, answer=answer)
+            sentence = shown.format(subject=subject, answer=answer)
             instructions.append(Instruction(request, sentence))
     rng.shuffle(instructions)
     return tuple(instructions), tuple(questions)
 
 
 def majority_accuracy(questions: tuple[Question, ...]) -> float:
-    """Share that is right by always giving the commonest answer of a relation and language:
-    what can be had without knowing anything of the subject."""
+    """Return the accuracy of always giving the most common answer of a relation and language.
+
+    The baseline of a model that knows nothing of the subject.
+    """
     by_kind: dict[tuple[str, str], list[str]] = {}
     for question in questions:
         by_kind.setdefault((question.relation, question.language), []).append(question.answer)

@@ -1,7 +1,7 @@
-"""GLM's training objective: what is hidden in a text, and in which order it is written.
+"""GLM's training objective: which tokens of a text are masked, and in which order they follow.
 
-A sample is a context that all of it sees, then pieces that are generated from left to
-right: after sop the hidden tokens, then eop (arXiv:2210.02414, section 2.2).
+A sample is a context with bidirectional attention, then spans that are generated from left to
+right: sop, the masked tokens, eop (arXiv:2210.02414, section 2.2).
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import numpy as np
 from glm_jax.config import Range, SpecialTokens, check_ranges
 from glm_jax.data.records import Record
 
-KINDS = ("span", "suffix", "instruction")  # what a sample can be
+KINDS = ("span", "suffix", "instruction")  # of samples
 # Of `ObjectiveConfig`.
 RANGES = {
     "mask_sequences": Range(float, 0, 1),
@@ -23,13 +23,15 @@ RANGES = {
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """Attributes:
-    mask_sequences: share of texts whose spans are hidden behind [MASK]; of the rest a
-      suffix is generated after [gMASK].
-    span_length: mean of the Poisson distribution of span lengths.
-    masked_tokens: share of a [MASK] text's tokens that its spans hide together.
-    short_target: an instruction's target of up to so many tokens is generated after
-      [MASK], a longer one after [gMASK], where the instruction does not say.
+    """How samples are made of texts and instructions.
+
+    Attributes:
+      mask_sequences: share of texts with spans masked by [MASK]; of all other texts a suffix is
+        generated after [gMASK].
+      span_length: mean of the Poisson distribution of span lengths, in tokens.
+      masked_tokens: share of a text's tokens that its spans mask together.
+      short_target: an instruction without a "mask" has [MASK] for a target of up to this many
+        tokens, else [gMASK].
     """
 
     mask_sequences: float = 0.3
@@ -43,15 +45,15 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One training text. All arrays [length].
+    """One training sample. All arrays are [length].
 
     Attributes:
       tokens: int32, the inputs.
-      targets: int32, what to predict at each token.
-      loss_weights: float32, 1 where the prediction counts, 0 in the context.
+      targets: int32, the token to predict at each input.
+      loss_weights: float32, 1 in the spans, 0 in the context.
       position_ids: int32.
-      context_length: int32, the context's length, the same number at every token.
-      kinds: int32, the sample's place in `KINDS`, the same number at every token.
+      context_length: int32, the context's length, repeated for every token.
+      kinds: int32, the sample's index in `KINDS`, repeated for every token.
     """
 
     tokens: np.ndarray
@@ -62,6 +64,7 @@ class Sample:
     kinds: np.ndarray
 
     def features(self) -> dict[str, np.ndarray]:
+        """Return the arrays by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
@@ -72,11 +75,10 @@ def make_sample(
     rng: np.random.Generator,
     max_length: int,
 ) -> Sample:
-    """Hides spans or a suffix of a text, as chance has it, or an instruction's target.
+    """Mask spans or a suffix of a text, drawn at random, or an instruction's target.
 
     Args:
-      max_length: the sample is no longer; of a text too long for it a piece is taken, any
-        with the same chance.
+      max_length: tokens of the sample at most; a longer text is cropped at random.
     """
     if record.prompt_length is not None:
         return instruction_sample(record, special, config, max_length)
@@ -96,10 +98,10 @@ def _crop(text: np.ndarray, rng: np.random.Generator, length: int) -> np.ndarray
 def instruction_sample(
     record: Record, special: SpecialTokens, config: ObjectiveConfig, max_length: int
 ) -> Sample:
-    """A prompt, and its target generated after [MASK] or [gMASK].
+    """Make a sample of a prompt, whose target is generated after [MASK] or [gMASK].
 
-    The mask stands where the prompt has one, else at its end. Of a pair too long the
-    prompt's beginning is left off, then the target's end.
+    A prompt without a mask gets one at its end. If both are too long, the target is cut at its
+    end to fit, then the prompt at its beginning.
     """
     prompt, target = record.tokens[: record.prompt_length], record.tokens[record.prompt_length :]
     target = target[: max_length - 4]
@@ -126,7 +128,7 @@ def instruction_sample(
 def suffix_sample(
     text: np.ndarray, special: SpecialTokens, rng: np.random.Generator, max_length: int
 ) -> Sample:
-    """Generates a suffix, of any length from 1 to all, after [gMASK]."""
+    """Mask a suffix, of a length drawn uniformly from 1 to all, by [gMASK]."""
     text = text[: max_length - 2]
     cut = len(text) - int(rng.integers(1, len(text) + 1))
     context = np.append(text[:cut], special.gmask)
@@ -142,17 +144,17 @@ def span_sample(
     rng: np.random.Generator,
     max_length: int,
 ) -> Sample:
-    """Hides spans behind [MASK]s and writes them in shuffled order.
+    """Mask spans by [MASK] and append them in shuffled order.
 
-    All tokens of a span are at its mask's position. A context that doesn't end in a mask
-    is closed by eos, as prompts are; the eod of a document makes room for it.
+    All tokens of a span have the position id of its mask. A context that does not end in a mask
+    ends in eos, as prompts do, which replaces the eod of a document.
     """
     if len(text) > 1 and text[-1] == special.eod:
         text = text[:-1]
-    # Each span costs its mask and its sop beside the tokens that move.
+    # Each span adds its mask and its sop to the tokens of the text.
     text = text[: max_length - 3]
-    most_spans = (max_length - 1 - len(text)) // 2
-    spans = _draw_spans(len(text), config, rng, most_spans)
+    max_spans = (max_length - 1 - len(text)) // 2
+    spans = _draw_spans(len(text), config, rng, max_spans)
     context: list[int] = []
     pieces = []
     end = 0
@@ -169,16 +171,16 @@ def span_sample(
 
 
 def _draw_spans(
-    length: int, config: ObjectiveConfig, rng: np.random.Generator, most: int
+    length: int, config: ObjectiveConfig, rng: np.random.Generator, max_spans: int
 ) -> list[tuple[int, int]]:
-    """Disjoint spans, a kept token between each two, in order of their beginning."""
+    """Draw disjoint spans, in order, with a token of context between neighbours."""
     budget = max(1, round(config.masked_tokens * length))
     lengths: list[int] = []
-    while budget > 0 and len(lengths) < most:
+    while budget > 0 and len(lengths) < max_spans:
         size = min(max(1, int(rng.poisson(config.span_length))), budget)
         lengths.append(size)
         budget -= size
-    # Of the ways to lay the spans in the text, all equally likely: choose the gaps.
+    # Drawing the gaps makes all positions of the spans equally likely.
     free = length - sum(lengths) - (len(lengths) - 1)
     while free < 0:
         free += lengths.pop() + 1

@@ -1,8 +1,8 @@
-"""Endless packed batches, each a function of the seed and its number.
+"""Endless packed batches; a batch is a function of the seed and its index.
 
-The mixture is shuffled as a whole and dealt to a fixed number of streams, a row of the
-batch or several to each. A process reads the streams of the rows that its devices hold, so
-that the batches are the same for any number of processes.
+The mixture is shuffled as a whole and dealt to a fixed number of streams, each of which fills one
+or more rows of the batch. A process reads the streams of its devices' rows, so that the batches
+are the same for any number of processes.
 """
 
 import dataclasses
@@ -19,31 +19,31 @@ from glm_jax.data.records import Dataset, Record
 
 _PACKING_BINS = 16
 FEATURES = ("tokens", "targets", "loss_weights", "position_ids", "context_length")
-State = dict[str, Any]  # of each stream, by its number; plain JSON
+State = dict[str, Any]  # of each stream, by its index; plain JSON
 
 
 def window_length(sequence_length: int) -> int:
-    """The longest run of text that a sample of this length holds, sop and masks counted."""
+    """Return the tokens of text that fit in a sample of this length with sop, eop and masks."""
     return max(1, int((sequence_length - 3) / 1.1))
 
 
 def group_names(datasets: Sequence[Dataset]) -> list[str]:
-    """Names of the kinds of sample by dataset, in the order of `Batch.groups`."""
+    """Return the names of the kinds of samples by dataset, in the order of `TrainBatch.groups`."""
     return [f"{dataset.name}_{kind}" for dataset in datasets for kind in KINDS]
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """What batches are made of.
+    """Datasets with weights, and how batches are made of them.
 
     Attributes:
       datasets: sources of records.
-      weights: share of the tokens that each gives, in any unit.
+      weights: relative share of the tokens from each dataset.
       special: ids of the tokens that are not text.
       objective: how samples are made.
       sequence_length: tokens of a row.
       rows: of a batch.
-      streams: into which samples are dealt; they divide the rows.
+      streams: number of streams of samples; divides the rows.
       seed: of shuffling and of the objective.
     """
 
@@ -58,16 +58,18 @@ class Mixture:
 
 
 class Batches:
-    """An iterator over the rows of some streams, whose state can be saved and set.
+    """An iterator over batches of some streams' rows, with a state to save and restore.
 
-    Its elements hold int32 tokens, targets, position_ids, context_length, segment_ids (0 is
+    Its elements have int32 tokens, targets, position_ids, context_length, segment_ids (0 is
     padding) and groups (see `group_names`) and float32 loss_weights, all
     [rows of these streams, sequence_length].
     """
 
     def __init__(self, mixture: Mixture, streams: Sequence[int] | None = None):
-        """Args:
-        streams: which ones, all by default.
+        """Open streams.
+
+        Args:
+          streams: their indices, all by default.
         """
         self._rows = mixture.rows // mixture.streams
         numbers = range(mixture.streams) if streams is None else streams
@@ -82,20 +84,21 @@ class Batches:
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def get_state(self) -> State:
+        """Return the position of each stream."""
         return {str(number): stream.get_state() for number, stream in self._streams.items()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on where the streams were.
+        """Continue from the positions in a state.
 
         Raises:
-          KeyError: the state is of fewer streams.
+          KeyError: the state has fewer streams.
         """
         for number, stream in self._streams.items():
             stream.set_state(state[str(number)])
 
 
 def _samples(mixture: Mixture) -> grain.MapDataset:
-    """Endless shuffled samples of all datasets, mixed by tokens."""
+    """Make an endless dataset of shuffled samples, mixed by their number of tokens."""
 
     def of_dataset(index: int, dataset: Dataset) -> grain.MapDataset:
         def sample(content: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -118,10 +121,10 @@ def _samples(mixture: Mixture) -> grain.MapDataset:
 
 
 def _stream(mixture: Mixture, samples: grain.MapDataset, number: int) -> Any:
-    """Packed rows of every n-th sample."""
+    """Iterate over packed rows of every n-th sample."""
     names = (*FEATURES, "groups")
     packed = grain_experimental.FirstFitPackIterDataset(
-        # Samples are too small for grain's reading threads: they cost five times the work.
+        # Samples are too small for grain's reading threads, which would take five times as long.
         samples[number :: mixture.streams].to_iter_dataset(grain.ReadOptions(num_threads=0)),
         length_struct=dict.fromkeys(names, mixture.sequence_length),
         num_packing_bins=_PACKING_BINS,

@@ -1,7 +1,7 @@
-"""Tokenised documents and instructions, as they lie on disk.
+"""Tokenised documents and instructions, in memory and on disk.
 
-A prepared folder holds array_record shards and, written last, `dataset.json`: without it
-the folder is not whole and nothing trains on it.
+A prepared folder has array_record shards and `dataset.json`, which is written last: without it
+the folder is not complete and cannot be used.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _TEXT = -1
 
 
 class DataError(UserError):
-    """Training data that cannot be used; the message says which file and line."""
+    """Training data that cannot be used; the message names file and line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Record:
     """A piece of text, or an instruction.
 
     Attributes:
-      tokens: int32 [length]; of an instruction the prompt, then the target.
+      tokens: int32 [length]; for an instruction the prompt, then the target.
       prompt_length: tokens of an instruction's prompt, None for a text.
-      mask: "mask" or "gmask", after which the target is generated; None to choose by its
-        length.
+      mask: "mask" or "gmask", the token after which the target is generated; None to choose it
+        by the target's length.
     """
 
     tokens: np.ndarray
@@ -42,24 +42,26 @@ class Record:
     mask: str | None = None
 
     def encode(self) -> bytes:
+        """Return the bytes that a shard stores."""
         prompt = _TEXT if self.prompt_length is None else self.prompt_length
         header = np.array([prompt, _MASKS.index(self.mask)], np.int32)
         return header.tobytes() + self.tokens.astype(np.int32).tobytes()
 
     @classmethod
     def decode(cls, content: bytes) -> "Record":
+        """Invert `encode`."""
         prompt, mask, *_ = numbers = np.frombuffer(content, np.int32)
         return cls(numbers[2:], None if prompt == _TEXT else int(prompt), _MASKS[int(mask)])
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """What one source of a mixture is made of.
+    """One source of a mixture.
 
     Attributes:
       name: in metrics, such as a language.
-      records: each a `Record`, encoded or not.
-      tokens: of all records together.
+      records: a sequence of `Record`s, encoded or not.
+      tokens: number of all records together.
     """
 
     name: str
@@ -68,11 +70,11 @@ class Dataset:
 
     def __post_init__(self) -> None:
         if not len(self.records):
-            raise DataError(f"the dataset {self.name!r} holds no records")
+            raise DataError(f"the dataset {self.name!r} has no records")
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """The same for tokenizers that give the same ids."""
+    """Return a hash of the tokenizer's files: equal for tokenizers that give the same ids."""
     digest = hashlib.sha256()
     for file in tokenizer.files:
         digest.update(file.read_bytes())
@@ -80,20 +82,21 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def in_memory(name: str, records: Sequence[Record]) -> Dataset:
+    """Return a dataset of records in memory."""
     return Dataset(name, records, sum(len(record.tokens) for record in records))
 
 
 def open_dataset(folder: Path, tokenizer: Tokenizer) -> Dataset:
-    """A folder that `prepare` wrote, read at random as it is needed.
+    """Open a folder that `tokenize_files.prepare` wrote; records are read from disk on demand.
 
     Raises:
-      DataError: there is no whole dataset, a shard is missing, or it was tokenised by
+      DataError: the dataset is not complete, a shard is missing, or it was tokenised by
         another tokenizer.
     """
     if not (folder / DATASET_FILE).exists():
         raise DataError(
-            f"{folder} holds no whole dataset ({DATASET_FILE} is missing): run prepare_data "
-            "on it, again if it was broken off"
+            f"{folder} is not a complete dataset ({DATASET_FILE} is missing): run prepare_data "
+            "on it, again if it was interrupted"
         )
     try:
         about = read_json(folder / DATASET_FILE)
@@ -110,7 +113,7 @@ def open_dataset(folder: Path, tokenizer: Tokenizer) -> Dataset:
     source = grain.sources.ArrayRecordDataSource([str(file) for file in files])
     if len(source) != records:
         raise DataError(
-            f"{folder} holds {len(source)} records, {DATASET_FILE} says {records}: "
+            f"{folder} has {len(source)} records, {DATASET_FILE} says {records}: "
             "prepare the data again"
         )
     return Dataset(name, source, tokens)

@@ -194,9 +194,7 @@ def _from_hosts(params: GLMParams) -> GLMParams:
         return jax.block_until_ready(apart(on_device))
 
     columns = jax.tree.map(split, params.layers)
-    return dataclasses.replace(
-        params, layers=transposed(columns, len(as_layers(params.layers)))
-    )
+    return dataclasses.replace(params, layers=transposed(columns, len(as_layers(params.layers))))
 
 
 def step_form(saved: TrainState, target: TrainState) -> TrainState:

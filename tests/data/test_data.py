@@ -281,7 +281,11 @@ def test_documents_of_text_and_json_lines(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "x"}\n{"txt": 1}\n', r"""a\.jsonl:2: no JSON object with "text\""""),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"txt": 1}\n',
+            r"""a\.jsonl:2: not a JSON object with "text\"""",
+        ),
         ("a.jsonl", b"[1]\n", r"a\.jsonl:1"),
         ("a.jsonl", b'{"text": 5}\n', "is not a string"),
         ("a.txt", b"\xff\n", r"a\.txt:1: not UTF-8 at byte 1"),

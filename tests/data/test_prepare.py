@@ -21,7 +21,7 @@ def _prepare(folder, output, tokenizer, **changes):
         language="en",
         window=20,
         processes=1,
-        most_bad_lines=10,
+        max_bad_lines=10,
         part_bytes=2000,
     )
     return prepare(find_files(f"{folder}/*"), output, tokenizer, **(options | changes))
@@ -62,7 +62,7 @@ def test_every_document_is_there_once_in_order(source, tmp_path, tokenizer, corp
 
 def test_broken_off_it_goes_on_with_what_is_left(source, tmp_path, tokenizer, monkeypatch):
     _prepare(source, tmp_path / "whole", tokenizer)
-    done, real = [], tokenize_files._do
+    done, real = [], tokenize_files._tokenize_shard
 
     def dying(job, output, settings):
         if len(done) == 4:
@@ -71,14 +71,14 @@ def test_broken_off_it_goes_on_with_what_is_left(source, tmp_path, tokenizer, mo
         real(job, output, settings)
 
     with monkeypatch.context() as patched:
-        patched.setattr(tokenize_files, "_do", dying)
+        patched.setattr(tokenize_files, "_tokenize_shard", dying)
         with pytest.raises(KeyboardInterrupt):
             _prepare(source, tmp_path / "out", tokenizer)
-    with pytest.raises(DataError, match="holds no whole dataset"):
+    with pytest.raises(DataError, match="is not a complete dataset"):
         open_dataset(tmp_path / "out", tokenizer)
     rest = []
     monkeypatch.setattr(
-        tokenize_files, "_do", lambda job, **how: (rest.append(job), real(job, **how))
+        tokenize_files, "_tokenize_shard", lambda job, **how: (rest.append(job), real(job, **how))
     )
     (tmp_path / "out" / "00001-of-00002.array_record.0a1b2c3d.partial").write_text("killed")
     _prepare(source, tmp_path / "out", tokenizer)
@@ -99,7 +99,7 @@ def test_bad_lines_are_left_out_and_listed_with_their_numbers(tmp_path, tokenize
     assert [line.split(":")[1] for line in listed] == ["4", "71", "100"]
     assert all(line.startswith(str(folder / "a.jsonl")) for line in listed)
     with pytest.raises(DataError, match="3 bad lines, more than 2"):
-        _prepare(folder, tmp_path / "strict", tokenizer, most_bad_lines=2)
+        _prepare(folder, tmp_path / "strict", tokenizer, max_bad_lines=2)
 
 
 def test_instructions(tmp_path, tokenizer):
@@ -145,7 +145,14 @@ def test_lines_that_are_no_text_are_counted_and_named(tmp_path, tokenizer):
     about = _prepare(folder, tmp_path / "out", tokenizer, part_bytes=10**6)
     assert (about["records"], about["bad_lines"]) == (1, 6)
     listed = (tmp_path / "out" / "bad_lines.txt").read_text().splitlines()
-    reasons = ["half of a char", "nested", "NaN", "not UTF-8", "NUL", 'no JSON object with "text"']
+    reasons = [
+        "half of a char",
+        "nested",
+        "NaN",
+        "not UTF-8",
+        "NUL",
+        'not a JSON object with "text"',
+    ]
     for number, (line, reason) in enumerate(zip(listed, reasons, strict=True), 1):
         assert line.startswith(f"{folder / 'a.jsonl'}:{number}: ")
         assert reason in line

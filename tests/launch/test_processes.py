@@ -15,5 +15,5 @@ def test_processes_that_cannot_find_each_other_are_told_what_is_missing(monkeypa
     with pytest.raises(ProcessesError, match="GLM_JAX_PROCESS_ID"):
         processes.place("127.0.0.1:1", count=2)
     monkeypatch.setenv("GLM_JAX_NUM_PROCESSES", "two")
-    with pytest.raises(ProcessesError, match="'two' in the environment is no number"):
+    with pytest.raises(ProcessesError, match="'two' in the environment is not an integer"):
         processes.place("127.0.0.1:1")
