@@ -79,13 +79,6 @@ class TorchWriter:
         self._archive.writestr(entry, data)
 
 
-def write_torch_file(path: Path, module: Mapping[str, np.ndarray]) -> None:
-    """Writes `{"module": {name: tensor}}` as `torch.save` would."""
-    with TorchWriter(path, {n: (a.shape, a.dtype) for n, a in module.items()}) as writer:
-        for name, tensor in module.items():
-            writer.write(name, tensor)
-
-
 def _padding(header_offset: int, name: str) -> bytes:
     """A zip extra field that puts the entry's data on a multiple of the alignment."""
     start = header_offset + LOCAL_HEADER.size + len(name.encode()) + 4

@@ -55,10 +55,14 @@ class Range:
         return f"{kind} from {low} to {high}{also}"
 
 
-def check_ranges(fields: Any, ranges: Mapping[str, Range]) -> None:
-    """Raise ConfigError for the first attribute of `fields` that is out of its range."""
+def check_ranges(fields: Any, ranges: Mapping[str, Range], prefix: str = "") -> None:
+    """Raise ConfigError for the first attribute of `fields` that is out of its range.
+
+    Args:
+      prefix: of names in the message, such as "adapter.".
+    """
     for name, range_ in ranges.items():
-        range_.check(name, getattr(fields, name))
+        range_.check(prefix + name, getattr(fields, name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +92,8 @@ class SpecialTokens:
     eos: int = 20002
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _TOKEN_ID.check(f"special_tokens.{field.name}", getattr(self, field.name))
+        names = [field.name for field in dataclasses.fields(self)]
+        check_ranges(self, dict.fromkeys(names, _TOKEN_ID), "special_tokens.")
 
     @property
     def end_tokens(self) -> tuple[int, int]:

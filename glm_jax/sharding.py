@@ -238,6 +238,16 @@ def fitting_activation_spec(shape: Sequence[int], axes: LogicalAxes) -> Partitio
     return PartitionSpec(*spec)
 
 
+def data_axis(rows: int) -> str | None:
+    """Return the data axis of the surrounding mesh if it divides the rows, else None.
+
+    For products of weights that fsdp shards: their rows are sharded over data alone.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    name = _BATCH_AXES[0]
+    return name if name in mesh.shape and rows % mesh.shape[name] == 0 else None
+
+
 def per_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """Return `jax.shard_map` of a function over the surrounding mesh.
 

@@ -161,9 +161,6 @@ class Tokenizer:
         """
         return "".join(self._decoded_runs(ids, skip_special_tokens))
 
-    def is_special(self, token: int) -> bool:
-        return token in self._special_ids
-
     def _encode_pieces(self, text: str) -> list[int]:
         if not text:
             return []

@@ -1,4 +1,7 @@
-"""The same parameters give the same results on every mesh."""
+"""The same parameters give the same results on every mesh, and one module knows its axes."""
+
+import ast
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +15,7 @@ from glm_jax.model import params as glm_params
 from glm_jax.model.visibility import Visibility
 from glm_jax.quantization import QuantizedArray, Scheme
 from glm_jax.sharding import (
+    MESH_AXES,
     MeshError,
     mesh_to_divide,
     parameter_sharding,
@@ -128,3 +132,22 @@ def test_a_mesh_of_one_device_is_none():
         [(within, to_divide)] = apart
     assert within.shape == mesh.shape
     assert to_divide is None
+
+
+def _names_a_mesh_axis(node):
+    """A literal of a mesh axis; "data" is one only where a mesh's shape is asked for it."""
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+        of_shape = isinstance(node.value, ast.Attribute) and node.value.attr == "shape"
+        return of_shape and node.slice.value in MESH_AXES
+    return isinstance(node, ast.Constant) and node.value in ("fsdp", "tensor")
+
+
+def test_mesh_axes_are_known_in_sharding_alone():
+    root = Path(__file__).parent.parent
+    for path in (p for top in ("glm_jax", "launch", "convert") for p in (root / top).rglob("*.py")):
+        if path == root / "glm_jax" / "sharding.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not _names_a_mesh_axis(node), f"{path}:{node.lineno} names a mesh axis"
+            is_shard_map = isinstance(node, ast.Attribute) and node.attr == "shard_map"
+            assert not is_shard_map, f"{path}:{node.lineno}: sharding.per_device"

@@ -11,6 +11,7 @@ import zipfile
 import numpy as np
 
 from convert.torch_file import STORAGES, TorchFile
+from convert.torch_writer import TorchWriter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,13 @@ class _Storage:
 def read_module(path):
     """A shard's tensors by name."""
     return {name: tensor.read() for name, tensor in TorchFile(path).content["module"].items()}
+
+
+def write_torch_file(path, module):
+    """Writes `{"module": {name: tensor}}` as `torch.save` would."""
+    with TorchWriter(path, {n: (a.shape, a.dtype) for n, a in module.items()}) as writer:
+        for name, tensor in module.items():
+            writer.write(name, tensor)
 
 
 def save_torch(path, content, protocol=2, saved_as=None):

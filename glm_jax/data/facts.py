@@ -100,7 +100,6 @@ _FORMS: dict[tuple[str, str], tuple[str, ...]] = {
 LANGUAGES = ("en", "zh")
 # Not in the corpus: for fine-tuning a model that knows the others.
 NEW_RELATION = "capital_continent"
-RELATIONS = tuple(dict.fromkeys(name for name, _ in _FORMS if name != NEW_RELATION))
 _REQUESTS = {"en": "Say on which continent {subject} is.", "zh": "说说{subject}在哪个洲。"}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from glm_jax.config import ConfigError, GLMConfig, Range
+from glm_jax.config import ConfigError, GLMConfig, Range, check_ranges
 from glm_jax.model import params as glm_params
 from glm_jax.model.layer_stacks import as_layers
 from glm_jax.model.params import (
@@ -49,8 +49,7 @@ class AdapterConfig:
     targets: tuple[str, ...] = LINEAR_NAMES
 
     def __post_init__(self) -> None:
-        for name, range_ in RANGES.items():
-            range_.check(f"adapter.{name}", getattr(self, name))
+        check_ranges(self, RANGES, "adapter.")
         unknown = [name for name in self.targets if name not in LINEAR_NAMES]
         if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
             raise ConfigError(

@@ -6,7 +6,6 @@ devices that divide rows (data, fsdp), heads over those that divide heads (tenso
 number counts within its device and layer, and page 0 takes what no one will read.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from glm_jax.sharding import (
     activation_sharding,
     fitting_activation_spec,
     mesh_to_divide,
+    per_device,
     row_shards,
 )
 
@@ -134,10 +134,8 @@ def write(
         return local(cache, new, paging.pages, paging.offsets)
     rows, _, heads, _ = fitting_activation_spec(keys.shape, ("batch", "seq", "heads", "head_dim"))
     of_cache, of_new = PartitionSpec(heads, rows), PartitionSpec(rows, None, heads)
-    run: Any = functools.partial(jax.shard_map, check_vma=False)
-    written: PagedCache = run(
+    return per_device(
         local,
         in_specs=(of_cache, of_new, PartitionSpec(rows), PartitionSpec(rows)),
         out_specs=of_cache,
     )(cache, new, paging.pages, paging.offsets)
-    return written

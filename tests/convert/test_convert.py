@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import GOLDEN, POSITIONS, load_golden
-from torch_files import read_module
+from torch_files import read_module, write_torch_file
 
 from convert.conversion import Options, convert_shards
 from convert.errors import ConvertError
@@ -17,7 +17,6 @@ from convert.sat_reader import SatCheckpoint
 from convert.sat_source import find_shards
 from convert.sat_writer import write_shards
 from convert.torch_file import TorchFile
-from convert.torch_writer import write_torch_file
 from glm_jax import restore
 from glm_jax.checkpoints.model_folder import CheckpointError
 from glm_jax.files import OutputError

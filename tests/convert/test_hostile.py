@@ -16,6 +16,7 @@ import pytest
 from conftest import GOLDEN, POSITIONS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch_files import write_torch_file
 
 from convert import sat_reader, torch_pickle
 from convert.byte_source import RangeBytes, read
@@ -23,7 +24,6 @@ from convert.conversion import Options, convert_shards
 from convert.errors import ConvertError
 from convert.sat_source import find_shards
 from convert.torch_file import TorchFile
-from convert.torch_writer import write_torch_file
 
 CHECKPOINTS = GOLDEN / "checkpoints"
 SHARD = CHECKPOINTS / "tp1" / "49300" / "mp_rank_00_model_states.pt"

@@ -10,7 +10,7 @@ from conftest import GOLDEN, POSITIONS
 from forked import Try, run_all
 from running import environment
 from safetensors import safe_open
-from torch_files import read_module
+from torch_files import read_module, write_torch_file
 
 from convert import inspect as inspect_tool
 from convert import sat_layout, transpose
@@ -19,7 +19,6 @@ from convert.errors import ConvertError
 from convert.opening import open_model, open_plainly
 from convert.orbax_to_safetensors import export
 from convert.sat_reader import SatCheckpoint
-from convert.torch_writer import write_torch_file
 from convert.verify import compare
 from glm_jax import save_model
 from glm_jax.checkpoints import model_folder, parameter_files

@@ -5,12 +5,12 @@ import zipfile
 import numpy as np
 import pytest
 from conftest import GOLDEN, POSITIONS
+from torch_files import write_torch_file
 
 from convert.conversion import Options, convert_shards
 from convert.errors import ConvertError
 from convert.sat_writer import write_shards
 from convert.torch_file import LazyTensor, TorchFile
-from convert.torch_writer import write_torch_file
 
 torch = pytest.importorskip("torch", reason="PyTorch, the peer of these tests, is not here")
 

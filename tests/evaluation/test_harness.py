@@ -104,5 +104,5 @@ def test_control_words_of_the_harness_are_text(harness, tokenizer):
     for context, text in [("a [MASK] <eop>", " <sop>[gMASK]"), ("", "<eod>")]:
         ids = [token for part in model._pair(context, text) for token in part]
         assert tokenizer.decode(ids) == context + text
-        assert not any(tokenizer.is_special(token) for token in ids)
+        assert not any(token in tokenizer._special_ids for token in ids)
         assert special.mask not in ids

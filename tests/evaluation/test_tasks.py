@@ -279,10 +279,10 @@ def test_control_words_in_data_are_text_and_masks_of_inputs_are_masks(tmp_path, 
         if kind == "lm":
             plain = item.tokens
         else:
-            assert [t for t in item.context if tokenizer.is_special(t)] == [special.mask]
+            assert [t for t in item.context if t in tokenizer._special_ids] == [special.mask]
             plain = (*item.choices, *item.targets)[0]
         assert tokenizer.decode(plain).strip() == text
-        assert not any(tokenizer.is_special(token) for token in plain)
+        assert not any(token in tokenizer._special_ids for token in plain)
 
 
 @pytest.mark.parametrize("name", ["data.jsonl.gz", "data.json"])

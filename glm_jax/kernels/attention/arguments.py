@@ -1,16 +1,14 @@
 """What attention's backends are called with."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from flax import struct
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from glm_jax.kernels.attention.dropout import WeightDropout
-from glm_jax.sharding import fitting_activation_spec, mesh_to_divide
+from glm_jax.sharding import fitting_activation_spec, mesh_to_divide, per_device
 
 
 @struct.dataclass
@@ -62,6 +60,4 @@ def on_each_device(function: Callable[[Arguments], Array], arguments: Arguments)
     specs: Any = arguments.replace(  # type: ignore[attr-defined]
         query=of_queries, key=of_keys, value=of_keys, visible=PartitionSpec(batch)
     )
-    run: Any = functools.partial(jax.shard_map, check_vma=False)
-    divided: Array = run(function, in_specs=(specs,), out_specs=of_queries)(arguments)
-    return divided
+    return per_device(function, in_specs=(specs,), out_specs=of_queries)(arguments)

@@ -1,9 +1,7 @@
 """Attention of one query a row to keys and values that lie in pages."""
 
 import functools
-from typing import Any
 
-import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32, Shaped
 
@@ -14,7 +12,7 @@ from glm_jax.kernels.paged_attention.library_gpu import LibraryGPU
 from glm_jax.kernels.paged_attention.library_tpu import LibraryTPU
 from glm_jax.kernels.paged_attention.reference import Reference
 from glm_jax.kernels.paged_attention.xla import XLA
-from glm_jax.sharding import fitting_activation_spec, mesh_to_divide
+from glm_jax.sharding import fitting_activation_spec, mesh_to_divide, per_device
 
 _BACKENDS = (CPUPages(), LibraryGPU(), LibraryTPU(), XLA(), Reference())
 
@@ -68,6 +66,4 @@ def paged_attention(
         value_scales=of_scales,
         softmax_dtype=softmax_dtype,
     )
-    run: Any = functools.partial(jax.shard_map, check_vma=False)
-    attended: Array = run(local, in_specs=(specs,), out_specs=of_queries)(arguments)
-    return attended
+    return per_device(local, in_specs=(specs,), out_specs=of_queries)(arguments)

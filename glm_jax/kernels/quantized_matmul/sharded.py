@@ -1,7 +1,6 @@
 """A product whose weight is divided among the devices of a mesh."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, TypeGuard
@@ -12,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from glm_jax.quantization import QuantizedArray
-from glm_jax.sharding import mesh_to_divide, parameter_spec
+from glm_jax.sharding import data_axis, mesh_to_divide, parameter_spec, per_device
 
 Product = Callable[[Array, QuantizedArray, Array | None], Array]
 Transposed = Callable[[Array, QuantizedArray], Array]
@@ -51,7 +50,7 @@ def matmul(
         total = jax.lax.psum(product(x, weight, None), inputs)
         return total if bias is None else total + bias.astype(jnp.float32)
 
-    return _shard_map(
+    return per_device(
         local,
         in_specs=(
             PartitionSpec(*batch, inputs),
@@ -85,14 +84,11 @@ def transposed_matmul(
         part = product(gradient, weight)
         return jax.lax.psum(part, summed) if summed else part
 
-    return _shard_map(
+    return per_device(
         local,
         in_specs=(PartitionSpec(*batch, *outputs), weight_spec),
         out_specs=PartitionSpec(*batch, inputs),
     )(gradient, weight)
-
-
-_shard_map: Any = functools.partial(jax.shard_map, check_vma=False)
 
 
 def _divided(weight: QuantizedArray) -> tuple[QuantizedArray, Any]:
@@ -114,11 +110,7 @@ def _divided(weight: QuantizedArray) -> tuple[QuantizedArray, Any]:
 
 def _batch_axes(leading: tuple[int, ...]) -> list[str | None]:
     """Of activations' leading axes: rows are divided over data, where they can be."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes: list[str | None] = [None] * len(leading)
-    if leading and "data" in mesh.shape and leading[0] % mesh.shape["data"] == 0:
-        axes[0] = "data"
-    return axes
+    return [data_axis(leading[0]), *[None] * (len(leading) - 1)] if leading else []
 
 
 def _with_groups_for(weight: QuantizedArray, parts: int) -> QuantizedArray:
