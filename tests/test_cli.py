@@ -30,6 +30,7 @@ def _ends_by(error, monkeypatch):
 
     monkeypatch.setattr(cli.app, "run", run)
     monkeypatch.setattr(cli, "_OUTPUTS", ())  # flags of launchers that other tests imported
+    monkeypatch.setattr(cli.os, "_exit", sys.exit)
     cli.run(lambda: None)
 
 

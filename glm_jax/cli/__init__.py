@@ -71,7 +71,7 @@ def _run(main: Callable[[list[str]], None], parse: Callable[[list[str]], list[st
             sys.stdout.flush()  # an error here is one to report; at the exit it would be a trace
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # pressed again, it ends at once
-        _fail("interrupted", 128 + signal.SIGINT)
+        _fail("interrupted", 128 + signal.SIGINT, at_once=True)
     except UserError as error:
         _fail(error, error.status)
     except Exception as error:
@@ -198,18 +198,20 @@ def _check_values() -> None:
             )
 
 
-def _fail(message: object, status: int) -> NoReturn:
+def _fail(message: object, status: int, at_once: bool = False) -> NoReturn:
     with contextlib.suppress(OSError):  # nobody reads it
         line = shortened(" ".join(str(message).split()))
         print(f"error: {line}", file=sys.stderr, flush=True)
-    _leave(status)
+    _leave(status, at_once)
 
 
-def _leave(status: int) -> NoReturn:
-    if processes.are_joined():
-        # Leaving as usual waits for the others, which may be gone or wait for this one.
-        sys.stdout.flush()
-        sys.stderr.flush()
+def _leave(status: int, at_once: bool = False) -> NoReturn:
+    # Leaving as usual waits for other processes, which may be gone or wait for this one, and for
+    # threads; those that it does not wait for abort the process where they are compiling.
+    if at_once or processes.are_joined():
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 

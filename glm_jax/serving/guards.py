@@ -1,6 +1,7 @@
 """What every request passes before it is read: where it was sent and from where, its key, its
 size; and how long it took."""
 
+import asyncio
 import ipaddress
 import logging
 import socket
@@ -12,7 +13,7 @@ from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glm_jax.errors import UserError
-from glm_jax.serving.errors import error_response, refused
+from glm_jax.serving.errors import UnavailableError, error_response, refused
 from glm_jax.serving.service import Service
 
 _OPEN = ("/", "/health", "/ready", "/metrics", "/openapi.json")
@@ -122,6 +123,11 @@ class Guard:
                 await error_response(refusal)(scope, receive, sending)
             else:
                 await self._app(inner, self._limited(receive), sending)
+        except asyncio.CancelledError:
+            # The server ends, and cancels what is not done. uvicorn would log a trace.
+            if not status:
+                error = UnavailableError("the server is going down: ask another one")
+                await error_response(error)(scope, receive, sending)
         except Exception as error:
             logging.getLogger(__name__).error(
                 "%s %r", scope["method"], scope["path"], exc_info=error

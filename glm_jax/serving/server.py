@@ -29,6 +29,7 @@ from glm_jax.serving.service import DEFAULT_LIMITS, Limits, Service
 from glm_jax.serving.worker import ServedModel, Worker
 
 _BACKLOG = 2048
+_LAST_SECONDS = 2.0  # in which those who are no longer waited for are told so
 _log = logging.getLogger(__name__)
 
 
@@ -75,6 +76,7 @@ class Server:
 
     Attributes:
       service: its parts.
+      is_interrupted: whether Ctrl-C ended it.
     """
 
     def __init__(self, load: Callable[[], ServedModel], serving: Serving):
@@ -83,6 +85,7 @@ class Server:
           load: makes the model; in a thread.
         """
         metrics = Metrics()
+        self.is_interrupted = False
         self._failed = asyncio.Event()
         worker = Worker(load, serving.max_waiting, metrics, self._failed.set)
         self.service = Service(worker, serving.name, metrics, serving.limits, serving.keys)
@@ -111,11 +114,23 @@ class Server:
         return self._uvicorn.server_state.connections
 
     def drain(self) -> None:
-        """Takes no one new and ends when all who are there are answered; told twice, at once."""
+        """Takes no one new and ends when all who are there are answered; called twice, at once."""
         worker = self.service.worker
-        self._uvicorn.force_exit = worker.is_draining
+        if worker.is_draining:
+            self._uvicorn.force_exit = True
+            for connection in list(self.connections):
+                connection.end()
         self._uvicorn.should_exit = True
         worker.is_draining = True
+
+    def interrupt(self) -> None:
+        """Drains, as Ctrl-C asks for."""
+        self.is_interrupted = True
+        worker = self.service.worker
+        if worker.open_exchanges and not worker.is_draining:
+            count = worker.open_exchanges
+            print(f"waiting for {count} requests; Ctrl-C again ends at once", flush=True)
+        self.drain()
 
     async def run(self, listening: socket.socket) -> None:
         """Serves until drained.
@@ -130,7 +145,9 @@ class Server:
         watching.cancel()
         if worker.failure is not None:
             raise worker.failure
-        await worker.stop()
+        if tasks := list(self._uvicorn.server_state.tasks):  # that the end cancelled
+            await asyncio.wait(tasks, timeout=_LAST_SECONDS)
+        await worker.stop(is_waiting=not self._uvicorn.force_exit)
 
     async def _drain_when_failed(self) -> None:
         await self._failed.wait()
@@ -138,7 +155,8 @@ class Server:
 
 
 def serve(load: Callable[[], ServedModel], serving: Serving) -> None:
-    """Serves until SIGTERM or SIGINT; then no one new is taken, and who is there is answered.
+    """Serves until SIGTERM or SIGINT; then no one new is taken, and who is there is answered. A
+    second signal ends it at once.
 
     The address answers at once, `/ready` when the model is there.
 
@@ -147,6 +165,7 @@ def serve(load: Callable[[], ServedModel], serving: Serving) -> None:
 
     Raises:
       ServerError: the address cannot be had.
+      KeyboardInterrupt: SIGINT ended it.
       Exception: what `load`, or the engine, failed by.
     """
     wanted = serving.connections.count
@@ -156,8 +175,10 @@ def serve(load: Callable[[], ServedModel], serving: Serving) -> None:
     connections = dataclasses.replace(serving.connections, count=count)
     serving = dataclasses.replace(serving, connections=connections)
     with bound_socket(serving.host, serving.port) as listening:
-        still_loads = uvloop.run(_serve(load, serving, listening))
-    if still_loads:
+        server = uvloop.run(_serve(load, serving, listening))
+    if server.is_interrupted:
+        raise KeyboardInterrupt
+    if server.service.worker.is_alive:
         # Ending as usual would break off a thread in the middle of compiling, and abort.
         sys.stdout.flush()
         os._exit(0)
@@ -165,16 +186,16 @@ def serve(load: Callable[[], ServedModel], serving: Serving) -> None:
 
 async def _serve(
     load: Callable[[], ServedModel], serving: Serving, listening: socket.socket
-) -> bool:
-    """Serves; whether the model was still being loaded at the end."""
+) -> Server:
+    """Serves; the server as it ended."""
     server = Server(load, serving)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, server.drain)
+    loop.add_signal_handler(signal.SIGTERM, server.drain)
+    loop.add_signal_handler(signal.SIGINT, server.interrupt)
     host, port = listening.getsockname()[:2]
     print(f"serving {serving.name} on http://{host}:{port}", flush=True)
     await server.run(listening)
-    return server.service.worker.is_alive
+    return server
 
 
 def bound_socket(host: str, port: int) -> socket.socket:

@@ -189,10 +189,11 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    async def stop(self) -> None:
-        """Ends the thread after its present step; one that still loads is not waited for."""
+    async def stop(self, is_waiting: bool = True) -> None:
+        """Ends the thread after its present step, and waits for that; one that still loads is
+        not waited for."""
         self._inbox.put(None)
-        if self.model is not None:
+        if is_waiting and self.model is not None:
             await asyncio.to_thread(self._thread.join)
 
     @property

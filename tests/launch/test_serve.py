@@ -1,4 +1,4 @@
-"""The launcher: it says where it is, drains at SIGTERM, and ends with status 0."""
+"""The launcher: it says where it is, drains at SIGTERM and Ctrl-C, and ends with their status."""
 
 import json
 import signal
@@ -16,8 +16,15 @@ def folder(tmp_path_factory, tokenizer):
     return folder
 
 
-@pytest.mark.parametrize("mesh", [None, "1,1,2"])
-def test_it_serves_and_drains(folder, mesh):
+# What each signal ends it with, and what it says on stderr.
+ENDS = [(signal.SIGTERM, 0, ""), (signal.SIGINT, 130, "error: interrupted\n")]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "ends"), list(zip([None, "1,1,2"], ENDS, strict=True)), ids=["term", "int"]
+)
+def test_it_serves_and_drains(folder, mesh, ends):
+    number, status, line = ends
     flags = [f"--checkpoint={folder}", "--quantization=int4", "--slots=2", "--max_length=64"]
     flags.append("--prefill_width=64")  # fewer programs to compile
     flags += [] if mesh is None else [f"--mesh={mesh}"]
@@ -33,25 +40,26 @@ def test_it_serves_and_drains(folder, mesh):
             "POST", url + "/v1/completions", json=asked | {"stream": True}, timeout=60
         ) as response:
             lines = response.iter_lines()
-            told = [next(lines)]
-            process.send_signal(signal.SIGTERM)
-            told += lines
-        events = [line[6:] for line in told if line]
+            sent = [next(lines)]
+            process.send_signal(number)
+            sent += lines
+        events = [line[6:] for line in sent if line]
         assert events[-1] == "[DONE]"
         text = "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
         assert text == whole["choices"][0]["text"]
-        assert process.wait(60) == 0
-        assert process.stderr.read() == ""
+        assert process.wait(60) == status
+        assert process.stderr.read() == line
     finally:
         process.kill()
 
 
-def test_it_ends_while_it_loads(folder):
+@pytest.mark.parametrize(("number", "status", "line"), ENDS)
+def test_it_ends_while_it_loads(folder, number, status, line):
     process = ServerProcess(f"--checkpoint={folder}").process
     process.stdout.readline()
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
-    assert process.stderr.read() == ""
+    process.send_signal(number)
+    assert process.wait(60) == status
+    assert process.stderr.read() == line
 
 
 REFUSED = [

@@ -127,6 +127,34 @@ def test_a_drained_server_answers_who_is_there(model, slow_steps):
     assert served.error is None
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("is_forced", [True, False])
+def test_whom_an_end_does_not_wait_for(model, slow_steps, caplog, is_forced, stream):
+    """A second signal, or the time being over, ends answers without a trace in the log."""
+    served = Served(lambda: model, drain_seconds=60.0 if is_forced else 1.0)
+    served.wait_ready()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(_post, served, json=ASKED | {"n": 32, "stream": stream})
+        while not model.engine.running:
+            time.sleep(0.001)
+        began = time.monotonic()
+        served.drain()
+        if is_forced:
+            served.drain()
+        served.join()
+        assert time.monotonic() - began < 30
+        while served.service.worker.is_alive:
+            assert time.monotonic() < began + 60
+            time.sleep(0.01)
+        assert model.engine.is_idle
+        if is_forced or stream:
+            with pytest.raises(httpx2.RemoteProtocolError):
+                asking.result()
+        else:
+            assert "is going down" in _error(asking.result(), 503)["message"]
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 def test_a_model_that_is_not_there_yet(model):
     may_load = threading.Event()
 
