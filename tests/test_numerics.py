@@ -16,7 +16,7 @@ from glm_jax.model.visibility import Visibility
 from glm_jax.quantization import Scheme
 from glm_jax.sharding import make_mesh
 from glm_jax.training.recipe import Recipe
-from glm_jax.training.state import Batch, init_state
+from glm_jax.training.state import TrainBatch, init_state
 from glm_jax.training.step import evaluation_step, train_step
 
 # More than 128 keys, so that attention goes block by block.
@@ -46,7 +46,7 @@ def _score(config, params):
 
 def _batch():
     tokens = TOKENS[None]
-    return Batch(tokens, tokens, tokens.astype(jnp.float32), *[tokens] * 4)
+    return TrainBatch(tokens, tokens, tokens.astype(jnp.float32), *[tokens] * 4)
 
 
 def _train(config, params):

@@ -9,7 +9,7 @@ from glm_jax.config import GLMConfig
 from glm_jax.sharding import make_mesh
 from glm_jax.training.checkpoints import RunCheckpoints
 from glm_jax.training.recipe import Recipe
-from glm_jax.training.state import Batch, init_state, saved_form
+from glm_jax.training.state import TrainBatch, init_state, saved_form
 from glm_jax.training.step import compiled_train_step
 
 pytestmark = pytest.mark.gpu
@@ -24,7 +24,7 @@ def _batch():
     first = np.arange(LENGTH) < 3 * LENGTH // 4  # two texts in a row
     everywhere = lambda x: np.broadcast_to(x, shape)
     # Not committed to a device: they go to that of the mesh.
-    return Batch(
+    return TrainBatch(
         tokens=jnp.asarray(tokens),
         targets=jnp.asarray(np.roll(tokens, -1, axis=-1)),
         loss_weights=jnp.ones(shape, jnp.float32),
