@@ -132,6 +132,8 @@ class _Shards:
         self.bits = self.checkpoint.bits(self.config)
         count = len(self.checkpoint.shards)
         self.kind = f"released shards, {count} of them, {_precision(self)}"
+        if count := self.checkpoint.cast_count(self.config):
+            self.kind += f"; {count} tensors are not {self.config.param_dtype} as the embedding is"
         if self.checkpoint.differing_copies:
             of_them = "; ".join(self.checkpoint.differing_copies.values())
             self.kind += f"; the first shard's are taken where copies differ: {of_them}"

@@ -39,7 +39,8 @@ class Difference:
 def compare(a: OpenModel, b: OpenModel) -> Iterator[Difference | None]:
     """For each tensor its difference, None where both are equal. NaN equals NaN.
 
-    Quantised kernels are compared by the numbers that they stand for.
+    Quantised kernels are compared by the numbers that they stand for. Floats of another dtype
+    than their model's are equal, too, where they are once cast to it, as a conversion casts them.
 
     Raises:
       ConvertError: models of different architectures.
@@ -48,11 +49,12 @@ def compare(a: OpenModel, b: OpenModel) -> Iterator[Difference | None]:
         first, second = getattr(a.config, name), getattr(b.config, name)
         if first != second:
             raise ConvertError(f"{name} is {first} in one model and {second} in the other")
-    yield _difference("word_embeddings", a.embedding(), b.embedding())
+    models = (a, b)
+    yield _difference("word_embeddings", a.embedding(), b.embedding(), models)
     norms = (a.final_layernorm(), b.final_layernorm())
-    yield from _tree_differences("final_layernorm", *norms)
+    yield from _tree_differences("final_layernorm", *norms, models)
     for i, layers in enumerate(zip(a.layers(), b.layers(), strict=True)):
-        yield from _tree_differences(f"layers.{i}", *map(_dequantized, layers))
+        yield from _tree_differences(f"layers.{i}", *map(_dequantized, layers), models)
 
 
 def _dequantized(layer: Any) -> Any:
@@ -65,15 +67,19 @@ def _dequantized(layer: Any) -> Any:
     return layer
 
 
-def _tree_differences(prefix: str, a: Any, b: Any) -> Iterator[Difference | None]:
+def _tree_differences(
+    prefix: str, a: Any, b: Any, models: tuple[OpenModel, OpenModel]
+) -> Iterator[Difference | None]:
     for (path, x), y in zip(
         jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
     ):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        yield _difference(f"{prefix}.{name}", x, y)
+        yield _difference(f"{prefix}.{name}", x, y, models)
 
 
-def _difference(name: str, x: np.ndarray, y: np.ndarray) -> Difference | None:
+def _difference(
+    name: str, x: np.ndarray, y: np.ndarray, models: tuple[OpenModel, OpenModel]
+) -> Difference | None:
     greatest, numbers = 0.0, 0
     if x.shape != y.shape:
         raise ConvertError(f"{name} is {x.shape} in one model and {y.shape} in the other")
@@ -83,8 +89,19 @@ def _difference(name: str, x: np.ndarray, y: np.ndarray) -> Difference | None:
         if p.dtype == q.dtype and np.array_equal(p.view(np.uint8), q.view(np.uint8)):
             continue
         count, gap = differing(p, q)
+        if count:
+            cast = [_in_dtype_of(model, name, v) for model, v in zip(models, (p, q), strict=True)]
+            count, gap = min((count, gap), differing(*cast))
         numbers, greatest = numbers + count, max(greatest, gap)
     return Difference(name, greatest, numbers) if numbers else None
+
+
+def _in_dtype_of(model: OpenModel, name: str, values: np.ndarray) -> np.ndarray:
+    is_dequantized = model.bits is not None and name.endswith(".kernel")
+    if is_dequantized or not jnp.issubdtype(values.dtype, jnp.floating):
+        return values
+    with np.errstate(over="ignore"):
+        return values.astype(model.config.param_dtype)
 
 
 def check(model: OpenModel) -> int:

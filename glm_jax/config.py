@@ -278,7 +278,23 @@ class GLMConfig:
             if not isinstance(special, dict):
                 raise ConfigError(f"special_tokens={shown(special)}: expected an object of ids")
             fields["special_tokens"] = _build(SpecialTokens, special)
-        return _build(cls, fields)
+        config: GLMConfig = _build(cls, fields)
+        if config.special_tokens is not None:
+            _check_special_tokens(config.special_tokens, config.vocab_size)
+        return config
+
+
+def _check_special_tokens(special: SpecialTokens, vocab_size: int) -> None:
+    """Raises ConfigError for ids outside of a vocabulary, and for one that two tokens have."""
+    names: dict[int, str] = {}
+    for name, token in dataclasses.asdict(special).items():
+        if token >= vocab_size:
+            raise ConfigError(
+                f"special_tokens.{name}={token}: the vocabulary ends at {vocab_size - 1}"
+            )
+        if token in names:
+            raise ConfigError(f"special_tokens.{name}={token}: {names[token]} has the same id")
+        names[token] = name
 
 
 def _build(cls: Any, fields: dict[str, Any]) -> Any:

@@ -49,6 +49,7 @@ def locked(path: Path, number: int = 0, count: int = 1) -> Iterator[None]:
 
     Raises:
       LockedError: another process has the lock; the message names it.
+      OutputError: `path` cannot be written, or is a link to nothing.
     """
     if processes.are_joined() and not processes.is_first():
         yield
@@ -62,6 +63,11 @@ def locked(path: Path, number: int = 0, count: int = 1) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lock(path: Path, suffix: str, is_shared: bool) -> Iterator[None]:
+    if path.is_symlink() and not path.exists():
+        raise OutputError(
+            f"output {path} is a link to {path.readlink()}, which is not there: make that folder, "
+            "or name another"
+        )
     path = path.resolve()  # the same lock whatever links lead to the path
     with explained(path):
         is_inside = path.is_dir() and not os.access(path.parent, os.W_OK)

@@ -1,6 +1,7 @@
 """Configs say what is wrong with them, and survive JSON."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -65,6 +66,12 @@ def test_every_number_of_a_model_has_a_range(bad):
             range_.check(name, bad)
 
 
+def _special(**changed):
+    names = [field.name for field in dataclasses.fields(SpecialTokens)]
+    ids = dict(zip(names, range(len(names)), strict=True)) | changed
+    return f'"special_tokens": {json.dumps(ids)}'
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -76,10 +83,12 @@ def test_every_number_of_a_model_has_a_range(bad):
         ('"special_tokens": 3', "special_tokens=3"),
         ('"special_tokens": {"eop": -1}', r"special_tokens\.eop=-1"),
         ('"special_tokens": {"eop": 1.5}', "eop"),
+        (_special(eop=4096), r"special_tokens\.eop=4096: the vocabulary ends at 4095"),
+        (_special(eop=0), r"special_tokens\.eop=0: mask has the same id"),
     ],
 )
 def test_nonsense_in_a_model_folder_is_refused(text, message):
-    given = glm_config("tiny").to_json()
+    given = glm_config("tiny", vocab_size=4096).to_json()
     name = text.split(":")[0]
     lines = [f"  {text}," if line.strip().startswith(name) else line for line in given.splitlines()]
     fields = "\n".join(lines).replace(",\n}", "\n}")

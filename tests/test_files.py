@@ -130,6 +130,16 @@ def test_an_output_that_is_named_by_a_link(tmp_path):
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("to", ["nowhere/out", "out"])
+def test_a_link_to_nothing_is_called_that(tmp_path, to):
+    (tmp_path / "out").symlink_to(to)
+    with (
+        pytest.raises(OutputError, match=f"out is a link to {to}, which"),
+        files.locked(tmp_path / "out"),
+    ):
+        pass
+
+
 def test_no_device_and_no_link_makes_way_for_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OutputError, match="is not a regular file"):

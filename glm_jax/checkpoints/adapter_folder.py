@@ -78,6 +78,18 @@ def save_adapter(
             write_checksums(partial, written, {})
 
 
+def check_adapter(path: str | os.PathLike[str]) -> None:
+    """Reads all of a folder of adapters, which compares it with its checksums.
+
+    Raises:
+      DamageError: a file or an array is not what was written.
+    """
+    folder = Path(path).absolute()
+    with parameter_files.readable(folder):
+        checked_files(folder)
+    parameter_files.check_parts(folder)
+
+
 def load_adapter(
     path: str | os.PathLike[str], config: GLMConfig, identity: dict[str, Any], mesh: Mesh | None
 ) -> tuple[AdapterConfig, Adapters]:

@@ -163,6 +163,20 @@ def check_files(path: str | os.PathLike[str]) -> dict[str, int] | None:
         return checked_files(Path(path), _EDITABLE)
 
 
+def check_model(path: str | os.PathLike[str]) -> None:
+    """Reads all of a model folder, which compares it with its checksums.
+
+    Raises:
+      CheckpointError: no complete model there.
+      DamageError: a file or an array is not what was written.
+    """
+    config = load_config(path)
+    folder = Path(path).absolute() / PARAMS_FOLDER
+    parameter_files.layer_ranges(folder, config.num_layers)
+    check_files(path)
+    parameter_files.check_parts(folder)
+
+
 def stored_format(path: str | os.PathLike[str]) -> WeightFormat:
     """The format of a model folder's kernels.
 

@@ -27,6 +27,7 @@ from glm_jax.checkpoints.array_reader import (
     stored_chunks,
 )
 from glm_jax.checkpoints.checksums import (
+    CHECKSUMS_FILE,
     DamageError,
     array_checksums,
     checked_files,
@@ -182,6 +183,20 @@ def read_part(folder: Path, name: str, target: Any, metadata: Any) -> Any:
     buffers = jax.tree.map(empty_buffers, target)
     read_part_into(folder, name, target, buffers, metadata)
     return jax.tree.map(lambda x, b: placed(x, b, x.shape, None), target, buffers)
+
+
+def check_parts(folder: Path) -> None:
+    """Reads the parts in `folder`, one at a time, which compares them with their checksums.
+
+    Raises:
+      DamageError: one is not what was written.
+      CheckpointError: one cannot be read.
+    """
+    for file in sorted(folder.glob(f"*/{CHECKSUMS_FILE}")):
+        name = file.parent.name
+        metadata = part_metadata(folder, name)
+        target = on_one_device(metadata, jax.local_devices(backend="cpu")[0])
+        read_part(folder, name, target, metadata)
 
 
 def read_part_into(folder: Path, name: str, target: Any, buffers: Any, metadata: Any) -> None:

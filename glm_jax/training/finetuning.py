@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from glm_jax.checkpoints.adapter_folder import model_identity, save_adapter
+from glm_jax.checkpoints.adapter_folder import check_adapter, model_identity, save_adapter
 from glm_jax.checkpoints.model_folder import load_config, restore, stored_format
 from glm_jax.config import ConfigError, GLMConfig
 from glm_jax.model.adapters import AdapterConfig
@@ -108,7 +108,7 @@ def finetune(
             return
         adapter = recipe.adapter
         write = lambda folder: save_adapter(folder, adapter, trained, identity)
-        replace_result(workdir / ADAPTER_FOLDER, int(state.step), write)
+        replace_result(workdir / ADAPTER_FOLDER, int(state.step), write, check_adapter)
 
     job = TrainingJob(
         config, tokenizer, model, recipe, mesh, begin, finish,

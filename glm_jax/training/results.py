@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_jax import files, processes
-from glm_jax.checkpoints.model_folder import save_model
+from glm_jax.checkpoints.model_folder import check_model, save_model
 from glm_jax.config import GLMConfig
 from glm_jax.errors import UserError
 from glm_jax.tokenizer import Tokenizer
@@ -23,7 +23,7 @@ def save_trained(workdir: Path, model: GLMConfig, state: TrainState, tokenizer: 
         params: Any = state.params
         save_model(folder, model, params, tokenizer.files)
 
-    replace_result(workdir / MODEL_FOLDER, int(state.step), write)
+    replace_result(workdir / MODEL_FOLDER, int(state.step), write, check_model)
 
 
 def refuse_result_of_others(folder: Path) -> None:
@@ -41,8 +41,11 @@ def _about(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.json")
 
 
-def replace_result(folder: Path, step: int, write: Callable[[Path], None]) -> None:
-    """Write the result of a run after `step`, unless it is there; all joined processes call it.
+def replace_result(
+    folder: Path, step: int, write: Callable[[Path], None], check: Callable[[Path], None]
+) -> None:
+    """Write the result of a run after `step`, unless it is there, which is checked; all joined
+    processes call it.
 
     An earlier result stays until the new one is complete. FOLDER.json names the step of the
     result, and is missing while the folders are renamed: a run that is killed then writes its
@@ -51,6 +54,10 @@ def replace_result(folder: Path, step: int, write: Callable[[Path], None]) -> No
     Args:
       folder: of the result.
       write: writes the result to a folder that does not exist.
+      check: raises UserError where the folder is not what was written.
+
+    Raises:
+      UserError: the result of this step is there, and damaged.
     """
     folder = folder.resolve()
     about, new, old = (
@@ -60,6 +67,12 @@ def replace_result(folder: Path, step: int, write: Callable[[Path], None]) -> No
     content = json.dumps({"step": step}) + "\n"
     is_there = folder.exists() and about.is_file() and about.read_text("utf-8") == content
     if processes.agree(float(is_there)):
+        try:
+            processes.together(lambda: check(folder) if processes.is_first() else None)
+        except UserError as error:
+            raise UserError(
+                f"{error}: remove {folder}, and the same command writes it again"
+            ) from error
         return
     if processes.is_first():
         about.unlink(missing_ok=True)

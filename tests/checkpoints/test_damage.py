@@ -12,7 +12,7 @@ import pytest
 from glm_jax.checkpoints import checksums, parameter_files
 from glm_jax.checkpoints.adapter_folder import load_adapter, save_adapter
 from glm_jax.checkpoints.checksums import CHECKSUMS_FILE, Chunks, DamageError, chunk_checksum
-from glm_jax.checkpoints.model_folder import load_config, restore, save_model
+from glm_jax.checkpoints.model_folder import check_model, load_config, restore, save_model
 from glm_jax.checkpoints.parameter_files import CheckpointError
 from glm_jax.config import glm_config
 from glm_jax.errors import UserError
@@ -20,6 +20,7 @@ from glm_jax.model import adapters
 from glm_jax.model import params as glm_params
 from glm_jax.model.adapters import AdapterConfig
 from glm_jax.sharding import make_mesh
+from glm_jax.training.results import replace_result
 
 CONFIG = glm_config("tiny", vocab_size=64, hidden_size=32, inner_hidden_size=64, num_heads=2)
 
@@ -106,6 +107,26 @@ def test_files_that_are_not_whole_are_named(kind, folder):
         with pytest.raises(UserError, match=f"{path.name}.*is damaged|no complete parameters") as e:
             restore(folder)
         assert "\n" not in str(e.value)
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["flipped", "deleted"])
+def test_a_finished_run_whose_model_is_damaged_says_so(kind, folder):
+    """And not that its model is there."""
+    folder.with_name("model.json").write_text('{"step": 4}\n')
+    finish = lambda: replace_result(folder, 4, pytest.fail, check_model)
+    finish()
+    for path in _files(folder / "params"):
+        content = path.read_bytes()
+        if not content:
+            continue
+        path.unlink()
+        if kind == "flipped":
+            path.write_bytes(content)
+            _flipped(path, random.Random(0))
+        with pytest.raises(UserError, match=r"damaged|no complete") as raised:
+            finish()
+        assert str(raised.value).endswith(f"remove {folder}, and the same command writes it again")
         path.write_bytes(content)
 
 

@@ -146,7 +146,7 @@ def test_a_result_behind_a_link_is_replaced_there(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "model").symlink_to("disk/model")
     for step in (1, 2):
-        replace_result(tmp_path / "model", step, lambda folder: folder.mkdir())
+        replace_result(tmp_path / "model", step, lambda folder: folder.mkdir(), lambda folder: None)
         refuse_result_of_others(tmp_path / "model")
     assert {path.name for path in (tmp_path / "disk").iterdir()} == {"model", "model.json"}
     assert (tmp_path / "model").is_symlink()
@@ -162,7 +162,7 @@ def test_what_a_run_leaves_is_always_of_its_last_step(tmp_path, monkeypatch):
             (to / "step").write_text(str(step))
             written.append(step)
 
-        replace_result(folder, step, write)
+        replace_result(folder, step, write, lambda folder: None)
         assert {path.name for path in tmp_path.iterdir()} == {"model", "model.json"}
 
     leave(4)
