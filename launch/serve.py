@@ -52,6 +52,12 @@ flags.DEFINE_multi_string(
     "a host name, without port, that requests may be sent to, beside that of --host; "
     "*.example.org for all below example.org, * for any; may be repeated",
 )
+flags.DEFINE_multi_string(
+    "trusted_proxy",
+    [],
+    "IP address or network of a proxy, whose X-Forwarded-For says which client asks; "
+    "may be given often",
+)
 flags.DEFINE_integer(
     "max_connections", DEFAULT_CONNECTIONS.count, "maximum open connections", lower_bound=1
 )
@@ -97,6 +103,7 @@ def main() -> None:
             keys=None if FLAGS.api_keys is None else Keys.read(FLAGS.api_keys),
             cors_origins=FLAGS.cors_origin,
             allowed_hosts=FLAGS.allowed_host,
+            trusted_proxies=FLAGS.trusted_proxy,
             connections=dataclasses.replace(DEFAULT_CONNECTIONS, count=FLAGS.max_connections),
             drain_seconds=FLAGS.drain_seconds,
         ),

@@ -70,8 +70,11 @@ class Hosts:
     def has(self, header: str) -> bool:
         """Whether a Host header names the server; its port may be any."""
         try:
-            name = urllib.parse.urlsplit(f"//{header}").hostname or ""
+            parts = urllib.parse.urlsplit(f"//{header}")
+            name = (parts.hostname or "").removesuffix(".")
         except ValueError:
+            return False
+        if parts.netloc != header or "@" in header:
             return False
         if "*" in self._names or name in self._names:
             return True
@@ -79,6 +82,16 @@ class Hosts:
             return True
         parents = (name[i:] for i, letter in enumerate(name) if letter == ".")
         return any(f"*{parent}" in self._names for parent in parents)
+
+
+def check_proxies(addresses: Sequence[str]) -> None:
+    """Raises HostError for what is no IP address or network of proxies."""
+    for address in addresses:
+        try:
+            ipaddress.ip_network(address)
+        except ValueError as error:
+            message = f"--trusted_proxy={address}: expected an IP address or network ({error})"
+            raise HostError(message) from error
 
 
 def _is_address(name: str) -> bool:
@@ -150,7 +163,7 @@ class Guard:
             return refused(400, message, headers={"Connection": "close"})
         return (
             self._check_head(scope)
-            or self._check_names(headers)
+            or self._check_names(scope, headers)
             or self._check_key(scope, headers.get(b"authorization", b""))
             or self._check_length(headers.get(b"content-length", b"0"))
         )
@@ -163,19 +176,23 @@ class Guard:
         message = f"the headers are over {self._head_bytes} bytes: send fewer"
         return refused(431, message)
 
-    def _check_names(self, headers: dict[bytes, bytes]) -> HTTPException | None:
+    def _check_names(self, scope: Scope, headers: dict[bytes, bytes]) -> HTTPException | None:
         host = headers.get(b"host", b"").decode("latin-1")
         # HTTP/1.0 needs none, and browsers always name one.
         if host and not self._hosts.has(host):
             message = f"the server has no name {host[:99]!r}: --allowed_host gives it one"
             return refused(403, message, code="host_not_allowed")
-        origin = headers.get(b"origin", b"").decode("latin-1")
+        for name, value in scope["headers"]:
+            origin = value.decode("latin-1")
+            if name == b"origin" and origin and not self._may_ask(origin, host):
+                message = f"pages of {origin[:99]!r} may not ask: --cors_origin allows them to"
+                return refused(403, message, code="origin_not_allowed")
+        return None
+
+    def _may_ask(self, origin: str, host: str) -> bool:
         # A proxy may have taken TLS off, so that of a scheme nothing is known here.
         is_ours = bool(host) and origin.partition("://")[2].lower() == host.lower()
-        if not origin or is_ours or not {origin, "*"}.isdisjoint(self._origins):
-            return None
-        message = f"pages of {origin[:99]!r} may not ask: --cors_origin allows them to"
-        return refused(403, message, code="origin_not_allowed")
+        return is_ours or not {origin, "*"}.isdisjoint(self._origins)
 
     def _check_key(self, scope: Scope, authorization: bytes) -> HTTPException | None:
         path, keys = scope["path"], self._service.keys

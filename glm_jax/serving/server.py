@@ -22,7 +22,7 @@ from glm_jax.serving.connections import (
     Connections,
     allow_connections,
 )
-from glm_jax.serving.guards import Hosts
+from glm_jax.serving.guards import Hosts, check_proxies
 from glm_jax.serving.keys import Keys
 from glm_jax.serving.metrics import Metrics
 from glm_jax.serving.service import DEFAULT_LIMITS, Limits, Service
@@ -47,6 +47,7 @@ class Serving:
       max_waiting: answers that may wait for a slot.
       cors_origins: of pages whose scripts may ask, beside the server's own.
       allowed_hosts: names that requests may be sent to, beside those of `host`.
+      trusted_proxies: addresses or networks of proxies, whose X-Forwarded-For says who asks.
       connections: how many there may be, and what each may take.
       drain_seconds: that requests have to end when the server is to go down.
     """
@@ -59,6 +60,7 @@ class Serving:
     keys: Keys | None = None
     cors_origins: Sequence[str] = ()
     allowed_hosts: Sequence[str] = ()
+    trusted_proxies: Sequence[str] = ()
     connections: ConnectionLimits = DEFAULT_CONNECTIONS
     drain_seconds: float = 600.0
 
@@ -90,6 +92,7 @@ class Server:
         worker = Worker(load, serving.max_waiting, metrics, self._failed.set)
         self.service = Service(worker, serving.name, metrics, serving.limits, serving.keys)
         hosts = Hosts.of(serving.host, serving.allowed_hosts)
+        check_proxies(serving.trusted_proxies)
         # Chunks have sizes of their own, which are to be no more than what is in them.
         connections: Any = Connections(serving.connections, 2 * serving.limits.body_bytes)
         config = uvicorn.Config(
@@ -97,7 +100,9 @@ class Server:
             http=connections,
             ws="none",  # no endpoint takes them
             h11_max_incomplete_event_size=serving.connections.head_bytes,
-            proxy_headers=False,  # anyone can write them, and no one reads them
+            # From others anyone can write them.
+            proxy_headers=bool(serving.trusted_proxies),
+            forwarded_allow_ips=list(serving.trusted_proxies),
             lifespan="off",
             log_config=None,
             access_log=False,

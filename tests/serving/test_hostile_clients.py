@@ -12,7 +12,7 @@ import pytest
 from served import Served
 
 from glm_jax.serving.connections import ConnectionLimits
-from glm_jax.serving.guards import HostError, Hosts
+from glm_jax.serving.guards import HostError, Hosts, check_proxies
 from glm_jax.serving.keys import Keys
 
 SHORT = ConnectionLimits(head_seconds=0.3, body_seconds=0.3, idle_seconds=0.3, stall_seconds=0.3)
@@ -177,7 +177,7 @@ def _get(served, **headers):
 
 def test_requests_name_this_server_and_come_from_no_other_page(served):
     port = served.url.rpartition(":")[2]
-    for host in (f"localhost:{port}", "LOCALHOST", "127.0.0.1:1", "[::1]:8000"):
+    for host in (f"localhost:{port}", "LOCALHOST", "localhost.", "127.0.0.1:1", "[::1]:8000"):
         assert _get(served, host=host).status_code == 200, host
         assert _get(served, host=host, origin=f"http://{host}").status_code == 200, host
     for host in (
@@ -185,6 +185,9 @@ def test_requests_name_this_server_and_come_from_no_other_page(served):
         "localhost.evil.example",
         "10.0.0.1",
         "localhost@evil.example",
+        "evil.example@localhost",
+        "localhost/evil.example",
+        "localhost?evil.example",
         "[",
     ):
         refused = _get(served, host=host)
@@ -195,6 +198,12 @@ def test_requests_name_this_server_and_come_from_no_other_page(served):
         refused = _get(served, host=f"localhost:{port}", origin=origin)
         assert refused.status_code == 403, origin
         assert "--cors_origin" in refused.json()["error"]["message"]
+    two = [
+        ("Host", "localhost"),
+        ("Origin", "https://evil.example"),
+        ("Origin", "http://localhost"),
+    ]
+    assert httpx2.get(served.url + "/v1/models", headers=two).status_code == 403
     assert _exchange(served, b"GET /health HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200")
 
 
@@ -225,6 +234,12 @@ def test_names_of_a_server(host, more, known, unknown):
     for port in ("", ":8000"):
         assert all(hosts.has(bracketed(name) + port) for name in known)
         assert not any(hosts.has(bracketed(name) + port) for name in unknown)
+
+
+@pytest.mark.parametrize("address", ["glm.example", "10.0.0.300", "10.0.0.1/8", "*"])
+def test_what_is_no_address_of_a_proxy(address):
+    with pytest.raises(HostError, match=r"--trusted_proxy=.*: expected an IP address or network"):
+        check_proxies([address])
 
 
 @pytest.mark.parametrize("name", ["http://glm.example", "glm.example:8000", "a/b"])

@@ -380,22 +380,28 @@ def test_clients_take_turns(model, slow_steps, monkeypatch):
     assert 0 < found.index(False) < 5
 
 
-def test_who_fills_the_queue_shuts_no_one_out(model, slow_steps):
+@pytest.mark.parametrize(
+    ("serving", "name", "value"),
+    [
+        ({"keys": Keys(["10.0.0.1", "10.0.0.2"])}, "Authorization", "Bearer 10.0.0.{}"),
+        ({"trusted_proxies": ["127.0.0.0/8"]}, "X-Forwarded-For", "1.1.1.1, 10.0.0.{}"),
+    ],
+    ids=["keys", "proxy"],
+)
+def test_who_fills_the_queue_shuts_no_one_out(model, slow_steps, serving, name, value):
     with (
-        running(lambda: model, max_waiting=2, keys=Keys(["a", "b"])) as served,
+        running(lambda: model, max_waiting=2, **serving) as served,
         concurrent.futures.ThreadPoolExecutor(1) as pool,
     ):
         room = model.engine.slots + 2
-        ask = lambda key, **more: _post(
-            served,
-            headers={"Authorization": f"Bearer {key}"},
-            json=ASKED | {"max_tokens": 8} | more,
+        ask = lambda client, **more: _post(
+            served, headers={name: value.format(client)}, json=ASKED | {"max_tokens": 8} | more
         )
-        filling = pool.submit(ask, "a", n=room)
+        filling = pool.submit(ask, 1, n=room)
         while served.service.worker.running < room:
             time.sleep(0.001)
-        assert ask("a").status_code == 429
-        assert ask("b").status_code == 200
+        assert ask(1).status_code == 429
+        assert ask(2).status_code == 200
         assert filling.result().status_code == 200
 
 
