@@ -164,7 +164,9 @@ def _example(reader: "_Fields", config: TaskConfig) -> Example:
             raise DatasetError(f"choices[{choices.index(())}]: empty: it would be the likeliest")
         label = line.get("label")  # type: ignore[assignment]
         if isinstance(label, bool) or not isinstance(label, int):
-            raise DatasetError(f"label: {shown(label)} where the number of the right choice is due")
+            raise DatasetError(
+                f"label: expected the number of the right choice, got {shown(label)}"
+            )
         if not 0 <= label < len(choices):
             raise DatasetError(f"label: {shown(label)}, and there are {len(choices)} choices")
         if sum(map(len, choices)) + 2 >= config.max_seq_length:
@@ -208,7 +210,7 @@ class _Fields:
         if name == "targets" and (is_ids or isinstance(value, str)):
             value = [value]  # one answer, not a list of them
         if not isinstance(value, list):
-            raise DatasetError(f"{found}: a list is due")
+            raise DatasetError(f"{found}: expected a list, got {shown(value)}")
         return tuple(self._of(f"{found}[{i}]", item) for i, item in enumerate(value))
 
     def _of(self, name: str, value: Any, control_words: tuple[str, ...] = ()) -> tuple[int, ...]:

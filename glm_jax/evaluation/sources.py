@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from glm_jax.errors import UserError
+from glm_jax.errors import UserError, shown
 from glm_jax.text_files import TextFileError, check_characters, parse_json, read_json, read_lines
 from glm_jax.text_files import read_text as read_whole
 
@@ -106,7 +106,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _flat(record: Any) -> Iterator[Row]:
     if not isinstance(record, dict):
-        raise SourceError("an object with fields is due")
+        raise SourceError(f"expected an object with fields, got {shown(record)}")
     yield record
 
 

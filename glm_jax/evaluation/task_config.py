@@ -220,7 +220,7 @@ def _value(name: str, kind: Any, value: Any) -> Any:
         return tuple((str(group), pattern) for group, pattern in groups.items())
     if kind == tuple[str, ...]:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise TaskError(f"{name}={shown(value)}: a list of texts is due")
+            raise TaskError(f"{name}: expected a list of texts, got {shown(value)}")
         return tuple(value)
     if name == "module" and value is None:
         return None
@@ -228,7 +228,7 @@ def _value(name: str, kind: Any, value: Any) -> Any:
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value) if abs(value) < 2**53 else math.inf
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-        raise TaskError(f"{name}={shown(value)}: {wanted.__name__} is due")
+        raise TaskError(f"{name}: expected {wanted.__name__}, got {shown(value)}")
     return value
 
 

@@ -321,7 +321,7 @@ class StereoSet(MultipleChoice):
         labels = example.fields.get("goal_label")
         known = metrics.STEREOSET_LABELS
         if not isinstance(labels, list) or len(labels) != len(example.choices):
-            return "goal_label: one for each choice is due"
+            return f"goal_label: expected one for each choice, got {shown(labels)}"
         if not all(label in known for label in labels):
             return f"goal_label: {labels}: each is one of {', '.join(known)}"
         return _missing(example, "bias_type")

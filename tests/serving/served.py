@@ -21,6 +21,28 @@ POSITIONS = 128
 SETTINGS = EngineSettings(slots=4, page_size=16, prefill_width=64, prefill_budget=64)
 
 
+# With a seed: by chance an end token would come before the tests' ends.
+ASKED = {
+    "model": NAME,
+    "prompt": "The capital of",
+    "temperature": 1.0,
+    "max_tokens": 100,
+    "seed": 1,
+}
+
+
+def post(served, path="/v1/completions", **more):
+    return httpx2.post(served.url + path, **({"json": ASKED, "timeout": 60} | more))
+
+
+def error_of(response, status):
+    assert response.status_code == status
+    [error] = response.json().values()
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "\n" not in error["message"]
+    return error
+
+
 def tiny_served(tokenizer, settings=SETTINGS):
     """A model with the tokenizer's vocabulary."""
     config = glm_config("tiny", vocab_size=4096, max_sequence_length=POSITIONS)

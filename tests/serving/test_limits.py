@@ -1,4 +1,4 @@
-"""What a server refuses, what it gives up, and how it ends."""
+"""What a server refuses and what it gives up, and whose turn it is."""
 
 import asyncio
 import concurrent.futures
@@ -9,41 +9,24 @@ import time
 
 import httpx2
 import pytest
-from served import NAME, Served, list_of, most_lag, running, tiny_served, wait_idle
+from served import (
+    ASKED,
+    NAME,
+    Served,
+    error_of,
+    list_of,
+    most_lag,
+    post,
+    running,
+    wait_idle,
+)
 
 from glm_jax.errors import UserError
 from glm_jax.serving.connections import ConnectionLimits
-from glm_jax.serving.errors import UnavailableError
 from glm_jax.serving.keys import Keys, KeysError
-from glm_jax.serving.server import ServerError, bound_socket
 from glm_jax.serving.service import Limits
 
 pytest_plugins = ["serving_fixtures"]
-
-# With a seed: by chance an end token would come before the tests' ends.
-ASKED = {
-    "model": NAME,
-    "prompt": "The capital of",
-    "temperature": 1.0,
-    "max_tokens": 100,
-    "seed": 1,
-}
-
-
-def _post(served, path="/v1/completions", **more):
-    return httpx2.post(served.url + path, **({"json": ASKED, "timeout": 60} | more))
-
-
-def _error(response, status):
-    assert response.status_code == status
-    [error] = response.json().values()
-    assert set(error) == {"message", "type", "param", "code"}
-    assert "\n" not in error["message"]
-    return error
-
-
-def _first_event(lines):
-    return json.loads(next(line for line in lines if line)[6:])
 
 
 def test_a_full_queue_refuses(model, slow_steps):
@@ -51,18 +34,18 @@ def test_a_full_queue_refuses(model, slow_steps):
         room = model.engine.slots + 2
         with concurrent.futures.ThreadPoolExecutor(room + 4) as pool:
             responses = list(
-                pool.map(lambda _: _post(served, json=ASKED | {"max_tokens": 40}), range(room + 4))
+                pool.map(lambda _: post(served, json=ASKED | {"max_tokens": 40}), range(room + 4))
             )
         refused = [r for r in responses if r.status_code == 429]
         assert len(refused) == 4
         assert sum(r.status_code == 200 for r in responses) == room
         for response in refused:
-            assert "2 answers wait already" in _error(response, 429)["message"]
+            assert "2 answers wait already" in error_of(response, 429)["message"]
             assert int(response.headers["Retry-After"]) >= 1
-        too_many = _post(served, json=ASKED | {"n": room + 1})
-        assert f"at most {room} in one request" in _error(too_many, 400)["message"]
+        too_many = post(served, json=ASKED | {"n": room + 1})
+        assert f"at most {room} in one request" in error_of(too_many, 400)["message"]
         wait_idle(served)
-        assert _post(served, json=ASKED | {"n": room, "max_tokens": 2}).status_code == 200
+        assert post(served, json=ASKED | {"n": room, "max_tokens": 2}).status_code == 200
 
 
 @pytest.mark.parametrize("slow_steps", [0.25], indirect=True)  # longer than a busy machine takes
@@ -92,7 +75,7 @@ def test_one_who_goes_away_frees_the_slot_within_a_step(model, slow_steps, strea
 
 def test_time_is_limited(model, slow_steps):
     with running(lambda: model, limits=Limits(seconds=1.0)) as served:
-        error = _error(_post(served), 504)
+        error = error_of(post(served), 504)
         assert error["code"] == "timeout"
         assert "within 1 seconds" in error["message"]
         with httpx2.stream(
@@ -104,117 +87,6 @@ def test_time_is_limited(model, slow_steps):
         wait_idle(served)
 
 
-def test_a_drained_server_answers_who_is_there(model, slow_steps):
-    served = Served(lambda: model)
-    served.wait_ready()
-    with (
-        httpx2.Client(base_url=served.url, timeout=60) as other,
-        httpx2.stream(
-            "POST", served.url + "/v1/completions", json=ASKED | {"stream": True}, timeout=60
-        ) as response,
-    ):
-        assert other.get("/ready").status_code == 200
-        lines = response.iter_lines()
-        _first_event(lines)
-        served.drain()
-        time.sleep(0.3)
-        with pytest.raises(httpx2.TransportError):
-            _post(served)
-        rest = [line[6:] for line in lines if line]
-    assert rest[-1] == "[DONE]"
-    assert json.loads(rest[-2])["choices"][0]["finish_reason"]
-    served.join()
-    assert served.error is None
-
-
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("is_forced", [True, False])
-def test_whom_an_end_does_not_wait_for(model, slow_steps, caplog, is_forced, stream):
-    """A second signal, or the time being over, ends answers without a trace in the log."""
-    served = Served(lambda: model, drain_seconds=60.0 if is_forced else 1.0)
-    served.wait_ready()
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        asking = pool.submit(_post, served, json=ASKED | {"n": 32, "stream": stream})
-        while not model.engine.running:
-            time.sleep(0.001)
-        began = time.monotonic()
-        served.drain()
-        if is_forced:
-            served.drain()
-        served.join()
-        assert time.monotonic() - began < 30
-        while served.service.worker.is_alive:
-            assert time.monotonic() < began + 60
-            time.sleep(0.01)
-        assert model.engine.is_idle
-        if is_forced or stream:
-            with pytest.raises(httpx2.RemoteProtocolError):
-                asking.result()
-        else:
-            assert "is going down" in _error(asking.result(), 503)["message"]
-    assert not [record for record in caplog.records if record.exc_info]
-
-
-def test_a_model_that_is_not_there_yet(model):
-    may_load = threading.Event()
-
-    def load():
-        may_load.wait()
-        return model
-
-    served = Served(load)
-    try:
-        assert httpx2.get(served.url + "/health").json() == {"status": "ok"}
-        assert "is being loaded" in _error(httpx2.get(served.url + "/ready"), 503)["message"]
-        refused = _post(served)
-        assert _error(refused, 503)["code"] == "unavailable"
-        assert refused.headers["Retry-After"]
-        assert "glm_ready 0.0" in httpx2.get(served.url + "/metrics").text
-        may_load.set()
-        served.wait_ready()
-        assert "glm_ready 1.0" in httpx2.get(served.url + "/metrics").text
-    finally:
-        may_load.set()
-        served.drain()
-        served.join()
-
-
-def test_a_server_that_still_loads_ends_at_once():
-    may_end = threading.Event()
-    served = Served(may_end.wait)
-    served.drain()
-    served.join()  # though the model is not there
-    assert served.service.worker.is_alive
-    may_end.set()
-    assert served.error is None
-
-
-def test_a_model_that_cannot_be_loaded():
-    def load():
-        raise UserError("no such model")
-
-    served = Served(load)
-    served.join()
-    assert str(served.error) == "no such model"
-
-
-def test_an_engine_that_fails(tokenizer, monkeypatch):
-    model = tiny_served(tokenizer)
-    served = Served(lambda: model)
-    served.wait_ready()
-
-    def step(engine):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(type(model.engine), "step", step)
-    error = _error(_post(served), 500)
-    with pytest.raises(UnavailableError, match="the engine failed"):
-        served.service.worker.open(1, 1.0)
-    assert "out of memory" not in error["message"]  # for the log, not for clients
-    served.join()
-    assert str(served.error) == "out of memory"
-
-
 def test_keys(model, tmp_path):
     file = tmp_path / "keys"
     file.write_text("# who may\nkey-one\n\n  key-two \n")
@@ -222,13 +94,13 @@ def test_keys(model, tmp_path):
         asked = {"json": ASKED | {"max_tokens": 1}}
         for key, status in ((None, 401), ("key", 401), ("key-one", 200), ("key-two", 200)):
             headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-            response = _post(served, headers=headers, **asked)
+            response = post(served, headers=headers, **asked)
             assert response.status_code == status
             if status == 401:
-                assert _error(response, 401)["code"] == "invalid_api_key"
-        assert _post(served, headers={"Authorization": "Basic key-one"}, **asked).status_code == 401
+                assert error_of(response, 401)["code"] == "invalid_api_key"
+        assert post(served, headers={"Authorization": "Basic key-one"}, **asked).status_code == 401
         assert httpx2.get(served.url + "/v1/models").status_code == 401
-        assert _post(served, "/tokenize", json={"text": "a"}).status_code == 401
+        assert post(served, "/tokenize", json={"text": "a"}).status_code == 401
         for path in ("/", "/page/page.js", "/health", "/ready", "/metrics", "/openapi.json"):
             assert httpx2.get(served.url + path).status_code == 200, path
     (tmp_path / "none").write_text("# nothing\n")
@@ -242,11 +114,11 @@ def test_sizes_are_limited(model):
     with running(lambda: model, limits=Limits(body_bytes=2000)) as served:
         large = json.dumps(ASKED | {"prompt": "a" * 2000}).encode()
         headers = {"Content-Type": "application/json"}
-        error = _error(_post(served, json=None, content=large, headers=headers), 413)
+        error = error_of(post(served, json=None, content=large, headers=headers), 413)
         assert "over 2000 bytes" in error["message"]
         pieces = lambda: iter([large[:1000], large[1000:]])  # of no length that is said before
-        _error(_post(served, json=None, content=pieces(), headers=headers), 413)
-        assert _post(served).status_code == 200
+        error_of(post(served, json=None, content=pieces(), headers=headers), 413)
+        assert post(served).status_code == 200
 
 
 def test_bodies_that_are_no_requests(model):
@@ -260,20 +132,20 @@ def test_bodies_that_are_no_requests(model):
             b'{"a":' * 5000,
             b'{"max_tokens": 1' + b"0" * 5000 + b"}",
         ):
-            _error(_post(served, json=None, content=content, headers=headers), 400)
+            error_of(post(served, json=None, content=content, headers=headers), 400)
         # What a browser lets any page send.
         for kind in ("text/plain", "text/plain; x=json", "multipart/form-data; boundary=json"):
             sent = json.dumps(ASKED).encode()
-            plain = _post(served, json=None, content=sent, headers={"Content-Type": kind})
-            assert "application/json" in _error(plain, 400)["message"]
+            plain = post(served, json=None, content=sent, headers={"Content-Type": kind})
+            assert "application/json" in error_of(plain, 400)["message"]
         nan = b'{"model": "tiny", "prompt": "a", "temperature": NaN}'
-        _error(_post(served, json=None, content=nan, headers=headers), 400)
+        error_of(post(served, json=None, content=nan, headers=headers), 400)
         surrogate = b'{"model": "tiny", "prompt": "\\ud800"}'
-        _error(_post(served, json=None, content=surrogate, headers=headers), 400)
-        assert _error(httpx2.get(served.url + "/v1/nothing"), 404)["message"].endswith(
+        error_of(post(served, json=None, content=surrogate, headers=headers), 400)
+        assert error_of(httpx2.get(served.url + "/v1/nothing"), 404)["message"].endswith(
             "/v1/nothing"
         )
-        _error(httpx2.get(served.url + "/v1/completions"), 405)
+        error_of(httpx2.get(served.url + "/v1/completions"), 405)
 
 
 def test_other_pages_may_ask_only_where_they_are_named(model):
@@ -298,8 +170,8 @@ def test_other_pages_may_ask_only_where_they_are_named(model):
 def test_metrics(model):
     with running(lambda: model) as served:
         for _ in range(3):
-            answered = _post(served, json=ASKED | {"max_tokens": 5}).json()
-        _post(served, json={})
+            answered = post(served, json=ASKED | {"max_tokens": 5}).json()
+        post(served, json={})
         wait_idle(served)
         text = httpx2.get(served.url + "/metrics").text
         found = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
@@ -325,8 +197,8 @@ def test_a_search_that_fails_harms_no_other(model, monkeypatch):
     monkeypatch.setattr("glm_jax.serving.completions.filling_by_beams", broken)
     with running(lambda: model) as served:
         asked = {"model": NAME, "prompt": "a", "best_of": 2, "max_tokens": 2}
-        _error(_post(served, json=asked), 500)
-        assert _post(served).status_code == 200
+        error_of(post(served, json=asked), 500)
+        assert post(served).status_code == 200
 
 
 def test_a_search_compiles_while_others_go_on(model, monkeypatch):
@@ -341,15 +213,15 @@ def test_a_search_compiles_while_others_go_on(model, monkeypatch):
     monkeypatch.setattr("glm_jax.serving.completions.filling_by_beams", search)
     asked = {"model": NAME, "prompt": "a", "best_of": 2}
     with running(lambda: model) as served, concurrent.futures.ThreadPoolExecutor(2) as pool:
-        searching = [pool.submit(_post, served, json=asked) for _ in range(2)]
+        searching = [pool.submit(post, served, json=asked) for _ in range(2)]
         try:
             for _ in range(2):
-                assert _post(served, json=ASKED | {"max_tokens": 3}).status_code == 200
+                assert post(served, json=ASKED | {"max_tokens": 3}).status_code == 200
             assert not any(search.done() for search in searching)
         finally:
             may_compile.set()
         for search in searching:
-            assert _error(search.result(), 400)["message"] == "the end"
+            assert error_of(search.result(), 400)["message"] == "the end"
 
 
 def test_clients_take_turns(model, slow_steps, monkeypatch):
@@ -364,7 +236,7 @@ def test_clients_take_turns(model, slow_steps, monkeypatch):
     ends = {}
 
     def ask(served, name, **more):
-        _post(served, json=ASKED | {"max_tokens": 4} | more)
+        post(served, json=ASKED | {"max_tokens": 4} | more)
         ends[name] = time.monotonic()
 
     searching = {"best_of": 2, "temperature": None, "seed": None}
@@ -394,7 +266,7 @@ def test_who_fills_the_queue_shuts_no_one_out(model, slow_steps, serving, name, 
         concurrent.futures.ThreadPoolExecutor(1) as pool,
     ):
         room = model.engine.slots + 2
-        ask = lambda client, **more: _post(
+        ask = lambda client, **more: post(
             served, headers={name: value.format(client)}, json=ASKED | {"max_tokens": 8} | more
         )
         filling = pool.submit(ask, 1, n=room)
@@ -430,7 +302,7 @@ def test_who_reads_nothing_takes_no_room(model, stall_seconds):
                 while not is_there():
                     time.sleep(0.001)
             whole = {"n": model.engine.slots, "max_tokens": 2}
-            assert _post(served, json=ASKED | whole).status_code == 200
+            assert post(served, json=ASKED | whole).status_code == 200
             if stall_seconds < 1:
                 wait_idle(served)
             else:
@@ -454,8 +326,8 @@ def test_large_bodies_stop_no_one(model):
         lag = asyncio.run_coroutine_threadsafe(most_lag(over), served.loop)
         for name, prompt in bodies.items():
             content = f'{{"model": "{NAME}", "prompt": {prompt}}}'.encode()
-            refused = _post(served, json=None, content=content, headers=headers)
-            assert len(_error(refused, 400)["message"]) < 300, name
+            refused = post(served, json=None, content=content, headers=headers)
+            assert len(error_of(refused, 400)["message"]) < 300, name
         served.loop.call_soon_threadsafe(over.set)
         assert lag.result() < 1  # it was up to 13
 
@@ -467,18 +339,10 @@ def test_prompts_are_counted_before_they_are_read(model, monkeypatch):
     with running(lambda: model) as served:
         monkeypatch.setattr(type(model.tokenizer), "encode", encode)
         most = served.service.worker.most_answers
-        too_many = _post(served, json=ASKED | {"prompt": ["a"] * (most + 1)})
-        assert f"{most + 1} answers: at most {most}" in _error(too_many, 400)["message"]
+        too_many = post(served, json=ASKED | {"prompt": ["a"] * (most + 1)})
+        assert f"{most + 1} answers: at most {most}" in error_of(too_many, 400)["message"]
         long = {"prompt": ["a"] * 200, "suffix": "b" * 9000}
         assert (
-            "suffix: 1800000 characters" in _error(_post(served, json=ASKED | long), 400)["message"]
+            "suffix: 1800000 characters"
+            in error_of(post(served, json=ASKED | long), 400)["message"]
         )
-
-
-def test_an_address_that_is_taken():
-    with bound_socket("127.0.0.1", 0) as first:
-        port = first.getsockname()[1]
-        with pytest.raises(ServerError, match=f"--port={port}: Address already in use"):
-            bound_socket("127.0.0.1", port)
-    with pytest.raises(ServerError, match=r"--host=no\.such\.host\.invalid"):
-        bound_socket("no.such.host.invalid", 0)
