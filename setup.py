@@ -66,10 +66,13 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["glm_jax*", "convert*", "launch*", "configs*"]),
     package_data={
+        "configs": ["*.yaml", "prompts/*.yaml", "tasks/**/*.yaml"],
         "glm_jax.data.tables": ["*.tsv"],
         "glm_jax.kernels.quantized_matmul": ["blocks.json"],
         "glm_jax.serving": ["page/*"],
+        "launch": ["kubernetes/*.yaml", "slurm/*.sh"],
     },
+    entry_points={"console_scripts": ["glm-jax = launch.__main__:main"]},
     cmdclass={"build_ext": BuildKernel},
     ext_modules=[
         kernel("quantized_matmul", _CALLED_BY_XLA[0], "cpu.cc"),
@@ -104,7 +107,7 @@ setup(
         "zstandard>=0.23",
     ],
     extras_require={
-        # For `launch.serve`.
+        # For `glm-jax serve`.
         "serve": _SERVE,
         "test": [
             *_SERVE,
@@ -124,9 +127,11 @@ setup(
             "types-PyYAML",
             "types-tqdm",
         ],
+        # To look at a run's `tensorboard` folder, which is written without it.
+        "tensorboard": ["tensorboard>=2.17"],
         # Peers of `make bench`, where they build.
         "bench": ["gguf", "llama-cpp-python"],
-        # lm-evaluation-harness with our model in it: `python -m launch.harness`.
+        # lm-evaluation-harness with our model in it: `glm-jax harness`.
         "harness": ["lm_eval>=0.4.11"],
         # For shards behind gs:// and s3:// addresses; local disks need nothing more.
         "convert": ["fsspec", "gcsfs", "s3fs"],

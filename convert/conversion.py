@@ -17,7 +17,6 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from convert.errors import ConvertError, SourceError
 from convert.numbers import cast
@@ -32,6 +31,7 @@ from glm_jax.config import GLMConfig
 from glm_jax.errors import UserError, is_no_room
 from glm_jax.model import params as glm_params
 from glm_jax.model.params import KERNEL_AXES, LINEAR_NAMES, LayerParams, LinearParams
+from glm_jax.progress import progress_bar
 from glm_jax.quantization import QuantizedArray, Scheme, WeightFormat
 from glm_jax.sharding import make_mesh, parameter_sharding
 from glm_jax.tokenizer import Tokenizer
@@ -234,7 +234,7 @@ class _Conversion:
         own = self._own_names()
         with futures.ThreadPoolExecutor(1) as writer:
             writing: futures.Future[None] | None = None
-            for name in tqdm(own, desc="converting", unit="part", mininterval=1):
+            for name in progress_bar(own, desc="converting", unit="part"):
                 if self._is_whole(name):
                     continue
                 parameter_files.remove_unfinished(self._folder, name)

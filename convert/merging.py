@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from convert.errors import ConvertError
 from convert.opening import OpenModel, open_model
@@ -16,6 +15,7 @@ from glm_jax.checkpoints.adapter_folder import identity_of, load_adapter
 from glm_jax.checkpoints.model_folder import describe_model
 from glm_jax.model.adapters import merged_kernel
 from glm_jax.model.params import LayerNormParams, LayerParams, LinearParams, map_layer_linears
+from glm_jax.progress import progress_bar
 from glm_jax.quantization import WeightFormat
 from glm_jax.tokenizer import MODEL_FILE, Tokenizer
 
@@ -91,7 +91,8 @@ def write_merged(source: Path, adapter: Path, output: Path) -> None:
         }
         parameter_files.write_part(folder, parameter_files.EMBEDDING, tree)
         count = model.config.num_layers
-        for index, layer in enumerate(tqdm(model.layers(), "merging", count, unit="layer")):
+        layers = progress_bar(model.layers(), desc="merging", total=count, unit="layer")
+        for index, layer in enumerate(layers):
             stacked = jax.tree.map(lambda x: np.asarray(x)[None], layer)
             parameter_files.write_part(
                 folder, parameter_files.layers_part(index, index + 1), stacked

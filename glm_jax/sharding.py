@@ -68,7 +68,12 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
         sizes[sizes.index(-1)] = len(devices) // known
     count = sizes[0] * sizes[1] * sizes[2]
     if count > len(devices):
-        raise MeshError(f"mesh {tuple(shape)} needs {count} devices, there are {len(devices)}")
+        hint = ""
+        if devices[0].platform == "cpu":
+            hint = f"; JAX_NUM_CPU_DEVICES={count} in the environment makes virtual ones, to try it"
+        raise MeshError(
+            f"mesh {tuple(shape)} needs {count} devices, there are {len(devices)}{hint}"
+        )
     return jax.make_mesh(
         tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:count]
     )

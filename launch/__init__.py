@@ -10,6 +10,12 @@ def _end_at_once(*_: object) -> None:
     os._exit(130)
 
 
-if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # The imports take seconds, in which Ctrl-C would be a traceback; `cli.run` takes over then.
-    signal.signal(signal.SIGINT, _end_at_once)
+def end_by_interrupt() -> None:
+    """Has Ctrl-C end the process with a line while a command line imports, which takes seconds and
+    would be a traceback; `cli.run` takes over then."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end_at_once)
+
+
+if sys.argv[0] == "-m":
+    end_by_interrupt()

@@ -50,7 +50,9 @@ def main() -> None:
         a, b = (read_results(Path(name)) for name in FLAGS.compare)
         print(reports.comparison_table(compare(a, b)))
         return
-    configs = [load_task(path) for path in find_tasks(map(Path, FLAGS.task))]
+    configs = [
+        load_task(path) for path in find_tasks(Path(cli.packaged(path)) for path in FLAGS.task)
+    ]
     tokenizer = load_tokenizer()
     if FLAGS.check:
         count = check(configs, Path(FLAGS.data), model_config(), tokenizer)
@@ -69,7 +71,7 @@ def main() -> None:
         print("this process is done; the last one to end writes the results")
     elif share.writes:
         precision = FLAGS.quantization and FLAGS.quantization.split(",")[0]
-        published = reports.read_published(Path(FLAGS.published), precision)
+        published = reports.read_published(Path(cli.packaged(FLAGS.published)), precision)
         reports.write_report(results, published, output)
         print(reports.text_table(results, published))
         print(f"written to {output / RESULTS_FILE}, results.md and results.png")

@@ -36,7 +36,8 @@ flags.DEFINE_string("tokenizer", None, "tokenizer's folder or .model file; crows
 
 def main() -> None:
     source, output = Path(FLAGS.input), Path(FLAGS.output)
-    file = Path(FLAGS.prompts) / f"{FLAGS.dataset}.yaml"
+    folder = Path(cli.packaged(FLAGS.prompts))
+    file = folder / f"{FLAGS.dataset}.yaml"
     if FLAGS.dataset in TEXTS:
         written = prepare_text(FLAGS.dataset, source, output)
     elif FLAGS.dataset == _CROWS_PAIRS:
@@ -47,7 +48,7 @@ def main() -> None:
         written = prepare_mmlu(file, source, output)
     else:
         if not file.is_file():
-            names = {path.stem for path in Path(FLAGS.prompts).glob("*.yaml")}
+            names = {path.stem for path in folder.glob("*.yaml")}
             known = sorted(names | set(TEXTS) | {_CROWS_PAIRS})
             raise PromptFileError(f"--dataset={FLAGS.dataset}: one of {', '.join(known)}")
         examples = None if FLAGS.examples is None else Path(FLAGS.examples)

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "glm_jax.errors": 0,
     "glm_jax.numerics": 0,
+    "glm_jax.progress": 0,
     "glm_jax.config": 1,
     "glm_jax.processes": 1,
     "glm_jax.supervision": 1,

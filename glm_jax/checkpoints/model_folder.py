@@ -20,7 +20,7 @@ from glm_jax.checkpoints import folder_kinds, parameter_files
 from glm_jax.checkpoints.adapter_folder import load_adapter, model_identity
 from glm_jax.checkpoints.array_reader import array_name, reusing_memory
 from glm_jax.checkpoints.checksums import CHECKSUMS_FILE, checked_files, write_checksums
-from glm_jax.checkpoints.folder_kinds import CONFIG_FILE
+from glm_jax.checkpoints.folder_kinds import CONFIG_FILE as CONFIG_FILE
 from glm_jax.checkpoints.layer_assembly import HostStack, Part, gathered
 from glm_jax.checkpoints.parameter_files import PARAMS_FOLDER, CheckpointError
 from glm_jax.config import ConfigError, GLMConfig

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from glm_jax.data.records import DataError, Dataset, Record, in_memory
 from glm_jax.errors import UserError
+from glm_jax.progress import progress_bar
 from glm_jax.text_files import check_characters, decode, is_json_lines, parse_json, raw_lines
 from glm_jax.tokenizer import MASK_WORDS, Tokenizer
 
@@ -129,7 +129,7 @@ def tokenize(files: list[Path], tokenizer: Tokenizer, window: int) -> Dataset:
       DataError: the files have bad lines, or no text.
     """
     records: list[Record] = []
-    for text in tqdm(read_documents(files), desc="tokenising", unit="doc"):
+    for text in progress_bar(read_documents(files), desc="tokenising", unit="doc"):
         records += text_records(text, tokenizer, window)
     if not records:
         raise DataError(f"{files[0]}: no text in the training files")

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordWriter
-from tqdm import tqdm
 
 from glm_jax.data.documents import parse_instruction, parse_text
 from glm_jax.data.documents import text_records as records_of_text
 from glm_jax.data.records import DATASET_FILE, DataError, Record, fingerprint
 from glm_jax.errors import UserError
 from glm_jax.files import refuse_non_empty, replacing, write_text
+from glm_jax.progress import progress_bar
 from glm_jax.text_files import is_compressed, is_json_lines, raw_lines, read_json
 from glm_jax.tokenizer import Tokenizer
 
@@ -165,7 +165,7 @@ def _run(
     remaining = [task for task in tasks if not _counts_file(output, task).is_file()]
     work = functools.partial(_tokenize_shard, output=output, settings=settings)
     done = len(tasks) - len(remaining)
-    with tqdm(total=len(tasks), initial=done, desc="tokenising", unit="shard") as bar:
+    with progress_bar(desc="tokenising", total=len(tasks), initial=done, unit="shard") as bar:
         if processes == 1:
             for task in remaining:
                 work(task)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from glm_jax import processes
 from glm_jax.config import GLMConfig
@@ -25,6 +24,7 @@ from glm_jax.generation.blank_filling import TextCodec
 from glm_jax.jobs import record_store
 from glm_jax.jobs.batch_job import Share
 from glm_jax.jobs.record_store import AnswerWriter
+from glm_jax.progress import progress_bar
 
 RECORDS_FOLDER = "records"
 # Fields that do not change what is answered.
@@ -134,13 +134,12 @@ def _answer_file(
     processes.wait("records that are there are known")
     own = np.arange(share.process, len(examples), share.count)
     wanted = own[~done[own]].tolist()
-    bar = tqdm(
+    bar = progress_bar(
         desc=f"{task.config.name} {file.name}",
         total=len(own),
         initial=len(own) - len(wanted),
         unit="example",
         disable=not share.writes,
-        file=sys.stderr,
     )
     writer = AnswerWriter(file.records, share.process) if share.writes else None
     with bar:

@@ -1,13 +1,11 @@
 """A batch job of one process: its share of a file's requests, answered into a folder."""
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from glm_jax import processes
 from glm_jax.config import GLMConfig
@@ -19,6 +17,7 @@ from glm_jax.jobs.record_store import AnswerWriter, JobError
 from glm_jax.jobs.request_files import read_lines
 from glm_jax.jobs.request_runner import Job, share
 from glm_jax.model.params import GLMParams
+from glm_jax.progress import progress_bar
 from glm_jax.sharding import make_mesh, parse_mesh, parse_replica_mesh
 
 
@@ -125,12 +124,12 @@ def run_batch(
     writer = AnswerWriter(batch.folder, part.process) if part.writes else None
     lines = share(read_lines(batch.source, batch.defaults), done, part.process, part.count)
     counts = Counts(0, 0)
-    bar = tqdm(
+    bar = progress_bar(
         desc="answers",
+        unit="prompt",
         total=len(own),
         initial=int(done[own.start :: part.count].sum()),
         disable=writer is None,
-        file=sys.stderr,
     )
     with bar:
         for record in job.answer(lines):

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorboardX
-from tqdm import tqdm
 
 from glm_jax import processes
 from glm_jax.files import write_text
 from glm_jax.numerics import array_dtype, einsum, products_as
+from glm_jax.progress import progress_bar
 from glm_jax.text_files import to_json
 
 METRICS_FILE = "metrics.jsonl"
@@ -61,7 +61,7 @@ class MetricsLogger:
             self._lines = self._file.open("a", encoding="utf-8")
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
         # Last: the message of an error above would be on the line of the bar.
-        self._bar = tqdm(
+        self._bar = progress_bar(
             total=total, initial=done, desc="training", unit="row", disable=not self._writes
         )
 
