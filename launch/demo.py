@@ -60,6 +60,7 @@ def main() -> None:
         output.mkdir(parents=True)
         show(output)
     print(f"\nall of it took {time.perf_counter() - began:.0f} s")
+    print(next_steps(output))
 
 
 def show(output: Path) -> None:
@@ -107,6 +108,19 @@ def show(output: Path) -> None:
     baseline = facts.majority_accuracy(corpus.questions)
     print(f"filling in the commonest answer of a relation: {baseline:.1%}; choosing blindly: 25%")
     teach(output / "converted", corpus, output / "finetuning")
+
+
+def next_steps(output: Path) -> str:
+    """Commands to go on with, on what the demo has left."""
+    model, adapter = output / "converted", output / "finetuning" / "run" / "adapter"
+    return f"""
+what to try next, with this environment active (docs/first_steps.md goes on):
+  glm-jax generate --checkpoint={model}        # asks for texts with [MASK]
+  glm-jax generate --checkpoint={model} --adapter={adapter} --quantization=int4
+  glm-jax serve --checkpoint={model}           # a page to try it on, http://127.0.0.1:8000
+  glm-jax evaluate --checkpoint={model} --task={output / "tasks"} --data={output / "tasks"} \\
+      --output={output / "results"}
+  glm-jax plot --workdir={output / "run"}               # its loss as curves.png"""
 
 
 def print_table(results: dict[str, dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from absl import flags
 from glm_jax import cli
 from glm_jax.evaluation import reports
 from glm_jax.evaluation.results import RESULTS_FILE, compare, read_results
-from glm_jax.evaluation.run import check, evaluate
+from glm_jax.evaluation.run import check, evaluate, with_data
 from glm_jax.evaluation.task_config import TaskError, find_tasks, load_task
 from glm_jax.evaluation.tasks import Model
 from glm_jax.files import locked
@@ -37,6 +37,7 @@ flags.DEFINE_string(
     "published", "configs/published.yaml", "published numbers to print beside the measured ones"
 )
 flags.DEFINE_integer("batch_tokens", 4096, "maximum tokens of a batch to score", lower_bound=64)
+flags.DEFINE_bool("skip_missing", False, "leave out tasks without data, and name them")
 flags.DEFINE_bool("check", False, "check the tasks' data and print what is wrong, without a run")
 flags.DEFINE_list(
     "compare", None, "two results.json to compare, with the significance of each difference"
@@ -53,6 +54,7 @@ def main() -> None:
     configs = [
         load_task(path) for path in find_tasks(Path(cli.packaged(path)) for path in FLAGS.task)
     ]
+    configs = with_data(configs, Path(FLAGS.data), FLAGS.skip_missing)
     tokenizer = load_tokenizer()
     if FLAGS.check:
         count = check(configs, Path(FLAGS.data), model_config(), tokenizer)

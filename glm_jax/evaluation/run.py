@@ -57,6 +57,35 @@ def data_files(config: TaskConfig, data: Path, output: Path) -> list[DataFile]:
     return files
 
 
+def with_data(configs: Sequence[TaskConfig], data: Path, skips_others: bool) -> list[TaskConfig]:
+    """The tasks that have data files.
+
+    Args:
+      skips_others: tasks without data are left out, and named on stderr.
+
+    Raises:
+      TaskError: names all tasks without data, where they are not left out, or are all.
+    """
+    missing = {}
+    for config in configs:
+        try:
+            config.files(data)
+        except TaskError as error:
+            missing[config.name] = str(error)
+    found = [config for config in configs if config.name not in missing]
+    if not missing:
+        return found
+    names = f"{len(missing)} of {len(configs)} tasks have no data in {data}: {', '.join(missing)}"
+    if found and skips_others:
+        print(f"{names}; they are left out", file=sys.stderr)
+        return found
+    first = next(iter(missing.values()))
+    if len(configs) == 1:
+        raise TaskError(first)
+    advice = "" if skips_others else "; --skip_missing evaluates the others"
+    raise TaskError(f"{names} ({first}){advice}: launch.prepare_task writes a task's data")
+
+
 def check(configs: Sequence[TaskConfig], data: Path, model: GLMConfig, tokenizer: TextCodec) -> int:
     """Prints everything that is wrong with the data of tasks, and returns how much that is.
 

@@ -31,6 +31,7 @@ from glm_jax.training.results import MODEL_FOLDER, refuse_result_of_others, save
 from glm_jax.training.state import TrainBatch, TrainState, init_state
 from glm_jax.training.step import compiled_train_step, evaluation_step
 from glm_jax.training.stopping import InterruptedRunError, stop_requests
+from glm_jax.training.summary import run_summary
 
 
 class DivergedError(UserError):
@@ -169,6 +170,7 @@ def run_job(job: TrainingJob, workdir: Path, profiled: range = range(0)) -> list
                 job, job.load_frozen(), schedule, batches, checkpoints, logger, evaluation,
                 position["consumed"], profiled,
             )  # fmt: skip
+            logger.print(run_summary(config, model, mesh))
             logger.print(describe(mixture, recipe.total_samples))
             if restored:
                 logger.print(f"resuming from step {step}, whose checkpoint is in {workdir}")
