@@ -21,7 +21,9 @@ AOT_VENV := .venv-aot
 PLATFORMS ?= cuda,cpu
 GPU_TESTS := tests/gpu tests/model tests/quantization tests/engine tests/generation tests/training tests/convert
 
-.PHONY: demo test test-torch test-slow test-aot test-gpu lint bench clean
+.PHONY: install demo test test-torch test-slow test-aot test-gpu lint bench clean
+
+install: $(VENV)/.base
 
 demo: $(VENV)/.base
 	$(BIN)/python -m launch.demo

@@ -23,6 +23,7 @@ from launch.model_flags import (
 )
 
 try:
+    from glm_jax.serving import events
     from glm_jax.serving.connections import DEFAULT_CONNECTIONS
     from glm_jax.serving.keys import Keys
     from glm_jax.serving.server import Serving, serve
@@ -80,6 +81,9 @@ flags.DEFINE_float(
 flags.DEFINE_float(
     "drain_seconds", 600, "time that running requests have to end after SIGTERM", lower_bound=1
 )
+flags.DEFINE_bool(
+    "log_requests", False, "write a line for each request: client, path, status, time"
+)
 
 
 def load(tokenizer: Tokenizer) -> ServedModel:
@@ -91,6 +95,7 @@ def load(tokenizer: Tokenizer) -> ServedModel:
 
 
 def main() -> None:
+    events.show()
     tokenizer = load_tokenizer()  # before anyone is answered
     serve(
         lambda: load(tokenizer),
@@ -106,6 +111,7 @@ def main() -> None:
             trusted_proxies=FLAGS.trusted_proxy,
             connections=dataclasses.replace(DEFAULT_CONNECTIONS, count=FLAGS.max_connections),
             drain_seconds=FLAGS.drain_seconds,
+            logs_requests=FLAGS.log_requests,
         ),
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 from glm_jax.data.facts import LANGUAGES, Corpus, Question
 from glm_jax.evaluation.dataset_conversion import write_lines
 from glm_jax.evaluation.task_config import TaskConfig
+from glm_jax.files import write_text
 from glm_jax.generation.blank_filling import TextCodec, encode_prompt
 
 _CHOICES = 4
@@ -17,7 +18,7 @@ _ANSWER_TOKENS = 12
 def write_fact_tasks(
     corpus: Corpus, tokenizer: TextCodec, folder: Path, seed: int = 0
 ) -> list[TaskConfig]:
-    """Writes the held-out questions under a folder of data, and gives their tasks.
+    """Writes the held-out questions under a folder of data, with a task file for each task.
 
     Contexts are ids, closed by eos as the model's training closes them.
 
@@ -34,7 +35,7 @@ def write_fact_tasks(
         for name, lines in (("fill", fill), ("choose", choose), ("predict", predict)):
             write_lines(folder / name / f"{language}.jsonl", lines)
     groups = tuple((language, f"{language}.jsonl") for language in LANGUAGES)
-    return [
+    tasks = [
         TaskConfig("choose", "mul", "choose", metrics=("Accuracy",), file_pattern=groups),
         TaskConfig(
             "fill",
@@ -48,6 +49,9 @@ def write_fact_tasks(
             "predict", "lm", "predict", metrics=("BPB",), file_pattern=groups, use_task_mask=True
         ),
     ]
+    for task in tasks:
+        write_text(folder / f"{task.name}.yaml", task.to_yaml())
+    return tasks
 
 
 def _question(question: Question, tokenizer: TextCodec) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import yaml
+
 from glm_jax.engine.generation_settings import SETTINGS, SamplingError
 from glm_jax.errors import UserError, shown
 from glm_jax.evaluation.yaml_files import read_yaml
@@ -127,6 +129,17 @@ class TaskConfig:
             parts = PurePosixPath(pattern).parts
             if not parts or parts[0] == "/" or ".." in parts or "\0" in pattern:
                 raise TaskError(f"file_pattern={shown(pattern)}: a pattern below path")
+
+    def to_yaml(self) -> str:
+        """The content of a task file, from which `load_task` builds this."""
+        fields: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                fields[field.name] = list(value) if isinstance(value, tuple) else value
+        if "file_pattern" in fields:
+            fields["file_pattern"] = dict(self.file_pattern)
+        return yaml.safe_dump(fields, allow_unicode=True, sort_keys=False)
 
     def files(self, data: Path) -> dict[str, list[Path]]:
         """The data files, in order, of each group that has any.

@@ -13,6 +13,7 @@ from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glm_jax.errors import UserError
+from glm_jax.serving import events
 from glm_jax.serving.errors import UnavailableError, error_response, refused
 from glm_jax.serving.service import Service
 
@@ -153,7 +154,12 @@ class Guard:
             endpoint = "other" if route is None else route.path
             metrics = self._service.metrics
             metrics.requests.labels(endpoint, str(status or 499)).inc()
-            metrics.request_seconds.labels(endpoint).observe(time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            metrics.request_seconds.labels(endpoint).observe(seconds)
+            if self._service.logs_requests:
+                place = (scope.get("client") or ("-",))[0]
+                named = scope["method"], scope["path"], status or 499, seconds
+                events.log.info("request from %s: %s %r: %d in %.3f s", place, *named)
 
     def _refusal(self, scope: Scope) -> HTTPException | None:
         headers = dict(scope["headers"])

@@ -15,6 +15,7 @@ import uvicorn
 import uvloop
 
 from glm_jax.errors import UserError
+from glm_jax.serving import events
 from glm_jax.serving.app import make_app
 from glm_jax.serving.connections import (
     DEFAULT_CONNECTIONS,
@@ -49,6 +50,7 @@ class Serving:
       allowed_hosts: names that requests may be sent to, beside those of `host`.
       trusted_proxies: addresses or networks of proxies, whose X-Forwarded-For says who asks.
       connections: how many there may be, and what each may take.
+      logs_requests: each request is an event of the log.
       drain_seconds: that requests have to end when the server is to go down.
     """
 
@@ -63,6 +65,7 @@ class Serving:
     trusted_proxies: Sequence[str] = ()
     connections: ConnectionLimits = DEFAULT_CONNECTIONS
     drain_seconds: float = 600.0
+    logs_requests: bool = False
 
 
 class _Uvicorn(uvicorn.Server):
@@ -90,7 +93,9 @@ class Server:
         self.is_interrupted = False
         self._failed = asyncio.Event()
         worker = Worker(load, serving.max_waiting, metrics, self._failed.set)
-        self.service = Service(worker, serving.name, metrics, serving.limits, serving.keys)
+        self.service = Service(
+            worker, serving.name, metrics, serving.limits, serving.keys, serving.logs_requests
+        )
         hosts = Hosts.of(serving.host, serving.allowed_hosts)
         check_proxies(serving.trusted_proxies)
         # Chunks have sizes of their own, which are to be no more than what is in them.
@@ -125,6 +130,8 @@ class Server:
             self._uvicorn.force_exit = True
             for connection in list(self.connections):
                 connection.end()
+        else:
+            events.log.info("draining: %d requests are to be answered", worker.open_exchanges)
         self._uvicorn.should_exit = True
         worker.is_draining = True
 
@@ -153,6 +160,7 @@ class Server:
         if tasks := list(self._uvicorn.server_state.tasks):  # that the end cancelled
             await asyncio.wait(tasks, timeout=_LAST_SECONDS)
         await worker.stop(is_waiting=not self._uvicorn.force_exit)
+        events.log.info("ended")
 
     async def _drain_when_failed(self) -> None:
         await self._failed.wait()

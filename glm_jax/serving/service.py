@@ -53,6 +53,7 @@ class Service:
 
     Attributes:
       name: the model's, as clients ask for it.
+      logs_requests: each request is an event of the log.
     """
 
     worker: Worker
@@ -60,6 +61,7 @@ class Service:
     metrics: Metrics
     limits: Limits = DEFAULT_LIMITS
     keys: Keys | None = None
+    logs_requests: bool = False
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     # Of two threads, so that one long body waits for another but not for ten.
     _threads: Executor = dataclasses.field(

@@ -7,6 +7,7 @@ import functools
 import gc
 import queue
 import threading
+import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -19,6 +20,7 @@ from glm_jax.engine.request import Request, Token
 from glm_jax.errors import UserError
 from glm_jax.generation.blank_filling import TextCodec
 from glm_jax.model.params import GLMParams
+from glm_jax.serving import events
 from glm_jax.serving.errors import BrokenError, BusyError, TooSlowError, UnavailableError
 from glm_jax.serving.metrics import Metrics
 
@@ -296,11 +298,16 @@ class Worker:
 
     def _run(self) -> None:
         try:
+            events.log.info("loading the model")
+            began = time.perf_counter()
             model = self._load()
+            loaded = time.perf_counter()
+            events.log.info("loaded in %.0f s; compiling", loaded - began)
             model.engine.warm_up()
             gc.collect()
             gc.freeze()  # or what stays for ever is looked through again and again
             self.model = model
+            events.log.info("ready: compiled in %.0f s", time.perf_counter() - loaded)
             while self._take_commands(model.engine):
                 arrived = self._step(model.engine)
                 if arrived:

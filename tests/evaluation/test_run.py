@@ -18,7 +18,7 @@ from glm_jax.errors import UserError
 from glm_jax.evaluation import reports
 from glm_jax.evaluation.examples import Example
 from glm_jax.evaluation.results import ResultsError, read_results
-from glm_jax.evaluation.run import data_files, evaluate
+from glm_jax.evaluation.run import data_files, evaluate, with_data
 from glm_jax.evaluation.sequences import choice_sequence, continuation
 from glm_jax.evaluation.task_config import TaskConfig, TaskError, find_tasks, load_task
 from glm_jax.evaluation.tasks import Model, MultipleChoice
@@ -270,3 +270,23 @@ def test_reports(tmp_path, model, data):
     assert "| task | test | Accuracy | 34 |" in reports.markdown(results, published)
     reports.draw(results, published, tmp_path / "results.png")
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tasks_without_data_are_all_named_and_left_out_by_flag(data, capsys):
+    others = [TaskConfig(name, "gen", name) for name in ("x", "y")]
+    with pytest.raises(TaskError, match=r"2 of 3 tasks have no data in .*: x, y .*--skip_missing"):
+        with_data([TASK, *others], data, skips_others=False)
+    assert with_data([TASK, *others], data, skips_others=True) == [TASK]
+    assert "2 of 3 tasks have no data in" in capsys.readouterr().err
+    assert with_data([TASK], data, skips_others=True) == [TASK]
+    assert capsys.readouterr().err == ""
+    with pytest.raises(TaskError, match="2 of 2 tasks have no data"):
+        with_data(others, data, skips_others=True)
+    with pytest.raises(TaskError, match="task x: "):
+        with_data(others[:1], data, skips_others=False)
+
+
+def test_a_task_file_gives_the_task_that_wrote_it(tmp_path):
+    task = dataclasses.replace(TASK, max_seq_length=64, metrics=("Accuracy", "F1_binary"))
+    (tmp_path / "task.yaml").write_text(task.to_yaml(), encoding="utf-8")
+    assert load_task(tmp_path / "task.yaml") == task

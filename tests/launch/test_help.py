@@ -1,10 +1,12 @@
-"""`--help` of every command line, and what wrong flags are answered with."""
+"""`--help` of every command line, what wrong flags are answered with, and the commands of the
+docs: their flags here, and all that can run here in tests/slow/test_docs.py."""
 
 import importlib
 import json
 import re
 
 import pytest
+from docs_commands import MARKS, PAGES, blocks, module_and_arguments
 from forked import Try, run_all
 from ml_collections import ConfigDict
 from running import ROOT, environment
@@ -63,6 +65,20 @@ WRONG = {
     },
     "convert.inspect": {"": ["0 paths given, expected PATH"]},
 }
+# Commands of the docs; the harness and `glm-jax` itself have parsers of their own.
+_ALL = [
+    (page, words)
+    for page in PAGES
+    for b in blocks(page)
+    for words in b.lines()
+    if b.language == "sh"
+]
+DOCUMENTED = {
+    (page, " ".join(words)): ours
+    for page, words in _ALL
+    if (ours := module_and_arguments(words))
+    and ours[0] not in ("launch.harness", "launch.__main__")
+}
 CASES = [(module, given) for module, of_it in WRONG.items() for given in of_it]
 
 
@@ -74,6 +90,10 @@ def answers(tmp_path_factory):
     (folder / "other.py").write_text("def get_config():\n    return 3\n")
     tries = {case: Try((case[0], *case[1].split()), str(folder)) for case in CASES}
     tries |= {(m, "--help"): Try((m, "--help"), str(folder), is_parsed_only=True) for m in MODULES}
+    tries |= {
+        ours: Try(ours, str(folder), is_parsed_only=True)
+        for ours in {(module, *arguments) for module, arguments in DOCUMENTED.values()}
+    }
     example = ("launch.train", "-h", "--config=configs/demo.py")
     tries["demo"] = Try(example, str(folder))
     return dict(zip(tries, run_all(list(tries.values()), environment(1)), strict=True))
@@ -134,3 +154,43 @@ def test_wrong_flags_are_named_in_words(answers, case):
     assert "None" not in line
     for words in WRONG[case[0]][case[1]]:
         assert words in line
+
+
+@pytest.mark.parametrize("command", DOCUMENTED, ids=" ".join)
+def test_commands_of_the_docs_have_flags_that_are_there(answers, command):
+    module, arguments = DOCUMENTED[command]
+    status, _, said = answers[module, *arguments]
+    assert (status, said) == (0, "")
+
+
+def test_every_block_says_what_it_needs():
+    found = [block for page in PAGES for block in blocks(page)]
+    assert len({block.page for block in found if block.language == "sh"}) >= 10
+    for block in found:
+        assert block.language in ("sh", "python"), block
+        assert block.mark in (MARKS if block.language == "sh" else ("", "run")), block
+        if block.language == "python":
+            compile(block.text, block.page, "exec")
+    # What is written as a block without a fence is no command.
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert not re.search(r"^    (python|glm-jax|pip|make|curl) ", text, re.M), page
+
+
+def test_what_installs_is_there():
+    """Targets of make, extras of the package, files that are sourced."""
+    lines = [
+        line for page in PAGES for b in blocks(page) if b.mark == "setup" for line in b.lines()
+    ]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert {line[0] for line in lines} == {"make", "source", "pip", "glm-jax"}
+    for line in lines:
+        if line[0] == "make":
+            assert re.search(rf"^{line[1]}:", makefile, re.M), line
+        elif line[0] == "pip":
+            [extra] = re.findall(r"\[(\w+)\]", line[-1])
+            assert f'"{extra}": ' in setup, line
+        elif line[0] == "source":
+            assert line[1] == ".venv/bin/activate"
+            assert "\nVENV := .venv\n" in makefile

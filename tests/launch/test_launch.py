@@ -59,7 +59,11 @@ def test_from_text_to_filled_blanks(tmp_path, corpus):
     result = _run(*train)
     assert result.returncode == 0, result.stderr
     assert "step 6, loss " in result.stdout
-    assert "training:" in result.stderr
+    assert "training: 0/" in result.stderr
+    assert "\r" not in result.stderr
+    for line in ("experiment: ", "model: ", "devices: "):
+        assert result.stderr.count(f"\n{line}") == 1
+    assert "data.batch_size=8" in result.stderr
     model = tmp_path / "run" / "model"
     result = _run(
         "convert.orbax_to_sat", f"--input={model}", f"--output={tmp_path}/sat", "--shards=4"

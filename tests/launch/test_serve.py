@@ -1,6 +1,7 @@
 """The launcher: it says where it is, drains at SIGTERM and Ctrl-C, and ends with their status."""
 
 import json
+import re
 import signal
 
 import httpx2
@@ -26,7 +27,7 @@ ENDS = [(signal.SIGTERM, 0, ""), (signal.SIGINT, 130, "error: interrupted\n")]
 def test_it_serves_and_drains(folder, mesh, ends):
     number, status, line = ends
     flags = [f"--checkpoint={folder}", "--quantization=int4", "--slots=2", "--max_length=64"]
-    flags.append("--prefill_width=64")  # fewer programs to compile
+    flags += ["--prefill_width=64", "--log_requests"]  # fewer programs to compile
     flags += [] if mesh is None else [f"--mesh={mesh}"]
     server = ServerProcess(*flags, devices=1 if mesh is None else 2)
     process = server.process
@@ -49,8 +50,28 @@ def test_it_serves_and_drains(folder, mesh, ends):
         assert text == whole["choices"][0]["text"]
         assert process.wait(60) == status
         assert process.stderr.read() == line
+        _assert_logged(process.stdout.read())
     finally:
         process.kill()
+
+
+def _assert_logged(output):
+    """Each line has its time; the requests for /ready before it is ready are among them."""
+    lines = [line for line in output.splitlines() if not line.startswith("waiting for ")]
+    events = [line.split(maxsplit=2)[2] for line in lines]
+    others = [event for event in events if not event.startswith("request from 127.0.0.1: GET")]
+    expected = [
+        "loading the model",
+        r"loaded in \d+ s; compiling",
+        r"ready: compiled in \d+ s",
+        r"request from 127.0.0.1: POST '/v1/completions': 200 in \d+\.\d+ s",
+        "draining: 1 requests are to be answered",
+        r"request from 127.0.0.1: POST '/v1/completions': 200 in \d+\.\d+ s",
+        "ended",
+    ]
+    assert len(others) == len(expected), others
+    for event, pattern in zip(others, expected, strict=True):
+        assert re.fullmatch(pattern, event)
 
 
 @pytest.mark.parametrize(("number", "status", "line"), ENDS)
