@@ -9,12 +9,14 @@ from glm_jax.errors import UserError
 
 
 def main() -> int:
+    if {"-h", "--help"} & set(sys.argv[1:2]):
+        print(__doc__)
     try:
         from lm_eval.__main__ import cli_evaluate
 
         from glm_jax.evaluation import harness  # noqa: F401  # registers the model
     except ImportError as error:
-        print(f"error: {error}: pip install lm_eval", file=sys.stderr)
+        print(f"error: {error}: pip install 'glm_jax[harness]'", file=sys.stderr)
         return 1
     try:
         cli_evaluate()

@@ -12,6 +12,7 @@ from absl import flags
 
 from glm_jax import cli
 from glm_jax.engine.engine import Engine
+from glm_jax.errors import UserError
 from glm_jax.sharding import parse_mesh
 from glm_jax.tokenizer import Tokenizer
 from launch.model_flags import (
@@ -29,8 +30,10 @@ try:
     from glm_jax.serving.server import Serving, serve
     from glm_jax.serving.service import Limits
     from glm_jax.serving.worker import ServedModel
-except ModuleNotFoundError as error:
-    raise SystemExit(f"error: {error.name} is missing: pip install 'glm_jax[serve]'") from error
+
+    _missing = None
+except ModuleNotFoundError as error:  # --help does without the extra
+    _missing = error.name
 
 FLAGS = flags.FLAGS
 define_model_flags()
@@ -57,10 +60,10 @@ flags.DEFINE_multi_string(
     "trusted_proxy",
     [],
     "IP address or network of a proxy, whose X-Forwarded-For says which client asks; "
-    "may be given often",
+    "may be repeated",
 )
 flags.DEFINE_integer(
-    "max_connections", DEFAULT_CONNECTIONS.count, "maximum open connections", lower_bound=1
+    "max_connections", None, "maximum open connections; 1000 by default", lower_bound=1
 )
 flags.DEFINE_integer(
     "prefill_budget",
@@ -86,7 +89,7 @@ flags.DEFINE_bool(
 )
 
 
-def load(tokenizer: Tokenizer) -> ServedModel:
+def load(tokenizer: Tokenizer) -> "ServedModel":
     """The model of the flags, behind an engine."""
     config, params = load_model(None if FLAGS.mesh is None else parse_mesh(FLAGS.mesh))
     settings = engine_settings(FLAGS.prefill_budget)
@@ -95,6 +98,9 @@ def load(tokenizer: Tokenizer) -> ServedModel:
 
 
 def main() -> None:
+    if _missing is not None:
+        raise UserError(f"{_missing} is missing: pip install 'glm_jax[serve]'")
+    count = FLAGS.max_connections or DEFAULT_CONNECTIONS.count
     events.show()
     tokenizer = load_tokenizer()  # before anyone is answered
     serve(
@@ -109,7 +115,7 @@ def main() -> None:
             cors_origins=FLAGS.cors_origin,
             allowed_hosts=FLAGS.allowed_host,
             trusted_proxies=FLAGS.trusted_proxy,
-            connections=dataclasses.replace(DEFAULT_CONNECTIONS, count=FLAGS.max_connections),
+            connections=dataclasses.replace(DEFAULT_CONNECTIONS, count=count),
             drain_seconds=FLAGS.drain_seconds,
             logs_requests=FLAGS.log_requests,
         ),

@@ -30,10 +30,14 @@ class Block:
     mark: str
     text: str
 
+    def commands(self):
+        """Its command lines, those that are continued joined."""
+        joined = self.text.replace("\\\n", " ").splitlines()
+        return [line for line in joined if shlex.split(line, True)]
+
     def lines(self):
-        """Its commands, continued lines joined and comments left out, in words."""
-        joined = self.text.replace("\\\n", " ")
-        return [words for line in joined.splitlines() if (words := shlex.split(line, True))]
+        """Its command lines in words, without comments."""
+        return [shlex.split(line, True) for line in self.commands()]
 
 
 def blocks(page):

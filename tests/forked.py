@@ -28,7 +28,8 @@ _OVERRIDE = (1 << 1) | (1 << 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 
 @dataclass(frozen=True)
 class Try:
-    """A command line, without the interpreter: module and arguments.
+    """A command line, without the interpreter: module, or path of a file, and arguments; of
+    "shell" one argument, for that.
 
     Attributes:
       is_full: no file can be written, as where a disk is full.
@@ -118,8 +119,12 @@ def _run(command, bad_numbers, is_parsed_only):
         of_libraries = set(flags.FLAGS)
         answer = lambda *_: _answer_parsing(command[1:], bad_numbers, of_libraries)
         cli.run = cli.run_with_paths = answer
+    if command[0] == "shell":
+        return subprocess.run(command[1], shell=True, check=False).returncode
+    run = runpy.run_path if command[0].endswith(".py") else runpy.run_module
+    more = {} if run is runpy.run_path else {"alter_sys": True}
     try:
-        runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+        run(command[0], run_name="__main__", **more)
     except SystemExit as error:
         if isinstance(error.code, str):
             print(error.code, file=sys.stderr)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from running import ROOT, environment
 
 from glm_jax.cli.experiments import fields
+from glm_jax.serving.connections import DEFAULT_CONNECTIONS
 from glm_jax.training.field_help import _CLASSES, _FIELDS, field_help
 
 MODULES = sorted(
@@ -133,6 +134,11 @@ def _assert_shows_fields(shown, file):
     for name, value in expected.items():
         assert texts[name].endswith(f"(default: {value if value != '' else repr(value)})")
         assert not texts[name].startswith("(")
+
+
+def test_the_default_that_help_names_is_the_servers(answers):
+    shown = answers["launch.serve", "--help"][1]
+    assert f"maximum open connections; {DEFAULT_CONNECTIONS.count} by default" in shown
 
 
 def test_every_field_of_every_experiment_has_help():
