@@ -51,7 +51,7 @@ def save_model(
     Args:
       path: a folder that does not exist yet, or is empty.
       params: float or quantised, layers stacked or a tuple; arrays of jax or numpy.
-      extra_files: copied into the folder (a tokenizer's files).
+      extra_files: a tokenizer's, copied into the folder under the names that it reads.
 
     Raises:
       OutputError: the folder holds something already, or cannot be written.
@@ -92,7 +92,9 @@ def describe_model(
       checksums: of arrays that lie in the folder itself; those of parts lie with them.
     """
     for file in extra_files:
-        shutil.copy2(file, partial / file.name)
+        # A released tokenizer has a name of its own; `Tokenizer` reads a folder's by this one.
+        is_config = file.name == tokenizer.CONFIG_FILE
+        shutil.copy2(file, partial / (file.name if is_config else tokenizer.MODEL_FILE))
     content = dataclasses.asdict(config) | {_FORMAT: stored.name}
     files.write_text(partial / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
     of_parts = (partial / PARAMS_FOLDER).glob(f"*/{CHECKSUMS_FILE}")

@@ -1,16 +1,19 @@
 """A path that is no model folder: the error says what it is instead, and what to give."""
 
+import shutil
+
 import pytest
 
 from convert.opening import SAFETENSORS_INDEX
 from glm_jax.checkpoints import adapter_folder, folder_kinds
 from glm_jax.checkpoints.adapter_folder import load_adapter
-from glm_jax.checkpoints.model_folder import load_config
+from glm_jax.checkpoints.model_folder import describe_model, load_config
 from glm_jax.checkpoints.parameter_files import PARAMS_FOLDER, CheckpointError
 from glm_jax.config import glm_config
 from glm_jax.data.records import DATASET_FILE
 from glm_jax.jobs import record_store
-from glm_jax.tokenizer import MODEL_FILE
+from glm_jax.quantization import WeightFormat
+from glm_jax.tokenizer import MODEL_FILE, Tokenizer
 from glm_jax.training.finetuning import ADAPTER_FOLDER
 from glm_jax.training.metrics import METRICS_FILE
 from glm_jax.training.results import MODEL_FOLDER
@@ -106,3 +109,18 @@ def test_what_holds_no_adapters_is_called_what_it_is(tmp_path):
     (tmp_path / PARAMS_FOLDER).mkdir()
     with pytest.raises(CheckpointError, match="it is a model folder"):
         load_adapter(tmp_path, config, {}, None)
+
+
+def test_a_tokenizer_of_another_name_is_found_in_its_model_folder(tmp_path, tokenizer):
+    """As the released one, `ice_text.model`."""
+    source, folder = tmp_path / "source", tmp_path / "model"
+    source.mkdir()
+    folder.mkdir()
+    model, config = tokenizer.files
+    shutil.copy(model, source / "ice_text.model")
+    shutil.copy(config, source)
+    named = Tokenizer(source / "ice_text.model")
+    describe_model(folder, glm_config("tiny"), WeightFormat("float32"), named.files)
+    found = Tokenizer(folder)
+    assert found.encode("Paris is in [MASK].") == tokenizer.encode("Paris is in [MASK].")
+    assert found.special_tokens == tokenizer.special_tokens
