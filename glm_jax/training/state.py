@@ -222,8 +222,11 @@ def _lay_out(state: TrainState, target: TrainState) -> TrainState:
 
 
 def _map_params(function: Callable[[GLMParams], GLMParams], state: TrainState) -> TrainState:
-    """Apply a function to the parameters and to the optimiser's trees in their form."""
-    is_params = lambda node: isinstance(node, GLMParams)
+    """Apply a function to the parameters and to the optimiser's trees in their form.
+
+    Moments of the embedding and the final layernorm alone have no layers to change.
+    """
+    is_params = lambda node: isinstance(node, GLMParams) and node.layers is not None
     change = lambda node: function(node) if is_params(node) else node
     return jax.tree.map(change, state, is_leaf=is_params)
 
