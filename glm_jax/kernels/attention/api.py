@@ -8,6 +8,7 @@ from glm_jax.kernels.attention.blockwise import Blockwise
 from glm_jax.kernels.attention.cpu import CPUBlocks, CPUCache
 from glm_jax.kernels.attention.dropout import WeightDropout
 from glm_jax.kernels.attention.library import Library
+from glm_jax.kernels.attention.mosaic import Mosaic
 from glm_jax.kernels.attention.reference import Reference
 from glm_jax.kernels.dispatch import dispatch
 
@@ -15,6 +16,7 @@ from glm_jax.kernels.dispatch import dispatch
 _FEW_KEYS = 128
 _ON_CPU = (CPUCache(), CPUBlocks())
 _IN_BLOCKS = (Library(), Blockwise(platform="cpu", min_rows=1), Blockwise())
+_BY_NAME = (Mosaic(),)  # by its name alone, until it has been measured
 
 
 def attention(
@@ -40,8 +42,8 @@ def attention(
         the query may see the key.
       softmax_dtype: dtype of the scores and their softmax.
       dropout: of the softmax's weights, in training.
-      implementation: "cpu", "library", "blockwise" or "reference"; None for the fastest that
-        takes the arguments on the platform that is compiled for.
+      implementation: "cpu", "library", "blockwise", "mosaic" or "reference"; None for the
+        fastest that takes the arguments on the platform that is compiled for, "mosaic" apart.
 
     Returns:
       [batch, query, heads, head_dim] in the query's dtype; zeros for queries that see nothing.
@@ -54,7 +56,7 @@ def attention(
     )
     in_blocks, whole = _IN_BLOCKS, (Reference(),)
     few_first = (*whole, *in_blocks) if key.shape[2] <= _FEW_KEYS else (*in_blocks, *whole)
-    return dispatch("attention", (*_ON_CPU, *few_first), arguments, implementation)
+    return dispatch("attention", (*_ON_CPU, *few_first, *_BY_NAME), arguments, implementation)
 
 
 def isolated_attention(

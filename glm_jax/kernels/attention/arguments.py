@@ -11,8 +11,7 @@ from glm_jax.kernels.attention.dropout import WeightDropout
 from glm_jax.sharding import fitting_activation_spec, mesh_to_divide, per_device
 
 
-@struct.dataclass
-class Arguments:
+class Arguments(struct.PyTreeNode):
     """The arguments of `api.attention`, as one pytree.
 
     Attributes:
@@ -45,19 +44,23 @@ class Arguments:
         return self.has_ranges and self.visible.shape[-1] == 2
 
 
-def on_each_device(function: Callable[[Arguments], Array], arguments: Arguments) -> Array:
+def on_each_device(
+    function: Callable[..., Array], arguments: Arguments, *of_queries: Array | None
+) -> Array:
     """Call `function` under a mesh with each device's own rows and heads.
 
     Args:
-      function: attends on one device; of arguments without scales or dropout.
+      function: attends on one device; takes arguments without scales or dropout, and what
+        follows them here.
+      of_queries: further arrays [batch, heads, query].
     """
     if mesh_to_divide() is None:
-        return function(arguments)
+        return function(arguments, *of_queries)
     axes = ("batch", "seq", "heads", "head_dim")
     batch, _, heads, _ = fitting_activation_spec(arguments.query.shape, axes)
-    of_keys = PartitionSpec(batch, heads)
-    of_queries = PartitionSpec(batch, None, heads)
-    specs: Any = arguments.replace(  # type: ignore[attr-defined]
-        query=of_queries, key=of_keys, value=of_keys, visible=PartitionSpec(batch)
-    )
-    return per_device(function, in_specs=(specs,), out_specs=of_queries)(arguments)
+    by_head, query = PartitionSpec(batch, heads), PartitionSpec(batch, None, heads)
+    specs = arguments.replace(query=query, key=by_head, value=by_head, visible=PartitionSpec(batch))
+    more = tuple(None if x is None else by_head for x in of_queries)
+    run = per_device(function, in_specs=(specs, *more), out_specs=query)
+    divided: Array = run(arguments, *of_queries)
+    return divided

@@ -11,8 +11,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int, UInt32
 
 
-@struct.dataclass
-class WeightDropout:
+class WeightDropout(struct.PyTreeNode):
     """Sets a share `rate` of the weights to zero, others for each seed.
 
     Attributes:
@@ -41,10 +40,24 @@ def factors(
     Args:
       rows, columns: numbers of queries and keys in the whole sequence.
     """
+    lines = line_hashes(dropout, batch, heads, rows)
+    return factors_of_lines(dropout, lines[..., None], columns)
+
+
+def line_hashes(
+    dropout: WeightDropout, batch: int, heads: int, rows: Int[Array, " query"]
+) -> UInt32[Array, "batch heads query"]:
+    """The part of the hash that the weights of a query have in common."""
     heads_of_batch = jnp.arange(batch * heads, dtype=jnp.uint32).reshape(batch, heads, 1)
-    lines = _mix(_mix(dropout.seed ^ heads_of_batch) ^ rows.astype(jnp.uint32))
+    return _mix(_mix(dropout.seed ^ heads_of_batch) ^ rows.astype(jnp.uint32))
+
+
+def factors_of_lines(
+    dropout: WeightDropout, lines: UInt32[Array, "..."], columns: Int[Array, "..."]
+) -> Float[Array, "..."]:
+    """`factors` of queries' `line_hashes` and numbers of keys, whose shapes broadcast."""
     # Neighbours are set far apart, or two rows could share a run of hashes.
-    hashes = _mix(lines[..., None] ^ (columns.astype(jnp.uint32) * jnp.uint32(0x9E3779B1)))
+    hashes = _mix(lines ^ (columns.astype(jnp.uint32) * jnp.uint32(0x9E3779B1)))
     return jnp.where(hashes <= jnp.uint32(dropout.most), 1 / (1 - dropout.rate), 0.0)
 
 

@@ -5,8 +5,7 @@ from typing import Any
 from flax import struct
 
 
-@struct.dataclass
-class Arguments:
+class Arguments(struct.PyTreeNode):
     """The arguments of `api.paged_attention`, as one pytree.
 
     Attributes:
