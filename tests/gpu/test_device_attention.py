@@ -1,15 +1,19 @@
 """Attention over one and two ranges of keys, its gradient, and attention over pages, equal the
 formula in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernels.formula import assert_close, attended, gradients
+from kernels.formula import assert_close, attended, gradients, normal
 
 from glm_jax.kernels.attention.api import attention
 from glm_jax.kernels.attention.arguments import Arguments
+from glm_jax.kernels.attention.dropout import WeightDropout
 from glm_jax.kernels.attention.library import Library
+from glm_jax.kernels.attention.mosaic import Mosaic
 from glm_jax.kernels.paged_attention.api import paged_attention
 from glm_jax.model.cache import quantize_heads
 from glm_jax.model.visibility import Visibility
@@ -64,6 +68,30 @@ def test_the_librarys_kernel_is_the_one_that_runs():
     import tokamax  # noqa: F401  (left out, with the reason, where it is not installed)
 
     assert reason is None
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_our_kernel_for_training(rate):
+    of_keys = (BATCH, HEADS, LENGTH, HEAD_DIM)
+    query, key, value, cotangent = normal(
+        0, (BATCH, LENGTH, HEADS, HEAD_DIM), of_keys, of_keys, (BATCH, LENGTH, HEADS, HEAD_DIM),
+        dtype="bfloat16",
+    )  # fmt: skip
+    dropout = WeightDropout(jnp.uint32(7), rate) if rate else None
+    arguments = Arguments(query, key, value, _ranges(1), dropout=dropout)
+    if reason := Mosaic().supports(arguments):
+        pytest.skip(reason)
+    run = functools.partial(attention, dropout=dropout, implementation="mosaic")
+
+    @jax.jit
+    def both(*inputs):
+        got, pullback = jax.vjp(lambda *inputs: run(*inputs, arguments.visible), *inputs)
+        return got, pullback(cotangent)
+
+    got, of_inputs = both(query, key, value)
+    assert_close(got, attended(arguments), TOLERANCES["bfloat16"])
+    for of_input, expected in zip(of_inputs, gradients(arguments, cotangent), strict=True):
+        assert_close(of_input, expected, TOLERANCES["bfloat16"])
 
 
 @pytest.mark.parametrize("dtype", [*(DTYPES[1:] or DTYPES), "int8"])
