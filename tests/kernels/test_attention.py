@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernels.backends import NO_CPU_KERNEL, pairs, why_not_here
 from kernels.formula import assert_close, attended, gradients, normal
 
-from glm_jax.kernels import target
 from glm_jax.kernels.attention import cpu
 from glm_jax.kernels.attention.api import attention, isolated_attention
 from glm_jax.kernels.attention.arguments import Arguments
@@ -33,29 +33,6 @@ BACKENDS = {
     **{f"cpu cache {bits}": CPUCache(bits) for bits in WIDTHS},
     **{f"cpu blocks {bits}": CPUBlocks(bits) for bits in WIDTHS},
 }
-NO_CPU_KERNEL = "the CPU kernel is not built: no C++ compiler at installation"
-
-
-def _why_not_here(backend):
-    if backend.platform not in (None, target.platform()):
-        return f"{backend.name} runs on {backend.platform}, and this is {target.platform()}"
-    if isinstance(backend, Mosaic) and jax.__version_info__ < (0, 12):
-        return "Mosaic GPU is simulated from JAX 0.12 on"
-    return NO_CPU_KERNEL if backend.platform == "cpu" and not cpu.is_available() else None
-
-
-def _pairs(cases):
-    """Backends with the cases that each takes; one of those that cannot run here says why."""
-    pairs = []
-    for name, backend in BACKENDS.items():
-        reason = _why_not_here(backend)
-        if reason:
-            pairs.append(pytest.param(backend, None, marks=pytest.mark.skip(reason), id=name))
-            continue
-        for case, make in cases.items():
-            if backend.supports(make()) is None:
-                pairs.append(pytest.param(backend, make, id=f"{name}-{case}"))
-    return pytest.mark.parametrize(("backend", "case"), pairs)
 
 
 def _ranges(kind, length):
@@ -94,7 +71,7 @@ def _value_and_gradients(backend, arguments, cotangent):
     return got, pullback(cotangent)
 
 
-@_pairs(TRAINING)
+@pairs(BACKENDS, TRAINING)
 def test_values_and_gradients(backend, case):
     arguments = case()
     [cotangent] = normal(1, arguments.query.shape)
@@ -112,7 +89,7 @@ def test_the_gpu_kernel_for_training(name):
     """Simulated: packed documents whose queries in part see nothing, with dropout; 64 numbers a
     head are all that it takes below 128."""
     backend = MOSAIC[name]
-    if reason := _why_not_here(backend):
+    if reason := why_not_here(backend):
         pytest.skip(reason)
     kind, length, rate = (
         ("packed", 200, 0.3) if name == "mosaic" else ("some see nothing", 100, 0.0)
@@ -157,7 +134,7 @@ DECODING = {
 _run = jax.jit(lambda backend, arguments: backend(arguments), static_argnums=0)
 
 
-@_pairs(DECODING)
+@pairs(BACKENDS, DECODING)
 def test_over_a_cache_as_it_is_stored(backend, case):
     arguments = case()
     got = _run(backend, arguments)
@@ -168,7 +145,7 @@ def test_over_a_cache_as_it_is_stored(backend, case):
 FEW = {"few": functools.partial(_decoding, 2, 2, 2, 300, 16)}
 
 
-@_pairs(FEW)
+@pairs(BACKENDS, FEW)
 def test_rows_that_see_nothing_are_zero(backend, case):
     arguments = case()
     ranges = arguments.visible.at[0, 1].set(jnp.array([7, 7]))
@@ -177,7 +154,7 @@ def test_rows_that_see_nothing_are_zero(backend, case):
     assert (got[0, 0] != 0).all()
 
 
-@_pairs(FEW)
+@pairs(BACKENDS, FEW)
 def test_extreme_scores_stay_finite_and_nan_stays_in_its_head(backend, case):
     arguments = case()
     loud = arguments.replace(query=1e4 * arguments.query)
@@ -188,7 +165,7 @@ def test_extreme_scores_stay_finite_and_nan_stays_in_its_head(backend, case):
     assert np.isfinite(got[0, 0, 0]).all()
 
 
-@_pairs(FEW)
+@pairs(BACKENDS, FEW)
 def test_what_no_row_sees_is_not_read(backend, case):
     """NaN in all keys that no query sees; for blocks, in the blocks without any that one sees."""
     arguments = case()
