@@ -34,25 +34,28 @@ class Scheme:
 
     @classmethod
     def parse(cls, text: str) -> "Scheme":
-        """Reads "int8" or "int4", then in any order "group=64", "zero_point", "max".
-
-        "max" leaves out the search and gives the original's scales.
+        """Reads a format's name such as "int4-g128", or "int8" or "int4" with, in any order,
+        "group=64" and "zero_point"; and "max", which leaves out the search and gives the
+        original's scales.
 
         Raises:
           QuantizationError: the text says something else.
         """
         first, *options = (part.strip() for part in text.split(","))
-        if first not in ("int8", "int4"):
+        stored = WeightFormat.parse(first) if first.startswith(("int8", "int4")) else None
+        if stored is None or stored.shards > 1:
             raise QuantizationError(f"quantization={text!r}: begin with int8 or int4")
-        settings: dict[str, int | bool] = {}
+        scheme = cls(stored.bits, stored.group_size, stored.zero_point)
         for option in options:
             name, _, value = option.partition("=")
-            if option in ("zero_point", "max"):
-                settings |= {"search": False} if option == "max" else {"zero_point": True}
+            if option == "max":
+                scheme = dataclasses.replace(scheme, search=False)
+            elif option == "zero_point":
+                scheme = dataclasses.replace(scheme, zero_point=True)
             elif name == "group" and value.isdigit():
-                settings["group_size"] = int(value)
+                scheme = dataclasses.replace(scheme, group_size=int(value))
             else:
                 raise QuantizationError(
                     f"quantization={text!r}: {option!r} is none of group=N, zero_point, max"
                 )
-        return cls(bits=int(first.removeprefix("int")), **settings)  # type: ignore[arg-type]
+        return scheme

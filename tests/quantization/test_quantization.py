@@ -94,6 +94,8 @@ def test_the_search_never_loses_and_wins_at_four_bits(bits, zero_point):
     [
         ("int8", Scheme(8)),
         ("int4,group=64", Scheme(4, 64)),
+        ("int4-g128-zp", Scheme(4, 128, zero_point=True)),
+        ("int8-g32,max", Scheme(8, 32, search=False)),
         ("int4, max, zero_point", Scheme(4, zero_point=True, search=False)),
     ],
 )
@@ -103,7 +105,13 @@ def test_schemes_are_read_from_text(text, scheme):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("int2", "begin with"), ("int4,group=7", "group size 7"), ("int4,fast", "'fast' is none")],
+    [
+        ("int2", "begin with"),
+        ("int4-s8", "begin with"),
+        ("int45", "one of float32"),
+        ("int4,group=7", "group size 7"),
+        ("int4,fast", "'fast' is none"),
+    ],
 )
 def test_unknown_schemes_are_refused(text, message):
     with pytest.raises(QuantizationError, match=message):
