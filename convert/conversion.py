@@ -32,7 +32,7 @@ from glm_jax.errors import UserError, is_no_room
 from glm_jax.model import params as glm_params
 from glm_jax.model.params import KERNEL_AXES, LINEAR_NAMES, LayerParams, LinearParams
 from glm_jax.progress import progress_bar
-from glm_jax.quantization import QuantizedArray, Scheme, WeightFormat
+from glm_jax.quantization import Scheme, WeightFormat
 from glm_jax.sharding import make_mesh, parameter_sharding
 from glm_jax.tokenizer import Tokenizer
 
@@ -285,7 +285,7 @@ class _Conversion:
             if self._options.quantization is not None:
                 scheme = Scheme.parse(self._options.quantization)
                 kernel = quantized_kernel(kernel, scheme, KERNEL_AXES[name])
-            if isinstance(kernel, QuantizedArray):
+            if self._stored.is_quantized:
                 kernel = dataclasses.replace(kernel, values=self._place(kernel.values, axes))
             else:
                 kernel = self._place(kernel, axes)

@@ -22,7 +22,7 @@ from glm_jax.checkpoints.checksums import chunk_checksum
 from glm_jax.checkpoints.model_folder import describe_model
 from glm_jax.files import whole_folder, write_text
 from glm_jax.model.params import LINEAR_NAMES
-from glm_jax.quantization import QuantizedArray, WeightFormat
+from glm_jax.quantization import WeightFormat
 
 FLAGS = flags.FLAGS
 
@@ -76,6 +76,8 @@ def export(source: Path, output: Path, most_bytes: int) -> None:
     """
     with whole_folder(output) as partial:
         model, files = open_model(source), _Files(partial, most_bytes)
+        if model.bits is not None:
+            raise ConvertError(f"{source} is quantised: export the float model")
         files.add(sat_layout.EMBEDDING, model.embedding())
         for i, layer in enumerate(model.layers()):
             for name in sat_layout.LAYERNORMS:
@@ -84,8 +86,6 @@ def export(source: Path, output: Path, most_bytes: int) -> None:
                 files.add(f"{prefix}.bias", norm.bias)
             for name in LINEAR_NAMES:
                 linear, prefix = getattr(layer, name), sat_layout.linear_name(i, name)
-                if isinstance(linear.kernel, QuantizedArray):
-                    raise ConvertError(f"{source} is quantised: export the float model")
                 files.add(f"{prefix}.weight", sat_layout.split_kernel(name, linear.kernel, 1)[0])
                 files.add(f"{prefix}.bias", sat_layout.split_bias(name, linear.bias, 1)[0])
         last = model.final_layernorm()

@@ -19,7 +19,7 @@ from glm_jax import files
 from glm_jax.config import GLMConfig
 from glm_jax.model.layers import rotary_tables
 from glm_jax.model.params import LINEAR_NAMES, LinearParams
-from glm_jax.quantization import QuantizedArray, Scheme, quantize
+from glm_jax.quantization import Scheme, quantize
 
 Parts = list[np.ndarray]  # of one tensor, by rank
 ITERATION_RULE = "a name of letters, digits, '.', '-', '_' or '+', which is not 'latest'"
@@ -96,12 +96,12 @@ def _tensors(model: OpenModel, shards: int, scheme: Scheme | None) -> Iterator[t
     """The released name of each tensor, and its parts by rank."""
     yield sat_layout.EMBEDDING, np.split(_narrow(model.embedding()), shards)
     for i, layer in enumerate(model.layers()):
-        yield from _layer_tensors(layer, i, shards, scheme)
+        yield from _layer_tensors(layer, i, shards, scheme, model.bits is not None)
     yield from _last_tensors(model, shards)
 
 
 def _layer_tensors(
-    layer: Any, i: int, shards: int, scheme: Scheme | None
+    layer: Any, i: int, shards: int, scheme: Scheme | None, is_quantized: bool
 ) -> Iterator[tuple[str, Parts]]:
     for name in sat_layout.LAYERNORMS:
         norm, prefix = getattr(layer, name), sat_layout.layernorm_name(i, name)
@@ -109,7 +109,7 @@ def _layer_tensors(
         yield f"{prefix}.bias", [_narrow(norm.bias)] * shards
     for name in LINEAR_NAMES:
         linear, prefix = getattr(layer, name), sat_layout.linear_name(i, name)
-        if isinstance(linear.kernel, QuantizedArray):
+        if is_quantized:
             weights, scales = _split_quantized(name, linear, shards)
         else:
             weights, scales = sat_layout.split_kernel(name, _narrow(linear.kernel), shards), None

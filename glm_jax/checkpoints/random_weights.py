@@ -124,8 +124,7 @@ def layer_maker(config: GLMConfig, described: Any, scheme: Scheme | None) -> Any
       described: all layers, of `described_params`.
     """
     one = lambda x: dataclasses.replace(x, shape=(1, *x.shape[1:]))
-    is_spec = lambda x: isinstance(x, glm_params.ParamSpec)
-    specs: Any = jax.tree.map(one, glm_params.specs(config).layers, is_leaf=is_spec)
+    specs: Any = jax.tree.map(one, glm_params.specs(config).layers, is_leaf=glm_params.is_spec)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), described)
 
     def make(key: PRNGKeyArray) -> LayerParams:

@@ -118,7 +118,8 @@ class ParamSpec:
     decays: bool
 
 
-def _is_spec(leaf: Any) -> bool:
+def is_spec(leaf: Any) -> bool:
+    """Whether a node of a tree is a `ParamSpec`, for `is_leaf`."""
     return isinstance(leaf, ParamSpec)
 
 
@@ -191,7 +192,7 @@ def specs(config: GLMConfig) -> GLMParams:
 
 def parameter_count(config: GLMConfig) -> int:
     """Numbers in the model, from shapes alone."""
-    leaves = jax.tree.leaves(specs(config), is_leaf=_is_spec)
+    leaves = jax.tree.leaves(specs(config), is_leaf=is_spec)
     return sum(math.prod(spec.shape) for spec in leaves)
 
 
@@ -207,7 +208,7 @@ def abstract_of(tree: Any, mesh: Mesh | None) -> Any:
         sharding = None if mesh is None else parameter_sharding(mesh, spec.axes, spec.shape)
         return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
 
-    return jax.tree.map(build, tree, is_leaf=_is_spec)
+    return jax.tree.map(build, tree, is_leaf=is_spec)
 
 
 def init(config: GLMConfig, key: PRNGKeyArray, mesh: Mesh | None = None) -> GLMParams:
@@ -217,7 +218,7 @@ def init(config: GLMConfig, key: PRNGKeyArray, mesh: Mesh | None = None) -> GLMP
 
 def init_of(tree: Any, key: PRNGKeyArray, mesh: Mesh | None) -> Any:
     """`init` of a tree of `ParamSpec` leaves."""
-    leaves, structure = jax.tree.flatten(tree, is_leaf=_is_spec)
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_spec)
 
     def build(key: PRNGKeyArray) -> Any:
         keys = jax.random.split(key, len(leaves))
