@@ -1,7 +1,7 @@
-"""Adapters on disk: `adapter.json`, and their arrays in Orbax; the model is not among them.
+"""Adapters on disk: `adapter.json` and their arrays in Orbax, without the model.
 
-They remember which model they were trained on, whatever precision it was held in, and are
-refused by any other.
+`adapter.json` identifies the model that they were trained on, in any precision; every other model
+refuses them.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ _SHAPE = ("num_layers", "hidden_size", "inner_hidden_size", "num_heads")
 
 
 def model_identity(folder: Path, config: GLMConfig) -> dict[str, Any]:
-    """What tells a model from others, in any precision: its shape, and a digest of its last
-    layernorm, which quantising leaves as it is.
+    """Identifies a model in any precision: its shape, and a digest of its final layernorm, which
+    quantising does not change.
 
     Args:
       folder: the model folder.
@@ -47,7 +47,7 @@ def model_identity(folder: Path, config: GLMConfig) -> dict[str, Any]:
 
 
 def identity_of(config: GLMConfig, final_layernorm: LayerNormParams) -> dict[str, Any]:
-    """`model_identity` of a model that is in memory as it was stored."""
+    """`model_identity` of a model in memory, in the dtype that it is stored in."""
     digest = hashlib.sha256()
     for array in (final_layernorm.scale, final_layernorm.bias):
         digest.update(np.asarray(array).astype(np.float32).tobytes())

@@ -1,7 +1,7 @@
 """Arrays of an Orbax checkpoint, each device's slices read straight to where they stay.
 
-Orbax's own restore copies what it reads twice more, into memory that must be had anew, which
-takes several times as long as reading.
+Orbax's own restore copies what it reads twice more, into newly allocated memory, which takes
+several times as long as reading.
 """
 
 import contextlib
@@ -48,8 +48,8 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 @contextlib.contextmanager
 def reusing_memory() -> Iterator[None]:
-    """The C library keeps the memory that is freed inside, to use it again: the system would
-    have to clear what it gave anew, which takes longer than to read into it."""
+    """Has the C library reuse the memory that is freed inside: the system would have to clear newly
+    allocated memory, which takes longer than to read into it."""
     try:
         library = ctypes.CDLL(None)
         library.mallopt(_MMAP_MAX, 0)
@@ -67,16 +67,16 @@ def reusing_memory() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Buffers:
-    """Where an array's slices are read to: [slice's shape], by device."""
+    """The memory that an array's slices are read into: [slice's shape], by device."""
 
     by_device: dict[jax.Device, np.ndarray]
 
 
 def empty_buffers(leaf: Any, shape: tuple[int, ...] | None = None) -> Buffers:
-    """Room for the slices that devices here have of a described array.
+    """Allocates memory for the slices of a described array on this process's devices.
 
     Args:
-      shape: of all of it, where that is not the described one's.
+      shape: of the whole array; by default the described one's.
     """
     shape = leaf.shape if shape is None else shape
     sharding = leaf.sharding
@@ -84,7 +84,7 @@ def empty_buffers(leaf: Any, shape: tuple[int, ...] | None = None) -> Buffers:
     found = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         key = tuple((part.start, part.stop) for part in index)
-        if key not in by_slice:  # what several devices have is read once
+        if key not in by_slice:  # a slice that several devices have is read once
             by_slice[key] = aligned_empty(sharding.shard_shape(shape), leaf.dtype)
         found[device] = by_slice[key]
     return Buffers(found)
@@ -126,7 +126,7 @@ def array_name(path: Any) -> str:
 
 
 def described_arrays(folder: Path) -> dict[str, Any]:
-    """What the arrays of a checkpoint are: nested dictionaries of `jax.ShapeDtypeStruct`.
+    """Describes a checkpoint's arrays: nested dictionaries of `jax.ShapeDtypeStruct`.
 
     By the store's own names: of a damaged checkpoint Orbax's reader leaves threads behind that
     print traces.
@@ -152,7 +152,7 @@ def described_arrays(folder: Path) -> dict[str, Any]:
 
 
 def open_arrays(folder: Path, names: list[str], context: ts.Context | None = None) -> list[Any]:
-    """The arrays of a checkpoint, unread.
+    """Opens the arrays of a checkpoint without reading them.
 
     Raises:
       DamageError: one cannot be opened.

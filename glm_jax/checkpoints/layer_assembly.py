@@ -1,4 +1,4 @@
-"""Blocks that come part by part, put into the form that runs as they come."""
+"""Assembles layers that are read part by part into the form that runs."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -26,36 +26,36 @@ class Part:
 def gathered(
     parts: Iterable[Part], num_layers: int, rest: int, limit_gib: float
 ) -> LayerParams | tuple[LayerParams, ...] | OffloadedLayers:
-    """All blocks: on the devices, or those that a limit has no room for on the hosts.
+    """Gathers all blocks on the devices, or on the hosts those that a limit leaves no room for.
 
-    On CPUs they are stacked. On other devices they come apart, and never lie in a stack: for
-    both of them there is no room.
+    On CPUs they are stacked. On other devices each is put in arrays of its own as it is read: there
+    is no room for a stack besides.
 
     Args:
       parts: in order.
-      rest: bytes a device of the weights that are no blocks.
+      rest: bytes a device of the weights outside of blocks.
 
     Raises:
       OffloadError: the limit leaves no room for two blocks.
     """
-    kept = num_layers
+    num_resident = num_layers
     resident: _Apart | HostStack = _Apart()
     streamed: HostStack | None = None
     for part in parts:
         if part.first == 0:
-            kept = resident_count(rest, part.layers, num_layers, limit_gib)
-            if kept < num_layers:
-                streamed = HostStack(num_layers - kept, True)
+            num_resident = resident_count(rest, part.layers, num_layers, limit_gib)
+            if num_resident < num_layers:
+                streamed = HostStack(num_layers - num_resident, True)
             elif _is_on_cpu(part.layers):
                 if part.end == num_layers:
                     return part.layers
-                resident = HostStack(kept, False)
-        cut = min(max(kept - part.first, 0), part.end - part.first)
+                resident = HostStack(num_resident, False)
+        cut = min(max(num_resident - part.first, 0), part.end - part.first)
         if cut:
             resident.put(as_layers(part.layers).stacked(0, cut), part.first)
-        if streamed is not None and part.end > kept:
+        if streamed is not None and part.end > num_resident:
             others = as_layers(part.layers).stacked(cut, part.end - part.first)
-            streamed.put(others, part.first + cut - kept)
+            streamed.put(others, part.first + cut - num_resident)
     if streamed is None:
         return resident.finish()
     assert isinstance(resident, _Apart)
@@ -81,8 +81,8 @@ class _Apart:
 
 
 class HostStack:
-    """Blocks that come one after another, on their way into one stack that begins in hosts'
-    memory: streamed ones', or all of a model on CPUs."""
+    """Stacks blocks one after another in hosts' memory: the streamed ones, or all of a model on
+    CPUs."""
 
     def __init__(self, count: int, is_streamed: bool):
         self._count, self._is_streamed = count, is_streamed
@@ -90,7 +90,7 @@ class HostStack:
         self._buffers: Any = None  # a tree of `Buffers`
 
     def room(self, layers: LayerParams, first: int) -> LayerParams:
-        """`Buffers` for stacked blocks (arrays or descriptions), from `first` on."""
+        """Returns the `Buffers` of stacked blocks (arrays or descriptions) from `first` on."""
         if self._buffers is None:
             self._described = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), layers
@@ -106,7 +106,7 @@ class HostStack:
         return jax.tree.map(part, layers, self._buffers)
 
     def put(self, layers: LayerParams, first: int) -> None:
-        """Copies stacked blocks to where they belong, from `first` on."""
+        """Copies stacked blocks into the stack, from `first` on."""
 
         def copy(leaf: Array, buffers: Buffers) -> None:
             for shard in leaf.addressable_shards:
@@ -115,13 +115,13 @@ class HostStack:
         jax.tree.map(copy, layers, self.room(layers, first))
 
     def finish(self) -> LayerParams:
-        """The stack."""
+        """Returns the stack."""
         described, structure = jax.tree.flatten(self._described)
         buffers = jax.tree.leaves(self._buffers)
         self._buffers = None
         stacks = []
         for leaf in described:
-            # One after another, so that no more than one is there twice.
+            # One after another, so that at most one array exists twice.
             kind = HOST_MEMORY if self._is_streamed and is_streamed(leaf) else None
             shape = (self._count, *leaf.shape[1:])
             stacks.append(placed(leaf, buffers.pop(0), shape, kind))

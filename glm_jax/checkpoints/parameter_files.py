@@ -2,7 +2,7 @@
 
 `embedding` holds the word embedding and the final layernorm; `layers_00000_00070` holds
 the layers from the first number up to the second, stacked. A converter writes each layer as
-a part: its memory then stays at a layer, and a part that is there is whole.
+a part: its memory then stays at a layer, and a part that exists is whole.
 """
 
 import contextlib
@@ -39,10 +39,10 @@ from glm_jax.model.params import GLMParams
 PARAMS_FOLDER = "params"  # of a model folder
 EMBEDDING = "embedding"
 _LAYERS = re.compile(r"layers_(\d{5})_(\d{5})")
-# A reader copies each chunk once more, to where it belongs: cheap while it is in the processor's
-# cache and its buffer is had again, twice the time of the whole read where a chunk is an array.
+# A reader copies each chunk once more, to its position: cheap while it is in the processor's cache
+# and its buffer is reused, twice the time of the whole read where a chunk is an array.
 _CHUNK_BYTES = 16 << 20
-_AROUND_BYTES = 1 << 20  # what is written around the arrays, and disks' blocks
+_OVERHEAD_BYTES = 1 << 20  # files around the arrays, and disks' blocks
 
 
 class CheckpointError(UserError):
@@ -59,7 +59,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def on_one_device(tree: Any, device: jax.Device | None = None) -> Any:
-    """Described arrays as they lie on a device, the first by default."""
+    """Describes arrays on one device, the first by default."""
     sharding = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     return jax.tree.map(place, tree)
@@ -70,7 +70,7 @@ def layers_part(first: int, end: int) -> str:
 
 
 def embedding_tree(params: GLMParams) -> dict[str, Any]:
-    """What the part `EMBEDDING` holds."""
+    """The tree of the part `EMBEDDING`."""
     return {
         "word_embeddings": params.word_embeddings,
         "final_layernorm": params.final_layernorm,
@@ -107,15 +107,15 @@ def write_part(folder: Path, name: str, tree: Any) -> None:
 
 
 def _check_room(folder: Path, state: dict[str, Any]) -> None:
-    """Says no before Orbax does, whose threads each print a trace when a disk is full."""
+    """Refuses before Orbax does, whose threads each print a trace when a disk is full."""
     folder.mkdir(parents=True, exist_ok=True)
-    needed = sum(array.nbytes for array in jax.tree.leaves(state)) + _AROUND_BYTES
+    needed = sum(array.nbytes for array in jax.tree.leaves(state)) + _OVERHEAD_BYTES
     if missing := files.missing_room(folder, needed):
         raise files.OutputError(f"output {folder} cannot be written: {missing}")
 
 
 def _checksums(folder: Path, state: dict[str, Any]) -> dict[str, int]:
-    """Of the chunks that this process has written, from the arrays in memory."""
+    """Checksums of the chunks that this process wrote, from the arrays in memory."""
     arrays = {array_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(state)}
     found: dict[str, int] = {}
     for (name, array), store in zip(arrays.items(), open_arrays(folder, list(arrays)), strict=True):
@@ -124,7 +124,7 @@ def _checksums(folder: Path, state: dict[str, Any]) -> dict[str, int]:
 
 
 def remove_unfinished(folder: Path, name: str) -> None:
-    """Removes what a process that was killed left of a part, or one that is damaged."""
+    """Removes a part that a killed process left unfinished, or that is damaged."""
     for path in (folder / name, *folder.glob(f"{name}.*")):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -179,7 +179,9 @@ def read_part(folder: Path, name: str, target: Any, metadata: Any) -> Any:
     Raises:
       CheckpointError: an array is missing, or has another shape.
     """
-    _check_shapes(folder / name, target, metadata)  # before memory of its config's sizes is had
+    _check_shapes(
+        folder / name, target, metadata
+    )  # before memory of its config's sizes is allocated
     buffers = jax.tree.map(empty_buffers, target)
     read_part_into(folder, name, target, buffers, metadata)
     return jax.tree.map(lambda x, b: placed(x, b, x.shape, None), target, buffers)
@@ -200,7 +202,7 @@ def check_parts(folder: Path) -> None:
 
 
 def read_part_into(folder: Path, name: str, target: Any, buffers: Any, metadata: Any) -> None:
-    """`read_part` to a place of the caller's.
+    """`read_part` into the caller's memory.
 
     Args:
       buffers: a tree like `target`, of `Buffers`.

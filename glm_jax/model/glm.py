@@ -90,11 +90,13 @@ def embed_tokens(
     return constrain(embed(params, tokens).astype(config.activation_dtype), HIDDEN_AXES)
 
 
+@jax.named_scope("embedding")
 def embed(params: GLMParams, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
     """Rows of the word embedding."""
     return params.embedding.take_rows(tokens)
 
 
+@jax.named_scope("logits")
 def logits(
     params: GLMParams, config: GLMConfig, hidden: Float[Array, "*batch embed"]
 ) -> Float[Array, "*batch vocab"]:
@@ -122,17 +124,23 @@ def block(
         attended, cache = _self_attention(h, layer, config, rotary, visible, cache, start, dropout)
         x = constrain(h * alpha + drop(attended, dropout, 0), HIDDEN_AXES)
         h = layer_norm(x, layer.post_attention_layernorm, config.layernorm_epsilon)
-        inner = linear(h, layer.dense_h_to_4h, dropout, 5)
-        inner = constrain(inner, ("batch", "seq", None, "mlp"))
-        narrow = linear(geglu(inner), layer.dense_4h_to_h, dropout, 6)
-        x = constrain(h * alpha + drop(narrow, dropout, 1), HIDDEN_AXES)
+        fed_forward = _feed_forward(h, layer, dropout)
+        x = constrain(h * alpha + drop(fed_forward, dropout, 1), HIDDEN_AXES)
     return x, cache
 
 
-# Traced and lowered once for blocks of the same shapes, of which 70 would take a minute.
+# Traced and lowered once for all blocks of the same shapes: 70 of them would take a minute.
 _block = jax.jit(block, static_argnames="config")
 
 
+@jax.named_scope("feed_forward")
+def _feed_forward(h: Array, layer: LayerParams, dropout: Dropout | None) -> Array:
+    inner = linear(h, layer.dense_h_to_4h, dropout, 5)
+    inner = constrain(inner, ("batch", "seq", None, "mlp"))
+    return linear(geglu(inner), layer.dense_4h_to_h, dropout, 6)
+
+
+@jax.named_scope("attention")
 def _self_attention(
     h: Float[Array, "batch seq embed"],
     layer: LayerParams,
