@@ -78,20 +78,27 @@ class Embedding(Weight, Protocol):
     def take_rows(self, rows: Int[Array, "*indices"]) -> Float[Array, "*indices embed"]: ...
 
 
+class _Base:
+    """The parts of `Weight` that most forms share; their arrays are the leaves of a pytree."""
+
+    @property
+    def axes(self) -> LogicalAxes | None:
+        return None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+
 @struct.dataclass
-class DenseWeight:
+class DenseWeight(_Base):
     """A plain array of floats."""
 
     array: Any
-    axes: LogicalAxes | None = struct.field(pytree_node=False, default=None)
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.array.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return _nbytes(self.array)
 
     def matmul(
         self, x: Array, bias: Array | None = None, adapter_dropout: Dropout | None = None
@@ -107,15 +114,14 @@ class DenseWeight:
         if rows.size == 1 and surrounding_mesh() is not None:
             # One row alone would be a slice, for which every device would be sent the whole table.
             return self.array[jnp.repeat(rows, 2, axis=-1)][..., :1, :]
-        taken = self.array[rows]
-        return taken
+        return self.array[rows]
 
     def laid_out(self, layout: Layout) -> Any:
         return layout(self.array)
 
 
 @struct.dataclass
-class KernelWeight:
+class KernelWeight(_Base):
     """An array that a kernel of `quantized_matmul` takes: quantised, or laid out for it."""
 
     array: Any
@@ -128,10 +134,6 @@ class KernelWeight:
     def axes(self) -> LogicalAxes | None:
         return self.array.axes
 
-    @property
-    def nbytes(self) -> int:
-        return _nbytes(self.array)
-
     def matmul(
         self, x: Array, bias: Array | None = None, adapter_dropout: Dropout | None = None
     ) -> Array:
@@ -141,15 +143,7 @@ class KernelWeight:
         return transposed_matmul(y, self.array).astype(jnp.float32)
 
     def laid_out(self, layout: Layout) -> Any:
-        return layout(self.array)
-
-
-@struct.dataclass
-class LaidOutWeight(KernelWeight):
-    """An array in a kernel's layout, which it keeps."""
-
-    def laid_out(self, layout: Layout) -> Any:
-        return self.array
+        return layout(self.array) if self.array.layout == "stored" else self.array
 
 
 @struct.dataclass
@@ -171,7 +165,7 @@ class LowRank:
 
 
 @struct.dataclass
-class AdaptedWeight:
+class AdaptedWeight(_Base):
     """Stands for frozen + scale * down up, a sum that is never materialised."""
 
     frozen: Any
@@ -185,10 +179,6 @@ class AdaptedWeight:
     @property
     def axes(self) -> LogicalAxes | None:
         return as_weight(self.frozen).axes
-
-    @property
-    def nbytes(self) -> int:
-        return _nbytes(self)
 
     def matmul(
         self, x: Array, bias: Array | None = None, adapter_dropout: Dropout | None = None
@@ -207,7 +197,7 @@ class AdaptedWeight:
 
 
 @struct.dataclass
-class TransposedWeight:
+class TransposedWeight(_Base):
     """An embedding [vocab, embed] whose transpose [embed, vocab] is laid out for a kernel."""
 
     kernel: TiledArray
@@ -216,14 +206,6 @@ class TransposedWeight:
     def shape(self) -> tuple[int, ...]:
         inputs, *outputs = self.kernel.shape
         return (*outputs, inputs)
-
-    @property
-    def axes(self) -> LogicalAxes | None:
-        return None
-
-    @property
-    def nbytes(self) -> int:
-        return _nbytes(self.kernel)
 
     def matmul(
         self, x: Array, bias: Array | None = None, adapter_dropout: Dropout | None = None
@@ -248,14 +230,9 @@ def as_weight(leaf: Any) -> Any:
 
 
 as_weight.register(QuantizedArray, KernelWeight)
-as_weight.register(TiledArray, LaidOutWeight)
+as_weight.register(TiledArray, KernelWeight)
 as_weight.register(AdaptedWeight, lambda weight: weight)
 as_weight.register(TransposedWeight, lambda weight: weight)
-
-
-def _nbytes(tree: Any) -> int:
-    """Bytes of arrays, or of descriptions of them."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _output_axes(y: Array, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
