@@ -14,7 +14,7 @@ from absl import flags
 
 from glm_jax import cli
 from glm_jax.files import locked
-from glm_jax.jobs.batch_job import Batch, Share, run_batch
+from glm_jax.jobs.batch_job import BatchJob, Share, run_batch
 from glm_jax.jobs.record_store import merge
 from launch.model_flags import (
     MODEL_IDENTITY,
@@ -55,7 +55,7 @@ def main() -> None:
         return
     share = Share.of_process(FLAGS.mesh, *cli.join_processes(may_be_apart=True))
     tokenizer = load_tokenizer()
-    batch = Batch(
+    batch = BatchJob(
         source=Path(FLAGS.input),
         folder=folder,
         defaults=strategy().with_fields({"log_probabilities": FLAGS.log_probabilities}),

@@ -1,5 +1,8 @@
 """Beam search: the likeliest answers as wholes, not token after token.
 
+Each beam is a row of a `ForkingDecoder`: the host keeps the best continuations of all beams, and
+has the rows go on from those they continue.
+
 As the original's deterministic `BeamSearchStrategy`: scores are sums of log-probabilities;
 an answer that has ended is compared with others by its score over ((5 + length) / 6) ** p,
 the length that of context, sop, prefix and answer together. A search of one beam is greedy.
@@ -9,33 +12,24 @@ import bisect
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Generator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from glm_jax.config import GLMConfig, SpecialTokens
-from glm_jax.engine.batch_steps import (
-    DecodeState,
-    decode_step,
-    pad_prompts,
-    prefill,
-    prefill_prompts,
-)
+from glm_jax.engine.forking_decoder import ForkingDecoder
 from glm_jax.engine.generation_settings import check_settings
 from glm_jax.engine.logit_processors import repeated
 from glm_jax.engine.prompt import Prompt, Resolved, bucket, resolve
 from glm_jax.engine.sampling import check_banned, no_numbers, nothing_allowed
-from glm_jax.model.cache import init_cache
+from glm_jax.engine.stepwise import Steps, finish
 from glm_jax.model.device_layout import prepare
 from glm_jax.model.params import GLMParams
-from glm_jax.sharding import mesh_of, on_mesh
+from glm_jax.sharding import constrain
 
-_Result = TypeVar("_Result")
 _BANNED = -65504.0  # the logit of a banned token, by which others' probabilities are the original's
 
 
@@ -100,21 +94,6 @@ def beam_search(
     return finish(beam_steps(params, config, settings, resolved))
 
 
-# What is done a step at a time. Between steps comes None, or what compiles the next one's program:
-# called, from any thread, before going on, or else left to that step.
-Steps = Generator[Callable[[], object] | None, None, _Result]
-
-
-def finish(steps: Steps[_Result]) -> _Result:
-    """What something that is done a step at a time comes to."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            result: _Result = end.value
-            return result
-
-
 def beam_steps(
     params: GLMParams, config: GLMConfig, settings: BeamSearch, resolved: Resolved
 ) -> Steps[list[Hypothesis]]:
@@ -126,65 +105,43 @@ def beam_steps(
     Raises:
       SamplingError, LogitsError: as `beam_search`.
     """
-    [row], special, limit, ends = resolved
+    [prompt], special, limit, ends = resolved
     named = (*settings.banned_tokens, *itertools.chain(*settings.banned_prefixes))
     check_banned(named, config.vocab_size)
-    mesh = mesh_of(params)
-    params = prepare(params)
-    ahead = functools.partial(_compiling, mesh)
-    with on_mesh(mesh):
-        cache = init_cache(config, 1, bucket(limit), isinstance(params.layers, tuple), mesh)
-    yield ahead(prefill, params, config, *pad_prompts(config, [row], special.sop), cache)
-    with on_mesh(mesh):
-        logits, state = prefill_prompts(params, config, [row], special.sop, cache)
-    search = _Search(row.tokens(special.sop), settings, ends, bucket(limit))
+    decoder = ForkingDecoder(prepare(params), config, prompt, settings.num_beams, limit)
+    yield from decoder.prefill(prompt, special.sop)
+    search = _Search(prompt.tokens(special.sop), settings, ends, bucket(limit))
     # Whatever ends, one continuation more than there are beams goes on.
     count = (len(set(ends)) + 1) * settings.num_beams + 1
-    for number in itertools.count():
+    while True:
         yield None
-        has_new_shapes = number < 2  # one beam, then all
+        logits = yield from decoder.step(search.latest, search.length - 1)
         banned = search.banned(config.vocab_size)
         candidates = (logits, *search.state, banned, settings.no_repeat_ngram, count)
-        if has_new_shapes:
-            yield ahead(expand, *candidates)
-        with on_mesh(mesh):
-            search.take(*(np.asarray(x) for x in expand(*candidates)))
+        best = yield from decoder.run(expand, *candidates)
+        search.take(*(np.asarray(x) for x in best))
         if search.is_done or search.length >= limit:
-            break
-        followed = (state, search.parents, search.tokens[:, search.length - 1])
-        if has_new_shapes:
-            yield ahead(_follow, *followed)
-        with on_mesh(mesh):
-            state = _follow(*followed)
-        if number == 0:
-            yield ahead(decode_step, params, config, state)
-        with on_mesh(mesh):
-            logits, state = decode_step(params, config, state)
-    return search.best()
-
-
-def _compiling(mesh: Mesh | None, program: Any, *arguments: Any) -> Callable[[], object]:
-    """What compiles a program for arguments, which it neither runs on nor donates."""
-
-    def compile_program() -> object:
-        with on_mesh(mesh):
-            return program.lower(*arguments).compile()
-
-    return compile_program
+            return search.best()
+        decoder.follow(search.parents)
 
 
 class _Search:
-    """Where a search stands; what is kept of its candidates is decided on the host."""
+    """The beams so far; which candidates they go on with is decided on the host.
+
+    Attributes:
+      tokens: int32 [num_beams, width] of prompt and answer, `length` of them.
+      scores: float32 [num_beams], sums of log-probabilities; -inf of rows without a beam.
+      parents: of each beam there is, the row that it goes on from.
+    """
 
     def __init__(
         self, context: tuple[int, ...], settings: BeamSearch, ends: Sequence[int], width: int
     ):
         self._settings, self._ends = settings, frozenset(ends)
         self.first = self.length = len(context)
-        # One beam before the first token; `take` makes them as many as are wanted.
-        self.tokens = np.zeros((1, width), np.int32)
+        self.tokens = np.zeros((settings.num_beams, width), np.int32)
         self.tokens[:, : self.length] = context
-        self.scores = np.zeros(1, np.float32)
+        self.scores = _scores([0.0], settings.num_beams)  # one beam before the first token
         self.parents = np.zeros(1, np.int32)
         self.is_done = False
         self._ended: list[Hypothesis] = []
@@ -194,29 +151,33 @@ class _Search:
         """Scores, tokens, and how many of these there are before and in the answer."""
         return self.scores, self.tokens, self.length, self.first
 
+    @property
+    def latest(self) -> np.ndarray:
+        """int32 [num_beams], the last token of each beam."""
+        return self.tokens[:, self.length - 1]
+
     def _penalised(self, score: float, length: int) -> float:
         return float(score) / ((5 + length) / 6) ** self._settings.length_penalty
 
     def _add(self, row: np.ndarray, score: float) -> None:
         penalised = self._penalised(score, len(row))
-        found = Hypothesis(tuple(row[self.first :].tolist()), penalised)
-        place = bisect.bisect_left(self._ended, -penalised, key=lambda h: -h.score)
-        self._ended.insert(place, found)
+        hypothesis = Hypothesis(tuple(row[self.first :].tolist()), penalised)
+        rank = bisect.bisect_left(self._ended, -penalised, key=lambda h: -h.score)
+        self._ended.insert(rank, hypothesis)
         del self._ended[self._settings.num_beams :]
 
     def banned(self, vocab: int) -> np.ndarray:
         """bool [beams or 1, vocab]: what may not come next, repeated n-grams aside."""
         settings, count = self._settings, self.length - self.first
-        banned = np.zeros((1, vocab), bool)
-        banned[0, list(settings.banned_tokens)] = True
+        # A search has one shape all the way.
+        banned = np.zeros((settings.num_beams if settings.banned_prefixes else 1, vocab), bool)
+        banned[:, list(settings.banned_tokens)] = True
         if count < settings.min_tokens:
-            banned[0, list(self._ends)] = True
-        begun = [prefix for prefix in settings.banned_prefixes if len(prefix) == count + 1]
-        if begun:
-            banned = np.repeat(banned, len(self.tokens), axis=0)
-        for prefix in begun:
-            matches = (self.tokens[:, self.first : self.length] == prefix[:-1]).all(axis=1)
-            banned[matches, prefix[-1]] = True
+            banned[:, list(self._ends)] = True
+        for prefix in settings.banned_prefixes:
+            if len(prefix) == count + 1:
+                matches = (self.tokens[:, self.first : self.length] == prefix[:-1]).all(axis=1)
+                banned[matches, prefix[-1]] = True
         return banned
 
     def take(self, scores: np.ndarray, parents: np.ndarray, tokens: np.ndarray) -> None:
@@ -232,43 +193,49 @@ class _Search:
         if np.isnan(scores).any():
             raise no_numbers(self.length - self.first)
         beams = self._settings.num_beams
-        kept: list[tuple[float, int, int]] = []
+        going_on: list[tuple[float, int, int]] = []
         # Greedy has one candidate: an end that is less likely ends nothing.
         candidates = 1 if beams == 1 else len(scores)
         is_allowed = scores[:candidates] > -np.inf
         for score, parent, token in zip(
-            *(x[:candidates][is_allowed] for x in (scores, parents, tokens)), strict=True
+            *(x[:candidates][is_allowed].tolist() for x in (scores, parents, tokens)), strict=True
         ):
-            if int(token) in self._ends:
+            if token in self._ends:
                 row = np.append(self.tokens[parent, : self.length], token)
-                self._add(row, float(score))
-            elif len(kept) < beams:
-                kept.append((score, parent, token))
+                self._add(row, score)
+            elif len(going_on) < beams:
+                going_on.append((score, parent, token))
             else:
                 break
-        if not kept:  # all have ended, or may not go on
+        if not going_on:  # all have ended, or may not go on
             self.is_done = True
             if not self._ended:
                 raise nothing_allowed(self.length - self.first)
             return
-        self.scores = np.array([score for score, _, _ in kept], np.float32)
-        self.parents = np.array([parent for _, parent, _ in kept], np.int32)
-        self.tokens = self.tokens[self.parents]
-        self.tokens[:, self.length] = [token for _, _, token in kept]
+        self.scores = _scores([score for score, _, _ in going_on], beams)
+        self.parents = np.array([parent for _, parent, _ in going_on], np.int32)
+        count = len(going_on)
+        self.tokens[:count] = self.tokens[self.parents]
+        self.tokens[:count, self.length] = [token for _, _, token in going_on]
         self.length += 1
-        best_left = self._penalised(float(self.scores.max()), self.length)
-        self.is_done = len(self._ended) == beams and self._ended[-1].score >= best_left
+        best_remaining = self._penalised(float(self.scores.max()), self.length)
+        self.is_done = len(self._ended) == beams and self._ended[-1].score >= best_remaining
 
     def best(self) -> list[Hypothesis]:
         if not self.is_done:
-            for row, score in zip(self.tokens, self.scores.tolist(), strict=True):
-                self._add(row[: self.length], score)
+            for row, score in zip(self.tokens, self.scores[: len(self.parents)], strict=False):
+                self._add(row[: self.length], float(score))
         return self._ended
+
+
+def _scores(scores: Sequence[float], num_beams: int) -> np.ndarray:
+    """float32 [num_beams], -inf where there are fewer scores."""
+    return np.array([*scores, *[-np.inf] * (num_beams - len(scores))], np.float32)
 
 
 @functools.partial(jax.jit, static_argnames="count")
 def expand(
-    logits: Float[ArrayLike, "beams vocab"],
+    logits: Float[ArrayLike, "rows vocab"],
     scores: Float[ArrayLike, " beams"],
     tokens: Int[ArrayLike, "beams length"],
     length: int | Int[Array, ""],
@@ -276,15 +243,17 @@ def expand(
     is_banned: Bool[ArrayLike, "_ vocab"],
     no_repeat_ngram: int | Int[Array, ""],
     count: int,
-) -> tuple[Float[Array, " some"], Int[Array, " some"], Int[Array, " some"]]:
+) -> tuple[Float[Array, " count"], Int[Array, " count"], Int[Array, " count"]]:
     """The best `count` continuations of all beams: scores, beams and tokens, best first.
 
     Args:
+      logits: of the beams, then of rows that do not count.
       tokens: of which `length` count, those from `first` on generated.
       is_banned: tokens that may not come now, of each beam or of all.
       no_repeat_ngram: see `BeamSearch`.
     """
-    logits, scores = jnp.asarray(logits), jnp.asarray(scores)
+    scores = jnp.asarray(scores)
+    logits = jnp.asarray(logits)[: len(scores)]
     vocab = logits.shape[1]
     each = functools.partial(jnp.full, len(logits), dtype=jnp.int32)
     banned = jnp.asarray(is_banned) | repeated(
@@ -292,22 +261,7 @@ def expand(
     )
     total = jax.nn.log_softmax(jnp.where(banned, _BANNED, logits), axis=-1) + scores[:, None]
     total = jnp.where(banned, -jnp.inf, total)
-    best, places = jax.lax.top_k(total.reshape(-1), min(count, total.size))
-    return best, (places // vocab).astype(jnp.int32), (places % vocab).astype(jnp.int32)
-
-
-@jax.jit
-def _follow(
-    state: DecodeState, parents: Int[ArrayLike, " beams"], tokens: Int[ArrayLike, " beams"]
-) -> DecodeState:
-    """The state of the beams that `parents` names, to run their next tokens."""
-    parents = jnp.asarray(parents)
-    axis = 0 if isinstance(state.cache, tuple) else 1
-    cache = jax.tree.map(lambda x: jnp.take(x, parents, axis=axis), state.cache)
-    return DecodeState(
-        cache=cache,
-        tokens=jnp.asarray(tokens),
-        position_ids=(state.position_ids + state.position_steps)[parents],
-        position_steps=state.position_steps[parents],
-        index=state.index[parents] + 1,
-    )
+    best, index = jax.lax.top_k(total.reshape(-1), min(count, total.size))
+    # Whole on every device, so that every process can read all of it.
+    best, index = constrain(best, (None,)), constrain(index, (None,))
+    return best, (index // vocab).astype(jnp.int32), (index % vocab).astype(jnp.int32)

@@ -1,15 +1,24 @@
 """Continuous batching: requests enter and leave a running batch one by one.
 
-A request waits until a slot and pages for all of its tokens are free. Prompts are prefilled in
-packs; then each step gives one token to every request. Shapes never depend on requests, so
-that `warm_up` compiles all there is to compile.
+The life of a request: `submit` checks it and puts it into the queue. When its turn has come, and a
+slot and pages are free for all of its tokens, it is admitted: it gets both, and its prompt joins a
+prefill batch. The batch runs through the layers, as many between two steps as the prefill budget
+allows. Then the request has a row in its slot, and each step gives it one token, until an end
+token, its length, a failure or `cancel` ends it, which frees slot and pages.
+
+What always holds:
+- A request is in one place: in the queue, in the one prefill batch, or in a slot.
+- It has pages for all tokens that it may come to before it is prefilled, so that none ever waits,
+  or is put out, for want of memory.
+- A slot without a request is inactive on the device: it writes to page 0, which no one reads.
+- A request's failure reaches no other: what it left in its pages is cleared before others have
+  them.
+- Shapes never depend on requests, so that `warm_up` compiles all there is to compile.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -18,10 +27,24 @@ from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.engine import step_functions
 from glm_jax.engine.fair_queue import ALONE, Turn, Turns
 from glm_jax.engine.generation_settings import SETTINGS
-from glm_jax.engine.page_pool import PAGE_SIZE, Lease, PagePool, cache_pages, table_size
-from glm_jax.engine.prefill_batch import Entry, pack_prompts, pack_width, prefilled, widths
+from glm_jax.engine.page_pool import (
+    PAGE_SIZE,
+    PageAllocation,
+    PagePool,
+    cache_pages,
+    page_count,
+    table_size,
+)
+from glm_jax.engine.prefill_batch import (
+    PrefillBatch,
+    make_prefill_batch,
+    prefill_length,
+    prefill_width,
+    prefill_widths,
+)
 from glm_jax.engine.prompt import PromptError, check_end_tokens, check_prompt
-from glm_jax.engine.request import Completion, Request, Token, completion
+from glm_jax.engine.request import Request, Token
+from glm_jax.engine.request_state import Admitted, Prefill, Running
 from glm_jax.engine.slots import (
     FAILURES,
     Emitted,
@@ -32,9 +55,7 @@ from glm_jax.engine.slots import (
     release,
     request_row,
 )
-from glm_jax.engine.step_functions import Pack
 from glm_jax.model.device_layout import prepare
-from glm_jax.model.paged_cache import init_paged_cache
 from glm_jax.model.params import GLMParams
 from glm_jax.sharding import mesh_of, on_mesh, row_shards
 
@@ -70,29 +91,6 @@ class EngineSettings:
                 raise PromptError(f"{name}={value}: at least 1")
         if self.prefill_budget is not None and self.prefill_budget < 1:
             raise PromptError(f"prefill_budget={self.prefill_budget}: at least 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Running:
-    """A request in a slot, how many tokens it may still get, and how many it has."""
-
-    ticket: int
-    lease: Lease
-    left: int
-    end_tokens: frozenset[int]
-    alternatives: bool
-    given: int = 0
-
-
-@dataclasses.dataclass
-class _Prefill:
-    """A pack on its way through the layers."""
-
-    entries: list[Entry]
-    pack: Pack
-    x: Any = None
-    layers_done: int = 0
-    cancelled: set[int] = dataclasses.field(default_factory=set)
 
 
 class Engine:
@@ -135,11 +133,11 @@ class Engine:
         self._slot_count = -(-settings.slots // self._shards) * self._shards
         self._step_widths = self._widths_of_steps()
         self._make_state()
-        self._tickets = 0
+        self._request_count = 0
         self._queue: Turns[Request] = Turns()
-        self._running: dict[int, _Running] = {}  # by slot
-        self._prefill: _Prefill | None = None
-        self._unchecked: list[Lease] = []  # pages whose contents no step has looked at
+        self._running: dict[int, Running] = {}  # by slot
+        self._prefill: Prefill | None = None
+        self._unchecked: list[PageAllocation] = []  # pages whose contents no step has looked at
 
     def _widths_of_steps(self) -> list[int]:
         """Slots that a step may run: only a CPU saves by rows what more programs cost."""
@@ -150,7 +148,7 @@ class Engine:
 
     def _make_state(self) -> None:
         size, longest = self._settings.page_size, self.max_length
-        typical = -(-min(longest, _TYPICAL_LENGTH) // size) * size  # whole pages
+        typical = page_count(min(longest, _TYPICAL_LENGTH), size) * size
         tokens = self._settings.cache_tokens or self._slot_count * typical
         pages = cache_pages(tokens, longest, self._shards, size)
         self._pool = PagePool(self._shards, pages, size)
@@ -158,11 +156,8 @@ class Engine:
         self._empty = empty_slot(self._config, longest, table_size(longest, size))
         with on_mesh(self._mesh):
             slots = empty_slots(self._empty, self._slot_count, self._mesh)
-            cache = init_paged_cache(self._config, pages, size, self._is_unrolled, self._mesh)
-        if self._mesh is None:  # at a place that is named, as all steps will leave them
-            [device] = jax.tree.leaves(self._params)[0].devices()
-            slots, cache = jax.device_put((slots, cache), device)
-        self._slots, self._cache = slots, cache
+            self._slots = step_functions.beside(self._params, slots)
+            self._cache = step_functions.make_cache(self._params, self._config, pages, size)
 
     @property
     def is_idle(self) -> bool:
@@ -191,16 +186,16 @@ class Engine:
           turn: on whose turn it goes; in the order of submission where all have the same.
 
         Returns:
-          Its ticket.
+          Its id.
 
         Raises:
           As `check`.
         """
         self.check(request)
-        ticket = self._tickets
-        self._tickets += 1
-        self._queue.add(ticket, request, turn, is_urgent)
-        return ticket
+        request_id = self._request_count
+        self._request_count += 1
+        self._queue.add(request_id, request, turn, is_urgent)
+        return request_id
 
     def check(self, request: Request) -> None:
         """Whether `submit` takes a request; from any thread.
@@ -217,33 +212,16 @@ class Engine:
         check_end_tokens(request.end_tokens or (), self._config)
         check_sampling(request.sampling, self._config.vocab_size)
 
-    def cancel(self, ticket: int) -> None:
+    def cancel(self, request_id: int) -> None:
         """Ends a request wherever it is; its slot is free for the next step."""
-        self._queue.drop(ticket)
+        self._queue.drop(request_id)
         if self._prefill is not None:
-            self._prefill.cancelled.add(ticket)
+            self._prefill.cancelled.add(request_id)
         for slot, running in list(self._running.items()):
-            if running.ticket == ticket:
+            if running.admitted.request_id == request_id:
                 with on_mesh(self._mesh):
                     self._slots = release(self._slots, np.int32(slot))
                 self._leave(slot)
-
-    def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Completes requests, which are taken as slots become free, in the order in which
-        they finish. Tickets count from the first on."""
-        source = iter(requests)
-        answers: dict[int, list[Token]] = {}
-        is_exhausted = False
-        while not (is_exhausted and self.is_idle):
-            while not is_exhausted and self.waiting < self._slot_count:
-                request = next(source, None)
-                is_exhausted = request is None
-                if request is not None:
-                    answers[self.submit(request)] = []
-            for token in self.step():
-                answers[token.ticket].append(token)
-                if token.finish_reason is not None:
-                    yield completion(answers.pop(token.ticket))
 
     def step(self) -> list[Token]:
         """Prefills what may enter, then gives every running request a token."""
@@ -258,11 +236,11 @@ class Engine:
             emitted = jax.device_get(self._run_step(numbers))
             if emitted.failures.any() or self._unchecked:
                 self._clear_failed()
-        given = []
-        for place, (slot, running) in enumerate(list(self._running.items())):
-            row = slot if width == self._slot_count else place
-            given.append(self._give(slot, running, emitted, row))
-        return given
+        tokens = []
+        for index, (slot, running) in enumerate(list(self._running.items())):
+            row = slot if width == self._slot_count else index
+            tokens.append(self._take_token(slot, running, emitted, row))
+        return tokens
 
     def _run_step(self, numbers: Sequence[int]) -> Emitted:
         rows = None if len(numbers) == self._slot_count else np.array(numbers, np.int32)
@@ -274,42 +252,44 @@ class Engine:
     def _clear_failed(self) -> None:
         self._cache = step_functions.clear_failed(self._cache)
         while self._unchecked:
-            self._pool.give_back(self._unchecked.pop())
+            self._pool.free(self._unchecked.pop())
 
-    def _give(self, slot: int, running: _Running, emitted: Emitted, row: int) -> Token:
+    def _take_token(self, slot: int, running: Running, emitted: Emitted, row: int) -> Token:
         token, reason, error = int(emitted.tokens[row]), None, None
         if failure := int(emitted.failures[row]):
-            reason, error = "error", FAILURES[failure](running.given)
+            reason, error = "error", FAILURES[failure](running.generated)
         elif token in running.end_tokens:
             reason = "stop"
-        elif running.left == 1:
+        elif running.remaining == 1:
             reason = "length"
         if reason is None:
-            given = running.given + 1
-            self._running[slot] = dataclasses.replace(running, given=given, left=running.left - 1)
+            generated, remaining = running.generated + 1, running.remaining - 1
+            self._running[slot] = dataclasses.replace(
+                running, generated=generated, remaining=remaining
+            )
         else:
             self._leave(slot)
-        some: tuple[tuple[int, float], ...] = ()
-        if running.alternatives:
-            told = emitted.alternatives[row], emitted.alternative_log_probabilities[row]
-            some = tuple(zip(*(x.tolist() for x in told), strict=True))
+        top: tuple[tuple[int, float], ...] = ()
+        if running.admitted.request.top_logprobs:
+            columns = emitted.top_tokens[row], emitted.top_logprobs[row]
+            top = tuple(zip(*(x.tolist() for x in columns), strict=True))
         log_probability = float(emitted.log_probabilities[row])
-        return Token(running.ticket, token, log_probability, reason, some, error)
+        return Token(running.admitted.request_id, token, log_probability, reason, top, error)
 
     def _leave(self, slot: int) -> None:
         running = self._running.pop(slot)
-        self._pool.give_back(running.lease)
-        self._queue.drop(running.ticket)
+        self._pool.free(running.admitted.allocation)
+        self._queue.drop(running.admitted.request_id)
 
     def _entering(self) -> list[int]:
-        return [] if self._prefill is None else [entry.slot for entry in self._prefill.entries]
+        return [] if self._prefill is None else [one.slot for one in self._prefill.admitted]
 
     def _free_slots(self) -> list[int]:
         taken = {*self._running, *self._entering()}
         return [slot for slot in range(self._slot_count) if slot not in taken]
 
     def _prefill_some(self) -> None:
-        """Runs packs through layers, as many as the budget allows."""
+        """Runs batches through layers, as many as the budget allows."""
         layers = self._config.num_layers
         budget = math.inf
         if self._running and self._settings.prefill_budget is not None:
@@ -317,9 +297,10 @@ class Engine:
         while budget > 0 and (self._prefill is not None or self._begin_prefill()):
             prefill = self._prefill
             assert prefill is not None
-            width = prefill.pack.tokens.shape[1]
-            left = layers - prefill.layers_done
-            count = left if budget == math.inf else max(1, min(left, int(budget) // width))
+            width = prefill.batch.tokens.shape[1]
+            remaining = layers - prefill.layers_done
+            affordable = remaining if budget == math.inf else max(1, int(budget) // width)
+            count = min(remaining, affordable)
             self._run_layers(prefill, count)
             budget -= count * width
             if prefill.layers_done == layers:
@@ -327,43 +308,44 @@ class Engine:
                 self._prefill = None
 
     def _begin_prefill(self) -> bool:
-        """Forms a pack of requests that wait, by their turns; whether there is one."""
-        entries: list[Entry] = []
+        """Forms a batch of requests that wait, by their turns; whether there is one."""
+        admitted: list[Admitted] = []
         free, used = self._free_slots(), [0] * self._shards
         while self._queue and free:
-            ticket, request = self._queue.peek()
-            count = prefilled(request.prompt)
-            room = self._settings.prefill_width if entries else max(count, 1)
+            request_id, request = self._queue.peek()
+            count = prefill_length(request.prompt)
+            room = self._settings.prefill_width if admitted else max(count, 1)
             end = self._end(request)
             possible = [
                 slot
                 for slot in free
-                if self._pool.can_take(self._shard(slot), end)
+                if self._pool.can_allocate(self._shard(slot), end)
                 and used[self._shard(slot)] + count <= max(room, self._settings.prefill_width)
             ]
             if not possible:
                 break
-            # Where least is packed, so that rows fill evenly.
+            # The shard with the fewest tokens, so that rows fill evenly.
             slot = min(possible, key=lambda slot: used[self._shard(slot)])
             shard = self._shard(slot)
-            entries.append(Entry(ticket, request, slot, self._pool.take(shard, end), end))
-            self._queue.take(ticket)
+            allocation = self._pool.allocate(shard, end)
+            admitted.append(Admitted(request_id, request, slot, allocation, end))
+            self._queue.take(request_id)
             free.remove(slot)
             used[shard] += count
-        if entries:
-            self._prefill = _Prefill(entries, self._pack(entries, pack_width(max(used))))
-        return bool(entries)
+        if admitted:
+            self._prefill = Prefill(admitted, self._batch(admitted, prefill_width(max(used))))
+        return bool(admitted)
 
     def _shard(self, slot: int) -> int:
         return slot * self._shards // self._slot_count
 
     def _end(self, request: Request) -> int:
-        most = self.max_length if request.max_tokens is None else request.max_tokens
-        return min(self.max_length, len(request.prompt) + most)
+        max_tokens = self.max_length if request.max_tokens is None else request.max_tokens
+        return min(self.max_length, len(request.prompt) + max_tokens)
 
-    def _pack(self, entries: list[Entry], width: int) -> Pack:
-        return pack_prompts(
-            entries,
+    def _batch(self, admitted: Sequence[Admitted], width: int) -> PrefillBatch:
+        return make_prefill_batch(
+            [(one.request.prompt, one.allocation) for one in admitted],
             self._shards,
             width,
             self._settings.page_size,
@@ -371,49 +353,36 @@ class Engine:
             self.special.sop,
         )
 
-    def _run_layers(self, prefill: _Prefill, count: int) -> None:
+    def _run_layers(self, prefill: Prefill, count: int) -> None:
+        params, config, batch = self._params, self._config, prefill.batch
         if prefill.x is None:
-            prefill.x = step_functions.embed(self._params, self._config, prefill.pack)
-        run = functools.partial(
-            step_functions.prefill_layers, config=self._config, pack=prefill.pack
-        )
+            prefill.x = step_functions.embed(params, config, batch)
         first, end = prefill.layers_done, prefill.layers_done + count
-        layers: Any = self._params.layers
-        if not self._is_unrolled:
-            bounds = {"first": np.int32(first), "end": np.int32(end)}
-            prefill.x, self._cache = run(layers, x=prefill.x, cache=self._cache, **bounds)
-        else:  # one layer is one program: it is compiled once for all of them
-            caches: Any = self._cache
-            cache = list(caches)
-            for i in range(first, end):
-                prefill.x, [cache[i]] = run(
-                    (layers[i],), x=prefill.x, cache=(cache[i],), first=0, end=1
-                )
-            self._cache = tuple(cache)
+        prefill.x, self._cache = step_functions.prefill(
+            params, config, prefill.x, batch, self._cache, first, end
+        )
         prefill.layers_done = end
 
-    def _enter(self, prefill: _Prefill) -> None:
-        """Puts the requests of a prefilled pack into their slots."""
-        for entry in prefill.entries:
-            if entry.ticket in prefill.cancelled:
-                self._unchecked.append(entry.lease)
+    def _enter(self, prefill: Prefill) -> None:
+        """Puts the requests of a prefilled batch into their slots."""
+        for admitted in prefill.admitted:
+            if admitted.request_id in prefill.cancelled:
+                self._unchecked.append(admitted.allocation)
                 continue
-            ends = entry.request.end_tokens
-            ends = self.special.end_tokens if ends is None else ends
-            pages, sop = entry.lease.pages, self.special.sop
-            row = request_row(self._empty, entry.request, pages, entry.end, ends, sop)
-            self._slots = admit(self._slots, np.int32(entry.slot), row)
-            left = entry.end - len(entry.request.prompt)
-            self._running[entry.slot] = _Running(
-                entry.ticket, entry.lease, left, frozenset(ends), entry.request.alternatives
-            )
+            request, slot = admitted.request, admitted.slot
+            ends = self.special.end_tokens if request.end_tokens is None else request.end_tokens
+            pages, sop = admitted.allocation.pages, self.special.sop
+            row = request_row(self._empty, request, pages, admitted.end, ends, sop)
+            self._slots = admit(self._slots, np.int32(slot), row)
+            remaining = admitted.end - len(request.prompt)
+            self._running[slot] = Running(admitted, frozenset(ends), remaining)
 
     def warm_up(self) -> None:
         """Compiles all programs that requests of any kind will need."""
         longest = max(self._settings.prefill_width, self.max_length)
         with on_mesh(self._mesh):
-            for width in widths(longest):
-                prefill = _Prefill([], self._pack([], width))
+            for width in prefill_widths(longest):
+                prefill = Prefill([], self._batch([], width))
                 self._run_layers(prefill, self._config.num_layers)
             self._slots = admit(self._slots, np.int32(0), self._empty)
             self._slots = release(self._slots, np.int32(0))

@@ -129,6 +129,13 @@ class GenerationSettings:
     top_p: float = _number(
         float, 0.0, 0, 1, "keep the most likely tokens up to this probability; 0 keeps all"
     )
+    min_p: float = _number(
+        float,
+        0.0,
+        0,
+        1,
+        "keep tokens of at least this share of the top probability; 0 keeps all",
+    )
     repetition_penalty: float = _number(
         float, 1.0, 0.01, 1e6, "above 1: tokens that were there before are less likely; 1 for none"
     )

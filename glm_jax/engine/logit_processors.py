@@ -1,4 +1,4 @@
-"""What a request forbids or disfavours before its next token is chosen, on the device.
+"""Logit processors: what a request forbids or makes less likely before its next token is chosen.
 
 Settings are arrays with a row for each request, so that one program serves every mixture.
 """
@@ -15,7 +15,7 @@ _SUMS = ((0x9E3779B1, 0x85EBCA6B), (0xC2B2AE35, 0x27D4EB2F))
 
 
 @struct.dataclass
-class Restrictions:
+class LogitProcessors:
     """Settings of each row, or of one request.
 
     Attributes:
@@ -36,13 +36,13 @@ class Restrictions:
     banned_sequences: Int[Any, "*rows sequences width"]
 
 
-def restrict(
+def process_logits(
     logits: Float[Array, "rows vocab"],
     tokens: Int[Array, "rows length"],
     length: Int[Array, " rows"],
     first: Int[Array, " rows"],
     is_end: Bool[Array, "rows vocab"],
-    restrictions: Restrictions,
+    processors: LogitProcessors,
 ) -> Float[Array, "rows vocab"]:
     """Scores with the penalty applied, and -inf for what may not come next.
 
@@ -51,15 +51,15 @@ def restrict(
       is_end: tokens that end an answer.
     """
     vocab = logits.shape[1]
-    places = jnp.arange(tokens.shape[1])
-    was = _mark(tokens, places < length[:, None], vocab)
-    penalty = restrictions.repetition_penalty[:, None]
+    index = jnp.arange(tokens.shape[1])
+    was = _mark(tokens, index < length[:, None], vocab)
+    penalty = processors.repetition_penalty[:, None]
     disfavoured = jnp.where(logits > 0, logits / penalty, logits * penalty)
     logits = jnp.where(was, disfavoured, logits)
-    may_not_end = (length - first < restrictions.min_tokens)[:, None]
-    banned = restrictions.banned_tokens | (is_end & may_not_end)
-    banned |= repeated(tokens, length, first, restrictions.no_repeat_ngram, vocab)
-    banned |= _completed(tokens, length, first, restrictions.banned_sequences, vocab)
+    may_not_end = (length - first < processors.min_tokens)[:, None]
+    banned = processors.banned_tokens | (is_end & may_not_end)
+    banned |= repeated(tokens, length, first, processors.no_repeat_ngram, vocab)
+    banned |= _completed(tokens, length, first, processors.banned_sequences, vocab)
     return jnp.where(banned, -jnp.inf, logits)
 
 
@@ -72,9 +72,9 @@ def repeated(
 ) -> Bool[Array, "rows vocab"]:
     """Tokens that would end `size` tokens in a row that were there before, the last of which
     was generated; none where size is 0."""
-    places = jnp.arange(tokens.shape[1])
+    index = jnp.arange(tokens.shape[1])
     column = lambda x: x[:, None]
-    is_there = (places >= column(jnp.maximum(first, size - 1))) & (places < column(length))
+    is_there = (index >= column(jnp.maximum(first, size - 1))) & (index < column(length))
     is_there &= column((size > 0) & (size <= length))  # no longer than all there is
     return _mark(tokens, is_there & _follows_latest(tokens, length, size - 1), vocab)
 
@@ -88,7 +88,7 @@ def _follows_latest(
     count; different ones have the same sums once in 2**64.
     """
     width = tokens.shape[1]
-    places, end = jnp.arange(width), length[:, None]
+    index, end = jnp.arange(width), length[:, None]
     same = jnp.ones(tokens.shape, bool)
     for base, factor in _SUMS:
         powers = np.cumprod(np.r_[1, np.full(width, base)], dtype=np.uint32)
@@ -100,8 +100,8 @@ def _follows_latest(
             jnp.take_along_axis(sums, jnp.clip(stop, 0, width), axis=1)
             - jnp.take_along_axis(sums, jnp.clip(stop - count[:, None], 0, width), axis=1)
         )
-        shift = jnp.asarray(powers)[jnp.clip(end - places, 0, width)]
-        same &= of_run(jnp.broadcast_to(places, tokens.shape)) * shift == of_run(end)
+        shift = jnp.asarray(powers)[jnp.clip(end - index, 0, width)]
+        same &= of_run(jnp.broadcast_to(index, tokens.shape)) * shift == of_run(end)
     return same
 
 

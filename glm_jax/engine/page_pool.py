@@ -1,16 +1,23 @@
-"""Which pages of the cache are free."""
+"""Which pages of the cache are free, and how many sequences have each of the others.
+
+A page is freed when the last sequence that has it is. Sequences that begin alike share pages, and a
+page that others have too is copied before a sequence writes to it.
+"""
 
 import dataclasses
+from collections.abc import Iterable
+
+PAGE_SIZE = 64  # tokens, unless settings say otherwise
 
 PAGE_SIZE = 64  # tokens, unless settings say otherwise
 
 
 @dataclasses.dataclass(frozen=True)
-class Lease:
-    """Pages that a sequence has, in order.
+class PageAllocation:
+    """The pages of a sequence, in order.
 
     Attributes:
-      shard: the group of devices that holds them.
+      shard: the group of devices whose memory they are in.
       pages: their numbers within it.
     """
 
@@ -19,24 +26,67 @@ class Lease:
 
 
 class PagePool:
-    """Free pages of each group of devices that has rows of its own. Page 0 is never given."""
+    """Pages of each group of devices that has rows of its own. Page 0 is never allocated."""
 
     def __init__(self, shards: int, pages: int, page_size: int):
+        """
+        Args:
+          pages: of each group of devices.
+          page_size: tokens of a page.
+        """
         self._free = [list(range(pages - 1, 0, -1)) for _ in range(shards)]
+        self._counts = [[0] * pages for _ in range(shards)]  # sequences that have each page
         self._page_size = page_size
         self.capacity = (pages - 1) * page_size
 
-    def can_take(self, shard: int, tokens: int) -> bool:
+    def can_allocate(self, shard: int, tokens: int) -> bool:
         """Whether a group of devices has pages for a sequence."""
         return len(self._free[shard]) >= page_count(tokens, self._page_size)
 
-    def take(self, shard: int, tokens: int) -> Lease:
+    def allocate(self, shard: int, tokens: int) -> PageAllocation:
         """Pages for a sequence of at most so many tokens."""
-        free = self._free[shard]
-        return Lease(shard, tuple(free.pop() for _ in range(page_count(tokens, self._page_size))))
+        count = page_count(tokens, self._page_size)
+        return PageAllocation(shard, tuple(self._take(shard) for _ in range(count)))
 
-    def give_back(self, lease: Lease) -> None:
-        self._free[lease.shard].extend(reversed(lease.pages))
+    def fork(self, allocation: PageAllocation) -> PageAllocation:
+        """The same pages for one more sequence."""
+        for page in allocation.pages:
+            self._counts[allocation.shard][page] += 1
+        return allocation
+
+    def free(self, allocation: PageAllocation) -> None:
+        """Ends a sequence: pages that no other has can be allocated again."""
+        self._drop(allocation.shard, reversed(allocation.pages))
+
+    def make_writable(
+        self, allocation: PageAllocation, position: int
+    ) -> tuple[PageAllocation, tuple[int, int] | None]:
+        """The allocation of a sequence that is about to write a token at `position`, such that no
+        other sequence has that page.
+
+        Returns:
+          It, and which page is to be copied onto which first; None where none is.
+        """
+        shard, pages, index = allocation.shard, allocation.pages, position // self._page_size
+        shared = pages[index]
+        if self._counts[shard][shared] == 1:
+            return allocation, None
+        own = self._take(shard)
+        self._drop(shard, [shared])
+        changed = PageAllocation(shard, (*pages[:index], own, *pages[index + 1 :]))
+        # Of a page that begins here nothing is written yet.
+        return changed, (shared, own) if position % self._page_size else None
+
+    def _take(self, shard: int) -> int:
+        page = self._free[shard].pop()
+        self._counts[shard][page] = 1
+        return page
+
+    def _drop(self, shard: int, pages: Iterable[int]) -> None:
+        for page in pages:
+            self._counts[shard][page] -= 1
+            if not self._counts[shard][page]:
+                self._free[shard].append(page)
 
 
 def page_count(tokens: int, page_size: int = PAGE_SIZE) -> int:

@@ -1,65 +1,71 @@
 """Prompts that are prefilled together, one after another in a row."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from flax import struct
+from jaxtyping import Int
 
-from glm_jax.engine.page_pool import Lease
+from glm_jax.engine.page_pool import PageAllocation
 from glm_jax.engine.prompt import Prompt
-from glm_jax.engine.step_functions import Pack
 from glm_jax.model.paged_cache import Paging
 from glm_jax.model.visibility import Visibility
 
-_SMALLEST, _LEAST_STEP = 32, 16
+_MIN_WIDTH, _MIN_WIDTH_STEP = 32, 16
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A request on its way into a slot.
+@struct.dataclass
+class PrefillBatch:
+    """Prompts after one another; a row for each group of devices that has its own slots.
 
     Attributes:
-      ticket, request: of the engine.
-      lease: the pages for all its tokens.
-      end: tokens that it may come to, sop included.
+      tokens, position_ids: int32 [rows, seq]; padding at the end.
+      visibility: each prompt's tokens see their own context, or padding itself.
+      paging: where keys and values go.
     """
 
-    ticket: int
-    request: Any
-    slot: int
-    lease: Lease
-    end: int
+    tokens: Int[Any, "rows seq"]
+    position_ids: Int[Any, "rows seq"]
+    visibility: Visibility
+    paging: Paging
 
 
-def widths(longest: int) -> list[int]:
-    """The widths that a pack may have, so that `longest` fits: 32, 48, 64, .., 256, 288, ..,
+def prefill_widths(longest: int) -> list[int]:
+    """The widths that a batch may have, so that `longest` fits: 32, 48, 64, .., 256, 288, ..,
     from 128 on eight to each doubling, so that one in twenty tokens is padding."""
-    found = [_SMALLEST]
-    while found[-1] < longest:
-        octave = 1 << (found[-1].bit_length() - 1)
-        found.append(found[-1] + max(octave // 8, _LEAST_STEP))
-    return found
+    widths = [_MIN_WIDTH]
+    while widths[-1] < longest:
+        octave = 1 << (widths[-1].bit_length() - 1)
+        widths.append(widths[-1] + max(octave // 8, _MIN_WIDTH_STEP))
+    return widths
 
 
-def pack_width(length: int) -> int:
-    """The narrowest of `widths` that holds `length` tokens."""
-    return widths(length)[-1]
+def prefill_width(length: int) -> int:
+    """The narrowest of `prefill_widths` that holds `length` tokens."""
+    return prefill_widths(length)[-1]
 
 
-def prefilled(prompt: Prompt) -> int:
+def prefill_length(prompt: Prompt) -> int:
     """Tokens that are prefilled: all but the last, which a step runs."""
     return len(prompt) - 1
 
 
-def pack_prompts(
-    entries: Sequence[Entry], shards: int, width: int, page_size: int, pages_a_layer: int, sop: int
-) -> Pack:
-    """Arrays of numpy; an entry's row is its lease's shard.
+def make_prefill_batch(
+    prompts: Sequence[tuple[Prompt, PageAllocation]],
+    shards: int,
+    width: int,
+    page_size: int,
+    pages_a_layer: int,
+    sop: int,
+) -> PrefillBatch:
+    """Arrays of numpy; a prompt's row is its allocation's shard.
 
     Args:
+      prompts: each with pages for its tokens at least.
       width: of a row, which holds all that goes there.
       pages_a_layer: of a device where layers share an array, else 0.
+      sop: the token that follows a context.
     """
     shape = (shards, width)
     arrays = {
@@ -68,19 +74,19 @@ def pack_prompts(
     ranges = np.stack([np.tile(np.arange(width, dtype=np.int32), (shards, 1))] * 2, -1)
     ranges[..., 1] += 1  # padding sees itself
     used = [0] * shards
-    for entry in entries:
-        prompt, row = entry.request.prompt, entry.lease.shard
-        count, first = prefilled(prompt), used[row]
+    for prompt, allocation in prompts:
+        row = allocation.shard
+        count, first = prefill_length(prompt), used[row]
         here = (row, slice(first, first + count))
-        places = np.arange(count)
+        index = np.arange(count)
         arrays["tokens"][here] = prompt.tokens(sop)[:count]
         arrays["positions"][here] = prompt.position_ids()[:count]
-        arrays["pages"][here] = np.array(entry.lease.pages, np.int32)[places // page_size]
-        arrays["offsets"][here] = places % page_size
+        arrays["pages"][here] = np.array(allocation.pages, np.int32)[index // page_size]
+        arrays["offsets"][here] = index % page_size
         ranges[(*here, 0)] = first
-        ranges[(*here, 1)] = first + np.maximum(len(prompt.context), places + 1)
+        ranges[(*here, 1)] = first + np.maximum(len(prompt.context), index + 1)
         used[row] += count
-    return Pack(
+    return PrefillBatch(
         tokens=arrays["tokens"],
         position_ids=arrays["positions"],
         visibility=Visibility(ranges),

@@ -10,7 +10,7 @@ from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.errors import UserError
 from glm_jax.tokenizer import TokenizerError, checked_id
 
-_SMALLEST_BUCKET = 32
+_MIN_BUCKET = 32
 
 
 class PromptError(UserError):
@@ -32,7 +32,7 @@ class Prompt:
       context: token ids, a mask token among them, without sop.
       mask_position: every generated token is at this position, that of the [MASK] or
         [sMASK] to fill; None continues the positions, as for [gMASK].
-      prefix: tokens after sop that the answer begins with, and that are given. Each sees the
+      prefix: tokens after sop that the answer is to begin with. Each sees the
         context and those before it.
     """
 
@@ -91,7 +91,7 @@ class Prompt:
         return cls((special.gmask,), None, text)
 
 
-# Prompts, special tokens, the most tokens of a row, end tokens.
+# Prompts, special tokens, maximum length of prompt and answer, end tokens.
 Resolved = tuple[list[Prompt], SpecialTokens, int, tuple[int, ...]]
 
 
@@ -118,9 +118,9 @@ def resolve(
     return rows, special, limit, ends
 
 
-def bucket(length: int, least: int = _SMALLEST_BUCKET) -> int:
-    """The static length that serves `length`: the next power of two, and no less than `least`."""
-    return max(least, 1 << (length - 1).bit_length())
+def bucket(length: int, minimum: int = _MIN_BUCKET) -> int:
+    """The static length that serves `length`: the next power of two, and no less than `minimum`."""
+    return max(minimum, 1 << (length - 1).bit_length())
 
 
 def check_prompt(prompt: Prompt, config: GLMConfig, limit: int) -> None:

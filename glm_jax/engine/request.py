@@ -19,7 +19,7 @@ class Request:
       seed: of sampling, from 0 to 2**32 - 1; the same gives the same tokens.
       end_tokens: that end the answer; None for eop and eos.
       log_probabilities: of the answer's tokens are asked for.
-      alternatives: beside them, the likeliest tokens of each place.
+      top_logprobs: beside them, those of the most likely tokens at each position.
     """
 
     prompt: Prompt
@@ -28,7 +28,7 @@ class Request:
     seed: int = 0
     end_tokens: tuple[int, ...] | None = None
     log_probabilities: bool = False
-    alternatives: bool = False
+    top_logprobs: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,20 +36,20 @@ class Token:
     """A token that a step gave to a request.
 
     Attributes:
-      ticket: the request's.
+      request_id: the request's.
       log_probability: in nats; 0 where not asked for.
       finish_reason: "stop" after an end token, "length" where there is no more room, "error"
         where there was no token to choose, which ends the request too; None while it goes on.
-      alternatives: the likeliest tokens of this place with their log-probabilities, best
-        first; none where not asked for.
+      top_logprobs: the most likely tokens at this position with theirs, best first;
+        none where not asked for.
       error: to be raised for the request, where `finish_reason` is "error".
     """
 
-    ticket: int
+    request_id: int
     token: int
     log_probability: float
     finish_reason: str | None
-    alternatives: tuple[tuple[int, float], ...] = ()
+    top_logprobs: tuple[tuple[int, float], ...] = ()
     error: UserError | None = None
 
     def checked(self) -> "Token":
@@ -67,7 +67,7 @@ class Token:
 class Completion:
     """All tokens of an answer, the end token included where there was one."""
 
-    ticket: int
+    request_id: int
     tokens: tuple[int, ...]
     log_probabilities: tuple[float, ...]
     finish_reason: str
@@ -82,7 +82,7 @@ def completion(tokens: Sequence[Token]) -> Completion:
     reason = tokens[-1].checked().finish_reason
     assert reason is not None
     return Completion(
-        ticket=tokens[0].ticket,
+        request_id=tokens[0].request_id,
         tokens=tuple(token.token for token in tokens),
         log_probabilities=tuple(token.log_probability for token in tokens),
         finish_reason=reason,

@@ -1,11 +1,14 @@
-"""How the next token is chosen from its logits."""
+"""Sampling: how the next token is chosen from its logits, as each request asks."""
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from glm_jax.engine.generation_settings import SamplingError, check_settings
 from glm_jax.errors import UserError
@@ -59,6 +62,18 @@ def check_banned(tokens: Iterable[int], vocab: int) -> None:
             raise SamplingError(f"banned token {token} is not in the vocabulary")
 
 
+@struct.dataclass
+class SamplingRows:
+    """`Sampling` of each row, or of one request, as far as tokens are drawn by it: arrays, so that
+    one program serves every mixture."""
+
+    temperature: Float[Any, "*rows"]
+    top_k: Int[Any, "*rows"]
+    top_p: Float[Any, "*rows"]
+    min_p: Float[Any, "*rows"]
+    is_greedy: Bool[Any, "*rows"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How one request's tokens are chosen.
@@ -68,6 +83,8 @@ class Sampling:
       top_k: keep only the k likeliest tokens and their equals; 0 keeps all.
       top_p: of those, keep the likeliest whose probabilities sum to p, the one that
         crosses p included; 0 keeps all.
+      min_p: of those, keep what is at least this times as likely as the likeliest token; 0 keeps
+        all.
       repetition_penalty: above 1 makes tokens that were there less likely, context included;
         1 for none. This and what follows come before temperature.
       no_repeat_ngram: no n tokens in a row, the last of them generated, come twice; 0 for no
@@ -80,6 +97,7 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 0.0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
     no_repeat_ngram: int = 0
     min_tokens: int = 0
@@ -96,9 +114,19 @@ class Sampling:
         is_narrow = self.top_k == 1 or 0 < self.top_p < _MIN_TOP_P
         return self.temperature < _MIN_TEMPERATURE or is_narrow
 
+    def row(self) -> SamplingRows:
+        """These settings on the device, without those of logit processors."""
+        return SamplingRows(
+            temperature=np.float32(self.temperature or 1),
+            top_k=np.int32(self.top_k),
+            top_p=np.float32(self.top_p),
+            min_p=np.float32(self.min_p),
+            is_greedy=np.bool_(self.is_greedy),
+        )
+
     @property
-    def is_restricted(self) -> bool:
-        """Whether something is forbidden or disfavoured before the choice."""
+    def has_processors(self) -> bool:
+        """Whether logit processors change anything."""
         return (
             self.repetition_penalty != 1
             or self.no_repeat_ngram > 0
@@ -115,19 +143,19 @@ def filter_logits(
     """Logits with -inf for what top-k, then top-p, leaves out. 0 turns either off.
 
     Settings are arrays, so that one program serves every request. Nothing is sorted: the
-    lowest logit that is kept is found bit by bit. Of equal logits where top-p crosses p, the
-    first are kept.
+    lowest logit to keep is found bit by bit. Of equal logits where top-p crosses p, the first are
+    kept.
     """
     uses_top_k, uses_top_p = top_k > 0, (top_p > 0) & (top_p < 1)
-    kept = jax.lax.cond(
+    logits = jax.lax.cond(
         jnp.any(uses_top_k),
         lambda: jnp.where(uses_top_k[:, None], _keep_top_k(logits, top_k), logits),
         lambda: logits,
     )
     return jax.lax.cond(
         jnp.any(uses_top_p),
-        lambda: jnp.where(uses_top_p[:, None], _keep_top_p(kept, top_p), kept),
-        lambda: kept,
+        lambda: jnp.where(uses_top_p[:, None], _keep_top_p(logits, top_p), logits),
+        lambda: logits,
     )
 
 
@@ -144,7 +172,7 @@ def _keep_top_p(logits: Array, top_p: Array) -> Array:
     equal = order == lowest
 
     def of_equals() -> Array:
-        """Those of the equals before which no more than p has been kept."""
+        """Those of the equals before which the probabilities sum to no more than p."""
         above = jnp.sum(jnp.where(order > lowest, probabilities, 0), axis=-1, keepdims=True)
         earlier = jnp.cumsum(equal, axis=-1) - equal
         return equal & (above + earlier * probabilities <= top_p[:, None])
@@ -165,24 +193,28 @@ def _crossing(order: Array, weights: Array, target: Array) -> Array:
     """The largest value in `order` of each row such that the weights from it upwards sum to
     more than the target; 0 where there is none."""
 
-    def step(i: Array, found: Array) -> Array:
-        candidate = found | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+    def step(i: Array, bits: Array) -> Array:
+        candidate = bits | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
         above = jnp.sum(jnp.where(order >= candidate[:, None], weights, 0), axis=-1)
-        return jnp.where(above > target, candidate, found)
+        return jnp.where(above > target, candidate, bits)
 
     return jax.lax.fori_loop(0, 32, step, jnp.zeros(len(order), jnp.uint32))
 
 
+def _keep_min_p(logits: Array, min_p: Array) -> Array:
+    lowest = jnp.max(logits, axis=-1) + jnp.log(min_p)
+    return jnp.where(logits >= lowest[:, None], logits, -jnp.inf)
+
+
 def sample(
-    logits: Float[Array, "batch vocab"],
-    keys: Key[Array, " batch"],
-    temperature: Float[Array, " batch"],
-    top_k: Int[Array, " batch"],
-    top_p: Float[Array, " batch"],
+    logits: Float[Array, "batch vocab"], keys: Key[Array, " batch"], rows: SamplingRows
 ) -> Int[Array, " batch"]:
-    """Draws a token per row, each with its own key and settings; temperature above 0."""
-    filtered = filter_logits(logits / temperature[:, None], top_k, top_p)
-    drawn: Array = jax.vmap(jax.random.categorical)(keys, filtered)
+    """Draws a token per row, each with its own key and settings; temperature above 0.
+
+    Temperature comes first, then top-k, top-p, min-p, as in transformers.
+    """
+    filtered = filter_logits(logits / rows.temperature[:, None], rows.top_k, rows.top_p)
+    drawn: Array = jax.vmap(jax.random.categorical)(keys, _keep_min_p(filtered, rows.min_p))
     return drawn.astype(jnp.int32)
 
 

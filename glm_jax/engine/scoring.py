@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, many sequences at a time."""
+"""Scoring: log-probabilities of given tokens, many sequences in a batch and none generated."""
 
 import dataclasses
 import functools
@@ -12,16 +12,16 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from glm_jax.config import GLMConfig
-from glm_jax.engine.scoring_batch import Batch, ScoredSequence, pack
+from glm_jax.engine.scoring_batch import ScoredSequence, ScoringBatch, make_batches
 from glm_jax.errors import UserError
 from glm_jax.model import glm
 from glm_jax.model.params import GLMParams
 from glm_jax.model.visibility import Visibility
 from glm_jax.sharding import constrain, mesh_of, on_mesh, row_shards
 
-_CHUNK = 256  # places whose scores of the whole vocabulary are there at once
-_LEAST_WIDTH = 512
-_ROUND = 4096  # sequences that are packed together: what is done is given out after each
+_CHUNK = 256  # tokens whose scores of the whole vocabulary are there at once
+_MIN_WIDTH = 512
+_ROUND = 4096  # sequences that are batched together; their scores come after each round
 
 
 class ScoringError(UserError):
@@ -45,15 +45,15 @@ class Score:
     """Of a sequence.
 
     Attributes:
-      number: its place among those that were given.
-      log_probabilities: float32 [asked], of its targets, nats.
-      are_likeliest: bool [asked], whether each target is the likeliest token.
-      groups: int32 [asked], the sequence's.
+      number: its index among the sequences to score.
+      log_probabilities: float32 [targets], of its targets, nats.
+      are_argmax: bool [targets], whether each target is the most likely token.
+      groups: int32 [targets], the sequence's.
     """
 
     number: int
     log_probabilities: np.ndarray
-    are_likeliest: np.ndarray
+    are_argmax: np.ndarray
     groups: np.ndarray
 
     @property
@@ -85,29 +85,29 @@ class Scorer:
           ScoringError: a log-probability is not finite.
         """
         source, start = iter(sequences), 0
-        while some := list(itertools.islice(source, _ROUND)):
-            yield from self._round(some, start)
-            start += len(some)
+        while group := list(itertools.islice(source, _ROUND)):
+            yield from self._round(group, start)
+            start += len(group)
 
     def _round(self, sequences: Sequence[ScoredSequence], start: int) -> Iterator[Score]:
         longest = max(map(len, sequences))
         # A row is no longer than what is run at once, but as long as the longest sequence.
-        most = max(longest, self._batch_tokens)
-        width = min(-(-max(longest, _LEAST_WIDTH) // 128) * 128, most)
+        max_width = max(longest, self._batch_tokens)
+        width = min(-(-max(longest, _MIN_WIDTH) // 128) * 128, max_width)
         shards = row_shards(self._mesh)
         rows = shards
         while rows * 2 * width <= self._batch_tokens:
             rows *= 2
         # The next batch is filled and given to the devices before the one before is waited for.
-        running: list[tuple[Batch, tuple[Array, Array]]] = []
-        for batch in pack(sequences, width, rows, shards):
+        running: list[tuple[ScoringBatch, tuple[Array, Array]]] = []
+        for batch in make_batches(sequences, width, rows, shards):
             running.append((batch, self._run(batch)))
             if len(running) > 1:
                 yield from _scores(sequences, start, *running.pop(0))
-        for batch, found in running:
-            yield from _scores(sequences, start, batch, found)
+        for batch, results in running:
+            yield from _scores(sequences, start, batch, results)
 
-    def _run(self, batch: Batch) -> tuple[Array, Array]:
+    def _run(self, batch: ScoringBatch) -> tuple[Array, Array]:
         self.padding.run += batch.tokens.size
         self.padding.filled += batch.filled
         with on_mesh(self._mesh):
@@ -117,15 +117,18 @@ class Scorer:
                 batch.tokens,
                 batch.position_ids,
                 batch.key_ranges,
-                batch.places,
+                batch.indices,
                 batch.targets,
             )
 
 
 def _scores(
-    sequences: Sequence[ScoredSequence], start: int, batch: Batch, found: tuple[Array, Array]
+    sequences: Sequence[ScoredSequence],
+    start: int,
+    batch: ScoringBatch,
+    results: tuple[Array, Array],
 ) -> Iterator[Score]:
-    values, hits = map(np.asarray, found)
+    values, hits = map(np.asarray, results)
     for number, row, first, end in batch.slices:
         if not np.isfinite(values[row, first:end]).all():
             raise ScoringError(
@@ -143,25 +146,25 @@ def log_probabilities(
     tokens: Int[ArrayLike, "rows width"],
     position_ids: Int[ArrayLike, "rows width"],
     key_ranges: Int[ArrayLike, "rows width 4"],
-    places: Int[ArrayLike, "rows asked"],
-    targets: Int[ArrayLike, "rows asked"],
-) -> tuple[Float[Array, "rows asked"], Bool[Array, "rows asked"]]:
-    """log softmax of the scores at `places`, of `targets`, and whether they are the largest.
+    indices: Int[ArrayLike, "rows targets"],
+    targets: Int[ArrayLike, "rows targets"],
+) -> tuple[Float[Array, "rows targets"], Bool[Array, "rows targets"]]:
+    """log softmax of the scores at `indices`, of `targets`, and whether they are the largest.
 
-    Scores are computed at places alone, and of so many at a time that they stay small.
+    Scores are computed at indices alone, and of so many at a time that they stay small.
     """
-    tokens, places, targets = map(jnp.asarray, (tokens, places, targets))
+    tokens, indices, targets = map(jnp.asarray, (tokens, indices, targets))
     visibility = Visibility(constrain(jnp.asarray(key_ranges), ("batch", "seq", None)))
     tokens = constrain(tokens, ("batch", "seq"))
     hidden, _ = glm.forward_hidden(params, config, tokens, position_ids, visibility)
-    chosen = jnp.take_along_axis(hidden, places[:, :, None], axis=1)
-    rows, asked = places.shape
-    # The largest power of two that divides what is asked for, and is no more than fits.
-    chunk = math.gcd(asked, 1 << (max(1, _CHUNK // rows).bit_length() - 1))
+    chosen = jnp.take_along_axis(hidden, indices[:, :, None], axis=1)
+    rows, count = indices.shape
+    # The largest power of two that divides the count of targets, and is no more than fits.
+    chunk = math.gcd(count, 1 << (max(1, _CHUNK // rows).bit_length() - 1))
 
     def look_up(part: tuple[Array, Array]) -> tuple[Array, Array]:
-        some, wanted = part
-        scores = glm.logits(params, config, some)
+        states, wanted = part
+        scores = glm.logits(params, config, states)
         # A comparison, not a gather: each device holds a part of the vocabulary.
         is_target = jnp.arange(scores.shape[-1], dtype=jnp.int32) == wanted[..., None]
         of_target = jnp.max(jnp.where(is_target, scores, -jnp.inf), axis=-1)
@@ -169,9 +172,9 @@ def log_probabilities(
         return of_target - jax.nn.logsumexp(scores, axis=-1), of_target == largest
 
     def split(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(rows, asked // chunk, chunk, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(rows, count // chunk, chunk, *x.shape[2:]), 1, 0)
 
     values, hits = jax.lax.map(look_up, (split(chosen), split(targets)))
     # Whole on every device, so that every process can read all of it.
-    join = lambda x: constrain(jnp.moveaxis(x, 0, 1).reshape(rows, asked), (None, None))
+    join = lambda x: constrain(jnp.moveaxis(x, 0, 1).reshape(rows, count), (None, None))
     return join(values), join(hits)

@@ -6,25 +6,25 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-_LEAST_ASKED = 32
+_MIN_TARGETS = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoredSequence:
-    """Tokens, and what is asked of them.
+    """Tokens, and the targets that are looked up in their scores.
 
     Attributes:
       tokens, position_ids: int32 [length].
       key_ranges: int32 [length, 4], as of `Visibility`.
-      places: int32 [asked], whose scores each target is looked up in.
-      targets: int32 [asked].
-      groups: int32 [asked], the choice that each belongs to.
+      indices: int32 [targets], of the tokens whose scores each target is looked up in.
+      targets: int32 [targets].
+      groups: int32 [targets], the choice that each belongs to.
     """
 
     tokens: np.ndarray
     position_ids: np.ndarray
     key_ranges: np.ndarray
-    places: np.ndarray
+    indices: np.ndarray
     targets: np.ndarray
     groups: np.ndarray
 
@@ -33,29 +33,29 @@ class ScoredSequence:
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class ScoringBatch:
     """Rows of sequences.
 
     Attributes:
       tokens, position_ids: int32 [rows, width].
       key_ranges: int32 [rows, width, 4]; padding sees itself alone.
-      places, targets: int32 [rows, asked].
-      slices: of each sequence in it: number, row, first and end of what it asks for.
+      indices, targets: int32 [rows, targets].
+      slices: of each sequence in it: number, row, first and end of its targets.
       filled: tokens that are no padding.
     """
 
     tokens: np.ndarray
     position_ids: np.ndarray
     key_ranges: np.ndarray
-    places: np.ndarray
+    indices: np.ndarray
     targets: np.ndarray
     slices: tuple[tuple[int, int, int, int], ...]
     filled: int
 
 
-def pack(
+def make_batches(
     sequences: Sequence[ScoredSequence], width: int, rows: int, multiple: int = 1
-) -> Iterator[Batch]:
+) -> Iterator[ScoringBatch]:
     """Batches of `rows` rows, the longest sequences first; the last batch has fewer.
 
     Args:
@@ -74,28 +74,28 @@ def pack(
 def _best_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
     """Which sequences share a row: each, longest first, where the least is left over."""
     bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # what is left of each row, in order
+    room: list[tuple[int, int]] = []  # remaining tokens of each row, in order
     for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = bisect.bisect_left(room, (lengths[number], -1))
-        if place == len(room):
+        index = bisect.bisect_left(room, (lengths[number], -1))
+        if index == len(room):
             bins.append([])
-            left, row = width, len(bins) - 1
+            remaining, row = width, len(bins) - 1
         else:
-            left, row = room.pop(place)
+            remaining, row = room.pop(index)
         bins[row].append(number)
-        bisect.insort(room, (left - lengths[number], row))
+        bisect.insort(room, (remaining - lengths[number], row))
     return bins
 
 
 def _fill(
     sequences: Sequence[ScoredSequence], bins: list[list[int]], width: int, rows: int
-) -> Batch:
-    most = max(sum(len(sequences[i].places) for i in members) for members in bins)
-    asked = max(_LEAST_ASKED, 1 << (most - 1).bit_length())
-    if most <= width < asked:
-        asked = width
+) -> ScoringBatch:
+    max_count = max(sum(len(sequences[i].indices) for i in members) for members in bins)
+    count = max(_MIN_TARGETS, 1 << (max_count - 1).bit_length())
+    if max_count <= width < count:
+        count = width
     tokens, positions = np.zeros((2, rows, width), np.int32)
-    places, targets = np.zeros((2, rows, asked), np.int32)
+    indices, targets = np.zeros((2, rows, count), np.int32)
     ranges = np.zeros((rows, width, 4), np.int32)
     ranges[:, :, 0] = np.arange(width)
     ranges[:, :, 1] = np.arange(1, width + 1)
@@ -104,13 +104,13 @@ def _fill(
         start = first = 0
         for number in members:
             sequence = sequences[number]
-            end, last = start + len(sequence), first + len(sequence.places)
+            end, last = start + len(sequence), first + len(sequence.indices)
             tokens[row, start:end] = sequence.tokens
             positions[row, start:end] = sequence.position_ids
             ranges[row, start:end] = start + sequence.key_ranges
-            places[row, first:last] = start + sequence.places
+            indices[row, first:last] = start + sequence.indices
             targets[row, first:last] = sequence.targets
             slices.append((number, row, first, last))
             start, first = end, last
     filled = sum(len(sequences[i]) for members in bins for i in members)
-    return Batch(tokens, positions, ranges, places, targets, tuple(slices), filled)
+    return ScoringBatch(tokens, positions, ranges, indices, targets, tuple(slices), filled)

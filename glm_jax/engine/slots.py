@@ -15,15 +15,21 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, UInt32
 from glm_jax.config import GLMConfig
 from glm_jax.engine import sampling as sampling_lib
 from glm_jax.engine.generation_settings import SamplingError
-from glm_jax.engine.logit_processors import Restrictions, restrict
+from glm_jax.engine.logit_processors import LogitProcessors, process_logits
 from glm_jax.engine.request import Request
-from glm_jax.engine.sampling import Sampling, check_banned, no_numbers, nothing_allowed
+from glm_jax.engine.sampling import (
+    Sampling,
+    SamplingRows,
+    check_banned,
+    no_numbers,
+    nothing_allowed,
+)
 from glm_jax.errors import UserError
 from glm_jax.sharding import activation_sharding, surrounding_mesh
 
 # Room for banned sequences; static, so that no request needs a program of its own.
-MOST_SEQUENCES, LONGEST_SEQUENCE = 32, 8
-ALTERNATIVES = 5  # likeliest tokens that are told of a place
+MAX_SEQUENCES, MAX_SEQUENCE_LENGTH = 32, 8
+MAX_TOP_LOGPROBS = 5  # tokens whose log-probabilities a position can have
 _NO_NUMBERS, _STUCK = 1, 2
 # Why a request ends without a token: what to raise for its n-th.
 FAILURES: dict[int, Callable[[int], UserError]] = {
@@ -39,18 +45,19 @@ class Slots:
     Attributes:
       is_active: whether a request is there and goes on.
       token: the next to run, whose key and value are not in the cache yet.
-      index: its place in the sequence.
+      index: of that token in the sequence.
       position_id, position_step: its position, and how far the next one's is.
-      first: place of the first generated token.
-      end: the place that no token is generated for any more.
+      first: index of the first generated token.
+      end: sequence length at which generation stops (exclusive).
       tokens: [width] of context, sop and answer, up to index.
       table: [table_size] pages of the sequence in order.
       seed: of the draws, with a token's number in the answer.
-      temperature, top_k, top_p, is_greedy: see `Sampling`.
-      is_restricted: whether the restrictions say anything.
+      sampling: how tokens are drawn.
+      is_processed: whether logit processors change anything.
+      logit_processors: their settings.
       is_end: [vocab], tokens that end the answer.
       wants_log_probability: of its tokens.
-      wants_alternatives: beside it, the likeliest tokens of each place.
+      wants_top_logprobs: beside it, those of the most likely tokens at each position.
     """
 
     is_active: Bool[Any, "*slots"]
@@ -63,15 +70,12 @@ class Slots:
     tokens: Int[Any, "*slots width"]
     table: Int[Any, "*slots table_size"]
     seed: UInt32[Any, "*slots"]
-    temperature: Float[Any, "*slots"]
-    top_k: Int[Any, "*slots"]
-    top_p: Float[Any, "*slots"]
-    is_greedy: Bool[Any, "*slots"]
-    is_restricted: Bool[Any, "*slots"]
-    restrictions: Any
+    sampling: SamplingRows
+    is_processed: Bool[Any, "*slots"]
+    logit_processors: Any
     is_end: Bool[Any, "*slots vocab"]
     wants_log_probability: Bool[Any, "*slots"]
-    wants_alternatives: Bool[Any, "*slots"]
+    wants_top_logprobs: Bool[Any, "*slots"]
 
 
 @struct.dataclass
@@ -81,30 +85,32 @@ class Emitted:
     Attributes:
       tokens: -1 where there is none.
       failures: 0, or which of `FAILURES` ends the request instead of its token.
-      log_probabilities: nats; the model's, before any restriction or temperature. 0 where
+      log_probabilities: nats; the model's, before any logit processor or temperature. 0 where
         none were asked for.
-      alternatives, alternative_log_probabilities: of the likeliest tokens, best first.
+      top_tokens, top_logprobs: the most likely tokens, best first.
     """
 
     tokens: Int[Any, " slots"]
     failures: Int[Any, " slots"]
     log_probabilities: Float[Any, " slots"]
-    alternatives: Int[Any, "slots some"]
-    alternative_log_probabilities: Float[Any, "slots some"]
+    top_tokens: Int[Any, "slots top"]
+    top_logprobs: Float[Any, "slots top"]
 
 
 def empty_slot(config: GLMConfig, width: int, table_size: int) -> Slots:
     """A slot that no request has, of numpy arrays."""
-    zero, vocab = np.int32(0), config.vocab_size
+    vocab = config.vocab_size
+    counters = ("token", "index", "position_id", "position_step", "first", "end")
+    zeros: dict[str, Any] = dict.fromkeys(counters, np.int32(0))
     return Slots(
-        **dict.fromkeys(("token", "index", "position_id", "position_step", "first", "end"), zero),
+        **zeros,
         is_active=np.bool_(False),
         tokens=np.zeros(width, np.int32),
         table=np.zeros(table_size, np.int32),
         **sampling_row(Sampling(), 0, vocab),
         is_end=np.zeros(vocab, bool),
         wants_log_probability=np.bool_(False),
-        wants_alternatives=np.bool_(False),
+        wants_top_logprobs=np.bool_(False),
     )
 
 
@@ -115,7 +121,7 @@ def request_row(
 
     Args:
       empty: an `empty_slot`.
-      end: the place that no token is generated for any more.
+      end: sequence length at which generation stops (exclusive).
       ends: tokens that end the answer.
     """
     prompt, vocab = request.prompt, len(empty.is_end)
@@ -137,7 +143,7 @@ def request_row(
         **sampling_row(request.sampling, request.seed, vocab),
         is_end=is_end,
         wants_log_probability=np.bool_(request.log_probabilities),
-        wants_alternatives=np.bool_(request.alternatives),
+        wants_top_logprobs=np.bool_(request.top_logprobs),
     )
     return row
 
@@ -149,11 +155,11 @@ def check_sampling(sampling: Sampling, vocab: int) -> None:
         that is not in the vocabulary.
     """
     check_banned((*sampling.banned_tokens, *itertools.chain(*sampling.banned_sequences)), vocab)
-    if len(sampling.banned_sequences) > MOST_SEQUENCES or any(
-        len(sequence) > LONGEST_SEQUENCE for sequence in sampling.banned_sequences
+    if len(sampling.banned_sequences) > MAX_SEQUENCES or any(
+        len(sequence) > MAX_SEQUENCE_LENGTH for sequence in sampling.banned_sequences
     ):
         raise SamplingError(
-            f"banned sequences: at most {MOST_SEQUENCES}, of at most {LONGEST_SEQUENCE} tokens"
+            f"banned sequences: at most {MAX_SEQUENCES}, of at most {MAX_SEQUENCE_LENGTH} tokens"
         )
 
 
@@ -161,18 +167,15 @@ def sampling_row(sampling: Sampling, seed: int, vocab: int) -> dict[str, Any]:
     """A request's fields of `Slots` that say how its tokens are chosen, which
     `check_sampling` lets pass."""
     banned = np.zeros(vocab, bool)
-    sequences = np.full((MOST_SEQUENCES, LONGEST_SEQUENCE), -1, np.int32)
+    sequences = np.full((MAX_SEQUENCES, MAX_SEQUENCE_LENGTH), -1, np.int32)
     banned[list(sampling.banned_tokens)] = True
     for row, sequence in zip(sequences, sampling.banned_sequences, strict=False):
         row[-len(sequence) :] = sequence
     return dict(
         seed=np.uint32(seed),
-        temperature=np.float32(sampling.temperature or 1),
-        top_k=np.int32(sampling.top_k),
-        top_p=np.float32(sampling.top_p),
-        is_greedy=np.bool_(sampling.is_greedy),
-        is_restricted=np.bool_(sampling.is_restricted),
-        restrictions=Restrictions(
+        sampling=sampling.row(),
+        is_processed=np.bool_(sampling.has_processors),
+        logit_processors=LogitProcessors(
             repetition_penalty=np.float32(sampling.repetition_penalty),
             no_repeat_ngram=np.int32(sampling.no_repeat_ngram),
             min_tokens=np.int32(sampling.min_tokens),
@@ -226,7 +229,7 @@ def choose(logits: Float[Array, "slots vocab"], slots: Slots) -> tuple[Emitted, 
     length = slots.index + 1
     active = slots.is_active
     chosen, may_choose = jax.lax.cond(
-        jnp.any(active & (slots.is_restricted | ~slots.is_greedy)),
+        jnp.any(active & (slots.is_processed | ~slots.sampling.is_greedy)),
         lambda: _choose_as_asked(logits, slots),
         lambda: (sampling_lib.greedy(logits), jnp.ones_like(active)),
     )
@@ -237,62 +240,64 @@ def choose(logits: Float[Array, "slots vocab"], slots: Slots) -> tuple[Emitted, 
     goes_on &= ~slots.is_end[rows, chosen] & (length + 1 < slots.end)
     moved = active.astype(jnp.int32)
     at = jnp.minimum(length, slots.tokens.shape[1] - 1)
-    kept = jnp.where(active, chosen, slots.tokens[rows, at])
+    latest = jnp.where(active, chosen, slots.tokens[rows, at])
     changed = slots.replace(  # type: ignore[attr-defined]
         is_active=goes_on,
         token=chosen,
         index=slots.index + moved,
         position_id=slots.position_id + slots.position_step * moved,
-        tokens=slots.tokens.at[rows, at].set(kept),
+        tokens=slots.tokens.at[rows, at].set(latest),
     )
-    emitted = Emitted(jnp.where(active, chosen, -1), failures, *_told(logits, chosen, slots))
+    emitted = Emitted(
+        jnp.where(active, chosen, -1), failures, *_log_probabilities(logits, chosen, slots)
+    )
     return jax.tree.map(_everywhere, emitted), changed
 
 
-def _told(logits: Array, chosen: Array, slots: Slots) -> tuple[Array, Array, Array]:
-    """Log-probabilities of what was chosen; the likeliest tokens and theirs, best first."""
-    shape = (len(logits), min(ALTERNATIVES, logits.shape[1]))
+def _log_probabilities(logits: Array, chosen: Array, slots: Slots) -> tuple[Array, Array, Array]:
+    """Log-probabilities of what was chosen; the most likely tokens and theirs, best first."""
+    shape = (len(logits), min(MAX_TOP_LOGPROBS, logits.shape[1]))
     is_asked = slots.is_active & slots.wants_log_probability
 
-    def likeliest() -> tuple[Array, Array]:
-        best, places = jax.lax.top_k(logits, shape[1])
-        return places.astype(jnp.int32), best
+    def top() -> tuple[Array, Array]:
+        best, tokens = jax.lax.top_k(logits, shape[1])
+        return tokens.astype(jnp.int32), best
 
     def compute() -> tuple[Array, Array, Array]:
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         of_chosen = logits[jnp.arange(len(chosen)), chosen] - normaliser
-        places, best = jax.lax.cond(
-            jnp.any(is_asked & slots.wants_alternatives),
-            likeliest,
+        tokens, best = jax.lax.cond(
+            jnp.any(is_asked & slots.wants_top_logprobs),
+            top,
             lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape)),
         )
-        told = jnp.where(slots.wants_log_probability, of_chosen, 0)
-        return told, places, best - normaliser[:, None]
+        asked = jnp.where(slots.wants_log_probability, of_chosen, 0)
+        return asked, tokens, best - normaliser[:, None]
 
     nothing = lambda: (jnp.zeros(shape[0]), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
-    found: tuple[Array, Array, Array] = jax.lax.cond(jnp.any(is_asked), compute, nothing)
-    return found
+    computed: tuple[Array, Array, Array] = jax.lax.cond(jnp.any(is_asked), compute, nothing)
+    return computed
 
 
 def _choose_as_asked(logits: Array, slots: Slots) -> tuple[Array, Array]:
     """Tokens, and whether there was one to choose."""
 
-    def restricted() -> Array:
+    def process() -> Array:
         length = slots.index + 1
-        changed = restrict(
-            logits, slots.tokens, length, slots.first, slots.is_end, slots.restrictions
+        changed = process_logits(
+            logits, slots.tokens, length, slots.first, slots.is_end, slots.logit_processors
         )
-        return jnp.where(slots.is_restricted[:, None], changed, logits)
+        return jnp.where(slots.is_processed[:, None], changed, logits)
 
-    is_any = jnp.any(slots.is_active & slots.is_restricted)
-    allowed = jax.lax.cond(is_any, restricted, lambda: logits)
-    likeliest = sampling_lib.greedy(allowed)
+    is_any = jnp.any(slots.is_active & slots.is_processed)
+    processed = jax.lax.cond(is_any, process, lambda: logits)
+    most_likely = sampling_lib.greedy(processed)
     chosen = jax.lax.cond(
-        jnp.any(slots.is_active & ~slots.is_greedy),
-        lambda: jnp.where(slots.is_greedy, likeliest, _draw(allowed, slots)),
-        lambda: likeliest,
+        jnp.any(slots.is_active & ~slots.sampling.is_greedy),
+        lambda: jnp.where(slots.sampling.is_greedy, most_likely, _draw(processed, slots)),
+        lambda: most_likely,
     )
-    return chosen, allowed[jnp.arange(len(chosen)), likeliest] > -jnp.inf
+    return chosen, processed[jnp.arange(len(chosen)), most_likely] > -jnp.inf
 
 
 def _draw(logits: Array, slots: Slots) -> Array:
@@ -300,7 +305,7 @@ def _draw(logits: Array, slots: Slots) -> Array:
         return jax.random.fold_in(jax.random.key(seed), number)
 
     keys = jax.vmap(key)(slots.seed, slots.index + 1 - slots.first)
-    return sampling_lib.sample(logits, keys, slots.temperature, slots.top_k, slots.top_p)
+    return sampling_lib.sample(logits, keys, slots.sampling)
 
 
 def _everywhere(x: Array) -> Array:

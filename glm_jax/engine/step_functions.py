@@ -1,7 +1,7 @@
-"""The programs of the engine: a prefill, layers at a time, and a step of all slots.
+"""The programs that run on the paged cache: a prefill, layers at a time, and a decode step.
 
-A prefill puts keys and values of packed prompts into pages and computes no scores: a prompt's
-last token (sop, or the last of a prefix) is left to the step, which sees all before it.
+A prefill puts keys and values of prompts into pages and computes no scores: a prompt's last token
+(sop, or the last of a prefix) is left to the step, which sees all before it.
 """
 
 import functools
@@ -9,39 +9,69 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from glm_jax.config import GLMConfig
+from glm_jax.engine.prefill_batch import PrefillBatch
 from glm_jax.engine.slots import Emitted, Slots, choose, put_back
-from glm_jax.model import glm
+from glm_jax.model import glm, paged_cache
 from glm_jax.model.layer_stacks import as_layers
 from glm_jax.model.layers import rotary_factors
-from glm_jax.model.paged_cache import PagedKVCache, Paging
+from glm_jax.model.paged_cache import PagedKVCache, Paging, init_paged_cache
 from glm_jax.model.params import GLMParams
 from glm_jax.model.visibility import Visibility
+from glm_jax.sharding import mesh_of
 
 
 @struct.dataclass
-class Pack:
-    """Prompts after one another; a row for each group of devices that has its own slots.
+class Rows:
+    """A token of each of several sequences, to be run.
 
     Attributes:
-      tokens, position_ids: int32 [rows, seq]; padding at the end.
-      visibility: each prompt's tokens see their own context, or padding itself.
-      paging: where keys and values go.
+      is_active: whether a row has a sequence; others change nothing.
+      token: whose key and value are not in the cache yet.
+      position_id: of the token.
+      index: of the token in its sequence.
+      table: pages of the sequence in order.
     """
 
-    tokens: Int[Any, "rows seq"]
-    position_ids: Int[Any, "rows seq"]
-    visibility: Visibility
-    paging: Paging
+    is_active: Bool[Any, " rows"]
+    token: Int[Any, " rows"]
+    position_id: Int[Any, " rows"]
+    index: Int[Any, " rows"]
+    table: Int[Any, "rows table_size"]
+
+
+def make_cache(params: GLMParams, config: GLMConfig, pages: int, page_size: int) -> PagedKVCache:
+    """An empty cache where parameters are.
+
+    Args:
+      params: prepared.
+      pages: of each device and layer.
+    """
+    mesh = mesh_of(params)
+    is_apart = as_layers(params.layers).is_apart
+    cache = init_paged_cache(config, pages, page_size, is_apart, mesh)
+    return beside(params, cache)
+
+
+def beside(params: GLMParams, tree: Any) -> Any:
+    """Arrays committed to the one device that parameters are on, as all steps will leave them.
+    Those on a mesh are left as they are."""
+    if mesh_of(params) is not None:
+        return tree
+    [device] = jax.tree.leaves(params)[0].devices()
+    return jax.device_put(tree, device)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def embed(params: GLMParams, config: GLMConfig, pack: Pack) -> Float[Array, "rows seq embed"]:
+def embed(
+    params: GLMParams, config: GLMConfig, batch: PrefillBatch
+) -> Float[Array, "rows seq embed"]:
     """What the first block takes."""
-    return glm.embed_tokens(params, config, jnp.asarray(pack.tokens))
+    return glm.embed_tokens(params, config, jnp.asarray(batch.tokens))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames=("x", "cache"))
@@ -49,21 +79,57 @@ def prefill_layers(
     layers: Any,
     config: GLMConfig,
     x: Float[Array, "rows seq embed"],
-    pack: Pack,
+    batch: PrefillBatch,
     cache: PagedKVCache,
     first: int | Int[Any, ""],
     end: int | Int[Any, ""],
 ) -> tuple[Float[Array, "rows seq embed"], PagedKVCache]:
-    """Runs a pack through some blocks.
+    """Runs a batch through some blocks.
 
     Args:
       layers: stacked, of which those from `first` to `end` run; or a tuple of them that all
         run, with the pages of each in `cache`.
     """
-    rotary = rotary_factors(config, pack.position_ids)
-    ranges = pack.visibility.key_ranges
+    rotary = rotary_factors(config, batch.position_ids)
+    ranges = batch.visibility.key_ranges
     bounds = None if as_layers(layers).is_apart else (first, end)
-    return glm.run_layers(layers, config, x, rotary, ranges, cache, pack.paging, bounds)
+    return glm.run_layers(layers, config, x, rotary, ranges, cache, batch.paging, bounds)
+
+
+def prefill(
+    params: GLMParams,
+    config: GLMConfig,
+    x: Float[Array, "rows seq embed"],
+    batch: PrefillBatch,
+    cache: PagedKVCache,
+    first: int,
+    end: int,
+) -> tuple[Float[Array, "rows seq embed"], PagedKVCache]:
+    """Runs a batch through the blocks from `first` to `end` (exclusive), in one program; or in
+    one a layer where layers are apart, so that it is compiled once for all of them."""
+    if not as_layers(params.layers).is_apart:
+        return prefill_layers(*prefill_arguments(params, config, x, batch, cache, first, end))
+    assert isinstance(cache, tuple)
+    caches = list(cache)
+    for i in range(first, end):
+        arguments = prefill_arguments(params, config, x, batch, caches, i, end)
+        x, [caches[i]] = prefill_layers(*arguments)
+    return x, tuple(caches)
+
+
+def prefill_arguments(
+    params: GLMParams,
+    config: GLMConfig,
+    x: Float[Array, "rows seq embed"],
+    batch: PrefillBatch,
+    cache: Any,
+    first: int,
+    end: int,
+) -> tuple[Any, ...]:
+    """What the first run of `prefill_layers` by `prefill` takes."""
+    if isinstance(params.layers, tuple):
+        return (params.layers[first],), config, x, batch, (cache[first],), 0, 1
+    return params.layers, config, x, batch, cache, np.int32(first), np.int32(end)
 
 
 @functools.partial(
@@ -86,11 +152,38 @@ def step(
     Returns:
       What it gives those that ran; then slots and pages.
     """
-    if numbers is None:
-        return _step(params, config, slots, cache, pages_a_layer)
-    some: Slots = jax.tree.map(lambda x: x[numbers], slots)
-    emitted, some, cache = _step(params, config, some, cache, pages_a_layer)
-    return emitted, put_back(slots, numbers, some), cache
+    some: Slots = slots if numbers is None else jax.tree.map(lambda x: x[numbers], slots)
+    rows = Rows(some.is_active, some.token, some.position_id, some.index, some.table)
+    logits, cache = _decode(params, config, rows, cache, pages_a_layer)
+    emitted, some = choose(logits, some)
+    return emitted, some if numbers is None else put_back(slots, numbers, some), cache
+
+
+@functools.partial(jax.jit, static_argnames=("config", "pages_a_layer"), donate_argnames="cache")
+def decode(
+    params: GLMParams, config: GLMConfig, rows: Rows, cache: PagedKVCache, pages_a_layer: int
+) -> tuple[Float[Array, "rows vocab"], PagedKVCache]:
+    """Logits after each row's token, whose key and value join the cache.
+
+    Args:
+      pages_a_layer: of a device where layers share an array, else 0.
+    """
+    return _decode(params, config, rows, cache, pages_a_layer)
+
+
+@functools.partial(jax.jit, static_argnames="pages_a_layer", donate_argnames="cache")
+def copy_pages(
+    cache: PagedKVCache,
+    sources: Int[Any, " count"],
+    targets: Int[Any, " count"],
+    pages_a_layer: int,
+) -> PagedKVCache:
+    """Copies pages of every layer onto others, in every group of devices.
+
+    Args:
+      pages_a_layer: of a device where layers share an array, else 0.
+    """
+    return paged_cache.copy_pages(cache, jnp.asarray(sources), jnp.asarray(targets), pages_a_layer)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -106,28 +199,28 @@ def clear_failed(cache: PagedKVCache) -> PagedKVCache:
     return cleared
 
 
-def _step(
-    params: GLMParams, config: GLMConfig, slots: Slots, cache: PagedKVCache, pages_a_layer: int
-) -> tuple[Emitted, Slots, PagedKVCache]:
+def _decode(
+    params: GLMParams, config: GLMConfig, rows: Rows, cache: PagedKVCache, pages_a_layer: int
+) -> tuple[Float[Array, "rows vocab"], PagedKVCache]:
     page_size = jax.tree.leaves(cache)[0].shape[2]
-    active = slots.is_active
-    page = jnp.take_along_axis(slots.table, slots.index[:, None] // page_size, axis=1)
+    index = jnp.asarray(rows.index)[:, None]
+    table, active = jnp.asarray(rows.table), jnp.asarray(rows.is_active)
+    page = jnp.take_along_axis(table, index // page_size, axis=1)
     paging = Paging(
-        # What a slot without a request writes lands in page 0, which no one reads.
+        # What a row without a sequence writes lands in page 0, which no one reads.
         pages=jnp.where(active[:, None], page, 0),
-        offsets=slots.index[:, None] % page_size,
-        tables=slots.table,
-        lengths=jnp.where(active, slots.index + 1, 0),
+        offsets=index % page_size,
+        tables=table,
+        lengths=jnp.where(active, index[:, 0] + 1, 0),
         pages_a_layer=pages_a_layer,
     )
     hidden, cache = glm.forward_hidden(
         params,
         config,
-        slots.token[:, None],
-        slots.position_id[:, None],
+        jnp.asarray(rows.token)[:, None],
+        jnp.asarray(rows.position_id)[:, None],
         Visibility(jnp.zeros((len(active), 1, 2), jnp.int32)),
         cache,
         paging,
     )
-    emitted, slots = choose(glm.logits(params, config, hidden[:, 0]), slots)
-    return emitted, slots, cache
+    return glm.logits(params, config, hidden[:, 0]), cache

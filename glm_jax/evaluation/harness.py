@@ -5,7 +5,7 @@ and <eop> in the harness's texts are text. The package
 (`pip install lm_eval`) is needed by this module alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lm_eval.api.model import LM
@@ -14,7 +14,7 @@ from lm_eval.api.registry import register_model
 from glm_jax.checkpoints.model_folder import restore
 from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.engine.prompt import Prompt
-from glm_jax.engine.request import Request
+from glm_jax.engine.request import Request, Token
 from glm_jax.engine.sampling import Sampling
 from glm_jax.engine.scoring_batch import ScoredSequence
 from glm_jax.errors import UserError
@@ -22,6 +22,7 @@ from glm_jax.evaluation.examples import Document
 from glm_jax.evaluation.sequences import continuation, count_windows, window
 from glm_jax.evaluation.task_config import TaskConfig
 from glm_jax.evaluation.tasks import Model
+from glm_jax.generation.driver import SingleRequest, drive
 from glm_jax.model.device_layout import prepare
 from glm_jax.sharding import parse_mesh
 from glm_jax.tokenizer import Tokenizer
@@ -106,7 +107,7 @@ class HarnessModel(LM):
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         sequences = [self._continuation(*pairs[number]) for number in asked]
         for score in self._model.scorer.score(sequences):
-            greedy = bool(score.are_likeliest.all())
+            greedy = bool(score.are_argmax.all())
             found[asked[score.number]] = float(score.sums[0]), greedy
         return found
 
@@ -139,7 +140,7 @@ class HarnessModel(LM):
         """Each answer up to the first of its stop texts."""
         model, special = self._model, self._model.special
         engine = Engine(model.params, model.config, EngineSettings(_SLOTS), special)
-        stops: dict[int, tuple[str, ...]] = {}
+        answers = []
         for request in requests:
             context, given = request.args
             settings = {name: value for name, value in given.items() if value is not None}
@@ -147,20 +148,34 @@ class HarnessModel(LM):
             most = min(most, self._length - 4)
             tokens = self._encode(context)[-(self._length - most - 2) :]
             prompt = Prompt((*tokens, special.gmask), None)
-            ticket = engine.submit(Request(prompt, _sampling(settings), most))
-            stops[ticket] = _texts(settings.get("until"))
-        answers: dict[int, list[int]] = {ticket: [] for ticket in stops}
-        while not engine.is_idle:
-            for token in engine.step():
-                answer, own = answers[token.ticket], stops[token.ticket]
-                answer.append(token.checked().token)
-                text = self._text(answer) if own else ""
-                if any(stop in text for stop in own):
-                    engine.cancel(token.ticket)
-        return [_cut(self._text(answers[ticket]), stops[ticket]) for ticket in sorted(stops)]
+            stops = _texts(settings.get("until"))
+            answers.append(
+                _UntilStop(Request(prompt, _sampling(settings), most), stops, self._text)
+            )
+        for answer in drive(engine, answers):
+            answer.check()
+        return [_cut(answer.text, answer.stops) for answer in answers]
 
     def _text(self, tokens: Sequence[int]) -> str:
         return self._model.tokenizer.decode(self._model.special.without_end(tokens))
+
+
+class _UntilStop(SingleRequest):
+    """An answer that needs to go no further than the first of its stop texts."""
+
+    def __init__(
+        self, request: Request, stops: tuple[str, ...], decode: Callable[[Sequence[int]], str]
+    ):
+        super().__init__(request)
+        self.stops, self._decode = stops, decode
+
+    @property
+    def text(self) -> str:
+        return self._decode([token.token for token in self.tokens])
+
+    def receive(self, token: Token) -> bool:
+        super().receive(token)
+        return bool(self.stops) and any(stop in self.text for stop in self.stops)
 
 
 def _texts(until: Any) -> tuple[str, ...]:
@@ -171,8 +186,8 @@ def _texts(until: Any) -> tuple[str, ...]:
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
-    places = [text.index(stop) for stop in stops if stop in text]
-    return text[: min(places, default=len(text))]
+    ends = [text.index(stop) for stop in stops if stop in text]
+    return text[: min(ends, default=len(text))]
 
 
 def _sampling(settings: dict[str, Any]) -> Sampling:

@@ -70,7 +70,7 @@ def choice_sequence(
         tokens=np.concatenate([context, *inputs]).astype(np.int32),
         position_ids=np.concatenate([np.arange(len(context)), *positions]).astype(np.int32),
         key_ranges=_key_ranges(len(context), [len(p) for p in pieces], config.unidirectional),
-        places=places.astype(np.int32),
+        indices=places.astype(np.int32),
         targets=targets.astype(np.int32),
         groups=groups.astype(np.int32),
     )
@@ -97,7 +97,7 @@ def continuation(prompt: Sequence[int], text: Sequence[int], mask: int, sop: int
         tokens=np.array(tokens, np.int32),
         position_ids=np.arange(len(tokens), dtype=np.int32),
         key_ranges=_key_ranges(context, [len(tokens) - context], False),
-        places=asked.astype(np.int32),
+        indices=asked.astype(np.int32),
         targets=np.array(text, np.int32),
         groups=np.zeros(len(asked), np.int32),
     )

@@ -32,6 +32,7 @@ from glm_jax.evaluation.sequences import (
 )
 from glm_jax.evaluation.task_config import TaskConfig, TaskError
 from glm_jax.generation.blank_filling import TextCodec
+from glm_jax.generation.driver import complete_all
 from glm_jax.model.params import GLMParams
 from glm_jax.tokenizer import TokenizerConfig, check_fits
 
@@ -206,8 +207,8 @@ class Generation(Task):
         settings = EngineSettings(slots, min(room, model.config.max_sequence_length))
         engine = Engine(model.params, model.config, settings, model.special)
         requests = (Request(prompt, max_tokens=most, end_tokens=ends) for prompt in prompts)
-        for completion in engine.run(requests):
-            yield completion.ticket, self._without_end(completion.tokens)
+        for completion in complete_all(engine, requests):
+            yield completion.request_id, self._without_end(completion.tokens)
 
     def _by_beams(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Sequence[int]]]:
         model, search, ends = self.model, self.search(), self.end_tokens

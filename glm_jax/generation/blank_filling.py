@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 from glm_jax.config import GLMConfig, SpecialTokens
-from glm_jax.engine.beam_search import BeamSearch, Hypothesis, Steps, beam_steps
+from glm_jax.engine.beam_search import BeamSearch, Hypothesis, beam_steps
 from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.engine.prompt import Prompt, PromptError, bucket, resolve
-from glm_jax.engine.request import Request
+from glm_jax.engine.request import Completion, Request, Token, completion
 from glm_jax.engine.sampling import Sampling
+from glm_jax.engine.stepwise import Steps, finish
+from glm_jax.generation.driver import Answer, drive
 from glm_jax.model.device_layout import prepare
 from glm_jax.model.params import GLMParams
 from glm_jax.tokenizer import check_fits
@@ -51,7 +53,7 @@ class PartlyFilled:
     """A text some of whose blanks are filled.
 
     Attributes:
-      tokens: of the whole text, `mask` where blanks are left.
+      tokens: of the whole text, `mask` where there are blanks to fill.
       limit: tokens of text, sop and answer at most.
       is_unidirectional: the one blank is at the end, and the text is seen from left to right.
       pieces: tokens in runs, each with whether it fills a blank; `done` tokens are in these.
@@ -218,18 +220,65 @@ def fill(
       template: a request whose prompt and seed are replaced, the seed for each blank by one
         more.
     """
-    ends = engine.special.end_tokens if template.end_tokens is None else template.end_tokens
-    stream = TokenStream(on_tokens)
-    while partly.has_blank:
-        request = next_request(partly, template)
-        engine.submit(request)
-        answer: list[int] = []
-        while not engine.is_idle:
-            answer += [token.checked().token for token in engine.step()]
-            stream.show(partly, partly.special.without_end(answer, ends))
-        partly = partly.filled(answer, ends)
-    stream.finish(partly)
-    return partly
+    [filling] = drive(engine, [BlankFilling(partly, template, on_tokens)])
+    filling.check()
+    return filling.partly
+
+
+class BlankFilling(Answer):
+    """A text whose blanks are filled one after another.
+
+    Attributes:
+      partly: the text as it is now.
+      completions: of each blank that was filled.
+    """
+
+    def __init__(self, partly: PartlyFilled, template: Request, on_tokens: OnTokens | None = None):
+        """
+        Args:
+          template, on_tokens: see `fill`.
+        """
+        self.partly, self._template = partly, template
+        self.completions: list[Completion] = []
+        self._tokens: list[Token] = []
+        self._stream = TokenStream(on_tokens)
+        own = template.end_tokens
+        self._ends = partly.special.end_tokens if own is None else own
+
+    def next_request(self) -> Request | None:
+        if self.partly.has_blank:
+            return next_request(self.partly, self._template)
+        self._stream.finish(self.partly)
+        return None
+
+    def receive(self, token: Token) -> bool:
+        self._tokens.append(token)
+        tokens = self.partly.special.without_end([t.token for t in self._tokens], self._ends)
+        self._stream.show(self.partly, tokens)
+        if token.finish_reason is not None:
+            self.completions.append(completion(self._tokens))
+            self._tokens = []
+            self.partly = self.partly.filled(self.completions[-1].tokens, self._ends)
+        return False
+
+
+class BeamFilling(Answer):
+    """A text whose blanks are filled by a beam search, at once where the engine is asked.
+
+    Attributes:
+      answers: see `filling_by_beams`; none before the search.
+    """
+
+    def __init__(self, steps: Steps[list[tuple[PartlyFilled, Hypothesis]]]):
+        self._steps = steps
+        self.answers: list[tuple[PartlyFilled, Hypothesis]] = []
+
+    def next_request(self) -> Request | None:
+        self.answers = finish(self._steps)
+        return None
+
+    def receive(self, token: Token) -> bool:
+        raise NotImplementedError
 
 
 def next_request(partly: PartlyFilled, template: Request) -> Request:
@@ -245,34 +294,34 @@ def next_request(partly: PartlyFilled, template: Request) -> Request:
 
 
 class TokenStream:
-    """Gives out tokens once, in order."""
+    """Passes on tokens once, in order."""
 
     def __init__(self, on_tokens: OnTokens | None):
-        self._on_tokens, self._given = on_tokens, 0
+        self._on_tokens, self._count = on_tokens, 0
 
     def show(self, partly: PartlyFilled, answer: Sequence[int]) -> None:
         if self._on_tokens is None:
             return
         # What stands before a mask that is still to be filled will not change.
         fixed = answer[: answer.index(partly.mask)] if partly.mask in answer else answer
-        self._give(partly, (*partly.tokens[: partly.position], *fixed), partly.position)
+        self._pass_on(partly, (*partly.tokens[: partly.position], *fixed), partly.position)
 
     def finish(self, partly: PartlyFilled) -> None:
         is_closed = partly.tokens and partly.tokens[-1] == partly.special.eos
         tokens = partly.tokens[:-1] if is_closed else partly.tokens
-        self._give(partly, tokens, len(tokens))
+        self._pass_on(partly, tokens, len(tokens))
 
-    def _give(self, partly: PartlyFilled, tokens: Sequence[int], blank_from: int) -> None:
+    def _pass_on(self, partly: PartlyFilled, tokens: Sequence[int], blank_from: int) -> None:
         if self._on_tokens is None:
             return
         of_blank = [is_blank for run, is_blank in partly.pieces for _ in run]
         of_blank += [False] * (blank_from - len(of_blank))
         of_blank += [True] * (len(tokens) - len(of_blank))
         for is_blank, run in itertools.groupby(
-            range(self._given, len(tokens)), key=lambda i: of_blank[i]
+            range(self._count, len(tokens)), key=lambda i: of_blank[i]
         ):
             self._on_tokens([tokens[i] for i in run], is_blank)
-        self._given = max(self._given, len(tokens))
+        self._count = max(self._count, len(tokens))
 
 
 def filling_by_beams(
@@ -294,15 +343,15 @@ def filling_by_beams(
     """
     params = prepare(params)
     ends = partly.special.end_tokens if end_tokens is None else tuple(end_tokens)
-    found = [(partly, Hypothesis((), 0.0))]
-    while found[0][0].has_blank:
-        best, _ = found[0]
+    filled = [(partly, Hypothesis((), 0.0))]
+    while filled[0][0].has_blank:
+        best, _ = filled[0]
         prompt = best.prompt()
-        most = min(best.limit, len(prompt) + (max_tokens or best.limit))
-        resolved = resolve([prompt], config, most, ends, best.special)
-        answers = yield from beam_steps(params, config, settings, resolved)
-        found = [(best.filled(answer.tokens, ends), answer) for answer in answers]
-    return found
+        limit = min(best.limit, len(prompt) + (max_tokens or best.limit))
+        resolved = resolve([prompt], config, limit, ends, best.special)
+        hypotheses = yield from beam_steps(params, config, settings, resolved)
+        filled = [(best.filled(each.tokens, ends), each) for each in hypotheses]
+    return filled
 
 
 def encode_prompt(tokenizer: TextCodec, text: str) -> list[int]:
@@ -322,7 +371,7 @@ def encode_prompt(tokenizer: TextCodec, text: str) -> list[int]:
 def _decode_pieces(
     tokenizer: TextCodec, pieces: list[tuple[list[int], bool]]
 ) -> tuple[tuple[str, bool], ...]:
-    """Text of each run in its place, so that the runs join to the whole."""
+    """Text of each run behind those before it, so that the runs join to the whole."""
     decoded, before, tokens = [], "", list[int]()
     for run, is_blank in pieces:
         tokens += run

@@ -7,11 +7,12 @@ import numpy as np
 from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.engine.prompt import Prompt, bucket, resolve
-from glm_jax.engine.request import Request
+from glm_jax.engine.request import Request, Token
 from glm_jax.engine.sampling import Sampling
+from glm_jax.generation.driver import SingleRequest, drive
 from glm_jax.model.params import GLMParams
 
-_MOST_SLOTS = 64
+_MAX_SLOTS = 64
 
 
 def generate(
@@ -50,17 +51,21 @@ def generate(
     rows, special, limit, ends = resolve(prompts, config, max_length, end_tokens, special_tokens)
     # Sizes that many calls have in common: a program serves them all.
     longest = min(bucket(limit), config.max_sequence_length)
-    slots = min(bucket(len(rows), 1), _MOST_SLOTS)
+    slots = min(bucket(len(rows), 1), _MAX_SLOTS)
     engine = Engine(params, config, EngineSettings(slots, longest), special)
-    outputs: list[list[int]] = [[] for _ in rows]
-    for i, row in enumerate(rows):
-        room = limit - len(row)
-        engine.submit(Request(row, sampling or Sampling(), room, (seed + i) % 2**32, ends))
-    while not engine.is_idle:
+    choice = sampling or Sampling()
+    answers = [
+        SingleRequest(Request(row, choice, limit - len(row), (seed + i) % 2**32, ends))
+        for i, row in enumerate(rows)
+    ]
+
+    def show(tokens: Sequence[Token]) -> None:
         column = np.full(len(rows), -1, np.int32)
-        for token in engine.step():
-            outputs[token.ticket].append(token.checked().token)
-            column[token.ticket] = token.token
+        for token in tokens:
+            column[token.request_id] = token.token
         if on_tokens is not None:
             on_tokens(column)
-    return outputs
+
+    for answer in drive(engine, answers, show):
+        answer.check()
+    return [[token.token for token in answer.tokens] for answer in answers]

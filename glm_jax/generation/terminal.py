@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from glm_jax.config import GLMConfig
-from glm_jax.engine.beam_search import BeamSearch, finish
+from glm_jax.engine.beam_search import BeamSearch
 from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.engine.prompt import Prompt, PromptError
 from glm_jax.engine.request import Request
 from glm_jax.engine.sampling import Sampling
+from glm_jax.engine.stepwise import finish
 from glm_jax.errors import UserError
 from glm_jax.generation.blank_filling import (
     FilledText,
@@ -168,8 +169,8 @@ def _filler(
         return PartlyFilled.begin(tokenizer, text, limit, strategy.is_unidirectional)
 
     if isinstance(choice, BeamSearch):
-        most = strategy.max_tokens
-        steps = lambda text: filling_by_beams(params, config, begin(text), choice, most)
+        max_tokens = strategy.max_tokens
+        steps = lambda text: filling_by_beams(params, config, begin(text), choice, max_tokens)
         return lambda text, _: finish(steps(text))[0][0]
     engine = Engine(params, config, EngineSettings(1, limit), special)
     request = Request(Prompt((), None), choice, strategy.max_tokens, strategy.seed)

@@ -35,19 +35,14 @@ class TextRequest(GenerationSettings):
         """
         if self.num_beams != 1:
             self._check_beams()
-            return BeamSearch(
-                self.num_beams, self.length_penalty, self.no_repeat_ngram, self.min_tokens
-            )
-        return Sampling(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            repetition_penalty=self.repetition_penalty,
-            no_repeat_ngram=self.no_repeat_ngram,
-            min_tokens=self.min_tokens,
-            banned_tokens=self.banned_tokens,
-            banned_sequences=tuple(tuple(encode(text)) for text in self.banned_texts),
-        )
+            return BeamSearch(**self._settings_of(BeamSearch))
+        banned = tuple(tuple(encode(text)) for text in self.banned_texts)
+        return Sampling(**self._settings_of(Sampling), banned_sequences=banned)
+
+    def _settings_of(self, choice: type) -> dict[str, Any]:
+        """The table's settings that a dataclass takes."""
+        names = (field.name for field in dataclasses.fields(choice))
+        return {name: getattr(self, name) for name in names if name in SETTINGS}
 
     def _check_beams(self) -> None:
         for name, setting in SETTINGS.items():

@@ -15,7 +15,7 @@ from glm_jax.generation.text_request import TextRequest
 from glm_jax.jobs import record_store
 from glm_jax.jobs.record_store import AnswerWriter, JobError
 from glm_jax.jobs.request_files import read_lines
-from glm_jax.jobs.request_runner import Job, share
+from glm_jax.jobs.request_runner import RequestRunner, share
 from glm_jax.model.params import GLMParams
 from glm_jax.progress import progress_bar
 from glm_jax.sharding import make_mesh, parse_mesh, parse_replica_mesh
@@ -61,14 +61,14 @@ class Share:
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class BatchJob:
     """A job.
 
     Attributes:
       source: the file of requests.
       folder: of the answers.
       defaults: settings of requests that say nothing else.
-      seed, truncates: see `Job`.
+      seed, truncates: see `RequestRunner`.
     """
 
     source: Path
@@ -104,9 +104,9 @@ class Counts(NamedTuple):
 
 
 def run_batch(
-    batch: Batch, part: Share, config: GLMConfig, params: GLMParams, tokenizer: TextCodec
+    job: BatchJob, part: Share, config: GLMConfig, params: GLMParams, tokenizer: TextCodec
 ) -> Counts:
-    """Answers what is left of a process's share, and shows how it goes.
+    """Answers the remaining requests of a process's share, and shows how it goes.
 
     Returns:
       How many requests were answered now, and how many have an error for an answer.
@@ -115,14 +115,16 @@ def run_batch(
       JobError: answers cannot be written.
       PromptError: engine settings that the model does not allow.
     """
-    requests = record_store.requests_of(batch.folder)
-    done = record_store.answered(batch.folder, requests)
+    requests = record_store.requests_of(job.folder)
+    done = record_store.answered(job.folder, requests)
     processes.wait("answers that are there are known")
     own = range(part.process, requests, part.count)
-    engine = Engine(params, config, batch.settings, tokenizer.special_tokens)
-    job = Job(engine, params, config, tokenizer, seed=batch.seed, truncates=batch.truncates)
-    writer = AnswerWriter(batch.folder, part.process) if part.writes else None
-    lines = share(read_lines(batch.source, batch.defaults), done, part.process, part.count)
+    engine = Engine(params, config, job.settings, tokenizer.special_tokens)
+    runner = RequestRunner(
+        engine, params, config, tokenizer, seed=job.seed, truncates=job.truncates
+    )
+    writer = AnswerWriter(job.folder, part.process) if part.writes else None
+    lines = share(read_lines(job.source, job.defaults), done, part.process, part.count)
     counts = Counts(0, 0)
     bar = progress_bar(
         desc="answers",
@@ -132,14 +134,14 @@ def run_batch(
         disable=writer is None,
     )
     with bar:
-        for record in job.answer(lines):
+        for record in runner.answer(lines):
             if writer is not None:
                 writer.write(record)
             has_failed = "error" in record
             counts = Counts(counts.answered + (not has_failed), counts.failed + has_failed)
             bar.update()
             seconds = bar.format_dict["elapsed"]
-            bar.set_postfix_str(f"{job.generated / max(seconds, 1e-9):.0f} tokens/s", False)
+            bar.set_postfix_str(f"{runner.generated / max(seconds, 1e-9):.0f} tokens/s", False)
     if writer is not None:
         writer.close()
     return counts

@@ -67,13 +67,13 @@ def claim(folder: Path, job: dict[str, Any]) -> None:
                 raise JobError(f"{folder} holds files that no job wrote: name another --output")
             content = job | {_JOB_CHECKSUM: _job_checksum(job)}
             files.write_text(file, json.dumps(content, indent=2) + "\n")
-        found = read_job(folder)
+        existing = read_job(folder)
     except OSError as error:
         raise JobError(f"--output={folder}: {error.strerror}") from error
-    for name in sorted(set(found) | set(job)):
-        if found.get(name) != job.get(name):
+    for name in sorted(set(existing) | set(job)):
+        if existing.get(name) != job.get(name):
             raise JobError(
-                f"{folder} holds answers of another job: {name} was {found.get(name)!r} and is "
+                f"{folder} holds answers of another job: {name} was {existing.get(name)!r} and is "
                 f"{job.get(name)!r}; give what it was, or name another --output"
             )
 
@@ -113,7 +113,7 @@ def requests_of(folder: Path) -> int:
 
 
 def _whole_lines(folder: Path, requests: int | None) -> Iterator[tuple[Path, int, bytes, int]]:
-    """File, place, content without its checksum and request index of every whole line.
+    """File, byte offset, content without its checksum and request index of every whole line.
 
     A damaged one counts as not there, which a line on stderr says.
 
@@ -122,15 +122,15 @@ def _whole_lines(folder: Path, requests: int | None) -> Iterator[tuple[Path, int
     """
     for part in sorted(folder.glob("part_*.jsonl")):
         with part.open("rb") as file:
-            place = 0
+            offset = 0
             for number, line in enumerate(file, 1):
                 index, content = _checked(line, requests)
                 if index is not None:
-                    yield part, place, content, index
+                    yield part, offset, content, index
                 elif line.endswith(b"\n") and b"\0" not in line:  # as losing power leaves them
                     message = "this answer is not what was written, and does not count"
                     print(f"{part}:{number}: {message}", file=sys.stderr)
-                place += len(line)
+                offset += len(line)
 
 
 def _checked(line: bytes, requests: int | None) -> tuple[int | None, bytes]:
@@ -182,7 +182,7 @@ class AnswerWriter:
         self._number = 1 + max((int(n) for n in numbers if n.isdecimal()), default=-1)
 
     def write(self, record: dict[str, Any]) -> None:
-        """One line, given to the system before this returns."""
+        """Appends one line, which the operating system has before this returns."""
         try:
             text = json.dumps(record, ensure_ascii=False, allow_nan=False).translate(_LINE_BREAKS)
         except ValueError as error:  # JSON has no NaN: the model's numbers are none
@@ -222,10 +222,10 @@ def merge(folder: Path) -> Path:
     """
     requests = requests_of(folder)
     numbers: dict[Path, int] = {}
-    where = np.full((requests, 2), -1, np.int64)  # file and place of each
-    for part, place, _, index in _whole_lines(folder, requests):
+    where = np.full((requests, 2), -1, np.int64)  # file and byte offset of each
+    for part, offset, _, index in _whole_lines(folder, requests):
         if where[index, 0] < 0:
-            where[index] = numbers.setdefault(part, len(numbers)), place
+            where[index] = numbers.setdefault(part, len(numbers)), offset
     missing = int((where[:, 0] < 0).sum())
     if missing:
         first = int(np.argmax(where[:, 0] < 0))
@@ -238,7 +238,7 @@ def merge(folder: Path) -> Path:
         opened = [stack.enter_context(part.open("rb")) for part in numbers]
         output = stack.enter_context(files.replacing(target)).open("wb")
         with output:
-            for number, place in where.tolist():
-                opened[number].seek(place)
+            for number, offset in where.tolist():
+                opened[number].seek(offset)
                 output.write(_checked(opened[number].readline(), requests)[1])
     return target

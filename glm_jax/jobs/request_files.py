@@ -52,18 +52,18 @@ def read_lines(path: Path, defaults: TextRequest) -> Iterator[Line]:
 
 
 def _parse(content: bytes, is_json: bool, index: int, number: int, defaults: TextRequest) -> Line:
-    given: dict[str, Any] = {}
+    own: dict[str, Any] = {}
     try:
         text = decode(content)
         fields: Any = parse_json(text) if is_json else {"text": text}
         if not isinstance(fields, dict):
             raise RequestError("no JSON object")
-        given = {name: fields.pop(name) for name in _FREE if name in fields}
+        own = {name: fields.pop(name) for name in _FREE if name in fields}
         if "text" not in fields:
             raise RequestError("the field 'text' is missing")
         request = defaults.with_fields(fields)
         check_characters(request.text)
-        return Line(index, number, given.get("id", number), request, None, given.get("metadata"))
+        return Line(index, number, own.get("id", number), request, None, own.get("metadata"))
     except UserError as error:
         message = str(error)
-    return Line(index, number, given.get("id", number), None, message, given.get("metadata"))
+    return Line(index, number, own.get("id", number), None, message, own.get("metadata"))

@@ -1,43 +1,50 @@
-"""Batch jobs: requests of a file through an engine, answers as records."""
+"""Runs the requests of a file through an engine: lines in, records of answers out."""
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from glm_jax.config import GLMConfig
-from glm_jax.engine.beam_search import BeamSearch, finish
+from glm_jax.engine.beam_search import BeamSearch
 from glm_jax.engine.engine import Engine
 from glm_jax.engine.prompt import Prompt
-from glm_jax.engine.request import Completion, Request, Token, completion
+from glm_jax.engine.request import Request, Token
 from glm_jax.errors import UserError
 from glm_jax.generation.blank_filling import (
+    BeamFilling,
+    BlankFilling,
     PartlyFilled,
     TextCodec,
     filling_by_beams,
-    next_request,
 )
+from glm_jax.generation.driver import Answer, drive
 from glm_jax.jobs.request_files import Line
 from glm_jax.model.params import GLMParams
 
-_LEAST_ROOM = 64  # tokens of an answer that a text is cut for, where it says nothing
+_MIN_ROOM = 64  # tokens of an answer that a text is cut for, where it says nothing
 
 Record = dict[str, Any]
 
 
-@dataclasses.dataclass
-class _Text:
-    """A request on its way: its blanks are filled one after another."""
+class _LineAnswer(Answer):
+    """A line, and what fills its blanks once it is begun."""
 
-    line: Line
-    partly: PartlyFilled
-    template: Request
-    tokens: list[Token] = dataclasses.field(default_factory=list)
-    completions: list[Completion] = dataclasses.field(default_factory=list)
+    def __init__(self, runner: "RequestRunner", line: Line):
+        self._runner, self.line = runner, line
+        self.filling: BlankFilling | BeamFilling | None = None
+
+    def next_request(self) -> Request | None:
+        if self.filling is None:
+            self.filling = self._runner.begin(self.line)
+        return self.filling.next_request()
+
+    def receive(self, token: Token) -> bool:
+        assert self.filling is not None
+        return self.filling.receive(token)
 
 
-class Job:
+class RequestRunner:
     """Answers the lines of a file.
 
     Attributes:
@@ -63,104 +70,69 @@ class Job:
         """
         self._engine, self._params, self._config = engine, params, config
         self._tokenizer, self._seed, self._truncates = tokenizer, seed, truncates
-        self._texts: dict[int, _Text] = {}
         self.generated = 0
 
     def answer(self, lines: Iterable[Line]) -> Iterator[Record]:
         """Records of all lines, in the order in which they are finished."""
-        source = iter(lines)
-        is_exhausted = False
-        while not (is_exhausted and self._engine.is_idle):
-            while not is_exhausted and self._engine.waiting < self._engine.slots:
-                line = next(source, None)
-                is_exhausted = line is None
-                if line is not None:
-                    yield from self._take(line)
-            for token in self._engine.step():
-                yield from self._receive(token)
+        answers = (_LineAnswer(self, line) for line in lines)
+        for answer in drive(self._engine, answers, self._count):
+            if answer.error is not None:
+                yield _failed(answer.line, answer.error)
+            elif isinstance(answer.filling, BeamFilling):
+                yield self._beam_record(answer.line, answer.filling)
+            elif answer.filling is not None:
+                yield self._record(answer.line, answer.filling)
 
-    def _take(self, line: Line) -> Iterator[Record]:
-        """Hands a line to the engine; what needs none is answered at once."""
-        try:
-            if line.request is None:
-                raise UserError(line.error)
-            partly = self._begin(line)
-            choice = line.request.choice(self._tokenizer.encode)
-            if isinstance(choice, BeamSearch):
-                yield self._search(line, partly, choice)
-                return
-            seed = line.request.seed
-            template = Request(
-                prompt=Prompt((), None),
-                sampling=choice,
-                max_tokens=line.request.max_tokens,
-                seed=_seed_of(self._seed, line.index) if seed is None else seed,
-                log_probabilities=line.request.log_probabilities,
-            )
-            text = _Text(line, partly, template)
-            if partly.has_blank:
-                self._submit(text, is_urgent=False)
-            else:
-                yield self._record(text)
-        except UserError as error:
-            yield _failed(line, error)
+    def _count(self, tokens: list[Token]) -> None:
+        self.generated += len(tokens)
 
-    def _begin(self, line: Line) -> PartlyFilled:
-        request, limit = line.request, self._engine.max_length
-        assert request is not None
-        room = min(request.max_tokens or _LEAST_ROOM, limit // 2) if self._truncates else 0
-        return PartlyFilled.begin(
+    def begin(self, line: Line) -> BlankFilling | BeamFilling:
+        """What fills a line's blanks.
+
+        Raises:
+          UserError: the line is no request, or one that cannot be answered.
+        """
+        request = line.request
+        if request is None:
+            raise UserError(line.error)
+        limit, max_tokens = self._engine.max_length, request.max_tokens
+        room = min(max_tokens or _MIN_ROOM, limit // 2) if self._truncates else 0
+        partly = PartlyFilled.begin(
             self._tokenizer, request.text, limit, request.unidirectional, room
         )
+        choice = request.choice(self._tokenizer.encode)
+        if isinstance(choice, BeamSearch):
+            steps = filling_by_beams(self._params, self._config, partly, choice, max_tokens)
+            return BeamFilling(steps)
+        template = Request(
+            prompt=Prompt((), None),
+            sampling=choice,
+            max_tokens=max_tokens,
+            seed=_seed_of(self._seed, line.index) if request.seed is None else request.seed,
+            log_probabilities=request.log_probabilities,
+        )
+        return BlankFilling(partly, template)
 
-    def _submit(self, text: _Text, is_urgent: bool) -> None:
-        # A text that was begun goes before those that wait.
-        ticket = self._engine.submit(next_request(text.partly, text.template), is_urgent)
-        self._texts[ticket] = text
-
-    def _receive(self, token: Token) -> Iterator[Record]:
-        text = self._texts[token.ticket]
-        text.tokens.append(token)
-        self.generated += 1
-        if token.finish_reason is None:
-            return
-        del self._texts[token.ticket]
-        try:
-            finished = completion(text.tokens)
-        except UserError as error:
-            yield _failed(text.line, error)
-            return
-        text.completions.append(finished)
-        text.tokens.clear()
-        text.partly = text.partly.filled(finished.tokens, self._engine.special.end_tokens)
-        if text.partly.has_blank:
-            self._submit(text, is_urgent=True)
-        else:
-            yield self._record(text)
-
-    def _record(self, text: _Text) -> Record:
-        filled = text.partly.finished(self._tokenizer)
-        reasons = [finished.finish_reason for finished in text.completions]
-        record = _base(text.line) | {
+    def _record(self, line: Line, filling: BlankFilling) -> Record:
+        filled, completions = filling.partly.finished(self._tokenizer), filling.completions
+        reasons = {completion.finish_reason for completion in completions}
+        record = _base(line) | {
             "text": filled.text,
             "blanks": list(filled.blanks),
-            "finish_reason": "stop" if set(reasons) == {"stop"} else "length",
-            "tokens": [list(finished.tokens) for finished in text.completions],
+            "finish_reason": "stop" if reasons == {"stop"} else "length",
+            "tokens": [list(completion.tokens) for completion in completions],
         }
-        if text.template.log_probabilities:
+        if line.request is not None and line.request.log_probabilities:
             record["log_probabilities"] = [
-                [round(value, 6) for value in finished.log_probabilities]
-                for finished in text.completions
+                [round(value, 6) for value in completion.log_probabilities]
+                for completion in completions
             ]
         return record
 
-    def _search(self, line: Line, partly: PartlyFilled, settings: BeamSearch) -> Record:
-        assert line.request is not None
-        most = line.request.max_tokens
-        found = finish(filling_by_beams(self._params, self._config, partly, settings, most))
+    def _beam_record(self, line: Line, filling: BeamFilling) -> Record:
         ends = self._engine.special.end_tokens
         beams = []
-        for partly, hypothesis in found:
+        for partly, hypothesis in filling.answers:
             filled = partly.finished(self._tokenizer)
             has_ended = bool(hypothesis.tokens) and hypothesis.tokens[-1] in ends
             beams.append(
@@ -171,7 +143,7 @@ class Job:
                     "score": round(hypothesis.score, 6),
                 }
             )
-        self.generated += sum(len(blank) for blank in found[0][0].blanks)
+        self.generated += sum(len(blank) for blank in filling.answers[0][0].blanks)
         best = {name: beams[0][name] for name in ("text", "blanks", "finish_reason")}
         return _base(line) | best | {"beams": beams}
 

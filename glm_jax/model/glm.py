@@ -10,9 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Int32
 from glm_jax.config import GLMConfig
 from glm_jax.kernels.attention.api import attention, isolated_attention
 from glm_jax.kernels.paged_attention.api import paged_attention
-from glm_jax.model import cache as kv_cache
 from glm_jax.model import paged_cache
-from glm_jax.model.cache import KVCache, LayerCache
 from glm_jax.model.layer_stacks import Index, as_layers
 from glm_jax.model.layers import (
     Dropout,
@@ -31,8 +29,6 @@ from glm_jax.numerics import products_as
 from glm_jax.sharding import constrain
 
 Visible = Int32[Array, "batch query bounds"] | Bool[Array, "batch query key"]
-AnyCache = LayerCache | PagedCache
-Start = Int32[Array, " batch"] | Paging
 Rotary = tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]
 HIDDEN_AXES = ("batch", "seq", "embed")
 
@@ -64,22 +60,20 @@ def forward_hidden(
     tokens: Int[ArrayLike, "batch seq"],
     position_ids: Int[ArrayLike, "batch seq"],
     mask: Visibility | Bool[ArrayLike, "batch seq key"],
-    cache: KVCache | PagedKVCache | None = None,
-    start: Int32[ArrayLike, " batch"] | Paging | None = None,
+    cache: PagedKVCache | None = None,
+    paging: Paging | None = None,
 ) -> tuple[Float[Array, "batch seq embed"], Any]:
     """Final hidden states, and the cache with these tokens' keys and values.
 
     Args:
-      mask: who sees whom. Its key indices count positions of a cache with rows; with pages
-        it is for new tokens that see one another alone, and unused where they have tables.
-      cache: earlier keys and values.
-      start: the position in the cache of each row's first token here, or what pages ask for.
+      mask: who sees whom among these tokens; unused where `paging` has tables.
+      cache: pages of earlier keys and values.
+      paging: where these tokens' go; given with a cache.
     """
     visible = mask.key_ranges if isinstance(mask, Visibility) else jnp.asarray(mask)
     rotary = rotary_factors(config, jnp.asarray(position_ids))
     x = embed_tokens(params, config, jnp.asarray(tokens))
-    start = start if start is None or isinstance(start, Paging) else jnp.asarray(start)
-    x, cache = run_layers(params.layers, config, x, rotary, visible, cache, start)
+    x, cache = run_layers(params.layers, config, x, rotary, visible, cache, paging)
     return layer_norm(x, params.final_layernorm, config.layernorm_epsilon), cache
 
 
@@ -113,15 +107,15 @@ def block(
     config: GLMConfig,
     rotary: Rotary,
     visible: Visible,
-    cache: AnyCache | None = None,
-    start: Start | None = None,
+    cache: PagedCache | None = None,
+    paging: Paging | None = None,
     dropout: Dropout | None = None,
-) -> tuple[Float[Array, "batch seq embed"], AnyCache | None]:
+) -> tuple[Float[Array, "batch seq embed"], PagedCache | None]:
     """One transformer block with DeepNorm residuals (arXiv:2210.02414, section 2.1)."""
     with products_as(config.compute_dtype):
         alpha = jnp.asarray(config.residual_scale, x.dtype)
         h = layer_norm(x, layer.input_layernorm, config.layernorm_epsilon)
-        attended, cache = _self_attention(h, layer, config, rotary, visible, cache, start, dropout)
+        attended, cache = _self_attention(h, layer, config, rotary, visible, cache, paging, dropout)
         x = constrain(h * alpha + drop(attended, dropout, 0), HIDDEN_AXES)
         h = layer_norm(x, layer.post_attention_layernorm, config.layernorm_epsilon)
         fed_forward = _feed_forward(h, layer, dropout)
@@ -147,50 +141,36 @@ def _self_attention(
     config: GLMConfig,
     rotary: Rotary,
     visible: Visible,
-    cache: AnyCache | None,
-    start: Start | None,
+    cache: PagedCache | None,
+    paging: Paging | None,
     dropout: Dropout | None,
-) -> tuple[Float[Array, "batch seq embed"], AnyCache | None]:
+) -> tuple[Float[Array, "batch seq embed"], PagedCache | None]:
     fused = linear(h, layer.query_key_value, dropout, 3)
     fused = constrain(fused, ("batch", "seq", "heads", None, "head_dim"))
     query, key, value = (fused[:, :, :, i] for i in range(3))
     query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
-    if isinstance(cache, PagedCache):
-        assert isinstance(start, Paging)
-        cache = paged_cache.write(cache, key, value, start)
-    if isinstance(start, Paging) and start.tables is not None:
-        assert isinstance(cache, PagedCache)
-        assert start.lengths is not None
+    if cache is not None:
+        assert paging is not None
+        cache = paged_cache.write(cache, key, value, paging)
+    if cache is not None and paging is not None and paging.tables is not None:
+        assert paging.lengths is not None
         attended = paged_attention(
             query[:, 0],
             cache.keys,
             cache.values,
-            start.tables,
-            start.lengths,
+            paging.tables,
+            paging.lengths,
             cache.key_scales,
             cache.value_scales,
             config.softmax_dtype,
         )[:, None]
     else:
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-        keys = LayerCache(keys=key, values=value)
-        if isinstance(cache, LayerCache):
-            assert start is not None
-            assert not isinstance(start, Paging)
-            keys = cache = kv_cache.write(cache, key, value, start)
-        if isinstance(start, Paging):  # prompts of different requests share a row
+        if paging is not None:  # prompts of different requests share a row
             attended = isolated_attention(query, key, value, visible, config.softmax_dtype)
         else:
-            attended = attention(
-                query,
-                keys.keys,
-                keys.values,
-                visible,
-                config.softmax_dtype,
-                keys.key_scales,
-                keys.value_scales,
-                weight_dropout(dropout, 2),
-            )
+            dropped = weight_dropout(dropout, 2)
+            attended = attention(query, key, value, visible, config.softmax_dtype, dropout=dropped)
     merged = attended.reshape(*attended.shape[:2], math.prod(attended.shape[2:]))
     return linear(merged, layer.dense, dropout, 4), cache
 
@@ -202,7 +182,7 @@ def run_layers(
     rotary: Rotary,
     visible: Visible,
     cache: Any = None,
-    start: Start | None = None,
+    paging: Paging | None = None,
     bounds: tuple[Index, Index] | None = None,
 ) -> tuple[Float[Array, "batch seq embed"], Any]:
     """Runs a model's layers, and returns what the last one gives and the cache of all.
@@ -214,7 +194,7 @@ def run_layers(
 
     def step(layer: LayerParams, index: Index, x: Array, own: Any) -> tuple[Array, Any]:
         # Layers that share a cache have pages after one another in it.
-        at = start.of_layer(index) if isinstance(start, Paging) else start
+        at = None if paging is None else paging.of_layer(index)
         return _block(x, layer, config, rotary, visible, own, at)
 
     return as_layers(layers).run(step, x, cache, bounds)

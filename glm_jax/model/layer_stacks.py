@@ -172,12 +172,8 @@ def take(stack: Any, index: Index) -> Any:
 def run_one(
     step: Step, layer: LayerParams, index: Index, carry: tuple[Array, Any]
 ) -> tuple[Array, Any]:
-    """Run a layer with its part of the cache of all layers, which is updated in place."""
-    x, cache = carry
-    if cache is None:
-        return step(layer, index, x, None)
-    x, own = step(layer, index, x, cache.of_layer(index))
-    return x, cache.with_layer(index, own)
+    """Run a layer with the cache of all layers, which is updated in place."""
+    return step(layer, index, *carry)
 
 
 def map_linears(

@@ -15,7 +15,6 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Int32, Shaped
 
 from glm_jax.config import GLMConfig
-from glm_jax.model.cache import quantize_heads
 from glm_jax.sharding import (
     activation_sharding,
     fitting_activation_spec,
@@ -37,17 +36,10 @@ class PagedCache:
         by; None for floats.
     """
 
-    keys: Shaped[Array, "heads pages page_size head_dim"]
-    values: Shaped[Array, "heads pages page_size head_dim"]
-    key_scales: Float[Array, "heads pages page_size"] | None = None
-    value_scales: Float[Array, "heads pages page_size"] | None = None
-
-    def of_layer(self, index: Int[Array, ""] | int) -> "PagedCache":
-        """All of it: a layer finds its pages by `Paging.of_layer`."""
-        return self
-
-    def with_layer(self, index: Int[Array, ""] | int, written: "PagedCache") -> "PagedCache":
-        return written
+    keys: Shaped[Any, "heads pages page_size head_dim"]
+    values: Shaped[Any, "heads pages page_size head_dim"]
+    key_scales: Float[Any, "heads pages page_size"] | None = None
+    value_scales: Float[Any, "heads pages page_size"] | None = None
 
 
 PagedKVCache = PagedCache | tuple[PagedCache, ...]
@@ -58,7 +50,7 @@ class Paging:
     """Where a program's tokens lie.
 
     Attributes:
-      pages, offsets: int32 [batch, seq]: the page, and the place in it, where each new
+      pages, offsets: int32 [batch, seq]: the page, and the position in it, where each new
         token's key and value go.
       tables: int32 [batch, table_size], the pages of each row in order; None where new
         tokens see one another alone.
@@ -121,11 +113,11 @@ def write(
         new = PagedCache(*quantize_heads(keys, values))
 
     def local(cache: PagedCache, new: PagedCache, pages: Array, offsets: Array) -> PagedCache:
-        places = (pages.reshape(-1), offsets.reshape(-1))
+        at = (pages.reshape(-1), offsets.reshape(-1))
 
         def put(old: Array, x: Array) -> Array:
             tokens = x.astype(old.dtype).reshape(-1, *x.shape[2:])  # [tokens, heads, ..]
-            return old.at[:, *places].set(jnp.swapaxes(tokens, 0, 1))
+            return old.at[:, *at].set(jnp.swapaxes(tokens, 0, 1))
 
         written: PagedCache = jax.tree.map(put, cache, new)
         return written
@@ -139,3 +131,45 @@ def write(
         in_specs=(of_cache, of_new, PartitionSpec(rows), PartitionSpec(rows)),
         out_specs=of_cache,
     )(cache, new, paging.pages, paging.offsets)
+
+
+def copy_pages(
+    cache: PagedKVCache,
+    sources: Int32[Array, " count"],
+    targets: Int32[Array, " count"],
+    pages_a_layer: int,
+) -> PagedKVCache:
+    """Copies pages of every layer onto others, on every device.
+
+    Args:
+      sources, targets: pages within a device and layer, the same for all of them.
+      pages_a_layer: of a device where layers share an array, else 0.
+    """
+
+    def local(cache: PagedKVCache, sources: Array, targets: Array) -> PagedKVCache:
+        def copy(x: Array) -> Array:
+            layers = x.shape[1] // pages_a_layer if pages_a_layer else 1
+            first = pages_a_layer * jnp.arange(layers, dtype=jnp.int32)[:, None]
+            from_, to = ((first + pages).reshape(-1) for pages in (sources, targets))
+            return x.at[:, to].set(x[:, from_])
+
+        copied: PagedKVCache = jax.tree.map(copy, cache)
+        return copied
+
+    if mesh_to_divide() is None:
+        return local(cache, sources, targets)
+    keys, *_ = jax.tree.leaves(cache)
+    of_cache = PartitionSpec(*fitting_activation_spec(keys.shape, PAGE_AXES)[:2])
+    whole = PartitionSpec()
+    run = per_device(local, in_specs=(of_cache, whole, whole), out_specs=of_cache)
+    copied: PagedKVCache = run(cache, sources, targets)
+    return copied
+
+
+def quantize_heads(*floats: Array) -> tuple[Array, ...]:
+    """Integers of each array [.., head_dim], then the scales of the vectors of each."""
+    wide = [x.astype(jnp.float32) for x in floats]
+    scales = [jnp.max(jnp.abs(x), axis=-1) / 127 for x in wide]
+    divisors = [jnp.where(scale == 0, 1, scale)[..., None] for scale in scales]
+    integers = [jnp.round(x / d).astype(jnp.int8) for x, d in zip(wide, divisors, strict=True)]
+    return (*integers, *scales)

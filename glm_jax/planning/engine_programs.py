@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from glm_jax.config import GLMConfig
 from glm_jax.engine import step_functions
 from glm_jax.engine.page_pool import PAGE_SIZE, cache_pages, page_count, table_size
-from glm_jax.engine.prefill_batch import pack_prompts
+from glm_jax.engine.prefill_batch import make_prefill_batch
 from glm_jax.engine.scoring import log_probabilities
 from glm_jax.engine.slots import empty_slot, empty_slots
 from glm_jax.model import params as glm_params
@@ -65,9 +65,9 @@ def lower_engine(
         lambda x: _sharded(mesh, x, ("batch", *(None,) * (x.ndim - 1))),
         jax.eval_shape(lambda: empty_slots(row, slots, None)),
     )
-    pack = pack_prompts([], shards, prefill_width, PAGE_SIZE, pages_a_layer, 0)
-    pack = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), pack
+    batch = make_prefill_batch([], shards, prefill_width, PAGE_SIZE, pages_a_layer, 0)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), batch
     )
     hidden = jax.ShapeDtypeStruct(
         (shards, prefill_width, config.hidden_size), config.activation_dtype
@@ -75,11 +75,11 @@ def lower_engine(
     x = _sharded(mesh, hidden, ("batch", "seq", "embed"))
     bounds = {"first": np.int32(0), "end": np.int32(config.num_layers)}
     if isinstance(params.layers, OffloadedLayers):
-        described, cache, pack, x = in_memory((described, cache, pack, x), DEVICE_MEMORY)
+        described, cache, batch, x = in_memory((described, cache, batch, x), DEVICE_MEMORY)
     with compiling_for(mesh):
         step = step_functions.step.lower(params, config, described, cache, pages_a_layer)
         prefill = step_functions.prefill_layers.lower(
-            params.layers, config, x, pack, cache, **bounds
+            params.layers, config, x, batch, cache, **bounds
         )
         return {"step": step, "prefill": prefill}
 
@@ -101,7 +101,7 @@ def lower_scoring(
             tokens=integers(rows, length),
             position_ids=integers(rows, length),
             key_ranges=integers(rows, length, 4),
-            places=integers(rows, length),
+            indices=integers(rows, length),
             targets=integers(rows, length),
         )
 

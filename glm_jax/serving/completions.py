@@ -86,7 +86,7 @@ class _Choice:
     def _names(self, token: Token) -> list[str]:
         """The text that each of the most likely tokens would add here; its number where that is
         no whole character."""
-        numbers = [number for number, _ in token.alternatives[: self._request.logprobs or 0]]
+        numbers = [number for number, _ in token.top_logprobs[: self._request.logprobs or 0]]
         texts = [self._stream.peek(number) for number in numbers]
         return [
             text if text and "\ufffd" not in text else _by_number(number)
@@ -102,7 +102,7 @@ class _Choice:
         if not self._request.logprobs:
             return None
         top: dict[str, float] = {}
-        for (number, value), text in zip(token.alternatives, names, strict=False):
+        for (number, value), text in zip(token.top_logprobs, names, strict=False):
             is_chosen = number == token.token
             name = chosen if is_chosen else text
             if not is_chosen and (name == chosen or name in top):
@@ -213,7 +213,7 @@ class CompletionRun(Run):
                 max_tokens=most,
                 seed=seed_of(request.seed, number),
                 log_probabilities=request.logprobs is not None,
-                alternatives=bool(request.logprobs),
+                top_logprobs=bool(request.logprobs),
             )
             self.exchange.submit(answer.index, next_request(answer.prompt.partly, template))
 

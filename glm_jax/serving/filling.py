@@ -6,12 +6,7 @@ from typing import Any
 from glm_jax.engine.beam_search import BeamSearch
 from glm_jax.engine.prompt import Prompt
 from glm_jax.engine.request import Request
-from glm_jax.generation.blank_filling import (
-    PartlyFilled,
-    TokenStream,
-    filling_by_beams,
-    next_request,
-)
+from glm_jax.generation.blank_filling import BlankFilling, PartlyFilled, filling_by_beams
 from glm_jax.generation.text_stream import TextStream
 from glm_jax.serving.metrics import AnswerTimes
 from glm_jax.serving.run import Run
@@ -42,7 +37,6 @@ class FillRun(Run):
         self._reasons: list[str] = []
         self._pieces: list[dict[str, Any]] = []
         self._text = TextStream(tokenizer.decode)
-        self._stream = TokenStream(self._show)
         self._is_search = isinstance(self._choice, BeamSearch)
         self._prompt_tokens = len(self._partly.tokens)
 
@@ -53,42 +47,37 @@ class FillRun(Run):
             self.exchange.search(0, filling_by_beams(params, config, self._partly, choice, most))
             return
         seed = seed_of(self._request.seed)
-        self._template = Request(Prompt((), None), choice, self._request.max_tokens, seed)
-        if self._partly.has_blank:
-            self._submit_blank(is_urgent=False)
+        template = Request(Prompt((), None), choice, self._request.max_tokens, seed)
+        self._filling = BlankFilling(self._partly, template, self._show)
+        self._submit_blank(is_urgent=False)
 
     def _submit_blank(self, is_urgent: bool) -> None:
         # A text that was begun goes before those that wait.
-        request = next_request(self._partly, self._template)
-        self.exchange.submit(len(self._reasons), request, is_urgent)
+        request = self._filling.next_request()
+        if request is not None:
+            self.exchange.submit(len(self._filling.completions), request, is_urgent)
 
     def _show(self, tokens: Sequence[int], is_blank: bool) -> None:
         """Takes tokens of the text whose place is certain."""
         text = "".join(map(self._text.add, tokens))
         if text:
-            number = len(self._partly.blanks) if is_blank else None
+            number = len(self._filling.partly.blanks) if is_blank else None
             self._pieces.append({"text": text, "blank": number})
 
     async def _fill(self) -> AsyncIterator[dict[str, Any]]:
         """Fills all blanks, and gives pieces of the text as they come."""
-        while self._partly.has_blank:
-            answer: list[int] = []
-            reason: str | None = None
-            while reason is None:
-                _, token = await self.exchange.next()
-                self._times.token()
-                answer.append(token.token)
-                reason = token.finish_reason
-                self._stream.show(self._partly, self._special.without_end(answer))
-                for piece in self._take():
-                    yield piece
-            self._completion_tokens += len(answer)
-            self._reasons.append(reason)
-            self._partly = self._partly.filled(answer, self._ends)
-            if self._partly.has_blank:
+        while self._filling.partly.has_blank:
+            _, token = await self.exchange.next()
+            self._times.token()
+            self._completion_tokens += 1
+            self._filling.receive(token)
+            for piece in self._take():
+                yield piece
+            if token.finish_reason is not None:
+                self._reasons.append(token.finish_reason)
                 self._submit_blank(is_urgent=True)
+        self._partly = self._filling.partly
         self._times.end()
-        self._stream.finish(self._partly)
         for piece in self._take():
             yield piece
         if rest := self._text.finish():

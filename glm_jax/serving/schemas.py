@@ -1,10 +1,11 @@
 """What clients send and get, as JSON; the OpenAPI document is made of this."""
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from glm_jax.engine.generation_settings import SETTINGS, Number
+from glm_jax.engine.slots import MAX_TOP_LOGPROBS
 
 _STOPS = 4
 _PROMPTS = 4096  # of which a server may take fewer
@@ -32,7 +33,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Token = Annotated[int, Field(ge=0, le=2**31 - 1), _WHOLE]
 Seed = Annotated[int, Field(ge=1 - 2**53, le=2**53 - 1), _WHOLE]  # what JSON's numbers hold
 Choices = Annotated[int, Field(ge=1, le=128), _WHOLE]
-Alternatives = Annotated[int, Field(ge=0, le=5), _WHOLE]
+TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), _WHOLE]
 Temperature = Annotated[float, _within("temperature", le=2)]
 Probability = Annotated[float, _within("top_p")]
 Beams = Annotated[int, _within("num_beams"), _WHOLE]
@@ -55,23 +56,42 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
-class _Choosing(_Strict):
+# Settings that OpenAI's interface has itself, or under another name, or not at all.
+_NOT_OURS = (
+    "temperature",
+    "top_p",
+    "max_tokens",
+    "num_beams",
+    "seed",
+    "log_probabilities",
+    "banned_tokens",
+    "unidirectional",
+)
+OUR_SETTINGS = tuple(name for name in SETTINGS if name not in _NOT_OURS)
+
+
+def _field_of_table(name: str) -> Any:
+    """An optional field with the type, range and help of one of `SETTINGS`."""
+    setting = SETTINGS[name]
+    if setting.max_items is not None:
+        items = Field(None, max_length=setting.max_items, description=setting.help)
+        return list[Stop] | None, items
+    kinds: dict[type, Any] = {int: Annotated[int, _within(name), _WHOLE]}
+    kind = kinds.get(setting.kind, Annotated[float, _within(name)])
+    return kind | None, _of_table(name)
+
+
+if TYPE_CHECKING:
+    _OfTable = _Strict
+else:
+    _OfTable = create_model(
+        "_OfTable", __base__=_Strict, **{name: _field_of_table(name) for name in OUR_SETTINGS}
+    )
+
+
+class _Choosing(_OfTable):
     """How tokens are chosen, beyond what OpenAI's interface has."""
 
-    top_k: Annotated[int, _within("top_k"), _WHOLE] | None = _of_table("top_k")
-    repetition_penalty: Annotated[float, _within("repetition_penalty")] | None = _of_table(
-        "repetition_penalty"
-    )
-    no_repeat_ngram: Annotated[int, _within("no_repeat_ngram"), _WHOLE] | None = _of_table(
-        "no_repeat_ngram"
-    )
-    min_tokens: Annotated[int, _within("min_tokens"), _WHOLE] | None = _of_table("min_tokens")
-    banned_texts: list[Stop] | None = Field(
-        None,
-        max_length=SETTINGS["banned_texts"].max_items,
-        description=SETTINGS["banned_texts"].help,
-    )
-    length_penalty: Annotated[float, _within("length_penalty")] | None = _of_table("length_penalty")
     unidirectional: bool | None = _of_table("unidirectional")
 
 
@@ -91,7 +111,7 @@ class CompletionRequest(_Choosing):
     )
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    logprobs: Alternatives | None = None
+    logprobs: TopLogprobs | None = None
     echo: bool | None = False
     stop: Stop | Annotated[list[Stop], Field(max_length=_STOPS)] | None = None
     seed: Seed | None = None

@@ -14,19 +14,10 @@ from glm_jax.generation.text_request import TextRequest
 from glm_jax.serving.errors import refused
 from glm_jax.serving.keys import Keys
 from glm_jax.serving.metrics import Metrics
-from glm_jax.serving.schemas import CompletionRequest, FillRequest
+from glm_jax.serving.schemas import OUR_SETTINGS, CompletionRequest, FillRequest
 from glm_jax.serving.worker import Worker
 
 _Result = TypeVar("_Result")
-# Settings that requests have by the names that the engine has them by.
-_OUR_SETTINGS = (
-    "top_k",
-    "repetition_penalty",
-    "no_repeat_ngram",
-    "min_tokens",
-    "banned_texts",
-    "length_penalty",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +82,7 @@ class Service:
         if beams > self.limits.beams:
             message = f"{beams_name}={beams}: this server takes at most {self.limits.beams}"
             raise refused(400, message, beams_name)
-        given = {name: getattr(request, name) for name in _OUR_SETTINGS}
+        given = {name: getattr(request, name) for name in OUR_SETTINGS}
         given = {name: value for name, value in given.items() if value is not None}
         if beams == 1:
             given |= _sampling(request)

@@ -13,10 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from glm_jax.config import GLMConfig
-from glm_jax.engine.beam_search import Steps
 from glm_jax.engine.engine import Engine
 from glm_jax.engine.fair_queue import Turn, Turns
 from glm_jax.engine.request import Request, Token
+from glm_jax.engine.stepwise import Steps
 from glm_jax.errors import UserError
 from glm_jax.generation.blank_filling import TextCodec
 from glm_jax.model.params import GLMParams
@@ -40,13 +40,13 @@ class _Ask:
     """One answer that is awaited: where it goes, and by which number.
 
     Attributes:
-      ticket: the engine's, of one that it makes.
+      request_id: the engine's, of one that it makes.
       search: the number of the search that it is.
     """
 
     exchange: "Exchange"
     key: int
-    ticket: int | None = None
+    request_id: int | None = None
     search: int | None = None
     is_done: bool = False
 
@@ -274,8 +274,8 @@ class Worker:
 
     def begin(self, ask: _Ask, request: Request, is_urgent: bool) -> None:
         assert self.model is not None
-        ask.ticket = self.model.engine.submit(request, is_urgent, ask.exchange.turn)
-        self._asks[ask.ticket] = ask
+        ask.request_id = self.model.engine.submit(request, is_urgent, ask.exchange.turn)
+        self._asks[ask.request_id] = ask
 
     def begin_search(self, ask: _Ask, steps: Steps[Any]) -> None:
         ask.search = self._search_count
@@ -283,10 +283,10 @@ class Worker:
         self._searches.add(ask.search, _Search(ask, steps), ask.exchange.turn)
 
     def end(self, ask: _Ask) -> None:
-        if ask.ticket in self._asks and ask.ticket is not None:
+        if ask.request_id in self._asks and ask.request_id is not None:
             assert self.model is not None
-            self.model.engine.cancel(ask.ticket)
-            del self._asks[ask.ticket]
+            self.model.engine.cancel(ask.request_id)
+            del self._asks[ask.request_id]
         if ask.search is not None:
             self._end_search(ask)
 
@@ -339,9 +339,9 @@ class Worker:
         tokens = engine.step()
         self._metrics.count_tokens(len(tokens))
         for token in tokens:
-            arrived.append((self._asks[token.ticket], token.error or token))
+            arrived.append((self._asks[token.request_id], token.error or token))
             if token.finish_reason is not None:
-                del self._asks[token.ticket]
+                del self._asks[token.request_id]
         arrived += self._step_search()
         return arrived
 

@@ -1,5 +1,6 @@
 """Prompts to answers by the engine, beside a limit, static batches and other programs."""
 
+import dataclasses
 import functools
 import os
 import tempfile
@@ -11,19 +12,18 @@ import jax
 import numpy as np
 
 from glm_jax.config import GLMConfig, SpecialTokens, glm_config
-from glm_jax.engine.batch_steps import DecodeState, decode_step, prefill_prompts
+from glm_jax.engine import step_functions
 from glm_jax.engine.engine import Engine, EngineSettings
-from glm_jax.engine.prompt import Prompt, bucket
+from glm_jax.engine.prompt import Prompt
 from glm_jax.engine.request import Request
-from glm_jax.engine.sampling import greedy
+from glm_jax.generation.driver import complete_all
 from glm_jax.model import params as glm_params
-from glm_jax.model.cache import init_cache
 from glm_jax.model.device_layout import prepare
 from glm_jax.model.params import GLMParams
 from glm_jax.quantization import Scheme
 from launch.suites import llama, torch_glm
 from launch.suites.case import Case, find_torch
-from launch.suites.products import stream_case, with_integer_activations
+from launch.suites.products import decode_rows, stream_case, with_integer_activations
 
 PROMPT, ANSWER = 128, 128
 BATCH = 16
@@ -182,27 +182,18 @@ def _llama_case(config: GLMConfig, whole: bool) -> dict[str, Case]:
 
 
 def _overhead(config: GLMConfig, params: GLMParams, batch: int) -> dict[str, Case]:
-    """The same steps by the engine and by their program alone, whose cache has rows."""
-    special = config.special_tokens
-    assert special is not None
-    rows = [random_prompt(config, PROMPT, seed) for seed in range(batch)]
-    state: list[Any] = []
-
-    def begin() -> None:
-        cache = init_cache(config, batch, bucket(PROMPT + ANSWER), True)
-        filled = prefill_prompts(params, config, rows, special.sop, cache)
-        state[:] = jax.block_until_ready(filled)
+    """The same steps by the engine and by their program alone, which chooses no tokens."""
+    rows, *cached = decode_rows(config, params, batch, PROMPT, PROMPT + 1 + ANSWER)
 
     def finish() -> None:
-        logits, decoding = state
-        state.clear()
-        for _ in range(ANSWER - 1):
-            decoding = decoding.replace(index=decoding.index + 1)
-            logits, decoding = decode_step(params, config, decoding)
+        cache, pages_a_layer = cached
+        for number in range(ANSWER - 1):
+            moved = rows.replace(index=rows.index + number)  # type: ignore[attr-defined]
+            logits, cache = step_functions.decode(params, config, moved, cache, pages_a_layer)
             jax.block_until_ready(logits)
-        state[:] = logits, decoding
+        cached[0] = cache
 
-    bare = Case(finish, ANSWER - 1, begin, is_long=True)
+    bare = Case(finish, ANSWER - 1, is_long=True)
     engine = _answers_case(config, params, batch)
     return {"bare": bare, "engine": Case(engine.run, ANSWER - 1, engine.prepare, is_long=True)}
 
@@ -224,13 +215,17 @@ def _mixed(config: GLMConfig, params: GLMParams) -> dict[str, Case]:
     memory = BATCH * longest
     count = sum(answers)
 
-    def continuous(slots: int) -> Callable[[], object]:
+    def engine(slots: int) -> Engine:
         settings = EngineSettings(slots, longest, cache_tokens=memory)
-        engine = Engine(params, config, settings)
-        engine.warm_up()
-        return lambda: sum(1 for _ in engine.run(requests))
+        made = Engine(params, config, settings)
+        made.warm_up()
+        return made
 
-    static = functools.partial(_static_batches, config, params, requests)
+    def continuous(slots: int) -> Callable[[], object]:
+        made = engine(slots)
+        return lambda: sum(1 for _ in complete_all(made, requests))
+
+    static = functools.partial(_static_batches, engine(BATCH), requests)
     return {
         "static": Case(static, count, is_long=True, most_rounds=1),
         "continuous": Case(continuous(BATCH), count, is_long=True, most_rounds=1),
@@ -238,28 +233,11 @@ def _mixed(config: GLMConfig, params: GLMParams) -> dict[str, Case]:
     }
 
 
-def _static_batches(config: GLMConfig, params: GLMParams, requests: list[Request]) -> None:
-    """Batches of as many as come, padded to their longest, until the longest answer ends."""
-    special = config.special_tokens
-    assert special is not None
+def _static_batches(engine: Engine, requests: list[Request]) -> None:
+    """Batches of as many as come, all of whose rows go on until the longest answer ends."""
     for first in range(0, len(requests), BATCH):
         some = requests[first : first + BATCH]
-        rows = [request.prompt for request in some]
-        cache = init_cache(config, len(rows), _LENGTH, True)
-        logits, state = prefill_prompts(params, config, rows, special.sop, cache)
-        for _ in range(max(request.max_tokens or 0 for request in some) - 1):
-            tokens, state = _likeliest(logits, state)
-            logits, state = decode_step(params, config, state)
-            np.asarray(tokens)
-        np.asarray(_likeliest(logits, state)[0])
-
-
-@functools.partial(jax.jit, donate_argnames="state")
-def _likeliest(logits: jax.Array, state: DecodeState) -> tuple[jax.Array, DecodeState]:
-    tokens = greedy(logits)
-    moved: DecodeState = state.replace(  # type: ignore[attr-defined]
-        tokens=tokens,
-        index=state.index + 1,
-        position_ids=state.position_ids + state.position_steps,
-    )
-    return tokens, moved
+        longest = max(request.max_tokens or 0 for request in some)
+        padded = [dataclasses.replace(request, max_tokens=longest) for request in some]
+        for _ in complete_all(engine, padded):
+            pass

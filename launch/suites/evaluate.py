@@ -104,10 +104,10 @@ def _padded(sequences: Sequence[ScoredSequence]) -> tuple[np.ndarray, ...]:
     ranges = np.zeros((rows, width, 4), np.int32)
     ranges[:, :, 1] = 1  # the original's padding sees the first token
     for row, sequence in enumerate(sequences):
-        length, asked = len(sequence), len(sequence.places)
+        length, asked = len(sequence), len(sequence.indices)
         tokens[row, :length] = sequence.tokens
         positions[row, :length] = sequence.position_ids
         ranges[row, :length] = sequence.key_ranges
-        places[row, :asked] = sequence.places
+        places[row, :asked] = sequence.indices
         targets[row, :asked] = sequence.targets
     return tokens, positions, ranges, places[:, :_MOST_ASKED], targets[:, :_MOST_ASKED]

@@ -7,14 +7,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from glm_jax.config import GLMConfig, glm_config
-from glm_jax.engine.batch_steps import DecodeState, decode_step
+from glm_jax.engine import step_functions
+from glm_jax.engine.page_pool import PAGE_SIZE, page_count, table_size
+from glm_jax.engine.step_functions import Rows
 from glm_jax.kernels.quantized_matmul.api import prepare as prepare_weight
 from glm_jax.kernels.quantized_matmul.api import quantized_matmul
 from glm_jax.kernels.quantized_matmul.cpu import TiledArray
 from glm_jax.model import params as glm_params
-from glm_jax.model.cache import init_cache
 from glm_jax.model.device_layout import prepare
 from glm_jax.model.layer_stacks import as_layers, unstack_layers
 from glm_jax.model.params import GLMParams
@@ -118,24 +120,29 @@ def with_integer_activations(params: GLMParams) -> GLMParams:
 
 
 def _step_case(config: GLMConfig, params: GLMParams, batch: int) -> Case:
-    def full(value: int) -> jax.Array:  # a state is donated: no array may be in it twice
-        return jnp.full(batch, value, jnp.int32)
-
-    holder: list[Any] = [
-        DecodeState(
-            cache=init_cache(config, batch, 256, as_layers(params.layers).is_apart),
-            tokens=full(1),
-            position_ids=full(1),
-            position_steps=full(1),
-            index=full(100),
-        )
-    ]
+    rows, cache, pages_a_layer = decode_rows(config, params, batch, 100, 256)
+    holder = [cache]
 
     def step() -> object:
-        logits, holder[0] = decode_step(params, config, holder[0])
+        logits, holder[0] = step_functions.decode(params, config, rows, holder[0], pages_a_layer)
         return logits
 
     return Case(step)
+
+
+def decode_rows(
+    config: GLMConfig, params: GLMParams, batch: int, index: int, length: int
+) -> tuple[Rows, Any, int]:
+    """What `step_functions.decode` takes of `batch` sequences whose next token is at `index`, with
+    pages for `length` tokens each: rows, cache, pages a layer."""
+    count = page_count(length)
+    pages = 1 + batch * count
+    table = np.zeros((batch, table_size(length)), np.int32)
+    table[:, :count] = 1 + np.arange(batch * count).reshape(batch, count)
+    full = lambda value: np.full(batch, value, np.int32)
+    rows = Rows(np.ones(batch, bool), full(1), full(index), full(index), table)
+    cache = step_functions.make_cache(params, config, pages, PAGE_SIZE)
+    return rows, cache, 0 if as_layers(params.layers).is_apart else pages
 
 
 def stream_case(name: str, size: int, copies: int) -> dict[str, Case]:

@@ -19,6 +19,7 @@ import jax
 from glm_jax.config import GLMConfig, SpecialTokens, glm_config
 from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.engine.request import Request
+from glm_jax.generation.driver import complete_all
 from glm_jax.model import params as glm_params
 from glm_jax.model.device_layout import prepare
 from glm_jax.model.params import GLMParams
@@ -47,7 +48,7 @@ def serve_suite() -> Iterator[tuple[str, dict[str, Case]]]:
         served.engine.warm_up()
         count = len(requests) * ANSWER
         cases = {
-            "engine": Case(lambda: sum(1 for _ in served.engine.run(requests)), count),
+            "engine": Case(lambda: sum(1 for _ in complete_all(served.engine, requests)), count),
             "server": Case(lambda: asyncio.run(_ask_all(url, requests, first_tokens)), count),
         }
         yield (
@@ -100,7 +101,7 @@ def _one_request(url: str, seconds: dict[str, list[float]]) -> dict[str, Case]:
             run()
             seconds[name].append(time.perf_counter() - began)
 
-    complete = lambda: list(served.engine.run([request]))
+    complete = lambda: list(complete_all(served.engine, [request]))
     return {
         "engine": Case(lambda: timed("engine", complete), _TIMES),
         "server": Case(lambda: timed("server", ask), _TIMES),

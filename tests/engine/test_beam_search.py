@@ -9,13 +9,16 @@ from conftest import GOLDEN
 from stub_tokenizer import WordTokenizer
 
 from glm_jax.config import SpecialTokens
-from glm_jax.engine.beam_search import BeamSearch, beam_search, finish
+from glm_jax.engine import forking_decoder
+from glm_jax.engine.beam_search import BeamSearch, beam_search
 from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.engine.generation_settings import SamplingError
 from glm_jax.engine.prompt import Prompt
 from glm_jax.engine.request import Request
 from glm_jax.engine.sampling import Sampling
+from glm_jax.engine.stepwise import finish
 from glm_jax.generation.blank_filling import PartlyFilled, filling_by_beams
+from glm_jax.generation.driver import complete_all
 from glm_jax.model import params as glm_params
 from glm_jax.sharding import make_mesh
 
@@ -25,8 +28,13 @@ FILL = [c for c in json.loads((GOLDEN / "fill_blanks.json").read_text()) if c["k
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("number", [0, 2, *(pytest.param(i, marks=SLOW) for i in (1, 3, 4, 5))])
-def test_every_setting_equals_the_original(golden_float32, number):
+@pytest.mark.parametrize(
+    ("number", "page_size"),
+    [(0, 64), (2, 4), *(pytest.param(i, 8, marks=SLOW) for i in (1, 3, 4, 5))],
+)
+def test_every_setting_equals_the_original(golden_float32, number, page_size, monkeypatch):
+    """Also where beams share many pages."""
+    monkeypatch.setattr(forking_decoder, "PAGE_SIZE", page_size)
     config, params = golden_float32
     case = DECODE[number]
     prompt = case["prompt"]
@@ -128,7 +136,7 @@ def greedy(golden_float32):
         Request(prompt, Sampling(**settings), most, end_tokens=ends)
         for prompt, most, ends, settings in _CASES.values()
     ]
-    answers = sorted(engine.run(requests), key=lambda answer: answer.ticket)
+    answers = sorted(complete_all(engine, requests), key=lambda answer: answer.request_id)
     return dict(zip(_CASES, [answer.tokens for answer in answers], strict=True))
 
 
@@ -216,6 +224,6 @@ def test_programs_can_be_compiled_before_the_steps_that_need_them(
                 compile_next()
                 ahead += compiled()
                 caplog.clear()
-    programs = {"prefill", "expand", "_follow", "decode_step"}
+    programs = {"embed", "prefill_layers", "decode", "expand", "copy_pages"}
     assert programs == set(ahead)
     assert not programs & set(of_steps)

@@ -13,11 +13,12 @@ from conftest import GOLDEN
 from glm_jax.engine import step_functions
 from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.engine.generation_settings import SamplingError
-from glm_jax.engine.prefill_batch import pack_width, widths
+from glm_jax.engine.prefill_batch import prefill_width, prefill_widths
 from glm_jax.engine.prompt import Prompt, PromptError
 from glm_jax.engine.request import Request
 from glm_jax.engine.sampling import Sampling
 from glm_jax.engine.slots import admit, release
+from glm_jax.generation.driver import complete_all
 from glm_jax.model import glm
 from glm_jax.model import params as glm_params
 from glm_jax.model.visibility import Visibility
@@ -56,7 +57,7 @@ def _requests(count=14):
 
 
 def _answers(engine, requests):
-    return sorted(engine.run(requests), key=lambda answer: answer.ticket)
+    return sorted(complete_all(engine, requests), key=lambda answer: answer.request_id)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def alone(tiny_model):
     """Each request's answer by an engine that has nothing else."""
     config, params = tiny_model
     engine = Engine(params, config, dataclasses.replace(SMALL, slots=1))
-    return [next(engine.run([request])) for request in _requests()]
+    return [next(complete_all(engine, [request])) for request in _requests()]
 
 
 def _assert_same(answers, expected):
@@ -109,7 +110,7 @@ def test_a_cache_in_less_precision_changes_scores_a_little(tiny_model, dtype, to
         Request(Prompt((5, 6, 7, 240), 3), max_tokens=1, end_tokens=(), log_probabilities=True)
     ]
     scores = [
-        next(Engine(params, config.replace(cache_dtype=kind), SMALL).run(requests))
+        next(complete_all(Engine(params, config.replace(cache_dtype=kind), SMALL), requests))
         for kind in (None, dtype)
     ]
     difference = abs(scores[0].log_probabilities[0] - scores[1].log_probabilities[0])
@@ -153,11 +154,11 @@ def test_a_slot_is_taken_again_while_others_go_on(tiny_model):
     short = [engine.submit(Request(prompt, max_tokens=2, end_tokens=())) for _ in range(4)]
     steps = []
     while not engine.is_idle:
-        steps.append([token.ticket for token in engine.step()])
+        steps.append([token.request_id for token in engine.step()])
     # 12 tokens of one beside 8 of four: no step more than the long one takes.
     assert len(steps) == 12
-    assert all(long in tickets for tickets in steps)
-    assert [tickets[1] for tickets in steps[:8]] == [t for t in short for _ in range(2)]
+    assert all(long in request_ids for request_ids in steps)
+    assert [request_ids[1] for request_ids in steps[:8]] == [t for t in short for _ in range(2)]
 
 
 def test_requests_wait_for_pages_and_all_are_given_back(tiny_model, alone):
@@ -196,10 +197,10 @@ def test_a_cancelled_request_leaves_at_once_and_touches_no_other(tiny_model, alo
     given = [token for token in iter(lambda: engine.step() or None, None) for token in token]
     while not engine.is_idle:
         given += engine.step()
-    assert cancelled not in {token.ticket for token in given}
+    assert cancelled not in {token.request_id for token in given}
     assert engine.is_idle
     assert len(engine._pool._free[0]) == free
-    got = [token.token for token in given if token.ticket == kept]
+    got = [token.token for token in given if token.request_id == kept]
     assert got == list(alone[0].tokens[-len(got) :])
 
 
@@ -211,7 +212,7 @@ def test_log_probabilities_are_the_models(golden_float32):
     assert case["prompt"]["gmask"]
     sampling = Sampling(temperature=0.7, top_k=5, repetition_penalty=1.3)
     request = Request(prompt, sampling, 8, end_tokens=(), log_probabilities=True)
-    [answer] = Engine(params, config).run([request])
+    [answer] = complete_all(Engine(params, config), [request])
     tokens = [*prompt.tokens(config.special_tokens.sop), *answer.tokens]
     count, context = len(tokens), len(prompt.context)
     mask = Visibility.prefix(jnp.array([context]), count)
@@ -220,10 +221,10 @@ def test_log_probabilities_are_the_models(golden_float32):
     np.testing.assert_allclose(answer.log_probabilities, expected, atol=1e-4)
 
     engine = Engine(params, config)
-    engine.submit(dataclasses.replace(request, alternatives=True))
+    engine.submit(dataclasses.replace(request, top_logprobs=True))
     places = []
     while not engine.is_idle:
-        places += [token.alternatives for token in engine.step()]
+        places += [token.top_logprobs for token in engine.step()]
     likeliest, tokens = jax.lax.top_k(jax.nn.log_softmax(logits)[context : count - 1], 5)
     assert [[token for token, _ in place] for place in places] == tokens.tolist()
     told = [[value for _, value in place] for place in places]
@@ -242,10 +243,10 @@ def test_unidirectional_texts_are_seen_from_left_to_right(golden_float32, golden
         )
         tokens.append(int(jnp.argmax(logits[0, -1])))
     prompt = Prompt.unidirectional(text, golden_special)
-    [answer] = Engine(params, config).run([Request(prompt, max_tokens=6, end_tokens=())])
+    [answer] = complete_all(Engine(params, config), [Request(prompt, max_tokens=6, end_tokens=())])
     assert list(answer.tokens) == tokens[8:]
     whole = Prompt.from_tokens(text, golden_special)
-    [other] = Engine(params, config).run([Request(whole, max_tokens=6, end_tokens=())])
+    [other] = complete_all(Engine(params, config), [Request(whole, max_tokens=6, end_tokens=())])
     assert other.tokens != answer.tokens
     with pytest.raises(PromptError, match="a blank in a unidirectional text"):
         Prompt.unidirectional([1, golden_special.mask], golden_special)
@@ -255,14 +256,14 @@ def test_urgent_requests_go_first(tiny_model):
     config, params = tiny_model
     engine = Engine(params, config, dataclasses.replace(SMALL, slots=1))
     request = Request(Prompt((5, 240), 1), max_tokens=1, end_tokens=())
-    tickets = [engine.submit(request), engine.submit(request, is_urgent=True)]
-    assert [engine.step()[0].ticket for _ in tickets] == tickets[::-1]
+    request_ids = [engine.submit(request), engine.submit(request, is_urgent=True)]
+    assert [engine.step()[0].request_id for _ in request_ids] == request_ids[::-1]
 
 
 def test_widths_of_packs():
-    assert widths(200) == [*range(32, 209, 16)]
-    assert widths(600)[-6:] == [416, 448, 480, 512, 576, 640]
-    assert [pack_width(n) for n in (0, 32, 33, 97, 129)] == [32, 32, 48, 112, 144]
+    assert prefill_widths(200) == [*range(32, 209, 16)]
+    assert prefill_widths(600)[-6:] == [416, 448, 480, 512, 576, 640]
+    assert [prefill_width(n) for n in (0, 32, 33, 97, 129)] == [32, 32, 48, 112, 144]
 
 
 @pytest.mark.parametrize(

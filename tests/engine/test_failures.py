@@ -23,10 +23,11 @@ from glm_jax.engine.scoring import Scorer
 from glm_jax.errors import UserError
 from glm_jax.evaluation.sequences import continuation
 from glm_jax.generation.blank_filling import fill_blanks
+from glm_jax.generation.driver import complete_all
 from glm_jax.generation.generate import generate
 from glm_jax.generation.text_request import TextRequest
 from glm_jax.jobs.request_files import read_lines
-from glm_jax.jobs.request_runner import Job
+from glm_jax.jobs.request_runner import RequestRunner
 from glm_jax.model import params as glm_params
 from glm_jax.sharding import make_mesh
 from glm_jax.tokenizer import Tokenizer, TokenizerError, check_fits
@@ -54,10 +55,10 @@ def _broken(params):
 def test_what_earlier_requests_left_in_pages_is_not_read(tiny_model, mesh):
     """Also where it is NaN, which times the weight 0 is NaN."""
     engine = _engine(tiny_model, mesh)
-    [sound] = engine.run([Request(PROMPT, max_tokens=6)])
+    [sound] = complete_all(engine, [Request(PROMPT, max_tokens=6)])
     poison = lambda x: jnp.full_like(x, jnp.nan)
     engine._cache = jax.tree.map(poison, engine._cache)
-    [again] = engine.run([Request(PROMPT, max_tokens=6)])
+    [again] = complete_all(engine, [Request(PROMPT, max_tokens=6)])
     assert again.tokens == sound.tokens
 
 
@@ -67,7 +68,7 @@ def test_a_prompt_beyond_its_dtype_fails_alone_among_those_it_is_prefilled_with(
 ):
     """Also where it was given up before it had a token, and the next has its pages."""
     engine = _engine(tiny_model, mesh)
-    [sound] = engine.run([Request(PROMPT, max_tokens=6)])
+    [sound] = complete_all(engine, [Request(PROMPT, max_tokens=6)])
     real = step_functions.embed
 
     def embed(params, config, pack):
@@ -76,15 +77,15 @@ def test_a_prompt_beyond_its_dtype_fails_alone_among_those_it_is_prefilled_with(
     monkeypatch.setattr(step_functions, "embed", embed)
     loud = Request(Prompt((5, 99, 7, 240), 3), max_tokens=6)
     for requests in ([loud, Request(PROMPT, max_tokens=6)], [Request(PROMPT, max_tokens=6), loud]):
-        tickets = [engine.submit(request) for request in requests]
+        request_ids = [engine.submit(request) for request in requests]
         tokens = [token for _ in range(8) for token in engine.step()]
-        of_each = {t: [token for token in tokens if token.ticket == t] for t in tickets}
-        failed, answered = (of_each[t] for t in tickets[:: 1 if requests[0] is loud else -1])
+        of_each = {t: [token for token in tokens if token.request_id == t] for t in request_ids}
+        failed, answered = (of_each[t] for t in request_ids[:: 1 if requests[0] is loud else -1])
         assert [token.finish_reason for token in failed] == ["error"]
         assert tuple(token.token for token in answered) == sound.tokens
-    loud_ticket, other = engine.submit(loud), engine.submit(Request(PROMPT, max_tokens=6))
+    loud_id, other = engine.submit(loud), engine.submit(Request(PROMPT, max_tokens=6))
     engine._begin_prefill()
-    engine.cancel(loud_ticket)
+    engine.cancel(loud_id)
     engine.cancel(other)
     while not engine.is_idle:
         engine.step()
@@ -111,10 +112,10 @@ def test_bans_that_leave_nothing_are_said(tiny_model, temperature):
     engine = _engine(tiny_model)
     sampling = Sampling(temperature, banned_tokens=EVERY)
     with pytest.raises(SamplingError, match="every token is banned at token 1 of the answer"):
-        list(engine.run([Request(PROMPT, sampling)]))
+        list(complete_all(engine, [Request(PROMPT, sampling)]))
     last = dataclasses.replace(sampling, banned_tokens=EVERY[:-1], no_repeat_ngram=1)
     with pytest.raises(SamplingError, match="every token is banned at token 2 of the answer"):
-        list(engine.run([Request(PROMPT, last)]))
+        list(complete_all(engine, [Request(PROMPT, last)]))
 
 
 def test_searches_give_no_banned_token(tiny_model):
@@ -138,7 +139,7 @@ def test_settings_that_float32_cannot_hold_are_what_they_come_to(tiny_model):
     samplings += [Sampling(1.0, top_p=value) for value in tiny]
     samplings += [Sampling(value, top_k=7, top_p=0.5) for value in tiny]
     requests = [Request(PROMPT, sampling, max_tokens=8, seed=3) for sampling in samplings]
-    answers = sorted(engine.run(requests), key=lambda answer: answer.ticket)
+    answers = sorted(complete_all(engine, requests), key=lambda answer: answer.request_id)
     greedy, drawn, *same = [answer.tokens for answer in answers]
     assert drawn != greedy
     assert same == [greedy] * len(same)
@@ -169,7 +170,7 @@ def test_a_jobs_line_that_fails_is_a_record_and_the_others_are_answered(
         "null",
     ]
     path.write_text("\n".join([*wrong, '{"text": "t5 t6"}']) + "\n")
-    job = Job(engine, params, config, WordTokenizer(golden_special))
+    job = RequestRunner(engine, params, config, WordTokenizer(golden_special))
     records = sorted(job.answer(read_lines(path, TextRequest(max_tokens=3))), key=_index)
     *failed, answered = records
     assert len(failed) == len(wrong)

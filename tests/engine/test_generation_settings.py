@@ -11,7 +11,7 @@ from glm_jax.engine.beam_search import BeamSearch
 from glm_jax.engine.generation_settings import SETTINGS, SamplingError, markdown_table
 from glm_jax.engine.sampling import Sampling
 from glm_jax.generation.text_request import RequestError, TextRequest
-from glm_jax.serving.schemas import CompletionRequest, FillRequest
+from glm_jax.serving.schemas import OUR_SETTINGS, CompletionRequest, FillRequest
 
 NUMBERS = [name for name, setting in SETTINGS.items() if setting.range and not setting.max_items]
 ODD = [math.nan, math.inf, -math.inf, 10**400, -(10**400), 10**5000, 2**31, -1e-300, 1e308]
@@ -66,6 +66,25 @@ def test_the_engines_door_has_the_same_bounds():
             BeamSearch(**wrong)
 
 
+def test_every_setting_of_the_table_reaches_the_engine():
+    """By the name that it has in the table, but for those that a text's tokens are made from."""
+    changed = {}
+    for name, setting in SETTINGS.items():
+        if setting.kind in (int, float) and name not in ("seed", "max_tokens"):
+            lower = setting.lowest + (setting.highest - setting.lowest) // 2
+            changed[name] = (7,) if setting.max_items else setting.kind(lower)
+    searched = {name for name in changed if SETTINGS[name].is_for_search}
+    sampled = TextRequest(**{k: v for k, v in changed.items() if k != "num_beams"}).choice(list)
+    found = TextRequest(**{name: changed[name] for name in searched}).choice(list)
+    assert isinstance(sampled, Sampling)
+    assert isinstance(found, BeamSearch)
+    for name, value in changed.items():
+        if name not in ("num_beams", "length_penalty"):
+            assert getattr(sampled, name) == value
+    for name in searched:
+        assert getattr(found, name) == changed[name]
+
+
 def test_unknown_fields_are_refused():
     with pytest.raises(RequestError, match="unknown field 'choices'"):
         TextRequest().with_fields({"choices": {"a": 1}})
@@ -78,6 +97,7 @@ def test_the_servers_schema_has_the_tables_bounds(model):
     narrower = {"temperature": {"maximum": 2}, "seed": {"minimum": 1 - 2**53, "maximum": 2**53 - 1}}
     if model is CompletionRequest:
         narrower["max_tokens"] = {"minimum": 0}
+    assert set(OUR_SETTINGS) <= set(properties)
     compared = 0
     for name in NUMBERS:
         for kind in properties.get(name, {}).get("anyOf", ())[:1]:

@@ -10,11 +10,12 @@ from conftest import GOLDEN  # noqa: F401  # imports of jax come after it
 
 from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.engine.generation_settings import SamplingError
-from glm_jax.engine.logit_processors import repeated, restrict
+from glm_jax.engine.logit_processors import process_logits, repeated
 from glm_jax.engine.prompt import Prompt
 from glm_jax.engine.request import Request
 from glm_jax.engine.sampling import Sampling
 from glm_jax.engine.slots import sampling_row
+from glm_jax.generation.driver import complete_all
 
 VOCAB = 12
 
@@ -28,11 +29,11 @@ def _restricted(logits, rows, firsts, samplings, ends=()):
         tokens[i, len(row) :] = 3  # what an earlier request left there
     is_end = np.zeros((len(rows), VOCAB), bool)
     is_end[:, list(ends)] = True
-    each = [sampling_row(sampling, 0, VOCAB)["restrictions"] for sampling in samplings]
+    each = [sampling_row(sampling, 0, VOCAB)["logit_processors"] for sampling in samplings]
     stack = lambda name: jnp.stack([getattr(row, name) for row in each])
     stacked = type(each[0])(**{f.name: stack(f.name) for f in dataclasses.fields(each[0])})
     arrays = (jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(firsts), jnp.asarray(is_end))
-    return np.asarray(restrict(jnp.asarray(logits), *arrays, stacked))
+    return np.asarray(process_logits(jnp.asarray(logits), *arrays, stacked))
 
 
 def _expected(logits, row, first, sampling, ends=()):
@@ -115,7 +116,7 @@ def test_answers_obey(tiny_model):
 
     def answer(**settings):
         request = Request(prompt, Sampling(**settings), max_tokens=12, end_tokens=(222,))
-        return list(next(engine.run([request])).tokens)
+        return list(next(complete_all(engine, [request])).tokens)
 
     free = answer()
     assert free[0] not in answer(banned_tokens=(free[0],))
@@ -128,9 +129,9 @@ def test_answers_obey(tiny_model):
     strict = answer(repetition_penalty=1e6)
     assert len(set(strict)) == 12
     ended = Request(prompt, max_tokens=12, end_tokens=(free[0],))
-    [completion] = engine.run([ended])
+    [completion] = complete_all(engine, [ended])
     assert (completion.tokens, completion.finish_reason) == ((free[0],), "stop")
-    [later] = engine.run([dataclasses.replace(ended, sampling=Sampling(min_tokens=5))])
+    [later] = complete_all(engine, [dataclasses.replace(ended, sampling=Sampling(min_tokens=5))])
     assert len(later.tokens) >= 5
     assert free[0] not in later.tokens[:5]
 

@@ -65,7 +65,7 @@ def test_sequences_of_choices(case, golden_special):
             assert not batch["tokens"][i, length:].any()
             ids = RESULTS[case]["choice_target_ids"][i]
             places = [ids[0]] * len(example.choices) if single else np.concatenate(ids)
-            np.testing.assert_array_equal(sequence.places, places)
+            np.testing.assert_array_equal(sequence.indices, places)
 
 
 @pytest.mark.parametrize("case", CHOICES)
@@ -132,8 +132,8 @@ def test_language_modelling(case, model, golden_special):
         np.testing.assert_array_equal(
             _sees(sequence.key_ranges), ~np.array(item["attention_mask"], bool)
         )
-        assert sequence.places.tolist() == np.flatnonzero(item["loss_masks"]).tolist()
-        assert sequence.targets.tolist() == np.array(item["targets"])[sequence.places].tolist()
+        assert sequence.indices.tolist() == np.flatnonzero(item["loss_masks"]).tolist()
+        assert sequence.targets.tolist() == np.array(item["targets"])[sequence.indices].tolist()
     task = task_class(config)(config, model)
     [(_, record)] = task.answer([document], [0])
     np.testing.assert_allclose(record["prediction"], expected["loss"], atol=1e-3)

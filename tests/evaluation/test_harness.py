@@ -9,6 +9,7 @@ import pytest
 from stub_tokenizer import WordTokenizer
 
 from glm_jax.config import glm_config
+from glm_jax.engine.engine import Engine
 from glm_jax.engine.request import Token
 from glm_jax.errors import UserError
 from glm_jax.evaluation.tasks import Model
@@ -62,22 +63,22 @@ def test_an_answer_ends_before_eod_and_settings_may_be_none(harness, monkeypatch
     module, model = harness
     submitted = []
 
-    class Answering:
-        is_idle = False
+    class Answering(Engine):
+        is_idle, waiting, slots = False, 0, 1
 
         def __init__(self, *_):
             pass
 
-        def submit(self, request):
+        def submit(self, request, is_urgent):
             submitted.append(request)
             return len(submitted) - 1
 
         def step(self):
             self.is_idle = True
-            for ticket in range(len(submitted)):
+            for request_id in range(len(submitted)):
                 for token in (20, golden_special.eod, 21):
-                    yield Token(ticket, token, 0.0, None)
-                yield Token(ticket, golden_special.eop, 0.0, "stop")
+                    yield Token(request_id, token, 0.0, None)
+                yield Token(request_id, golden_special.eop, 0.0, "stop")
 
     monkeypatch.setattr(module, "Engine", Answering)
     none = {"temperature": None, "top_k": None, "max_gen_toks": None, "until": None}

@@ -13,7 +13,7 @@ from running import ROOT
 from stub_tokenizer import WordTokenizer
 
 from glm_jax.engine.scoring import Scorer, ScoringError
-from glm_jax.engine.scoring_batch import pack
+from glm_jax.engine.scoring_batch import make_batches
 from glm_jax.errors import UserError
 from glm_jax.evaluation import reports
 from glm_jax.evaluation.examples import Example
@@ -49,13 +49,13 @@ def _scores(scorer, sequences):
 def test_packs_hold_every_sequence_once_and_little_padding(golden_special):
     sequences = _sequences(500, 32, 512, golden_special)
     seen, run, filled = [], 0, 0
-    for batch in pack(sequences, 512, 8):
+    for batch in make_batches(sequences, 512, 8):
         run, filled = run + batch.tokens.size, filled + batch.filled
         for number, row, first, end in batch.slices:
             seen.append(number)
             sequence = sequences[number]
-            places = batch.places[row, first:end]
-            start = places[0] - sequence.places[0]
+            places = batch.indices[row, first:end]
+            start = places[0] - sequence.indices[0]
             held = batch.tokens[row, start : start + len(sequence)]
             np.testing.assert_array_equal(held, sequence.tokens)
             np.testing.assert_array_equal(batch.targets[row, first:end], sequence.targets)

@@ -148,11 +148,12 @@ def test_an_answer_ends_before_eod(model, monkeypatch):
         def __init__(self, *_):
             pass
 
-        def run(self, requests):
-            for ticket, _ in enumerate(requests):
-                yield Completion(ticket, answers[ticket], (), "stop")
+    def complete_all(engine, requests):
+        for request_id, _ in enumerate(requests):
+            yield Completion(request_id, answers[request_id], (), "stop")
 
     monkeypatch.setattr(tasks, "Engine", Answering)
+    monkeypatch.setattr(tasks, "complete_all", complete_all)
     config = TaskConfig("a", "gen", ".", max_seq_length=64, max_gen_length=8)
     examples = [Example((1, 2), targets=((20,),))] * len(answers)
     task = task_class(config)(config, model)

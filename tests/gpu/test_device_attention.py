@@ -15,7 +15,7 @@ from glm_jax.kernels.attention.dropout import WeightDropout
 from glm_jax.kernels.attention.library import Library
 from glm_jax.kernels.attention.mosaic import Mosaic
 from glm_jax.kernels.paged_attention.api import paged_attention
-from glm_jax.model.cache import quantize_heads
+from glm_jax.model.paged_cache import quantize_heads
 from glm_jax.model.visibility import Visibility
 
 pytestmark = pytest.mark.gpu

@@ -10,6 +10,7 @@ from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.engine.prompt import Prompt
 from glm_jax.engine.request import Request
 from glm_jax.engine.sampling import Sampling
+from glm_jax.generation.driver import complete_all
 
 pytestmark = pytest.mark.gpu
 IS_GPU = jax.default_backend() == "gpu"
@@ -50,7 +51,7 @@ def test_the_same_tokens_alone_and_in_company_and_nothing_is_compiled(cache_dtyp
         lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
     )
     requests = list(_requests(config, 10 if IS_GPU else 5))
-    alone = [next(engine.run([request])).tokens for request in requests]
-    together = sorted(engine.run(requests), key=lambda answer: answer.ticket)
+    alone = [next(complete_all(engine, [request])).tokens for request in requests]
+    together = sorted(complete_all(engine, requests), key=lambda answer: answer.request_id)
     assert [answer.tokens for answer in together] == alone
     assert compiled == []

@@ -17,7 +17,7 @@ from glm_jax.generation.text_request import TextRequest
 from glm_jax.jobs import record_store
 from glm_jax.jobs.record_store import AnswerWriter, JobError, answered, claim, merge
 from glm_jax.jobs.request_files import read_lines
-from glm_jax.jobs.request_runner import Job, share
+from glm_jax.jobs.request_runner import RequestRunner, share
 
 FILL = [c for c in json.loads((GOLDEN / "fill_blanks.json").read_text()) if c["kind"] == "greedy"]
 
@@ -28,7 +28,7 @@ def job(golden_float32, golden_special):
         config, params = golden_float32
         tokenizer = WordTokenizer(golden_special)
         engine = Engine(params, config, EngineSettings(3, 40, page_size=16), golden_special)
-        return Job(engine, params, config, tokenizer, **options)
+        return RequestRunner(engine, params, config, tokenizer, **options)
 
     return make
 
@@ -54,7 +54,7 @@ def test_texts_are_filled_as_the_original_does(
     )
     settings = EngineSettings(2, case["out_seq_length"], page_size=16)
     engine = Engine(params, config, settings, golden_special)
-    job = Job(engine, params, config, WordTokenizer(golden_special))
+    job = RequestRunner(engine, params, config, WordTokenizer(golden_special))
     [record] = _records(job, _write(tmp_path / "in.txt", case["text"]), TextRequest())
     assert record["text"] == case["answers"][0]
     assert record["blanks"] == case["blanks"][0]

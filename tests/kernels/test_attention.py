@@ -20,7 +20,7 @@ from glm_jax.kernels.attention.library import Library
 from glm_jax.kernels.attention.mosaic import Mosaic
 from glm_jax.kernels.attention.reference import Reference, ranges_to_mask
 from glm_jax.kernels.dispatch import BackendError
-from glm_jax.model.cache import quantize_heads
+from glm_jax.model.paged_cache import quantize_heads
 from glm_jax.model.visibility import Visibility
 
 BATCH, HEADS = 2, 3

@@ -18,7 +18,7 @@ from glm_jax.kernels.paged_attention.library_gpu import LibraryGPU
 from glm_jax.kernels.paged_attention.library_tpu import LibraryTPU
 from glm_jax.kernels.paged_attention.reference import Reference
 from glm_jax.kernels.paged_attention.xla import XLA
-from glm_jax.model.cache import quantize_heads
+from glm_jax.model.paged_cache import quantize_heads
 from glm_jax.sharding import make_mesh
 
 BACKENDS = {

@@ -12,8 +12,6 @@ from glm_jax.kernels.attention.api import attention
 from glm_jax.kernels.attention.reference import ranges_to_mask
 from glm_jax.model import glm
 from glm_jax.model import params as glm_params
-from glm_jax.model.cache import init_cache
-from glm_jax.model.layer_stacks import unstack_layers
 from glm_jax.model.visibility import Visibility
 
 forward = jax.jit(glm.forward, static_argnames="config")
@@ -84,50 +82,6 @@ def test_sizes_are_what_their_names_say(size):
     unit = {"m": 1e6, "b": 1e9}[size[-1]]
     count = glm_params.parameter_count(glm_config(size))
     assert count == pytest.approx(float(size[:-1]) * unit, rel=0.13)
-
-
-@pytest.mark.parametrize("unstacked", [False, True])
-def test_cached_equals_uncached(tiny_model, unstacked):
-    """A prefill of ragged rows, then single tokens, gives the logits of one pass."""
-    config, params = tiny_model
-    tokens, position_ids = _inputs(config, 2, 16)
-    lengths, steps = np.array([9, 6], np.int32), 5
-    if unstacked:
-        params = unstack_layers(params)
-    cache = init_cache(config, 2, 32, unstacked)
-    hidden, cache = glm.forward_hidden(
-        params,
-        config,
-        tokens[:, :10],
-        position_ids[:, :10],
-        Visibility.prefix(lengths - 1, 10),
-        cache,
-        np.zeros(2, np.int32),
-    )
-    for step in range(steps):
-        index = jnp.asarray(lengths + step)
-        zeros = jnp.zeros_like(index)
-        ranges = jnp.stack([zeros, index + 1, zeros, zeros], -1)[:, None]
-        hidden, cache = glm.forward_hidden(
-            params,
-            config,
-            np.take_along_axis(tokens, np.asarray(index)[:, None], 1),
-            index[:, None],
-            Visibility(ranges),
-            cache,
-            index,
-        )
-        got = glm.logits(params, config, hidden)[:, 0]
-        for row, length in enumerate(lengths):
-            n = length + step + 1
-            whole = forward(
-                params,
-                config,
-                tokens[row : row + 1, :n],
-                position_ids[row : row + 1, :n],
-                Visibility.prefix(lengths[row : row + 1] - 1, int(n)),
-            )
-            np.testing.assert_allclose(got[row], whole[0, -1], atol=1e-5)
 
 
 def test_packed_texts_equal_each_alone(tiny_model):

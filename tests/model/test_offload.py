@@ -12,6 +12,7 @@ from glm_jax.checkpoints.model_folder import save_model
 from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.engine.prompt import Prompt
 from glm_jax.engine.request import Request
+from glm_jax.generation.driver import complete_all
 from glm_jax.model import params as glm_params
 from glm_jax.model.device_layout import PrecisionError, prepare
 from glm_jax.model.streamed_layers import HOST_MEMORY, OffloadedLayers, OffloadError, device_bytes
@@ -51,7 +52,7 @@ def _answer(config, params, budget=None):
     engine = Engine(params, config, EngineSettings(2, 40, page_size=8, prefill_budget=budget))
     prompts = [Prompt((5, 6, 7, 8, config.special_tokens.gmask), None), Prompt((9, 241), None)]
     requests = [Request(prompt, max_tokens=9, end_tokens=()) for prompt in prompts]
-    return sorted((c.ticket, tuple(c.tokens)) for c in engine.run(requests))
+    return sorted((c.request_id, tuple(c.tokens)) for c in complete_all(engine, requests))
 
 
 @pytest.mark.gpu

@@ -4,11 +4,13 @@ import openai
 import pytest
 from served import NAME, wait_idle
 
-from glm_jax.engine.beam_search import BeamSearch, finish
+from glm_jax.engine.beam_search import BeamSearch
 from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.engine.request import Request
 from glm_jax.engine.sampling import Sampling
+from glm_jax.engine.stepwise import finish
 from glm_jax.generation.blank_filling import PartlyFilled, filling_by_beams
+from glm_jax.generation.driver import complete_all
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -36,7 +38,7 @@ def _expected(model, text, sampling, max_tokens, seed=0, **more):
     partly = PartlyFilled.begin(model.tokenizer, text, model.engine.max_length, **more)
     engine = Engine(model.params, model.config, EngineSettings(slots=1))
     request = Request(partly.prompt(), sampling, max_tokens, seed, log_probabilities=True)
-    [answer] = engine.run([request])
+    [answer] = complete_all(engine, [request])
     before = partly.tokens[: partly.position]
     kept = [t for t in answer.tokens if t not in model.tokenizer.special_tokens.end_tokens]
     decode = model.tokenizer.decode

@@ -6,8 +6,9 @@ import httpx2
 import pytest
 from served import NAME, wait_idle
 
-from glm_jax.engine.beam_search import BeamSearch, finish
+from glm_jax.engine.beam_search import BeamSearch
 from glm_jax.engine.sampling import Sampling
+from glm_jax.engine.stepwise import finish
 from glm_jax.generation.blank_filling import PartlyFilled, fill_blanks, filling_by_beams
 
 pytest_plugins = ["serving_fixtures"]

@@ -13,6 +13,7 @@ from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.engine.request import Request
 from glm_jax.engine.sampling import Sampling
 from glm_jax.generation.blank_filling import PartlyFilled
+from glm_jax.generation.driver import complete_all
 
 CLIENTS, WAVES = 200, 6
 SLOTS = 16
@@ -42,11 +43,11 @@ def _expected(config, params, tokenizer):
         requests.append(Request(partly.prompt(), sampling, asked["max_tokens"], number))
         befores.append(partly.tokens[: partly.position])
     texts = [""] * CLIENTS
-    for answer in Engine(params, config, EngineSettings(SLOTS)).run(requests):
-        before = befores[answer.ticket]
+    for answer in complete_all(Engine(params, config, EngineSettings(SLOTS)), requests):
+        before = befores[answer.request_id]
         kept = tokenizer.special_tokens.without_end(answer.tokens)
         whole = tokenizer.decode([*before, *kept])
-        texts[answer.ticket] = whole.removeprefix(tokenizer.decode(before))
+        texts[answer.request_id] = whole.removeprefix(tokenizer.decode(before))
     return texts
 
 
