@@ -54,7 +54,8 @@ def compare(a: OpenModel, b: OpenModel) -> Iterator[Difference | None]:
     norms = (a.final_layernorm(), b.final_layernorm())
     yield from _tree_differences("final_layernorm", *norms, models)
     for i, layers in enumerate(zip(a.layers(), b.layers(), strict=True)):
-        yield from _tree_differences(f"layers.{i}", *map(_dequantized, layers), models)
+        first, second = map(_dequantized, layers)
+        yield from _tree_differences(f"layers.{i}", first, second, models)
 
 
 def _dequantized(layer: Any) -> Any:
