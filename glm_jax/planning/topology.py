@@ -27,6 +27,12 @@ _EVERY_GPU = {
     "registers_per_core_limit": 2**16,
     "registers_per_block_limit": 2**16,
 }
+# Where libraries ask for the default device. JAX 0.12's Triton backend asks the second: it
+# has a table of GPUs by name, and asks the device itself for one that is not in it.
+_DEFAULT_DEVICE = (
+    "jax.extend.backend.get_default_device",
+    "jax._src.interpreters.pxla.get_default_device",
+)
 
 
 def target_config(hardware: ConfigDict) -> str:
@@ -93,8 +99,10 @@ def compiling_for(mesh: Mesh) -> Iterator[None]:
     Kernel libraries ask the default device, a different one here, for its capabilities.
     """
     device = mesh.devices.flat[0]
-    default = mock.patch("jax.extend.backend.get_default_device", return_value=device)
-    with jax.set_mesh(mesh), default:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        for asked in _DEFAULT_DEVICE:
+            stack.enter_context(mock.patch(asked, return_value=device))
         yield
 
 
