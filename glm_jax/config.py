@@ -12,6 +12,7 @@ from glm_jax.numerics import TENSORFLOAT32, array_dtype
 
 _FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 COMPUTE_DTYPES = (*_FLOAT_DTYPES, TENSORFLOAT32)
+CACHE_DTYPES = (*_FLOAT_DTYPES, "int8")
 _ROTARY_DTYPES = ("float16", "float32")
 
 
@@ -219,10 +220,8 @@ class GLMConfig:
         for name, allowed in (choices | {"compute_dtype": COMPUTE_DTYPES}).items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: one of {allowed}")
-        if self.cache_dtype not in (None, "int8", *_FLOAT_DTYPES):
-            raise ConfigError(
-                f"cache_dtype={self.cache_dtype!r}: None, int8 or one of {_FLOAT_DTYPES}"
-            )
+        if self.cache_dtype not in (None, *CACHE_DTYPES):
+            raise ConfigError(f"cache_dtype={self.cache_dtype!r}: None or one of {CACHE_DTYPES}")
         if self.rotary_dtype not in _ROTARY_DTYPES:
             raise ConfigError(f"rotary_dtype={self.rotary_dtype!r}: one of {_ROTARY_DTYPES}")
 

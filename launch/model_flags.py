@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from glm_jax.checkpoints.model_folder import load_config, restore
 from glm_jax.checkpoints.random_weights import is_random, random_config, random_model
-from glm_jax.config import COMPUTE_DTYPES, GLMConfig
+from glm_jax.config import CACHE_DTYPES, COMPUTE_DTYPES, GLMConfig
 from glm_jax.engine.engine import EngineSettings
 from glm_jax.engine.generation_settings import SETTINGS, SamplingError, Setting
 from glm_jax.errors import UserError
@@ -82,7 +82,7 @@ def define_model_flags() -> None:
     flags.DEFINE_enum(
         "cache_dtype",
         None,
-        ["float32", "bfloat16", "float16", "int8"],
+        CACHE_DTYPES,
         "dtype of cached keys and values; that of the computation by default",
     )
     flags.DEFINE_float(

@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from glm_jax import cli
-from glm_jax.config import GLMConfig, glm_130b
+from glm_jax.config import CACHE_DTYPES, GLMConfig, glm_130b
 from glm_jax.files import write_text
 from glm_jax.planning import finetuning_table, hardware_table
 from glm_jax.planning.plan import JOBS, PRECISIONS, PlanError, PlanRequest
@@ -51,7 +51,7 @@ flags.register_validator("quantization", is_scheme)
 flags.DEFINE_enum(
     "cache_dtype",
     None,
-    ["float16", "bfloat16", "int8"],
+    CACHE_DTYPES,
     "dtype of cached keys and values; that of the computation by default",
 )
 flags.DEFINE_integer(
