@@ -4,7 +4,7 @@ benchmarks. A multiplication and an addition are two operations; all else is too
 from glm_jax.config import GLMConfig
 
 
-def block_flops(config: GLMConfig, tokens: float, keys: float) -> float:
+def block_flops(config: GLMConfig, tokens: int, keys: int) -> float:
     """Count the operations of all blocks in a forward pass.
 
     Args:
@@ -14,15 +14,15 @@ def block_flops(config: GLMConfig, tokens: float, keys: float) -> float:
     return _weight_flops(config, tokens) + _attention_flops(config, tokens, keys)
 
 
-def logit_flops(config: GLMConfig, tokens: float) -> float:
+def logit_flops(config: GLMConfig, tokens: int) -> float:
     """Count the operations of the output projection in a forward pass."""
     return 2.0 * tokens * config.hidden_size * config.vocab_size
 
 
 def training_flops(
     config: GLMConfig,
-    tokens: float,
-    keys: float,
+    tokens: int,
+    keys: int,
     is_frozen: bool = False,
     recomputes: bool = False,
 ) -> float:
@@ -42,11 +42,11 @@ def training_flops(
     return (2.0 if is_frozen else 3.0) * weights + 3.0 * attention + again
 
 
-def _weight_flops(config: GLMConfig, tokens: float) -> float:
+def _weight_flops(config: GLMConfig, tokens: int) -> float:
     hidden, inner = config.hidden_size, config.inner_hidden_size
     return 2.0 * tokens * config.num_layers * (4 * hidden**2 + 3 * hidden * inner)
 
 
-def _attention_flops(config: GLMConfig, tokens: float, keys: float) -> float:
+def _attention_flops(config: GLMConfig, tokens: int, keys: int) -> float:
     """Count the products of queries with keys and of probabilities with values."""
     return 4.0 * tokens * keys * config.num_layers * config.hidden_size
