@@ -12,7 +12,7 @@ import jax
 from absl import flags
 
 from convert import sat_layout
-from convert.opening import SAFETENSORS_INDEX, open_safetensors, read_index
+from convert.model_readers import SAFETENSORS_INDEX, open_safetensors, read_index
 from convert.sat_reader import SatCheckpoint
 from glm_jax import cli
 from glm_jax.checkpoints import parameter_files

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.errors import ConvertError
-from convert.opening import OpenModel, open_model
+from convert.model_readers import OpenModel, open_model
 from glm_jax import files
 from glm_jax.checkpoints import parameter_files
 from glm_jax.checkpoints.adapter_folder import identity_of, load_adapter

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from convert import sat_layout
 from convert.errors import ConvertError
-from convert.opening import SAFETENSORS_INDEX, open_model
+from convert.model_readers import SAFETENSORS_INDEX, open_model
 from glm_jax import cli
 from glm_jax.checkpoints.checksums import chunk_checksum
 from glm_jax.checkpoints.model_folder import describe_model

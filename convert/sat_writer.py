@@ -12,8 +12,8 @@ from convert import sat_layout
 from convert.errors import ConvertError
 from convert.file_kinds import is_plain_name
 from convert.merging import open_with
+from convert.model_readers import OpenModel
 from convert.numbers import cast
-from convert.opening import OpenModel
 from convert.torch_writer import TorchWriter
 from glm_jax import files
 from glm_jax.config import GLMConfig

@@ -16,8 +16,8 @@ import numpy as np
 from absl import flags
 
 from convert.errors import ConvertError
+from convert.model_readers import OpenModel, open_model, open_plainly
 from convert.numbers import differing
-from convert.opening import OpenModel, open_model, open_plainly
 from glm_jax import cli
 from glm_jax.model.params import LINEAR_NAMES
 from glm_jax.quantization import QuantizedArray, dequantize

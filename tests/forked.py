@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 _HANGS = 120  # seconds
-_LIBRARIES = ("conversion", "merging", "opening", "sat_writer")
+_LIBRARIES = ("conversion", "merging", "model_readers", "sat_writer")
 _CAPABILITIES = 0x20080522  # the version of capset's structures
 _OVERRIDE = (1 << 1) | (1 << 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 

@@ -12,12 +12,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from glm_jax.serving import schemas
-from glm_jax.serving.answering import answer
 from glm_jax.serving.bodies import parse
 from glm_jax.serving.completions import CompletionRun
 from glm_jax.serving.errors import add_handlers, refused
 from glm_jax.serving.filling import FillRun
 from glm_jax.serving.guards import Guard, Hosts
+from glm_jax.serving.responses import answer
 from glm_jax.serving.service import Service
 
 _PAGE = resources.files("glm_jax.serving") / "page"

@@ -1,4 +1,4 @@
-"""A request's JSON, read with bounded work: whatever is wrong with it, one error says so."""
+"""Reads the JSON of a request with bounded work, and one error for whatever is wrong with it."""
 
 import collections
 import json
@@ -9,16 +9,16 @@ from pydantic import BaseModel, ValidationError
 
 from glm_jax.serving.errors import refused
 
-_MOST_MEMBERS = 256  # of an object
-_SHOWN = 80  # characters of a client's own that an error repeats
+_MAX_MEMBERS = 256  # of an object
+_MAX_SHOWN = 80  # characters of a client's own that an error repeats
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
 def parse(kind: type[_Model], content: bytes) -> _Model:
-    """The request that a body is.
+    """Parse a body as a request of some kind.
 
     Raises:
-      HTTPException: it is none; 400 and one reason, of a size that does not grow with the body.
+      HTTPException: 400 with one reason, whose length does not grow with the body.
     """
     text = _checked(content)
     try:
@@ -28,12 +28,12 @@ def parse(kind: type[_Model], content: bytes) -> _Model:
 
 
 def _checked(content: bytes) -> str:
-    """A body's JSON, of what pydantic would let pass or make an error of each."""
+    """Return the text of a body, without what pydantic would accept or report item by item."""
     try:
         text = content.decode("utf-8-sig")
-        found = json.loads(text, object_pairs_hook=_members, parse_constant=_no_number)
-        if "\\u" in text:  # which can write halves of characters
-            json.dumps(found, ensure_ascii=False).encode()
+        content = json.loads(text, object_pairs_hook=_members, parse_constant=_no_number)
+        if "\\u" in text:  # may write half of a surrogate pair
+            json.dumps(content, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise refused(400, f"the body: not UTF-8 at byte {error.start + 1}") from None
     except UnicodeEncodeError as error:
@@ -43,22 +43,22 @@ def _checked(content: bytes) -> str:
         raise refused(400, f"the body: not JSON: {error}") from None
     except RecursionError:
         raise refused(400, "the body: too many brackets in brackets") from None
-    except ValueError:  # Python says how to allow more, which is no client's affair
+    except ValueError:  # of int(), whose own message is about Python's settings
         raise refused(400, "the body: a number of too many digits") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise refused(400, "the body: expected a JSON object")
     return text
 
 
 def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, each name of which is there once: which of two counts, readers disagree on."""
-    if len(pairs) > _MOST_MEMBERS:
-        raise refused(400, f"the body: an object of {len(pairs)} names; at most {_MOST_MEMBERS}")
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    """Build an object of unique names: parsers disagree on which of two values counts."""
+    if len(pairs) > _MAX_MEMBERS:
+        raise refused(400, f"the body: an object of {len(pairs)} names; at most {_MAX_MEMBERS}")
+    members = dict(pairs)
+    if len(members) < len(pairs):
         [(name, _)] = collections.Counter(name for name, _ in pairs).most_common(1)
-        raise refused(400, f"the body: the name {name[:_SHOWN]!a} twice in one object")
-    return found
+        raise refused(400, f"the body: the name {name[:_MAX_SHOWN]!a} twice in one object")
+    return members
 
 
 def _no_number(name: str) -> NoReturn:
@@ -66,11 +66,11 @@ def _no_number(name: str) -> NoReturn:
 
 
 def _invalid(error: ValidationError) -> HTTPException:
-    """What to say of the first field that is wrong."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)
-    param = str(found[0]["loc"][0])[:_SHOWN]
-    # What may have several forms has an error for each; the wrong kind is the least telling.
-    of_param = [item for item in found if item["loc"][0] == found[0]["loc"][0]]
-    telling = [item for item in of_param if not item["type"].endswith("_type")] or of_param
-    reasons = dict.fromkeys(item["msg"] for item in telling)
+    """Return the error to raise for the first field that is wrong."""
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    param = str(errors[0]["loc"][0])[:_MAX_SHOWN]
+    # A field of several forms has an error for each; one about its type says least.
+    of_param = [item for item in errors if item["loc"][0] == errors[0]["loc"][0]]
+    specific = [item for item in of_param if not item["type"].endswith("_type")] or of_param
+    reasons = dict.fromkeys(item["msg"] for item in specific)
     return refused(400, f"{param}: " + "; or: ".join(reasons), param)

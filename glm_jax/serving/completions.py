@@ -1,4 +1,4 @@
-"""OpenAI's completions: prompts and how to go on from them in, answers out."""
+"""OpenAI's completion requests: from checked JSON to the choices of an answer."""
 
 import dataclasses
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -16,7 +16,7 @@ from glm_jax.serving.schemas import CompletionRequest
 from glm_jax.serving.service import Service, seed_of
 from glm_jax.serving.worker import ServedModel
 
-_BLANK = "[MASK]"  # what stands for the middle of a prompt and a suffix
+_BLANK = "[MASK]"  # between a prompt and its suffix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,9 @@ class _Prompt:
     """A prompt with its one blank, and the text on both sides of it.
 
     Attributes:
-      before: ends where the answer's text begins, which has the space between words.
-      text: the prompt as it was given, without its mask.
+      before: text before the blank, without the space that the answer begins with.
+      after: text behind the blank.
+      text: the prompt without its mask.
     """
 
     partly: PartlyFilled
@@ -35,7 +36,7 @@ class _Prompt:
 
 
 class _Choice:
-    """An answer on its way."""
+    """One choice of an answer while its tokens arrive."""
 
     def __init__(
         self,
@@ -50,19 +51,19 @@ class _Choice:
         self._special, self._has_ended = prompt.partly.special, False
         self._request, self._times = request, times
         self._stops = Stops([request.stop] if isinstance(request.stop, str) else request.stop or [])
-        self._told: list[tuple[str, float, dict[str, float] | None]] = []
+        self._unsent: list[tuple[str, float, dict[str, float] | None]] = []
         self._length = len(prompt.before) if request.echo else 0
         before = prompt.partly.tokens[: prompt.partly.position]
         self._stream = TextStream(decode, before)
 
     def opening(self) -> dict[str, Any] | None:
-        """The prompt, where it is to be repeated."""
+        """Return the prompt as a piece if the request has `echo`."""
         if not self._request.echo:
             return None
         return self.piece(self.prompt.before, None)
 
     def receive(self, token: Token) -> dict[str, Any] | None:
-        """A part of the answer, if there is anything to tell."""
+        """Return the piece that a token adds, or None if it adds no text yet."""
         self._times.token()
         self.tokens += 1
         self._has_ended |= not self._special.without_end([token.token])
@@ -73,7 +74,7 @@ class _Choice:
             raw += self._stream.finish()
         text = self._stops.add(raw)
         if self._request.logprobs is not None and not self._has_ended:
-            self._told.append((raw, token.log_probability, self._top(token, raw, names)))
+            self._unsent.append((raw, token.log_probability, self._top(token, raw, names)))
         if self._stops.has_stopped:
             reason = "stop"
         elif reason is not None:
@@ -81,37 +82,37 @@ class _Choice:
         if reason is not None:
             self._times.end()
             text += self.prompt.after if self._request.echo else ""
-        return self.piece(text, reason) if text or reason or self._told else None
+        return self.piece(text, reason) if text or reason or self._unsent else None
 
     def _names(self, token: Token) -> list[str]:
-        """The text that each of the most likely tokens would add here; its number where that is
-        no whole character."""
-        numbers = [number for number, _ in token.top_logprobs[: self._request.logprobs or 0]]
-        texts = [self._stream.peek(number) for number in numbers]
+        """Return the text that each top token would add here, or its id where that is not a whole
+        character."""
+        ids = [token_id for token_id, _ in token.top_logprobs[: self._request.logprobs or 0]]
+        texts = [self._stream.peek(token_id) for token_id in ids]
         return [
-            text if text and "\ufffd" not in text else _by_number(number)
-            for text, number in zip(texts, numbers, strict=True)
+            text if text and "\ufffd" not in text else _id_name(token_id)
+            for text, token_id in zip(texts, ids, strict=True)
         ]
 
     def _top(self, token: Token, chosen: str, names: Sequence[str]) -> dict[str, float] | None:
-        """Log-probabilities of the most likely tokens by name.
+        """Return the log-probabilities of the top tokens by name.
 
-        As in OpenAI's interface the token that was chosen is always there: last, where it is
-        none of the most likely.
+        As in OpenAI's interface the chosen token is always among them: last, where it is none of
+        the top tokens.
         """
         if not self._request.logprobs:
             return None
         top: dict[str, float] = {}
-        for (number, value), text in zip(token.top_logprobs, names, strict=False):
-            is_chosen = number == token.token
+        for (token_id, value), text in zip(token.top_logprobs, names, strict=False):
+            is_chosen = token_id == token.token
             name = chosen if is_chosen else text
             if not is_chosen and (name == chosen or name in top):
-                name = _by_number(number)
+                name = _id_name(token_id)
             top[name] = round(value, 6)
         return top | {chosen: round(token.log_probability, 6)}
 
     def piece(self, text: str, reason: str | None) -> dict[str, Any]:
-        """A part of the choice, as JSON."""
+        """Return a part of the choice as JSON."""
         probabilities = None
         if self._request.logprobs is not None:
             probabilities = self._probabilities()
@@ -124,23 +125,23 @@ class _Choice:
 
     def _probabilities(self) -> dict[str, Any]:
         offsets = []
-        for text, _, _ in self._told:
+        for text, _, _ in self._unsent:
             offsets.append(self._length)
             self._length += len(text)
-        told, self._told = self._told, []
+        unsent, self._unsent = self._unsent, []
         return {
-            "tokens": [text for text, _, _ in told],
-            "token_logprobs": [round(value, 6) for _, value, _ in told],
-            "top_logprobs": [top for _, _, top in told] if self._request.logprobs else None,
+            "tokens": [text for text, _, _ in unsent],
+            "token_logprobs": [round(value, 6) for _, value, _ in unsent],
+            "top_logprobs": [top for _, _, top in unsent] if self._request.logprobs else None,
             "text_offset": offsets,
         }
 
 
 class CompletionRun(Run):
-    """A completion request on its way."""
+    """A completion request while it is answered."""
 
     def __init__(self, service: Service, request: CompletionRequest):
-        """Checks a request and makes tokens of it.
+        """Check and tokenise a request.
 
         Raises:
           HTTPException, UserError: it cannot be answered.
@@ -152,10 +153,10 @@ class CompletionRun(Run):
         self._check_beams()
         prompts = _prompts(request)
         self._answers = len(prompts) * (1 if self._is_search else self._count)
-        most = service.worker.most_answers
-        if self._answers > most:
-            raise refused(400, f"{self._answers} answers: at most {most} in one request", "n")
-        # A suffix counts for each.
+        limit = service.worker.max_answers
+        if self._answers > limit:
+            raise refused(400, f"{self._answers} answers: at most {limit} in one request", "n")
+        # Each prompt is joined with a copy of the suffix.
         size = len(prompts) * len(request.suffix or "")
         if size > service.limits.body_bytes:
             raise refused(400, f"suffix: {size} characters for {len(prompts)} prompts", "suffix")
@@ -197,35 +198,37 @@ class CompletionRun(Run):
 
     def _submit(self) -> None:
         request, model, choice = self._request, self.model, self._choice
-        most = request.max_tokens
-        if most == 0:
+        max_tokens = request.max_tokens
+        if max_tokens == 0:
             return
         if isinstance(choice, BeamSearch):
             for number, prompt in enumerate(self._prompts):
-                steps = filling_by_beams(model.params, model.config, prompt.partly, choice, most)
-                self.exchange.search(number, steps)
+                steps = filling_by_beams(
+                    model.params, model.config, prompt.partly, choice, max_tokens
+                )
+                self.session.search(number, steps)
             return
         for answer in self._choices:
             number = answer.index % self._count
             template = Request(
                 prompt=Prompt((), None),
                 sampling=choice,
-                max_tokens=most,
+                max_tokens=max_tokens,
                 seed=seed_of(request.seed, number),
                 log_probabilities=request.logprobs is not None,
                 top_logprobs=bool(request.logprobs),
             )
-            self.exchange.submit(answer.index, next_request(answer.prompt.partly, template))
+            self.session.submit(answer.index, next_request(answer.prompt.partly, template))
 
     async def pieces(self) -> AsyncIterator[dict[str, Any]]:
-        """Parts of choices as they come."""
+        """Yield parts of choices as they arrive."""
         if self._request.max_tokens == 0:
             for choice in self._choices:
                 opening = choice.opening()
                 yield choice.piece(choice.prompt.text if opening else "", "length")
             return
         if self._is_search:
-            async for piece in self._found():
+            async for piece in self._searched():
                 yield piece
             return
         for choice in self._choices:
@@ -233,22 +236,22 @@ class CompletionRun(Run):
                 yield opening
         running = len(self._choices)
         while running:
-            index, token = await self.exchange.next()
-            told = self._choices[index].receive(token)
-            if told is None:
+            index, token = await self.session.next()
+            piece = self._choices[index].receive(token)
+            if piece is None:
                 continue
-            if told["finish_reason"] is not None:
+            if piece["finish_reason"] is not None:
                 running -= 1
-                self.exchange.cancel(index)  # of a stop the engine does not know
-            yield told
+                self.session.cancel(index)  # the engine does not know of stop texts
+            yield piece
 
-    async def _found(self) -> AsyncIterator[dict[str, Any]]:
-        """The answers of searches."""
+    async def _searched(self) -> AsyncIterator[dict[str, Any]]:
+        """Yield the choices of beam searches."""
         for _ in self._prompts:
-            number, found = await self.exchange.next()
+            number, hypotheses = await self.session.next()
             first = number * self._count
             for choice, (partly, hypothesis) in zip(
-                self._choices[first : first + self._count], found, strict=False
+                self._choices[first : first + self._count], hypotheses, strict=False
             ):
                 choice.tokens = len(hypothesis.tokens)
                 has_ended = hypothesis.tokens[-1:] and hypothesis.tokens[-1] in (
@@ -265,7 +268,7 @@ class CompletionRun(Run):
         return sum(choice.tokens for choice in self._choices)
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        """What a stream gives."""
+        """Yield the events of a stream."""
         options = self._request.stream_options
         with_usage = options is not None and options.include_usage
         async for piece in self.pieces():
@@ -275,41 +278,41 @@ class CompletionRun(Run):
             yield self.head() | {"choices": [], "usage": self.usage(self._generated)}
 
     async def whole(self) -> dict[str, Any]:
-        """All of the answer."""
-        texts: dict[int, dict[str, Any]] = {}
+        """Return the whole answer."""
+        choices_by_index: dict[int, dict[str, Any]] = {}
         async for piece in self.pieces():
-            found = texts.setdefault(piece["index"], piece)
-            if found is piece:
+            whole = choices_by_index.setdefault(piece["index"], piece)
+            if whole is piece:
                 continue
-            found["text"] += piece["text"]
-            found["finish_reason"] = piece["finish_reason"]
+            whole["text"] += piece["text"]
+            whole["finish_reason"] = piece["finish_reason"]
             for name, values in (piece["logprobs"] or {}).items():
                 if values is not None:
-                    found["logprobs"][name] += values
-        choices = [texts[index] for index in sorted(texts)]
+                    whole["logprobs"][name] += values
+        choices = [choices_by_index[index] for index in sorted(choices_by_index)]
         return self.head() | {"choices": choices, "usage": self.usage(self._generated)}
 
 
-def _by_number(token: int) -> str:
+def _id_name(token: int) -> str:
     return f"token_id:{token}"
 
 
 def _prompts(request: CompletionRequest) -> list[str | Sequence[int]]:
-    """The prompts of a request, one by one."""
-    given: Any = request.prompt
-    prompts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+    """Return the prompts of a request as a list."""
+    prompt: Any = request.prompt
+    prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     if request.suffix is None:
         return prompts
-    if any(not isinstance(prompt, str) or "MASK]" in prompt for prompt in prompts):
+    if any(not isinstance(text, str) or "MASK]" in text for text in prompts):
         raise refused(400, "suffix: its prompts are texts without blanks", "suffix")
-    return [f"{prompt}{_BLANK}{request.suffix}" for prompt in prompts]
+    return [f"{text}{_BLANK}{request.suffix}" for text in prompts]
 
 
 def _sides(
     model: ServedModel, partly: PartlyFilled, prompt: str | Sequence[int]
 ) -> tuple[str, str, str]:
-    """The text before and behind a blank, and both together; as it was given, where it was given
-    as text."""
+    """Return the text before and behind a blank, and both joined; unchanged where the prompt is
+    text, decoded where it is tokens."""
     decode = model.tokenizer.decode
     if isinstance(prompt, str):
         before, _, after = prompt.partition(decode([partly.mask]))

@@ -1,4 +1,4 @@
-"""Errors in the form in which OpenAI's interface gives them, whatever went wrong."""
+"""Errors as responses in the form of OpenAI's interface."""
 
 import logging
 from typing import Any
@@ -13,32 +13,32 @@ from glm_jax.engine.sampling import LogitsError
 from glm_jax.errors import UserError
 
 _RETRY_SECONDS = 1
-_SHOWN = 200  # characters of what a client sent that an error repeats
+_MAX_SHOWN = 200  # characters of what a client sent that an error repeats
 
 
 class BusyError(UserError):
-    """More is asked for than there is room for in the queue."""
+    """The queue has no room for a request."""
 
 
 class UnavailableError(UserError):
-    """No model yet, or no more."""
+    """The model is not ready, or the server is going down."""
 
 
 class TooSlowError(UserError):
-    """A request whose time is over."""
+    """A request took longer than the server allows."""
 
 
 class BrokenError(Exception):
-    """The engine, or a search, ended by an error that no request is to blame for."""
+    """The engine or a search failed by an error that no request caused."""
 
 
 def body(message: str, kind: str, param: str | None = None, code: str | None = None) -> Any:
-    """An error's JSON."""
+    """Return the JSON of an error."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def described(error: Exception) -> tuple[int, Any, dict[str, str]]:
-    """HTTP status, JSON and headers of an error."""
+    """Return the HTTP status, JSON and headers of an error."""
     message = " ".join(str(error).split())
     match error:
         case BusyError():
@@ -69,18 +69,18 @@ def refused(
     code: str | None = None,
     headers: dict[str, str] | None = None,
 ) -> HTTPException:
-    """What to raise for a request that is refused."""
+    """Return the exception to raise for a request that is refused."""
     return HTTPException(status, {"message": message, "param": param, "code": code}, headers)
 
 
 def error_response(error: Exception) -> JSONResponse:
-    """The answer to a request that an error ended."""
+    """Return the response to a request that an error ended."""
     status, content, headers = described(error)
     return JSONResponse(content, status, headers)
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Has all errors of an app answered in this form."""
+    """Have an app answer all errors in this form."""
     for kind in (UserError, BrokenError, StarletteHTTPException):
         app.add_exception_handler(kind, _answer)
     app.add_exception_handler(ClientDisconnect, _answer_no_one)
@@ -101,5 +101,5 @@ async def _answer_no_one(request: Request, error: Exception) -> Response:
 
 
 def _shown(path: str) -> str:
-    """A path that a client made, as one short line."""
-    return path[:_SHOWN] if path.isprintable() else ascii(path[:_SHOWN])
+    """Return a client's path as one short line."""
+    return path[:_MAX_SHOWN] if path.isprintable() else ascii(path[:_MAX_SHOWN])

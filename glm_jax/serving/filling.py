@@ -1,4 +1,4 @@
-"""Blanks of a text, filled from left to right."""
+"""Requests to fill the blanks of a text, from left to right."""
 
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -15,10 +15,10 @@ from glm_jax.serving.service import Service, seed_of
 
 
 class FillRun(Run):
-    """A text on its way to be filled."""
+    """A fill request while it is answered."""
 
     def __init__(self, service: Service, request: FillRequest):
-        """Checks a request and makes tokens of it.
+        """Check and tokenise a request.
 
         Raises:
           HTTPException, UserError: it cannot be answered.
@@ -43,8 +43,11 @@ class FillRun(Run):
     def _submit(self) -> None:
         choice = self._choice
         if isinstance(choice, BeamSearch):
-            params, config, most = self.model.params, self.model.config, self._request.max_tokens
-            self.exchange.search(0, filling_by_beams(params, config, self._partly, choice, most))
+            params, config = self.model.params, self.model.config
+            max_tokens = self._request.max_tokens
+            self.session.search(
+                0, filling_by_beams(params, config, self._partly, choice, max_tokens)
+            )
             return
         seed = seed_of(self._request.seed)
         template = Request(Prompt((), None), choice, self._request.max_tokens, seed)
@@ -52,22 +55,22 @@ class FillRun(Run):
         self._submit_blank(is_urgent=False)
 
     def _submit_blank(self, is_urgent: bool) -> None:
-        # A text that was begun goes before those that wait.
+        # The next blank of a text that has begun goes before requests that wait.
         request = self._filling.next_request()
         if request is not None:
-            self.exchange.submit(len(self._filling.completions), request, is_urgent)
+            self.session.submit(len(self._filling.completions), request, is_urgent)
 
     def _show(self, tokens: Sequence[int], is_blank: bool) -> None:
-        """Takes tokens of the text whose place is certain."""
+        """Add tokens of the text whose position is final."""
         text = "".join(map(self._text.add, tokens))
         if text:
             number = len(self._filling.partly.blanks) if is_blank else None
             self._pieces.append({"text": text, "blank": number})
 
     async def _fill(self) -> AsyncIterator[dict[str, Any]]:
-        """Fills all blanks, and gives pieces of the text as they come."""
+        """Fill all blanks, and yield pieces of the text as they become final."""
         while self._filling.partly.has_blank:
-            _, token = await self.exchange.next()
+            _, token = await self.session.next()
             self._times.token()
             self._completion_tokens += 1
             self._filling.receive(token)
@@ -88,8 +91,8 @@ class FillRun(Run):
         return pieces
 
     async def _search(self) -> AsyncIterator[dict[str, Any]]:
-        _, found = await self.exchange.next()
-        partly, hypothesis = found[0]
+        _, hypotheses = await self.session.next()
+        partly, hypothesis = hypotheses[0]
         self._completion_tokens = sum(len(blank) for blank in partly.blanks)
         has_ended = bool(hypothesis.tokens) and hypothesis.tokens[-1] in self._ends
         self._reasons = ["stop"] * len(partly.blanks)
@@ -118,13 +121,13 @@ class FillRun(Run):
         }
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        """What a stream gives: pieces, then the whole."""
+        """Yield the events of a stream: pieces, then the whole answer."""
         async for piece in self._search() if self._is_search else self._fill():
             yield {"object": "fill.piece", **piece}
         yield self._finished()
 
     async def whole(self) -> dict[str, Any]:
-        """All of the answer."""
+        """Return the whole answer."""
         last: dict[str, Any] = {}
         async for chunk in self.chunks():
             last = chunk

@@ -1,4 +1,4 @@
-"""Keys of those who may ask."""
+"""API keys."""
 
 import hashlib
 import hmac
@@ -13,21 +13,21 @@ class KeysError(UserError):
 
 
 class Keys:
-    """Keys of which a request must bring one."""
+    """API keys, one of which each request must have."""
 
     def __init__(self, keys: list[str]):
-        # Digests are all of one length, so that comparing them tells nothing of a key's. Beyond
-        # ASCII, clients write a header in either encoding.
-        known = {key.encode() for key in keys}
-        known |= {key.encode("latin-1") for key in keys if max(map(ord, key)) < 256}
-        self._digests = [hashlib.sha256(key).digest() for key in known]
+        # Digests have one length, so that comparing them reveals nothing of a key's. Beyond
+        # ASCII, clients encode a header in UTF-8 or in Latin-1.
+        encoded = {key.encode() for key in keys}
+        encoded |= {key.encode("latin-1") for key in keys if max(map(ord, key)) < 256}
+        self._digests = [hashlib.sha256(key).digest() for key in encoded]
 
     @classmethod
     def read(cls, file: str) -> "Keys":
-        """Keys of a file, one a line; empty lines and those that begin with # do not count.
+        """Read a file of one key a line; empty lines and those that begin with # are skipped.
 
         Raises:
-          KeysError: the file has none, or cannot be read.
+          KeysError: the file has no key, or cannot be read.
         """
         try:
             lines = [line.strip() for line in read_lines(Path(file))]
@@ -35,11 +35,10 @@ class Keys:
             raise KeysError(f"--api_keys={error}") from error
         keys = [line for line in lines if line and not line.startswith("#")]
         if not keys:
-            raise KeysError(f"--api_keys={file}: no key in it, so that no one could ask")
+            raise KeysError(f"--api_keys={file}: no key in it: add one, or leave out the flag")
         return cls(keys)
 
     def has(self, key: bytes) -> bool:
-        """Whether a key, as it is sent, is one of them, in a time that does not depend on
-        which."""
+        """Whether a key, as sent, is one of these; the time does not depend on which."""
         digest = hashlib.sha256(key).digest()
         return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0

@@ -1,4 +1,4 @@
-"""What requests of either kind have in common while they are answered."""
+"""The base class of requests while they are answered."""
 
 import time
 from abc import ABC, abstractmethod
@@ -9,25 +9,26 @@ from glm_jax.serving.service import Service, new_id
 
 
 class Run(ABC):
-    """A request on its way; to be started, and to be closed.
+    """A request while it is answered: checked, started, read, closed.
 
     Attributes:
-      service: that answers.
-      exchange: its place with the engine, once it is started.
+      service: the parts of the server.
+      session: with the engine, from `start` on.
     """
 
-    _answers = 1  # that it asks for at once, at most
+    _answers = 1  # maximum number that it asks for at once
     _prompt_tokens = 0
 
     def __init__(self, service: Service, kind: str, model: str | None):
-        """Checks a request; from any thread.
+        """Check a request; may run in any thread.
 
         Args:
-          kind: what an answer's JSON calls itself.
-          model: that is asked for.
+          kind: the answer's `object`, and the prefix of its id.
+          model: the name that the client asks for.
 
         Raises:
-          HTTPException, UnavailableError: it is not here, or not yet.
+          HTTPException: the server has another model.
+          UnavailableError: the model is not ready.
         """
         service.check_model(model)
         self.service, self.model = service, service.worker.ready_model()
@@ -35,16 +36,16 @@ class Run(ABC):
         self._id = new_id(kind)
 
     def start(self, client: Hashable) -> None:
-        """Hands the request to the engine; on the event loop.
+        """Open a session and submit the request; called on the event loop.
 
         Args:
-          client: who asks; clients take turns.
+          client: identifies the client; clients take turns.
 
         Raises:
-          UserError: there is no room, or the engine does not take it.
+          UserError: the queue is full, or the engine refuses the request.
         """
         limits = self.service.limits
-        self.exchange = self.service.worker.open(self._answers, limits.seconds, client)
+        self.session = self.service.worker.open(self._answers, limits.seconds, client)
         try:
             self._submit()
         except BaseException:
@@ -54,14 +55,14 @@ class Run(ABC):
 
     @abstractmethod
     def _submit(self) -> None:
-        """Asks for the answers, or for the first of them."""
+        """Ask the session for all answers, or for the first."""
 
     def close(self) -> None:
-        """Gives up what is not answered yet."""
-        self.exchange.close()
+        """Cancel what is not answered yet."""
+        self.session.close()
 
     def head(self) -> dict[str, Any]:
-        """What every part of the answer begins with."""
+        """Return the fields that every event and every whole answer begins with."""
         return {
             "id": self._id,
             "object": self._kind,
@@ -70,7 +71,7 @@ class Run(ABC):
         }
 
     def usage(self, completion_tokens: int) -> dict[str, int]:
-        """How many tokens the request took."""
+        """Return the token counts of the request."""
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": completion_tokens,
@@ -79,8 +80,8 @@ class Run(ABC):
 
     @abstractmethod
     def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        """What a stream gives."""
+        """Yield the events of a stream."""
 
     @abstractmethod
     async def whole(self) -> dict[str, Any]:
-        """All of the answer."""
+        """Return the whole answer."""

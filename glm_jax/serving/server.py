@@ -139,8 +139,8 @@ class Server:
         """Drains, as Ctrl-C asks for."""
         self.is_interrupted = True
         worker = self.service.worker
-        if worker.open_exchanges and not worker.is_draining:
-            count = worker.open_exchanges
+        if worker.open_sessions and not worker.is_draining:
+            count = worker.open_sessions
             print(f"waiting for {count} requests; Ctrl-C again ends at once", flush=True)
         self.drain()
 

@@ -1,4 +1,4 @@
-"""What the parts of a server share."""
+"""The parts of a server that its requests share."""
 
 import asyncio
 import dataclasses
@@ -22,12 +22,12 @@ _Result = TypeVar("_Result")
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a request may ask for.
+    """Limits of one request.
 
     Attributes:
-      seconds: until its answer is whole.
-      body_bytes: of its JSON.
-      beams: of a search; 1 for no searches.
+      seconds: until its answer is complete.
+      body_bytes: maximum size of its JSON.
+      beams: maximum width of a beam search; 1 for no searches.
     """
 
     seconds: float = 600.0
@@ -40,11 +40,12 @@ DEFAULT_LIMITS = Limits()
 
 @dataclasses.dataclass(frozen=True)
 class Service:
-    """A server's parts.
+    """The parts of a server.
 
     Attributes:
-      name: the model's, as clients ask for it.
-      logs_requests: each request is an event of the log.
+      name: the model's name for clients.
+      logs_requests: whether each request is an event of the log.
+      created: start time, in seconds since the epoch.
     """
 
     worker: Worker
@@ -54,17 +55,17 @@ class Service:
     keys: Keys | None = None
     logs_requests: bool = False
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
-    # Of two threads, so that one long body waits for another but not for ten.
+    # Two threads: a long body does not wait for one other.
     _threads: Executor = dataclasses.field(
         default_factory=lambda: ThreadPoolExecutor(2, "request"), repr=False
     )
 
     async def compute(self, function: Callable[..., _Result], *args: Any) -> _Result:
-        """What a function returns, run beside the event loop."""
+        """Call a function in a thread, and return its result."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
     def check_model(self, name: str | None) -> None:
-        """Refuses a request for another model."""
+        """Raise HTTPException for the name of another model; None is any."""
         if name not in (None, self.name):
             message = f"the model {name!r} is not here: ask for {self.name!r}"
             raise refused(404, message, "model", "model_not_found")
@@ -72,42 +73,46 @@ class Service:
     def choice(
         self, request: CompletionRequest | FillRequest, beams: int | None, beams_name: str
     ) -> Sampling | BeamSearch:
-        """How a request's tokens are chosen.
+        """Return how a request's tokens are chosen.
+
+        Args:
+          beams: width of a beam search; None or 1 for sampling.
+          beams_name: the request's name for it, for messages.
 
         Raises:
-          HTTPException: settings that do not go together.
-          UserError: settings out of range.
+          HTTPException: settings that exclude each other.
+          UserError: a setting out of range.
         """
         beams = beams or 1
         if beams > self.limits.beams:
             message = f"{beams_name}={beams}: this server takes at most {self.limits.beams}"
             raise refused(400, message, beams_name)
-        given = {name: getattr(request, name) for name in OUR_SETTINGS}
-        given = {name: value for name, value in given.items() if value is not None}
+        settings = {name: getattr(request, name) for name in OUR_SETTINGS}
+        settings = {name: value for name, value in settings.items() if value is not None}
         if beams == 1:
-            given |= _sampling(request)
+            settings |= _sampling(request)
         else:
             for name in ("temperature", "top_p", "seed"):
                 if name in request.model_fields_set and getattr(request, name) not in (None, 0, 1):
                     message = f"{name} beside {beams_name}={beams}: a search takes no such setting"
                     raise refused(400, message, name)
-            given["num_beams"] = beams
+            settings["num_beams"] = beams
         encode = self.worker.ready_model().tokenizer.encode
-        return TextRequest().with_fields(given).choice(encode)
+        return TextRequest().with_fields(settings).choice(encode)
 
 
 def _sampling(request: CompletionRequest | FillRequest) -> dict[str, Any]:
-    """Temperature and top_p as the engine has them: it takes 0 to keep all tokens."""
+    """Return temperature and top_p as the engine takes them: its top_p of 0 keeps all tokens."""
     temperature, top_p = request.temperature, request.top_p
     if temperature is None:
         temperature = type(request).model_fields["temperature"].default
-    if top_p == 0:  # only the likeliest token
+    if top_p == 0:  # the argmax
         return {"temperature": 0.0}
     return {"temperature": float(temperature), "top_p": 0.0 if top_p in (None, 1) else top_p}
 
 
 def seed_of(seed: int | None, number: int = 0) -> int:
-    """The engine's seed for an answer of a request."""
+    """Return the engine's seed for the `number`-th answer of a request; random without a seed."""
     return (secrets.randbits(32) if seed is None else seed + number) % 2**32
 
 

@@ -1,4 +1,4 @@
-"""The engine in a thread of its own, and an event loop that asks it for answers."""
+"""The engine in a thread of its own, and the event loop's sessions with it."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ from glm_jax.serving.metrics import Metrics
 
 @dataclasses.dataclass(frozen=True)
 class ServedModel:
-    """What answers: an engine, and its parameters for searches beside it."""
+    """A model that is served: an engine, and its parameters for beam searches beside it."""
 
     engine: Engine
     params: GLMParams
@@ -37,14 +37,15 @@ class ServedModel:
 
 @dataclasses.dataclass
 class _Ask:
-    """One answer that is awaited: where it goes, and by which number.
+    """An answer that a session waits for.
 
     Attributes:
-      request_id: the engine's, of one that it makes.
-      search: the number of the search that it is.
+      key: the session's number for it.
+      request_id: the engine's, where the engine makes the answer.
+      search: the search's number, where a beam search makes it.
     """
 
-    exchange: "Exchange"
+    session: "Session"
     key: int
     request_id: int | None = None
     search: int | None = None
@@ -53,11 +54,11 @@ class _Ask:
 
 @dataclasses.dataclass
 class _Search:
-    """A search: a step of it at a time runs in the engine's thread.
+    """A beam search, whose steps run one at a time in the engine's thread.
 
     Attributes:
-      compiling: its next program, elsewhere, so that others do not wait for that. Where it cannot
-        be compiled, the step that needs it will say so.
+      compiling: its next program, compiled in another thread, so that other requests go on. If
+        compiling fails, the step that needs the program raises the error.
     """
 
     ask: _Ask
@@ -65,17 +66,17 @@ class _Search:
     compiling: Future[object] | None = None
 
 
-class Exchange:
-    """What one client asked for. Of the event loop's thread.
+class Session:
+    """A client's request while it is answered. Used on the event loop's thread only.
 
-    Answers come by the numbers under which they were asked for. Whatever is not finished when
-    the exchange ends leaves the engine before its next step.
+    It asks for answers under keys of its own, and each arriving item names its key. Answers that
+    are not finished when the session is closed leave the engine before its next step.
     """
 
     def __init__(self, worker: "Worker", model: ServedModel, seconds: float, client: Hashable):
         self.model = model
         self.turn: Turn = (client, self)
-        self.running = 0  # answers that are not whole yet
+        self.running = 0  # unfinished answers
         self._worker = worker
         self._deadline = asyncio.get_running_loop().time() + seconds
         self._seconds = seconds
@@ -83,37 +84,44 @@ class Exchange:
         self._arrivals: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
 
     def submit(self, key: int, request: Request, is_urgent: bool = False) -> None:
-        """Has the engine complete a prompt, which gives a `Token` at a time.
+        """Submit a request to the engine; `next` then gives its answer, one `Token` at a time.
+
+        Args:
+          key: number of the answer within this session.
+          is_urgent: goes before requests that wait.
 
         Raises:
-          UserError: as of `Engine.check`.
+          UserError: see `Engine.check`.
         """
         self.model.engine.check(request)
         self._ask(key, lambda ask: self._worker.begin(ask, request, is_urgent))
 
     def search(self, key: int, steps: Steps[Any]) -> None:
-        """Has something done a step at a time, which gives what it returns."""
+        """Run a beam search step by step; `next` then gives its result."""
         self._ask(key, lambda ask: self._worker.begin_search(ask, steps))
 
     def _ask(self, key: int, begin: Callable[[_Ask], None]) -> None:
         ask = self._asks[key] = _Ask(self, key)
         self.running += 1
-        self._worker.tell(lambda: begin(ask))
+        self._worker.run_in_thread(lambda: begin(ask))
 
     def cancel(self, key: int) -> None:
-        """Ends what is asked for under a number."""
+        """Cancel the answer of a key."""
         ask = self._asks.pop(key, None)
         if ask is not None and not ask.is_done:
             self._finish(ask)
-            self._worker.tell(lambda: self._worker.end(ask))
+            self._worker.run_in_thread(lambda: self._worker.end(ask))
 
     async def next(self) -> tuple[int, Any]:
-        """A number, and a token or a result for it.
+        """Wait for the next item.
+
+        Returns:
+          The answer's key, and a `Token` of the engine or the result of a search.
 
         Raises:
           BrokenError: the engine failed.
-          TooSlowError: the client's time is over.
-          UserError: a search says no.
+          TooSlowError: the session's time is over.
+          UserError: a search refused its settings.
         """
         while True:
             try:
@@ -129,7 +137,7 @@ class Exchange:
                 return key, item
 
     def arrive(self, ask: _Ask, item: Any) -> None:
-        """Takes what the engine gave."""
+        """Queue an item that the engine's thread made."""
         if ask.is_done:
             return
         if not isinstance(item, Token) or item.finish_reason is not None:
@@ -144,18 +152,18 @@ class Exchange:
         self._arrivals.put_nowait((-1, error))
 
     def close(self) -> None:
-        """Gives the place back; may be called again."""
+        """Cancel unfinished answers and leave the worker; may be called again."""
         for key in list(self._asks):
             self.cancel(key)
-        self._worker.forget(self)
+        self._worker.discard(self)
 
 
 class Worker:
     """Runs an engine in a thread.
 
     Attributes:
-      model: None before it is there.
-      failure: what ended the thread.
+      model: None until it is loaded.
+      failure: the error that ended the thread.
     """
 
     def __init__(
@@ -167,7 +175,7 @@ class Worker:
     ):
         """
         Args:
-          load: makes the model; in the thread.
+          load: loads the model; called in the thread.
           max_waiting: answers that may wait for a slot.
           on_failure: called on the event loop when the thread has failed.
         """
@@ -177,30 +185,29 @@ class Worker:
         self._load, self._max_waiting, self._metrics = load, max_waiting, metrics
         self._on_failure = on_failure
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._exchanges: set[Exchange] = set()
+        self._sessions: set[Session] = set()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         # Of the thread:
         self._asks: dict[int, _Ask] = {}
         self._searches: Turns[_Search] = Turns()
         self._search_count = 0
-        self._search: _Search | None = None  # that goes on, one for its memory
+        self._search: _Search | None = None  # the running one; two would need twice its memory
         self._compiler = ThreadPoolExecutor(1, "compiler")
 
     def start(self) -> None:
-        """Begins to load the model; on the event loop that will ask."""
+        """Start the thread, which loads the model; called on the event loop of the sessions."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     async def stop(self, is_waiting: bool = True) -> None:
-        """Ends the thread after its present step, and waits for that; one that still loads is
-        not waited for."""
+        """End the thread after its current step, and wait for it unless it is still loading."""
         self._inbox.put(None)
         if is_waiting and self.model is not None:
             await asyncio.to_thread(self._thread.join)
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread still runs."""
+        """Whether the thread is running."""
         return self._thread.is_alive()
 
     @property
@@ -210,24 +217,25 @@ class Worker:
         return False
 
     @property
-    def most_answers(self) -> int:
-        """That may be there at once, in slots and waiting."""
+    def max_answers(self) -> int:
+        """Answers that may exist at once, in slots and waiting."""
         return self.ready_model().engine.slots + self._max_waiting
 
     @property
     def running(self) -> int:
-        """Answers in slots and waiting: what is whole but not yet read is none of them."""
-        return sum(exchange.running for exchange in self._exchanges)
+        """Unfinished answers, in slots and waiting."""
+        return sum(session.running for session in self._sessions)
 
     @property
-    def open_exchanges(self) -> int:
-        """Clients that are there."""
-        return len(self._exchanges)
+    def open_sessions(self) -> int:
+        """Number of open sessions."""
+        return len(self._sessions)
 
     def ready_model(self) -> ServedModel:
-        """
+        """Return the model if it can answer.
+
         Raises:
-          UnavailableError: there is none yet or no more, or the server goes down.
+          UnavailableError: it is not loaded yet, it failed, or the server is draining.
         """
         if self.failure is not None:
             raise UnavailableError("the engine failed: the server's log says how")
@@ -237,50 +245,50 @@ class Worker:
             raise UnavailableError("the model is being loaded: ask again later")
         return self.model
 
-    def open(self, answers: int, seconds: float, client: Hashable = None) -> Exchange:
-        """A client's place, to be closed.
+    def open(self, answers: int, seconds: float, client: Hashable = None) -> Session:
+        """Open a session, which the caller closes.
 
         Args:
-          answers: that it asks for at once, at most.
-          seconds: until they must be there.
-          client: who asks; clients take turns, and so do the exchanges of each.
+          answers: maximum number of answers that it asks for at once.
+          seconds: time until they must be complete.
+          client: identifies the client; clients take turns, and so do the sessions of each.
 
         Raises:
-          BusyError: too many wait already.
-          UnavailableError: there is no model yet, or the server goes down.
+          BusyError: the queue is full.
+          UnavailableError: see `ready_model`.
         """
         model = self.ready_model()
-        # Whoever fills the queue is not to shut the others out.
-        is_new = all(e.turn[0] != client for e in self._exchanges if e.running)
-        room = self.most_answers + (model.engine.slots if is_new else 0)
+        # A client that fills the queue must not shut the others out.
+        is_new = all(e.turn[0] != client for e in self._sessions if e.running)
+        room = self.max_answers + (model.engine.slots if is_new else 0)
         if self.running + answers > room:
             raise BusyError(
                 f"{self._max_waiting} answers wait already, which is all there is room for: "
                 "ask again later"
             )
-        exchange = Exchange(self, model, seconds, client)
-        self._exchanges.add(exchange)
-        return exchange
+        session = Session(self, model, seconds, client)
+        self._sessions.add(session)
+        return session
 
-    def forget(self, exchange: Exchange) -> None:
-        """Frees the place of an exchange that is closed."""
-        self._exchanges.discard(exchange)
+    def discard(self, session: Session) -> None:
+        """Remove a closed session."""
+        self._sessions.discard(session)
 
-    def tell(self, command: Callable[[], None]) -> None:
-        """Has the thread do something before its next step."""
+    def run_in_thread(self, command: Callable[[], None]) -> None:
+        """Have the thread call `command` before its next step."""
         self._inbox.put(command)
 
-    # What follows runs in the thread.
+    # The methods below run in the thread.
 
     def begin(self, ask: _Ask, request: Request, is_urgent: bool) -> None:
         assert self.model is not None
-        ask.request_id = self.model.engine.submit(request, is_urgent, ask.exchange.turn)
+        ask.request_id = self.model.engine.submit(request, is_urgent, ask.session.turn)
         self._asks[ask.request_id] = ask
 
     def begin_search(self, ask: _Ask, steps: Steps[Any]) -> None:
         ask.search = self._search_count
         self._search_count += 1
-        self._searches.add(ask.search, _Search(ask, steps), ask.exchange.turn)
+        self._searches.add(ask.search, _Search(ask, steps), ask.session.turn)
 
     def end(self, ask: _Ask) -> None:
         if ask.request_id in self._asks and ask.request_id is not None:
@@ -305,7 +313,7 @@ class Worker:
             events.log.info("loaded in %.0f s; compiling", loaded - began)
             model.engine.warm_up()
             gc.collect()
-            gc.freeze()  # or what stays for ever is looked through again and again
+            gc.freeze()  # objects that live forever need no further collection passes
             self.model = model
             events.log.info("ready: compiled in %.0f s", time.perf_counter() - loaded)
             while self._take_commands(model.engine):
@@ -317,11 +325,11 @@ class Worker:
             self._call(self._break)
 
     def _call(self, function: Callable[[], None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended: no one listens
+        with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(function)
 
     def _take_commands(self, engine: Engine) -> bool:
-        """Does what was told; waits where there is nothing else to do. False at the end."""
+        """Run the queued commands, and wait for one while idle; False when the thread is to end."""
         while True:
             searches = len(self._searches) + (self._search is not None)
             is_idle = engine.is_idle and (not searches or self._is_compiling)
@@ -347,43 +355,43 @@ class Worker:
 
     @property
     def _is_compiling(self) -> bool:
-        """Whether the search that goes on waits for its next program."""
+        """Whether the running search waits for its next program."""
         compiling = None if self._search is None else self._search.compiling
         return compiling is not None and not compiling.done()
 
     def _step_search(self) -> list[tuple[_Ask, Any]]:
-        """A step of the search that goes on, or of the next one."""
+        """Run a step of the running search, or of the next one in turn."""
         if self._search is None and self._searches:
             number, _ = self._searches.peek()
             self._search = self._searches.take(number)
         if self._search is None or self._is_compiling:
             return []
         ask, steps = self._search.ask, self._search.steps
-        found: Any
+        result: Any
         try:
             compile_next = next(steps)
             if compile_next is not None:
                 self._search.compiling = self._compiler.submit(compile_next)
-                # Even where the thread waits for something to do.
-                self._search.compiling.add_done_callback(lambda _: self.tell(lambda: None))
+                # Wakes the thread where it waits for a command.
+                self._search.compiling.add_done_callback(lambda _: self.run_in_thread(lambda: None))
             return []
         except StopIteration as end:
-            found = end.value
+            result = end.value
         except UserError as error:
-            found = error
-        except Exception as error:  # no memory, say: the engine has its own
-            found = BrokenError(f"a search failed: {error}")
-            found.__cause__ = error
+            result = error
+        except Exception as error:  # out of memory, for example, which the engine is not
+            result = BrokenError(f"a search failed: {error}")
+            result.__cause__ = error
         self._end_search(ask)
-        return [(ask, found)]
+        return [(ask, result)]
 
-    # And this on the event loop again.
+    # The methods below run on the event loop.
 
     def _deliver(self, arrived: list[tuple[_Ask, Any]]) -> None:
         for ask, item in arrived:
-            ask.exchange.arrive(ask, item)
+            ask.session.arrive(ask, item)
 
     def _break(self) -> None:
-        for exchange in self._exchanges:
-            exchange.fail(BrokenError("the engine failed"))
+        for session in self._sessions:
+            session.fail(BrokenError("the engine failed"))
         self._on_failure()

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from convert.opening import SAFETENSORS_INDEX
+from convert.model_readers import SAFETENSORS_INDEX
 from glm_jax.checkpoints import adapter_folder, folder_kinds
 from glm_jax.checkpoints.adapter_folder import load_adapter
 from glm_jax.checkpoints.model_folder import describe_model, load_config

@@ -11,7 +11,7 @@ import glm_jax
 from convert.conversion import Options, convert_shards
 from convert.errors import ConvertError
 from convert.merging import write_merged
-from convert.opening import open_model
+from convert.model_readers import open_model
 from convert.sat_writer import write_shards
 from convert.verify import compare
 from glm_jax.checkpoints.adapter_folder import model_identity, save_adapter

@@ -13,7 +13,7 @@ from torch_files import read_module, save_torch
 from convert import inspect as inspect_tool
 from convert.conversion import Options, convert_shards
 from convert.errors import ConvertError
-from convert.opening import open_model, open_plainly
+from convert.model_readers import open_model, open_plainly
 from convert.sat_reader import SatCheckpoint
 from convert.sat_source import find_shards
 from convert.verify import compare

@@ -17,7 +17,7 @@ from convert.conversion import Options, convert_shards
 from convert.errors import ConvertError, SourceError
 from convert.inspect import describe
 from convert.merging import write_merged
-from convert.opening import open_model, open_plainly
+from convert.model_readers import open_model, open_plainly
 from convert.sat_writer import write_shards
 from convert.verify import check
 from glm_jax import restore

@@ -16,7 +16,7 @@ from convert import inspect as inspect_tool
 from convert import sat_layout, transpose
 from convert.conversion import Options, convert_shards
 from convert.errors import ConvertError
-from convert.opening import open_model, open_plainly
+from convert.model_readers import open_model, open_plainly
 from convert.orbax_to_safetensors import export
 from convert.sat_reader import SatCheckpoint
 from convert.verify import compare

@@ -11,7 +11,7 @@ from torch_files import View, read_module, save_torch
 from convert import sat_reader, torch_file
 from convert.conversion import Options, convert_shards
 from convert.errors import ConvertError
-from convert.opening import open_model, open_plainly
+from convert.model_readers import open_model, open_plainly
 from convert.torch_file import LazyTensor, TorchFile
 from convert.verify import compare
 from glm_jax import restore

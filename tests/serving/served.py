@@ -114,7 +114,7 @@ def wait_idle(served):
     """Until no answer is being made."""
     engine = served.service.worker.model.engine
     deadline = time.monotonic() + 60
-    while not engine.is_idle or served.service.worker.open_exchanges:
+    while not engine.is_idle or served.service.worker.open_sessions:
         assert time.monotonic() < deadline, "slots are still taken"
         time.sleep(0.01)
 
@@ -124,7 +124,7 @@ def list_of(item, size):
     return "[" + ",".join([item] * (size // (len(item) + 1))) + "]"
 
 
-async def most_lag(until):
+async def max_lag(until):
     """The longest time for which the event loop did nothing else."""
     most = 0.0
     while not until.is_set():

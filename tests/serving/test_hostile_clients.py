@@ -53,7 +53,7 @@ def _rest(connection):
     return b"".join(pieces)
 
 
-def _exchange(served, sent):
+def _answers_to(served, sent):
     with _connect(served) as connection:
         connection.sendall(sent)
         return _rest(connection)
@@ -110,7 +110,7 @@ def test_what_a_client_does_not_finish_is_given_up():
 
 def test_headers_are_limited(served):
     many = b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"a: %s\r\n" % (b"x" * 1000) * 20
-    assert _status(_exchange(served, many + b"\r\n")) == 431
+    assert _status(_answers_to(served, many + b"\r\n")) == 431
     with _connect(served) as connection, contextlib.suppress(OSError):
         for _ in range(300):
             connection.sendall(b"a: %s\r\n" % (b"x" * 1000_000))
@@ -166,7 +166,7 @@ UPGRADE = b"Connection: Upgrade\r\nUpgrade: "
     ],
 )
 def test_no_request_hides_in_another(served, sent, statuses):
-    answer = _exchange(served, sent)
+    answer = _answers_to(served, sent)
     assert [int(part[:3]) for part in answer.split(b"HTTP/1.1 ")[1:]] == statuses
     assert b"glm_requests" not in answer
 
@@ -204,7 +204,7 @@ def test_requests_name_this_server_and_come_from_no_other_page(served):
         ("Origin", "http://localhost"),
     ]
     assert httpx2.get(served.url + "/v1/models", headers=two).status_code == 403
-    assert _exchange(served, b"GET /health HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200")
+    assert _answers_to(served, b"GET /health HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_keys_in_any_case_and_script():
             (b"Bearerplain", 401),
         ):
             head = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: "
-            assert _status(_exchange(served, head + sent + b"\r\n\r\n")) == status, sent
+            assert _status(_answers_to(served, head + sent + b"\r\n\r\n")) == status, sent
 
 
 def test_who_breaks_off_leaves_no_traceback(served, caplog):

@@ -15,7 +15,7 @@ from served import (
     Served,
     error_of,
     list_of,
-    most_lag,
+    max_lag,
     post,
     running,
     wait_idle,
@@ -306,7 +306,7 @@ def test_who_reads_nothing_takes_no_room(model, stall_seconds):
             if stall_seconds < 1:
                 wait_idle(served)
             else:
-                assert worker.open_exchanges == 1
+                assert worker.open_sessions == 1
     finally:
         served.drain()
         served.join()
@@ -323,7 +323,7 @@ def test_large_bodies_stop_no_one(model):
     over = asyncio.Event()
     headers = {"Content-Type": "application/json"}
     with running(lambda: model) as served:
-        lag = asyncio.run_coroutine_threadsafe(most_lag(over), served.loop)
+        lag = asyncio.run_coroutine_threadsafe(max_lag(over), served.loop)
         for name, prompt in bodies.items():
             content = f'{{"model": "{NAME}", "prompt": {prompt}}}'.encode()
             refused = post(served, json=None, content=content, headers=headers)
@@ -338,7 +338,7 @@ def test_prompts_are_counted_before_they_are_read(model, monkeypatch):
 
     with running(lambda: model) as served:
         monkeypatch.setattr(type(model.tokenizer), "encode", encode)
-        most = served.service.worker.most_answers
+        most = served.service.worker.max_answers
         too_many = post(served, json=ASKED | {"prompt": ["a"] * (most + 1)})
         assert f"{most + 1} answers: at most {most}" in error_of(too_many, 400)["message"]
         long = {"prompt": ["a"] * 200, "suffix": "b" * 9000}

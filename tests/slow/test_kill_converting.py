@@ -8,7 +8,7 @@ import time
 
 from running import Started, environment
 
-from convert.opening import open_model
+from convert.model_readers import open_model
 from convert.verify import compare
 from glm_jax.checkpoints.model_folder import CheckpointError, load_config
 from glm_jax.config import GLMConfig

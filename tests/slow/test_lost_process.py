@@ -14,7 +14,7 @@ import pytest
 from evaluation_folder import write_evaluation
 from running import Started, arguments, environment, losses, start_joined
 
-from convert.opening import open_model
+from convert.model_readers import open_model
 from convert.verify import compare
 from glm_jax.config import GLMConfig
 from launch.suites.convert import make_parts

@@ -7,7 +7,7 @@ import pytest
 from evaluation_folder import write_evaluation
 from running import Started, assert_trains_as_one_process, environment, in_kubernetes, in_slurm
 
-from convert.opening import open_model
+from convert.model_readers import open_model
 from convert.verify import compare
 from glm_jax.config import GLMConfig
 from launch.suites.convert import make_parts

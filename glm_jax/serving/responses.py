@@ -1,4 +1,4 @@
-"""Answers over HTTP, whole or as events, given up when no one waits for them any more."""
+"""HTTP responses of runs, whole or as events, cancelled when their client goes away."""
 
 import asyncio
 import contextlib
@@ -17,14 +17,14 @@ from glm_jax.serving.errors import BrokenError, described
 from glm_jax.serving.run import Run
 from glm_jax.serving.service import Service
 
-_GRACE = 30.0  # seconds more that a client has to read what it asked for
+_GRACE = 30.0  # seconds a client has for reading, beyond those for its answer
 
 
 async def answer(request: Request, run: Run, is_stream: bool) -> Response:
-    """A run's answer, in the form that was asked for. The run is closed in any case.
+    """Start a run and return its response, as events or whole. The run is closed in any case.
 
     Raises:
-      UserError: there is no room for it, or the engine does not take it.
+      UserError: the queue is full, or the engine refuses the request.
     """
     run.start(_client(request, run.service))
     if is_stream:
@@ -33,19 +33,19 @@ async def answer(request: Request, run: Run, is_stream: bool) -> Response:
         whole = await _while_waited_for(request, run.whole())
     finally:
         run.close()
-    # To one who has gone it makes no difference.
+    # 499: the client has gone, and only the metrics see the status.
     return Response(status_code=499) if whole is None else JSONResponse(whole)
 
 
 def _client(request: Request, service: Service) -> Hashable:
-    """Who asks: a key, or where none are asked for, an address."""
+    """Return what identifies the client: its key, or its address where no keys are required."""
     if service.keys is not None:
         return request.headers.get("authorization", "").partition(" ")[2].strip()
     return None if request.client is None else request.client.host
 
 
 async def _while_waited_for(request: Request, work: Any) -> dict[str, Any] | None:
-    """What work comes to, or None where the client goes away before."""
+    """Return the result of `work`, or None if the client goes away first."""
     working, going = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait({working, going}, return_when=asyncio.FIRST_COMPLETED)
@@ -63,7 +63,7 @@ async def _gone(request: Request) -> None:
 
 
 async def _events(run: Run) -> AsyncIterator[str]:
-    """Server-sent events; what goes wrong on the way is one, too."""
+    """Yield server-sent events; an error becomes the last event."""
     try:
         async for chunk in run.chunks():
             yield _event(chunk)
@@ -81,17 +81,17 @@ def _event(content: Any) -> str:
 
 
 class EventStream(StreamingResponse):
-    """Events that end, and free what they stand for, when the client goes away."""
+    """A stream of events that ends, and closes its run, when the client goes away."""
 
     def __init__(self, events: AsyncIterator[str], close: Callable[[], None], seconds: float):
-        # Proxies are not to hold events back.
+        # Proxies must not buffer events.
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._close, self._seconds = close, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with anyio.move_on_after(self._seconds):  # one who reads nothing holds no slot
+            with anyio.move_on_after(self._seconds):  # for a client that reads nothing
                 async with anyio.create_task_group() as group:
 
                     async def send_all() -> None:
