@@ -4,7 +4,6 @@ was broken off goes on with the layers that are not there yet."""
 import contextlib
 import ctypes
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from glm_jax.checkpoints import parameter_files
 from glm_jax.checkpoints.array_reader import aligned_empty
 from glm_jax.checkpoints.folder_kinds import CONFIG_FILE
 from glm_jax.checkpoints.model_folder import describe_model
+from glm_jax.cli.environment import version
 from glm_jax.config import GLMConfig
 from glm_jax.errors import UserError, is_no_room
 from glm_jax.model import params as glm_params
@@ -137,17 +137,10 @@ def _no_room(partial: Path, why: str) -> ConvertError:
     )
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("glm_jax")
-    except importlib.metadata.PackageNotFoundError:  # run from its folder, not installed
-        return "not installed"
-
-
 def _plan(checkpoint: SatCheckpoint, config: GLMConfig, options: Options) -> dict[str, Any]:
     """Where a model comes from; what is converted by another plan is another model."""
     return {
-        "tool": f"glm_jax {_version()}",
+        "tool": f"glm_jax {version()}",
         "sources": [
             {"name": shard.name, "bytes": shard.size, "entries_crc32": shard.checksum}
             for shard in checkpoint.shards
