@@ -27,8 +27,8 @@ _EVERY_GPU = {
     "registers_per_core_limit": 2**16,
     "registers_per_block_limit": 2**16,
 }
-# Where libraries ask for the default device. JAX's Triton backend, from 0.11 on, asks the second: it
-# has a table of GPUs by name, and asks the device itself for one that is not in it.
+# Where libraries ask for the default device. JAX's Triton backend, from 0.11 on, asks the second:
+# it has a table of GPUs by name, and asks the device itself for one that is not in it.
 _DEFAULT_DEVICE = (
     "jax.extend.backend.get_default_device",
     "jax._src.interpreters.pxla.get_default_device",
