@@ -237,13 +237,13 @@ class CompletionRun(Run):
         running = len(self._choices)
         while running:
             index, token = await self.session.next()
-            piece = self._choices[index].receive(token)
-            if piece is None:
+            received = self._choices[index].receive(token)
+            if received is None:
                 continue
-            if piece["finish_reason"] is not None:
+            if received["finish_reason"] is not None:
                 running -= 1
                 self.session.cancel(index)  # the engine does not know of stop texts
-            yield piece
+            yield received
 
     async def _searched(self) -> AsyncIterator[dict[str, Any]]:
         """Yield the choices of beam searches."""

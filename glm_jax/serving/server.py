@@ -131,7 +131,7 @@ class Server:
             for connection in list(self.connections):
                 connection.end()
         else:
-            events.log.info("draining: %d requests are to be answered", worker.open_exchanges)
+            events.log.info("draining: %d requests are to be answered", worker.open_sessions)
         self._uvicorn.should_exit = True
         worker.is_draining = True
 

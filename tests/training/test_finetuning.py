@@ -146,7 +146,9 @@ def test_what_cannot_be_is_refused(experiment, base, tmp_path, tokenizer):
     refused(CheckpointError, "holds no model", tmp_path / "nowhere")
     whole = {"adapter.rank": 0, "quantization": "int4"}
     refused(ConfigError, "adapter.rank=0 trains all parameters", **whole)
-    refused(ConfigError, "adapter.targets=mlp: expected one or more of", **{"adapter.targets": "mlp"})
+    refused(
+        ConfigError, "adapter.targets=mlp: expected one or more of", **{"adapter.targets": "mlp"}
+    )
     refused(ConfigError, "from 8 to the model's 128", **{"data.sequence_length": 1024})
     refused(ConfigError, "kind='pairs'", **{"data.kind": "pairs"})
     refused(ConfigError, "optimizer.moments='fp8'", **{"optimizer.moments": "fp8"})
