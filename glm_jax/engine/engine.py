@@ -56,6 +56,7 @@ from glm_jax.engine.slots import (
     request_row,
 )
 from glm_jax.model.device_layout import prepare
+from glm_jax.model.layer_stacks import as_layers
 from glm_jax.model.params import GLMParams
 from glm_jax.sharding import mesh_of, on_mesh, row_shards
 
@@ -129,7 +130,7 @@ class Engine:
         self._config, self._settings, self._mesh = config, settings, mesh_of(params)
         self._params = prepare(params)
         self._shards = row_shards(self._mesh)
-        self._is_unrolled = isinstance(self._params.layers, tuple)
+        self._is_unrolled = as_layers(self._params.layers).is_apart
         self._slot_count = -(-settings.slots // self._shards) * self._shards
         self._step_widths = self._widths_of_steps()
         self._make_state()

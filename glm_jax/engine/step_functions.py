@@ -127,7 +127,7 @@ def prefill_arguments(
     end: int,
 ) -> tuple[Any, ...]:
     """What the first run of `prefill_layers` by `prefill` takes."""
-    if isinstance(params.layers, tuple):
+    if as_layers(params.layers).is_apart:
         return (params.layers[first],), config, x, batch, (cache[first],), 0, 1
     return params.layers, config, x, batch, cache, np.int32(first), np.int32(end)
 

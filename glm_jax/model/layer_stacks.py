@@ -18,7 +18,8 @@ from jaxtyping import Array
 from glm_jax.model.params import GLMParams, LayerParams, LinearParams, map_layer_linears
 
 Index = int | Array
-# step(layer, index, x, cache) -> x, cache: a layer and the cache that it writes to.
+# step(layer, index, x, cache) -> x, cache: the layer's own cache where layers are apart, else that
+# of all layers.
 Step = Callable[[LayerParams, Index, Array, Any], tuple[Array, Any]]
 
 
@@ -94,7 +95,7 @@ class StackedLayers:
         self, step: Step, x: Array, cache: Any, bounds: tuple[Index, Index] | None = None
     ) -> tuple[Array, Any]:
         first, end = bounds or (0, len(self))
-        one = lambda index, carry: run_one(step, take(self.layers, index), index, carry)
+        one = lambda index, carry: step(take(self.layers, index), index, *carry)
         return jax.lax.fori_loop(first, end, one, (x, cache))
 
     def scan(
@@ -167,13 +168,6 @@ as_layers.register(tuple, LayersApart)
 def take(stack: Any, index: Index) -> Any:
     """One entry of a tree of stacks."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack)
-
-
-def run_one(
-    step: Step, layer: LayerParams, index: Index, carry: tuple[Array, Any]
-) -> tuple[Array, Any]:
-    """Run a layer with the cache of all layers, which is updated in place."""
-    return step(layer, index, *carry)
 
 
 def map_linears(

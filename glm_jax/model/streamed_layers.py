@@ -15,7 +15,7 @@ from flax import struct
 from jaxtyping import Array, Int
 
 from glm_jax.errors import UserError
-from glm_jax.model.layer_stacks import Index, Step, as_layers, run_one
+from glm_jax.model.layer_stacks import Index, Step, as_layers
 from glm_jax.model.params import LayerParams
 
 DEVICE_MEMORY, HOST_MEMORY = "device", "pinned_host"
@@ -63,7 +63,7 @@ class OffloadedLayers:
         carry = (x, cache)
         for index, layer in enumerate(self.resident):
             is_within = (first <= index) & (index < end)
-            carry = _run_if(is_within, functools.partial(run_one, step, layer, index), carry)
+            carry = _run_if(is_within, functools.partial(step, layer, index), carry)
         begin, stop = (_within(bound - count, last + 1) for bound in (first, end))
 
         def two(number: Array, carried: Any) -> Any:
@@ -71,17 +71,17 @@ class OffloadedLayers:
             layer, carry = carried
             index = begin + 2 * number
             second = fetch(self.streamed, jnp.minimum(index + 1, last))
-            carry = run_one(step, layer, index + count, carry)
+            carry = step(layer, index + count, *carry)
             # The third goes to the memory of the first, which has run, while the second runs.
             third = jnp.minimum(index + 2, last)
             second, third, carry = jax.lax.optimization_barrier((second, third, carry))
             following = fetch(self.streamed, third)
-            return following, run_one(step, second, index + 1 + count, carry)
+            return following, step(second, index + 1 + count, *carry)
 
         fetched = fetch(self.streamed, _within(begin, last))
         turns = _within(stop - begin, last + 1)
         fetched, carry = jax.lax.fori_loop(0, turns // 2, two, (fetched, carry))
-        one = functools.partial(run_one, step, fetched, stop - 1 + count)
+        one = functools.partial(step, fetched, stop - 1 + count)
         return _run_if(turns % 2 == 1, one, carry)
 
     def scan(self, step: Any, x: Array, own: Any) -> tuple[Array, Array]:
@@ -106,10 +106,10 @@ def _within(bound: Index, high: int) -> Any:
     return min(max(bound, 0), high) if isinstance(bound, int) else jnp.clip(bound, 0, high)
 
 
-def _run_if(is_run: bool | Array, run: Callable[[Any], Any], carry: Any) -> Any:
+def _run_if(is_run: bool | Array, run: Callable[..., Any], carry: tuple[Any, ...]) -> Any:
     if isinstance(is_run, bool):
-        return run(carry) if is_run else carry
-    return jax.lax.cond(is_run, run, lambda carry: carry, carry)
+        return run(*carry) if is_run else carry
+    return jax.lax.cond(is_run, run, lambda *carry: carry, *carry)
 
 
 def fetch(streamed: Any, index: int | Int[Array, ""]) -> Any:

@@ -74,7 +74,7 @@ def lower_engine(
     )
     x = _sharded(mesh, hidden, ("batch", "seq", "embed"))
     bounds = {"first": np.int32(0), "end": np.int32(config.num_layers)}
-    if isinstance(params.layers, OffloadedLayers):
+    if as_layers(params.layers).is_streamed:
         described, cache, batch, x = in_memory((described, cache, batch, x), DEVICE_MEMORY)
     with compiling_for(mesh):
         step = step_functions.step.lower(params, config, described, cache, pages_a_layer)
