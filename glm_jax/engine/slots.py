@@ -1,5 +1,6 @@
 """The requests that run together, a slot each, and how their next tokens are chosen."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -130,7 +131,8 @@ def request_row(
     table[: len(pages)] = pages
     is_end = np.zeros(vocab, bool)
     is_end[list(ends)] = True
-    row: Slots = empty.replace(  # type: ignore[attr-defined]
+    return dataclasses.replace(
+        empty,
         is_active=np.bool_(True),
         token=tokens[len(prompt) - 1],
         index=np.int32(len(prompt) - 1),
@@ -145,7 +147,6 @@ def request_row(
         wants_log_probability=np.bool_(request.log_probabilities),
         wants_top_logprobs=np.bool_(request.top_logprobs),
     )
-    return row
 
 
 def check_sampling(sampling: Sampling, vocab: int) -> None:
@@ -208,17 +209,16 @@ def admit(slots: Slots, number: Int[ArrayLike, ""], row: Slots) -> Slots:
 @functools.partial(jax.jit, donate_argnames="slots")
 def release(slots: Slots, number: Int[ArrayLike, ""]) -> Slots:
     """Ends the request in a slot."""
-    released: Slots = slots.replace(is_active=slots.is_active.at[number].set(False))  # type: ignore[attr-defined]
-    return released
+    return dataclasses.replace(slots, is_active=slots.is_active.at[number].set(False))
 
 
 def put_back(slots: Slots, numbers: Int[Any, " rows"], some: Slots) -> Slots:
     """Slots of which those of these numbers have done a step: what `choose` changes."""
     changes = ("is_active", "token", "index", "position_id", "tokens")
-    changed: Slots = slots.replace(  # type: ignore[attr-defined]
-        **{name: getattr(slots, name).at[numbers].set(getattr(some, name)) for name in changes}
+    return dataclasses.replace(
+        slots,
+        **{name: getattr(slots, name).at[numbers].set(getattr(some, name)) for name in changes},
     )
-    return changed
 
 
 def choose(logits: Float[Array, "slots vocab"], slots: Slots) -> tuple[Emitted, Slots]:
@@ -241,7 +241,8 @@ def choose(logits: Float[Array, "slots vocab"], slots: Slots) -> tuple[Emitted, 
     moved = active.astype(jnp.int32)
     at = jnp.minimum(length, slots.tokens.shape[1] - 1)
     latest = jnp.where(active, chosen, slots.tokens[rows, at])
-    changed = slots.replace(  # type: ignore[attr-defined]
+    changed = dataclasses.replace(
+        slots,
         is_active=goes_on,
         token=chosen,
         index=slots.index + moved,

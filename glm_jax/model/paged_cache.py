@@ -6,6 +6,7 @@ devices that divide rows (data, fsdp), heads over those that divide heads (tenso
 number counts within its device and layer, and page 0 takes what no one will read.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -71,8 +72,7 @@ class Paging:
             return self
         first = jnp.asarray(index, jnp.int32) * self.pages_a_layer
         tables = None if self.tables is None else self.tables + first
-        moved: Paging = self.replace(pages=self.pages + first, tables=tables)  # type: ignore[attr-defined]
-        return moved
+        return dataclasses.replace(self, pages=self.pages + first, tables=tables)
 
 
 def init_paged_cache(

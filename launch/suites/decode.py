@@ -188,7 +188,7 @@ def _overhead(config: GLMConfig, params: GLMParams, batch: int) -> dict[str, Cas
     def finish() -> None:
         cache, pages_a_layer = cached
         for number in range(ANSWER - 1):
-            moved = rows.replace(index=rows.index + number)  # type: ignore[attr-defined]
+            moved = dataclasses.replace(rows, index=rows.index + number)
             logits, cache = step_functions.decode(params, config, moved, cache, pages_a_layer)
             jax.block_until_ready(logits)
         cached[0] = cache
