@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-_HANGS = 120  # seconds
 _LIBRARIES = ("conversion", "merging", "model_readers", "sat_writer")
 _CAPABILITIES = 0x20080522  # the version of capset's structures
 _OVERRIDE = (1 << 1) | (1 << 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
@@ -35,6 +34,7 @@ class Try:
       is_full: no file can be written, as where a disk is full.
       is_parsed_only: instead of running it, its flags are parsed; the answer's stdout is their
         names, but those of libraries.
+      seconds: after which it is killed, for it hangs.
       bad_numbers: instead of running it, each of its flags that is a number is parsed as each of
         these; the answer's stdout is {"--flag=text": status}.
     """
@@ -43,6 +43,7 @@ class Try:
     cwd: str
     is_full: bool = False
     is_parsed_only: bool = False
+    seconds: int = 120
     bad_numbers: tuple[str, ...] = ()
 
 
@@ -94,7 +95,7 @@ def _begin(tried):
         os.dup2(writer, number)
     status = 70
     try:
-        signal.alarm(_HANGS)
+        signal.alarm(tried["seconds"])
         _obey_permissions()
         if tried["is_full"]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

@@ -27,6 +27,7 @@ from glm_jax.model import params as glm_params
 from glm_jax.model.adapters import AdapterConfig
 
 _DEVICES = 8
+_HANGS = 900  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +121,14 @@ def _tries(page, folder):
     for number, block in enumerate(blocks(page)):
         if (block.language, block.mark) == ("python", "run"):
             (folder / f"block_{number}.py").write_text(block.text, encoding="utf-8")
-            tries.append(Try((str(folder / f"block_{number}.py"),), str(folder)))
+            command = (str(folder / f"block_{number}.py"),)
+            tries.append(Try(command, str(folder), seconds=_HANGS))
         if (block.language, block.mark) != ("sh", ""):
             continue
         for line, words in zip(block.commands(), block.lines(), strict=True):
             ours = module_and_arguments(words)
             command = ("shell", line) if ours is None else (ours[0], *ours[1])
-            tries.append(Try(command, str(folder)))
+            tries.append(Try(command, str(folder), seconds=_HANGS))
     return tries
 
 
