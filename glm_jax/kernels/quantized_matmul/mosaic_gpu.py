@@ -39,6 +39,8 @@ class Blocks:
       whole: gives programs whole tiles, so that no parts are to add.
       scale_first: scales weights, rounded to x's dtype, before they are multiplied, and not a
         group's products after: where rows are many.
+      raw: multiplies 4-bit values as `mosaic_registers.raw_form` says, which takes the sums of
+        activations as one more operand.
     """
 
     rows: int
@@ -49,6 +51,7 @@ class Blocks:
     programs: int
     whole: bool = False
     scale_first: bool = False
+    raw: bool = False
 
     @property
     def output_tiles(self) -> int:
@@ -162,8 +165,17 @@ class _Plan:
 
     @property
     def sums(self) -> bool:
-        """Whether zero points are taken off products, by the sums of x, not off weights."""
-        return self.zeros and not self.blocks.scale_first
+        """Whether something is taken off products, by the sums of x."""
+        return (self.zeros and not self.blocks.scale_first) or self.raw
+
+    @property
+    def raw(self) -> bool:
+        return self.blocks.raw and self.bits == 4
+
+    @property
+    def form(self) -> tuple[float, tuple[float, float]]:
+        """Offset and factors of weights as they are multiplied."""
+        return mosaic_registers.raw_form(self.dtype) if self.raw else (0.0, (1.0, 1.0))
 
 
 def _call(
@@ -335,7 +347,7 @@ def _multiply(
     if not plan.interpret:
         zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
     totals = lax.fori_loop(*steps, one, (zero,) * blocks.tiles)
-    return totals
+    return tuple(total / _factors(plan, total) for total in totals)
 
 
 def _add_step(
@@ -349,9 +361,29 @@ def _add_step(
         tile = warpgroup * plan.blocks.tiles + index
         if plan.sums:
             sums = _vector(here["sums"].at[group], 0, plan, part)
-            part = part - _vector(here["zeros"].at[group, tile], 1, plan, part) * sums
+            part = part - _excess(here, group, tile, plan, part) * sums
         added[index] += part * _vector(here["scales"].at[group, tile], 1, plan, part)
     return tuple(added)
+
+
+def _excess(here: dict[str, Any], group: int, tile: Array, plan: _Plan, like: Array) -> Array:
+    """How much larger weights are, as they are multiplied, than what they stand for."""
+    offset, _ = plan.form
+    if plan.zeros:
+        return _factors(plan, like) * (
+            offset + _vector(here["zeros"].at[group, tile], 1, plan, like)
+        )
+    return _factors(plan, like) * offset
+
+
+def _factors(plan: _Plan, like: Array) -> Array | float:
+    """By what a tile's weights, [64, rows], are multiplied in `plan.form`."""
+    _, (first, second) = plan.form
+    if first == second:
+        return first
+    index = lax.broadcasted_iota(jnp.int32, (TILE,), 0)
+    factors = jnp.where(lax.rem(index, 16) < 8, jnp.float32(first), jnp.float32(second))
+    return lax.broadcast_in_dim(factors, like.shape, (0,))
 
 
 def _products(
@@ -370,10 +402,8 @@ def _products(
             for chunk in range(chunks):
                 values, x = operand(index, group * chunks + chunk)
                 plgpu.wgmma(accumulators[number], values, x.T)
-                if chunk + 1 < chunks:
-                    plgpu.wgmma_wait(1)
             if number:
-                done.append(plgpu.wgmma_accumulator_load(accumulators[number - 1], wait_n=1))
+                done.append(plgpu.wgmma_accumulator_load(accumulators[number - 1], wait_n=chunks))
         done.append(plgpu.wgmma_accumulator_load(accumulators[-1], wait_n=0))
         return done
 
@@ -428,7 +458,7 @@ def _operands(here: dict[str, Any], warpgroup: Array, plan: _Plan) -> Any:
         if (index, tile) not in loaded:
             values = here["values"].at[warpgroup * plan.blocks.tiles + index, tile]
             load = mosaic_registers.emulate if plan.interpret else mosaic_registers.load
-            loaded[index, tile] = load(values, plan.bits, plan.dtype, plan.chunk)
+            loaded[index, tile] = load(values, plan.bits, plan.dtype, plan.chunk, plan.raw)
         x = here["x"].at[:, pl.ds(chunk * plan.chunk, plan.chunk)]
         return loaded[index, tile][part], x
 

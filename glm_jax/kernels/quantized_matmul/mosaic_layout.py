@@ -6,7 +6,8 @@ inputs, in a tile 16 bytes a thread at a time, in a 32-bit word the values of on
 thread reads words as they lie and masks them; no value moves between threads.
 
 Values are stored without a sign, 2^(bits - 1) above what they are: a mask and a constant make
-of them the low bits of a float's mantissa.
+of them bits of a float's mantissa. For that words of 4-bit values are rotated to the left by two
+bits: the mantissa of float16 then holds two values of a half of the word, that of bfloat16 one.
 """
 
 from typing import Any
@@ -21,6 +22,7 @@ from glm_jax.quantization.packing import pack_int4
 
 TILE = 64  # outputs, and inputs, of a tile
 LANES = 128  # words of a tile's row
+_ROTATION = 2
 # Axes of [K, N] in a tile of values: inputs (tile, half, step, 8 inputs, pair, one of the
 # pair), outputs (tile, warp, 8 rows, row).
 _INPUTS = (2, 2, 2, 4, 2)
@@ -95,6 +97,8 @@ def restore(weight: MosaicArray) -> QuantizedArray:
 def integers(weight: MosaicArray) -> Int8[Array, "K N"]:
     """The weight's integers, with their signs."""
     bits, words = weight.bits, weight.values
+    if bits == 4:
+        words = _rotate(words, -_ROTATION)
     order = _ORDER[bits]
     inputs, outputs = weight.shape
     apart = (inputs // TILE, *_INPUTS, outputs // TILE, *_OUTPUTS)
@@ -116,4 +120,12 @@ def _words(values: Int8[Array, "K N"], bits: int) -> Int[Array, "N_tiles K_tiles
         halves = octets.reshape(-1, 2)
         octets = halves[:, 0] | (halves[:, 1] << 4)
     words = jax.lax.bitcast_convert_type(octets.reshape(-1, 4), jnp.int32)
+    if bits == 4:
+        words = _rotate(words, _ROTATION)
     return words.reshape(outputs // TILE, inputs // TILE, bits, LANES)
+
+
+def _rotate(words: Int[Array, "..."], left: int) -> Int[Array, "..."]:
+    count = left % 32
+    logical = jax.lax.shift_right_logical(words, jnp.int32(32 - count))
+    return (words << count) | logical

@@ -3,12 +3,17 @@
 The conversion unit is slow, so bits do it: an integer without a sign, masked into the mantissa
 of a power of two, is that power plus the integer; what is too much is subtracted, exactly. A
 register holds two floats, of neighbouring inputs.
+
+Half of the instructions are those subtractions. `raw` values go without: what is too much is
+taken off the product instead, by the sum of the activations (`raw_form`). In float16 they are
+subnormal numbers, which the matrix units take as they are; so nothing large cancels.
 """
 
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -17,71 +22,90 @@ from jaxtyping import Array, Float
 
 from glm_jax.kernels.quantized_matmul.mosaic_layout import LANES, TILE, MosaicArray, integers
 
-# PTX of one word, $N, to N registers, $0 to $N-1. In lop3 0xea is (a & b) | c, 0xae (~a & b) | c.
-_PTX = {
-    # Values 0 and 2 at the mantissa's low end on 1024; 1 and 3 are 16 times as much there.
-    (4, "float16"): """{
-        .reg .b32 upper, even, odd, sixteenth;
-        mov.b32 even, 0x64086408;
-        mov.b32 odd, 0xd480d480;
-        mov.b32 sixteenth, 0x2c002c00;
-        shr.u32 upper, $4, 8;
-        lop3.b32 $0, $4, 0x000f000f, 0x64006400, 0xea;
-        lop3.b32 $1, $4, 0x00f000f0, 0x64006400, 0xea;
-        lop3.b32 $2, upper, 0x000f000f, 0x64006400, 0xea;
-        lop3.b32 $3, upper, 0x00f000f0, 0x64006400, 0xea;
-        sub.rn.f16x2 $0, $0, even;
-        fma.rn.f16x2 $1, $1, sixteenth, odd;
-        sub.rn.f16x2 $2, $2, even;
-        fma.rn.f16x2 $3, $3, sixteenth, odd;
-    }""",
-    # A mantissa of 7 bits has room for one value: on 128.
-    (4, "bfloat16"): """{
-        .reg .b32 w1, w2, w3, base;
-        mov.b32 base, 0x43084308;
-        shr.u32 w1, $4, 4;
-        shr.u32 w2, $4, 8;
-        shr.u32 w3, $4, 12;
-        lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
-        lop3.b32 $1, w1, 0x000f000f, 0x43004300, 0xea;
-        lop3.b32 $2, w2, 0x000f000f, 0x43004300, 0xea;
-        lop3.b32 $3, w3, 0x000f000f, 0x43004300, 0xea;
-        sub.rn.bf16x2 $0, $0, base;
-        sub.rn.bf16x2 $1, $1, base;
-        sub.rn.bf16x2 $2, $2, base;
-        sub.rn.bf16x2 $3, $3, base;
-    }""",
+
+def raw_form(dtype: Any) -> tuple[float, tuple[float, float]]:
+    """What raw 4-bit values are: (integer + offset) * factor.
+
+    Returns:
+      The offset, and the factors of the first 8 and last 8 of each 16 outputs.
+    """
+    return (8.0, (2.0**-22, 2.0**-18)) if dtype == jnp.float16 else (40.0, (1.0, 1.0))
+
+
+def _ptx(bits: int, dtype: str, raw: bool) -> str:
+    """PTX of one word, $N, to N registers, $0 to $N-1.
+
+    In lop3 0xc0 is a & b, 0xea (a & b) | c, 0xae (~a & b) | c.
+    """
+    if bits == 8:
+        return _BYTES[dtype]
+    if dtype == "bfloat16":
+        # 32 and four bits below it; a mantissa of 7 bits has room for one value.
+        lines = ["mov.b32 r0, $4;"]
+        lines += [f"shf.r.wrap.b32 r{i}, $4, $4, {4 * i};" for i in range(1, 4)]
+        lines += [f"lop3.b32 ${i}, r{i}, 0x003c003c, 0x42004200, 0xea;" for i in range(4)]
+        if not raw:
+            lines += ["mov.b32 base, 0x42204220;"]
+            lines += [f"sub.rn.bf16x2 ${i}, ${i}, base;" for i in range(4)]
+        return _block("r0, r1, r2, r3, base", lines)
+    # Two values of a half word lie in the mantissa: on 256 and on 16, or on nothing.
+    masks = ("0x003c003c", "0x03c003c0")
+    powers = ("0", "0") if raw else ("0x5c005c00", "0x4c004c00")
+    function = "0xc0" if raw else "0xea"
+    lines = ["mov.b32 r0, $4;", "shf.r.wrap.b32 r1, $4, $4, 8;"]
+    for i in range(4):
+        source, mask, power = f"r{i // 2}", masks[i % 2], powers[i % 2]
+        lines.append(f"lop3.b32 ${i}, {source}, {mask}, {power}, {function};")
+    if not raw:
+        lines += ["mov.b32 base0, 0x5c205c20;", "mov.b32 base1, 0x4e004e00;"]  # 264 and 24
+        lines += [f"sub.rn.f16x2 ${i}, ${i}, base{i % 2};" for i in range(4)]
+    return _block("r0, r1, base0, base1", lines)
+
+
+def _block(registers: str, lines: list[str]) -> str:
+    return "{ .reg .b32 " + registers + "; " + " ".join(lines) + " }"
+
+
+_BYTES = {
     # Bytes beside the high byte of 1024.
-    (8, "float16"): """{
-        .reg .b32 base;
-        mov.b32 base, 0x64806480;
-        prmt.b32 $0, $2, 0x64646464, 0x4240;
-        prmt.b32 $1, $2, 0x64646464, 0x4341;
-        sub.rn.f16x2 $0, $0, base;
-        sub.rn.f16x2 $1, $1, base;
-    }""",
+    "float16": _block(
+        "base",
+        [
+            "mov.b32 base, 0x64806480;",
+            "prmt.b32 $0, $2, 0x64646464, 0x4240;",
+            "prmt.b32 $1, $2, 0x64646464, 0x4341;",
+            "sub.rn.f16x2 $0, $0, base;",
+            "sub.rn.f16x2 $1, $1, base;",
+        ],
+    ),
     # Seven bits on 128, less what the eighth, inverted, makes of 128: 128 or 256.
-    (8, "bfloat16"): """{
-        .reg .b32 odd, s0, s1;
-        shr.u32 odd, $2, 8;
-        lop3.b32 $0, $2, 0x007f007f, 0x43004300, 0xea;
-        lop3.b32 $1, odd, 0x007f007f, 0x43004300, 0xea;
-        lop3.b32 s0, $2, 0x00800080, 0x43004300, 0xae;
-        lop3.b32 s1, odd, 0x00800080, 0x43004300, 0xae;
-        sub.rn.bf16x2 $0, $0, s0;
-        sub.rn.bf16x2 $1, $1, s1;
-    }""",
+    "bfloat16": _block(
+        "odd, s0, s1",
+        [
+            "shr.u32 odd, $2, 8;",
+            "lop3.b32 $0, $2, 0x007f007f, 0x43004300, 0xea;",
+            "lop3.b32 $1, odd, 0x007f007f, 0x43004300, 0xea;",
+            "lop3.b32 s0, $2, 0x00800080, 0x43004300, 0xae;",
+            "lop3.b32 s1, odd, 0x00800080, 0x43004300, 0xae;",
+            "sub.rn.bf16x2 $0, $0, s0;",
+            "sub.rn.bf16x2 $1, $1, s1;",
+        ],
+    ),
 }
 
 
-def load(tile: Any, bits: int, dtype: Any, inputs: int) -> list[Float[Array, "64 inputs"]]:
+def load(
+    tile: Any, bits: int, dtype: Any, inputs: int, raw: bool
+) -> list[Float[Array, "64 inputs"]]:
     """A tile [bits, 128] of `MosaicArray.values` in shared memory as operands of wgmma.
 
     Args:
       inputs: of an operand: 64, or 32 for two.
+      raw: leaves 4-bit values as `raw_form` says.
     """
     strided = plgpu.Layout.WG_STRIDED((bits, LANES), vec_size=4)
     name = str(jnp.dtype(dtype))
+    ptx = _ptx(bits, name, raw)
     one = plgpu.ShapeDtypeStruct((TILE, inputs), dtype, layout=plgpu.Layout.WGMMA)
 
     @plgpu.inline_mgpu(arg_types=(strided,), return_type=[one] * (TILE // inputs))
@@ -93,7 +117,7 @@ def load(tile: Any, bits: int, dtype: Any, inputs: int) -> list[Float[Array, "64
         for vector in words.registers.flat:
             for index in range(4):
                 word = llvm.extractelement(vector, mgpu.c(index, i32))
-                made += _convert_word(word, bits, name)
+                made += _convert_word(word, 16 // bits, ptx)
         # Each of eight columns of inputs, then each of the halves of a warp's 16 outputs.
         pairs = np.empty((TILE // inputs, inputs // 8, 2), dtype=object)
         for place, register in zip(np.ndindex(pairs.shape), made, strict=True):
@@ -109,18 +133,25 @@ def load(tile: Any, bits: int, dtype: Any, inputs: int) -> list[Float[Array, "64
     return floats
 
 
-def _convert_word(word: Any, bits: int, dtype: str) -> list[Any]:
-    count = 16 // bits
+def _convert_word(word: Any, count: int, ptx: str) -> list[Any]:
     i32 = ir.IntegerType.get_signless(32)
     struct = llvm.StructType.get_literal([i32] * count)
     constraints = ",".join(["=&r"] * count + ["r"])
     results = llvm.inline_asm(
-        struct, [word], _PTX[bits, dtype], constraints, asm_dialect=0, has_side_effects=False
+        struct, [word], ptx, constraints, asm_dialect=0, has_side_effects=False
     )
     return [llvm.extractvalue(i32, results, [index]) for index in range(count)]
 
 
-def emulate(tile: Any, bits: int, dtype: Any, inputs: int) -> list[Float[Array, "64 inputs"]]:
-    """What `load` returns, in plain operations, for the interpreter."""
+def emulate(
+    tile: Any, bits: int, dtype: Any, inputs: int, raw: bool
+) -> list[Float[Array, "64 inputs"]]:
+    """What `load` returns, in plain operations, for the interpreter; raw values in float32."""
     one = MosaicArray(values=tile[...][None, None], scales=jnp.ones((1, TILE)), bits=bits)
-    return jnp.split(integers(one).T.astype(dtype), TILE // inputs, axis=1)
+    values = integers(one).T.astype(jnp.float32)
+    if raw:
+        offset, factors = raw_form(dtype)
+        first = lax.broadcasted_iota(jnp.int32, values.shape, 0) % 16 < 8
+        values = (values + offset) * jnp.where(first, *factors)
+    values = values if raw else values.astype(dtype)
+    return jnp.split(values, TILE // inputs, axis=1)
