@@ -17,118 +17,48 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend import backend
 from jaxtyping import Array, Float
 
 from glm_jax.kernels.quantized_matmul import mosaic_registers
+from glm_jax.kernels.quantized_matmul.mosaic_blocks import (
+    COPYING_REGISTERS,
+    Blocks,
+    Division,
+    Problem,
+    choose,
+    divide,
+)
 from glm_jax.kernels.quantized_matmul.mosaic_layout import LANES, TILE, MosaicArray
-
-_COPYING_REGISTERS = 40  # of a thread that copies
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """How the kernel divides its work.
-
-    Attributes:
-      rows: of a tile, a multiple of 8 up to 256.
-      tiles: of 64 outputs, of one warpgroup.
-      consumers: warpgroups that multiply.
-      inputs: of a step, a multiple of 64.
-      stages: steps that are in shared memory at once.
-      programs: that run at once, one a multiprocessor.
-      whole: gives programs whole tiles, so that no parts are to add.
-      scale_first: scales weights, rounded to x's dtype, before they are multiplied, and not a
-        group's products after: where rows are many.
-      raw: multiplies 4-bit values as `mosaic_registers.raw_form` says, which takes the sums of
-        activations as one more operand.
-    """
-
-    rows: int
-    tiles: int
-    consumers: int
-    inputs: int
-    stages: int
-    programs: int
-    whole: bool = False
-    scale_first: bool = False
-    raw: bool = False
-
-    @property
-    def output_tiles(self) -> int:
-        return self.tiles * self.consumers
-
-    @property
-    def outputs(self) -> int:
-        return TILE * self.output_tiles
-
-    @property
-    def registers(self) -> int:
-        """Of a thread that multiplies: what threads that copy leave, in eights."""
-        left = 65536 - 128 * _COPYING_REGISTERS
-        return min(232, left // (128 * self.consumers) // 8 * 8)
-
-
-@dataclasses.dataclass(frozen=True)
-class Division:
-    """Which steps a program takes: `share` of them one after another, tile after tile.
-
-    Attributes:
-      row_tiles, output_tiles: how many there are; tiles of the same outputs follow each other.
-      steps: of a tile.
-      share: steps of a program.
-    """
-
-    row_tiles: int
-    output_tiles: int
-    steps: int
-    share: int
-
-    @property
-    def total(self) -> int:
-        return self.row_tiles * self.output_tiles * self.steps
-
-    @property
-    def programs(self) -> int:
-        return pl.cdiv(self.total, self.share)
-
-    def parts(self) -> list[int]:
-        """How many programs work on each tile."""
-        first = range(0, self.total, self.steps)
-        return [(f + self.steps - 1) // self.share - f // self.share + 1 for f in first]
-
-
-def divide(rows: int, inputs: int, outputs: int, blocks: Blocks) -> Division:
-    """Divides a product of padded rows among programs."""
-    row_tiles, output_tiles = rows // blocks.rows, outputs // blocks.outputs
-    tiles, steps = row_tiles * output_tiles, inputs // blocks.inputs
-    whole = pl.cdiv(tiles, blocks.programs) * steps
-    share = whole if blocks.whole else pl.cdiv(tiles * steps, blocks.programs)
-    return Division(row_tiles, output_tiles, steps, share)
 
 
 def matmul(
     x: Float[Array, "rows inputs"],
     weight: MosaicArray,
-    blocks: Blocks,
+    blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "rows outputs"]:
-    """x [rows, K], float16 or bfloat16, times weight [K, N].
+    """x [rows, K], float16 or bfloat16, times weight [K, N], accumulated in float32.
 
     Args:
-      blocks: sizes that divide the weight's.
+      weight: one that `supports` has no reason against.
+      blocks: sizes that divide the weight's; by default `choose` finds them for the device that
+        is compiled for.
       interpret: runs the kernel's program step by step on any device, for tests.
 
     Returns:
       float32 [rows, N].
     """
     rows, (inputs, outputs) = x.shape[0], weight.shape
+    has_zeros = weight.zero_points is not None
+    problem = Problem(rows, inputs, outputs, weight.bits, weight.group_size, has_zeros)
+    if blocks is None:
+        blocks = choose(problem, backend.get_default_device().core_count)
+    division = divide(problem, blocks)
     x = jnp.pad(x, ((0, -rows % blocks.rows), (0, 0)))
-    division = divide(len(x), inputs, outputs, blocks)
     parts = _call(x, weight, blocks, division, interpret)
-    counts = division.parts()
-    if len(parts) == 1:
-        return parts[0].T[:rows]
-    written = jnp.array(counts).reshape(division.output_tiles, division.row_tiles)
+    # A tile has as many parts as programs worked on it; what lies behind those is not written.
+    written = jnp.array(division.parts()).reshape(division.output_tiles, division.row_tiles)
     written = jnp.repeat(jnp.repeat(written, blocks.outputs, 0), blocks.rows, 1)
     total = parts[0]
     for index in range(1, len(parts)):
@@ -161,7 +91,7 @@ class _Plan:
     @property
     def chunk(self) -> int:
         """Inputs that are multiplied at once."""
-        return min(self.group, TILE)
+        return 2 * TILE if self.group % (2 * TILE) == 0 else min(self.group, TILE)
 
     @property
     def sums(self) -> bool:
@@ -186,12 +116,12 @@ def _call(
     has_zeros = weight.zero_points is not None
     plan = _Plan(blocks, division, weight.bits, weight.group_size, x.dtype, has_zeros, interpret)
     of_groups = (stages, plan.groups, blocks.output_tiles, TILE)
-    swizzle = 2 * plan.chunk
+    columns = min(plan.chunk, TILE)  # of a row of x, in float16 128 bytes that are swizzled
     scratch: dict[str, Any] = {
         "x": plgpu.SMEM(
             (stages, blocks.rows, blocks.inputs),
             x.dtype,
-            transforms=(plgpu.TilingTransform((8, plan.chunk)), plgpu.SwizzleTransform(swizzle)),
+            transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)),
         ),
         "values": plgpu.SMEM(
             (stages, blocks.output_tiles, blocks.inputs // TILE, weight.bits, LANES), jnp.int32
@@ -240,7 +170,7 @@ def _kernel(
     @pl.when(warpgroup == blocks.consumers)
     def copy() -> None:
         if not plan.interpret:
-            plgpu.set_max_registers(_COPYING_REGISTERS, action="decrease")
+            plgpu.set_max_registers(COPYING_REGISTERS, action="decrease")
         _copy(memory, shared, full, empty, first, stop, plan)
 
     @pl.when(warpgroup < blocks.consumers)
@@ -451,16 +381,17 @@ def _scaled(
 def _operands(here: dict[str, Any], warpgroup: Array, plan: _Plan) -> Any:
     """A function of (tile, chunk) to (weights [64, chunk], x [rows, chunk] in shared memory)."""
     loaded: dict[tuple[int, int], list[Array]] = {}
-    of_tile = TILE // plan.chunk
+    tiles = max(1, plan.chunk // TILE)
+    load = mosaic_registers.emulate if plan.interpret else mosaic_registers.load
 
     def operand(index: int, chunk: int) -> tuple[Array, Any]:
-        tile, part = divmod(chunk, of_tile)
-        if (index, tile) not in loaded:
-            values = here["values"].at[warpgroup * plan.blocks.tiles + index, tile]
-            load = mosaic_registers.emulate if plan.interpret else mosaic_registers.load
-            loaded[index, tile] = load(values, plan.bits, plan.dtype, plan.chunk, plan.raw)
+        first, part = divmod(chunk * plan.chunk, tiles * TILE)
+        if (index, first) not in loaded:
+            output = warpgroup * plan.blocks.tiles + index
+            values = here["values"].at[output, pl.ds(first * tiles, tiles)]
+            loaded[index, first] = load(values, plan.bits, plan.dtype, plan.chunk, plan.raw)
         x = here["x"].at[:, pl.ds(chunk * plan.chunk, plan.chunk)]
-        return loaded[index, tile][part], x
+        return loaded[index, first][part // plan.chunk], x
 
     return operand
 

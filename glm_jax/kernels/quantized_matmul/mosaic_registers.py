@@ -95,20 +95,23 @@ _BYTES = {
 
 
 def load(
-    tile: Any, bits: int, dtype: Any, inputs: int, raw: bool
+    tiles: Any, bits: int, dtype: Any, inputs: int, raw: bool
 ) -> list[Float[Array, "64 inputs"]]:
-    """A tile [bits, 128] of `MosaicArray.values` in shared memory as operands of wgmma.
+    """Tiles [tiles, bits, 128] of `MosaicArray.values` in shared memory as operands of wgmma.
 
     Args:
-      inputs: of an operand: 64, or 32 for two.
+      tiles: of the same outputs and neighbouring inputs.
+      inputs: of an operand; those of all tiles, or a half of one tile's.
       raw: leaves 4-bit values as `raw_form` says.
     """
-    strided = plgpu.Layout.WG_STRIDED((bits, LANES), vec_size=4)
+    count = tiles.shape[0] * TILE // inputs
+    strided = plgpu.Layout.WG_STRIDED(tiles.shape, vec_size=4)
+    one = plgpu.ShapeDtypeStruct((TILE, inputs), dtype, layout=plgpu.Layout.WGMMA)
     name = str(jnp.dtype(dtype))
     ptx = _ptx(bits, name, raw)
     one = plgpu.ShapeDtypeStruct((TILE, inputs), dtype, layout=plgpu.Layout.WGMMA)
 
-    @plgpu.inline_mgpu(arg_types=(strided,), return_type=[one] * (TILE // inputs))
+    @plgpu.inline_mgpu(arg_types=(strided,), return_type=[one] * count)
     def convert(_: Any, words: Any) -> Any:
         i32 = ir.IntegerType.get_signless(32)
         element = ir.F16Type.get() if name == "float16" else ir.BF16Type.get()
@@ -119,7 +122,7 @@ def load(
                 word = llvm.extractelement(vector, mgpu.c(index, i32))
                 made += _convert_word(word, 16 // bits, ptx)
         # Each of eight columns of inputs, then each of the halves of a warp's 16 outputs.
-        pairs = np.empty((TILE // inputs, inputs // 8, 2), dtype=object)
+        pairs = np.empty((count, inputs // 8, 2), dtype=object)
         for place, register in zip(np.ndindex(pairs.shape), made, strict=True):
             pairs[place] = llvm.bitcast(pair, register)
         layout = mgpu.WGMMA_LAYOUT
@@ -129,7 +132,7 @@ def load(
             for part in pairs
         ]
 
-    floats: list[Array] = convert(plgpu.load(tile, layout=strided))
+    floats: list[Array] = convert(plgpu.load(tiles, layout=strided))
     return floats
 
 
@@ -144,14 +147,14 @@ def _convert_word(word: Any, count: int, ptx: str) -> list[Any]:
 
 
 def emulate(
-    tile: Any, bits: int, dtype: Any, inputs: int, raw: bool
+    tiles: Any, bits: int, dtype: Any, inputs: int, raw: bool
 ) -> list[Float[Array, "64 inputs"]]:
     """What `load` returns, in plain operations, for the interpreter; raw values in float32."""
-    one = MosaicArray(values=tile[...][None, None], scales=jnp.ones((1, TILE)), bits=bits)
+    one = MosaicArray(values=tiles[...][None], scales=jnp.ones((1, TILE)), bits=bits)
     values = integers(one).T.astype(jnp.float32)
     if raw:
         offset, factors = raw_form(dtype)
         first = lax.broadcasted_iota(jnp.int32, values.shape, 0) % 16 < 8
         values = (values + offset) * jnp.where(first, *factors)
     values = values if raw else values.astype(dtype)
-    return jnp.split(values, TILE // inputs, axis=1)
+    return jnp.split(values, values.shape[1] // inputs, axis=1)

@@ -1,0 +1,198 @@
+"""How the kernel for compute capability 9.0 divides a product: what it takes, and what is tried.
+
+The rules below follow from counts of bytes, instructions and registers. No GPU has confirmed
+them: `candidates` is what a measurement chooses from.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+
+from glm_jax.kernels.quantized_matmul.mosaic_layout import TILE, MosaicArray
+from glm_jax.quantization import QuantizedArray
+
+COPYING_REGISTERS = 40  # of a thread that copies
+_SHARED_MEMORY = 227 * 1024 - 4096  # bytes of a program, less barriers and alignment
+_FEW_ROWS = 64  # up to here a tile holds all rows, and groups are scaled after they are summed
+_MAX_STAGES = 8
+_REGISTERS = 65536  # of a multiprocessor
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How the kernel divides its work.
+
+    Attributes:
+      rows: of a tile, a multiple of 8 up to 256.
+      tiles: of 64 outputs, of one warpgroup.
+      consumers: warpgroups that multiply.
+      inputs: of a step, a multiple of 64.
+      stages: steps that are in shared memory at once.
+      programs: that run at once, one a multiprocessor.
+      whole: gives programs whole tiles, so that no parts are to add.
+      scale_first: scales weights, rounded to x's dtype, before they are multiplied, and not a
+        group's products after: where rows are many.
+      raw: multiplies 4-bit values as `mosaic_registers.raw_form` says, which takes the sums of
+        activations as one more operand.
+    """
+
+    rows: int
+    tiles: int
+    consumers: int
+    inputs: int
+    stages: int
+    programs: int
+    whole: bool = False
+    scale_first: bool = False
+    raw: bool = False
+
+    @property
+    def output_tiles(self) -> int:
+        return self.tiles * self.consumers
+
+    @property
+    def outputs(self) -> int:
+        return TILE * self.output_tiles
+
+    @property
+    def registers(self) -> int:
+        """Of a thread that multiplies: what threads that copy leave, in eights."""
+        left = _REGISTERS - 128 * COPYING_REGISTERS
+        return min(232, left // (128 * self.consumers) // 8 * 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """Which steps a program takes: `share` of them one after another, tile after tile.
+
+    Attributes:
+      row_tiles, output_tiles: how many there are; tiles of the same outputs follow each other.
+      steps: of a tile.
+      share: steps of a program.
+    """
+
+    row_tiles: int
+    output_tiles: int
+    steps: int
+    share: int
+
+    @property
+    def total(self) -> int:
+        return self.row_tiles * self.output_tiles * self.steps
+
+    @property
+    def programs(self) -> int:
+        return -(-self.total // self.share)
+
+    def parts(self) -> list[int]:
+        """How many programs work on each tile."""
+        first = range(0, self.total, self.steps)
+        return [(f + self.steps - 1) // self.share - f // self.share + 1 for f in first]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A product [rows, inputs] times [inputs, outputs]."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    bits: int
+    group_size: int
+    zeros: bool = False
+
+
+def divide(problem: Problem, blocks: Blocks) -> Division:
+    """Divides a product among programs; its rows are rounded up to whole tiles."""
+    row_tiles = -(-problem.rows // blocks.rows)
+    output_tiles = problem.outputs // blocks.outputs
+    tiles, steps = row_tiles * output_tiles, problem.inputs // blocks.inputs
+    whole = -(-tiles // blocks.programs) * steps
+    share = whole if blocks.whole else -(-tiles * steps // blocks.programs)
+    return Division(row_tiles, output_tiles, steps, share)
+
+
+def supports(weight: QuantizedArray | MosaicArray, dtype: Any) -> str | None:
+    """Why the kernel does not multiply activations of a dtype with a weight; None if it does."""
+    if len(weight.shape) != 2:
+        return f"the weight is {list(weight.shape)}, not [K, N]"
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16)):
+        return f"activations are {jnp.dtype(dtype)}, not float16 or bfloat16"
+    inputs, outputs = weight.shape
+    if inputs % TILE or outputs % TILE:
+        return f"{inputs} inputs and {outputs} outputs are no multiples of {TILE}"
+    if weight.group_size != 32 and weight.group_size % TILE:
+        return f"groups of {weight.group_size} inputs are neither 32 nor a multiple of {TILE}"
+    return None
+
+
+def choose(problem: Problem, programs: int) -> Blocks:
+    """The candidate that keeps most multiprocessors busy, an earlier one for 1% less each.
+
+    Args:
+      programs: multiprocessors of the device.
+
+    Raises:
+      ValueError: nothing divides the problem, which `supports` has a reason against.
+    """
+
+    def busy(place: tuple[int, Blocks]) -> float:
+        division = divide(problem, place[1])
+        return division.total / (division.share * programs) - 0.01 * place[0]
+
+    ranked = list(enumerate(candidates(problem, programs)))
+    if not ranked:
+        raise ValueError(f"no blocks of the kernel divide {problem}")
+    return max(ranked, key=busy)[1]
+
+
+def candidates(problem: Problem, programs: int) -> Iterator[Blocks]:
+    """Blocks worth measuring, those first that are expected to be the fastest.
+
+    Args:
+      programs: multiprocessors of the device.
+    """
+    few = problem.rows <= _FEW_ROWS
+    rows = -(-problem.rows // 8) * 8 if few else 128
+    # Accumulators of 64 outputs take rows / 2 registers, twice where groups are added to totals.
+    if rows <= 16:
+        shapes = [(2, 2), (2, 3), (1, 4), (1, 3), (1, 2), (1, 1)]
+    elif rows <= 32:
+        shapes = [(2, 2), (1, 3), (1, 2), (1, 1)]
+    else:
+        shapes = [(1, 2), (1, 1)] if few else [(2, 2), (1, 2), (1, 1)]
+    # Short steps are the last resort: each has its own waits, and products of groups to add.
+    steps = (256, 128, 64) if few else (128, 64)
+    for inputs, (tiles, consumers) in itertools.product(steps, shapes):
+        if problem.outputs % (TILE * tiles * consumers) or problem.inputs % inputs:
+            continue
+        if inputs % problem.group_size and problem.group_size % inputs:
+            continue
+        blocks = Blocks(
+            rows=rows,
+            tiles=tiles,
+            consumers=consumers,
+            inputs=inputs,
+            stages=1,
+            programs=programs,
+            scale_first=not few,
+            raw=few and problem.bits == 4,
+        )
+        stages = min(_MAX_STAGES, _SHARED_MEMORY // _stage_bytes(problem, blocks))
+        if stages < 3:
+            continue
+        blocks = dataclasses.replace(blocks, stages=stages)
+        tiles_each = divide(problem, blocks)
+        whole = tiles_each.row_tiles * tiles_each.output_tiles >= 4 * programs
+        yield dataclasses.replace(blocks, whole=whole)
+
+
+def _stage_bytes(problem: Problem, blocks: Blocks) -> int:
+    groups = max(1, blocks.inputs // problem.group_size)
+    values = blocks.outputs * blocks.inputs * problem.bits // 8
+    scales = groups * blocks.outputs * 4 * (2 if problem.zeros else 1)
+    sums = groups * blocks.rows * 4
+    return values + 2 * blocks.rows * blocks.inputs + scales + sums
