@@ -20,7 +20,7 @@ from glm_jax.planning import topology
 from glm_jax.planning.collectives import by_kind, parse_collectives
 from glm_jax.quantization import QuantizedArray
 
-_PTXAS = Path(sysconfig.get_paths()["purelib"]) / "nvidia/cuda_nvcc/bin/ptxas"
+PTXAS = Path(sysconfig.get_paths()["purelib"]) / "nvidia/cuda_nvcc/bin/ptxas"
 
 
 def hardware(name: str) -> ConfigDict:
@@ -67,7 +67,7 @@ def assembly(kernel: str, capability: float) -> Assembly:
     for file in files:
         text = file.read_text()
         architecture = f"sm_{round(10 * capability)}" + ("a" if capability == 9.0 else "")
-        command = [_PTXAS, "-v", f"-arch={architecture}", file, "-o", "/dev/null"]
+        command = [PTXAS, "-v", f"-arch={architecture}", file, "-o", "/dev/null"]
         told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         # Of the kernel alone: XLA's own, such as the sum over splits, stand beside it.
         part = told[told.index(f"Compiling entry function '{kernel}") :]

@@ -12,6 +12,13 @@ from glm_jax.kernels.dispatch import Backend, dispatch
 from glm_jax.kernels.quantized_matmul import cpu, sharded
 from glm_jax.kernels.quantized_matmul.arguments import Arguments
 from glm_jax.kernels.quantized_matmul.cpu import CPUKernel, CPUTransposed, TiledArray, take_outputs
+from glm_jax.kernels.quantized_matmul.mosaic import (
+    Mosaic,
+    MosaicRestored,
+    MosaicTransposed,
+    check_layout,
+)
+from glm_jax.kernels.quantized_matmul.mosaic_layout import MosaicArray, lay_out
 from glm_jax.kernels.quantized_matmul.pallas_gpu import PallasGPU
 from glm_jax.kernels.quantized_matmul.pallas_tpu import PallasTPU
 from glm_jax.kernels.quantized_matmul.reference import Reference
@@ -27,28 +34,44 @@ __all__ = [
     "transposed_matmul",
 ]
 
-Weight = QuantizedArray | TiledArray
+Weight = QuantizedArray | TiledArray | MosaicArray
 
 _BACKENDS: tuple[Backend[Arguments], ...] = (
     CPUKernel(),
+    Mosaic(),
+    MosaicRestored(),
     PallasGPU(),
     PallasTPU(),
     Reference(platform="cpu"),
     XLA(),
     Reference(),
 )
-_TRANSPOSED: tuple[Backend[Arguments], ...] = (CPUTransposed(), XLATransposed())
+_TRANSPOSED: tuple[Backend[Arguments], ...] = (
+    CPUTransposed(),
+    MosaicTransposed(),
+    XLATransposed(),
+)
 
 
-def prepare(weight: Weight | Array, activation_bits: int | None = None) -> Weight | Array:
+def prepare(
+    weight: Weight | Array, activation_bits: int | None = None, layout: str | None = None
+) -> Weight | Array:
     """A weight [K, *outputs] on one CPU device in the layout that multiplies fastest there.
 
     It stays as it is where the CPU kernel is not built or does not take its shape.
 
     Args:
       activation_bits: 8 for integer products; see `TiledArray`.
+      layout: "mosaic" for the kernel for compute capability 9.0, which no GPU has run yet; it
+        takes a quantised weight [K, N].
+
+    Raises:
+      BackendError: the layout is another, or its kernel does not take the weight.
     """
-    if cpu.can_tile(weight):
+    if layout is not None:
+        check_layout(layout, weight)
+        return lay_out(weight)
+    if not isinstance(weight, TiledArray | MosaicArray) and cpu.can_tile(weight):
         return cpu.tile(weight, activation_bits)
     return weight
 

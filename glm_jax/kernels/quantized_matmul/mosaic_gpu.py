@@ -58,12 +58,13 @@ def matmul(
     x = jnp.pad(x, ((0, -rows % blocks.rows), (0, 0)))
     parts = _call(x, weight, blocks, division, interpret)
     # A tile has as many parts as programs worked on it; what lies behind those is not written.
-    written = jnp.array(division.parts()).reshape(division.output_tiles, division.row_tiles)
-    written = jnp.repeat(jnp.repeat(written, blocks.outputs, 0), blocks.rows, 1)
-    total = parts[0]
+    tiles = (division.output_tiles, 1, division.row_tiles, 1)
+    written = jnp.array(division.parts()).reshape(tiles)
+    by_tile = (division.output_tiles, blocks.outputs, division.row_tiles, blocks.rows)
+    total = parts[0].reshape(by_tile)
     for index in range(1, len(parts)):
-        total = total + jnp.where(index < written, parts[index], 0)
-    return total.T[:rows]
+        total = total + jnp.where(index < written, parts[index].reshape(by_tile), 0)
+    return total.reshape(outputs, len(x)).T[:rows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +117,13 @@ def _call(
     has_zeros = weight.zero_points is not None
     plan = _Plan(blocks, division, weight.bits, weight.group_size, x.dtype, has_zeros, interpret)
     of_groups = (stages, plan.groups, blocks.output_tiles, TILE)
-    columns = min(plan.chunk, TILE)  # of a row of x, in float16 128 bytes that are swizzled
+    columns = min(plan.chunk, TILE)  # of a row of x: 128 bytes, which are swizzled, or 64
+    transforms: Any = (plgpu.TilingTransform, (8, columns)), (plgpu.SwizzleTransform, 2 * columns)
     scratch: dict[str, Any] = {
         "x": plgpu.SMEM(
             (stages, blocks.rows, blocks.inputs),
             x.dtype,
-            transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)),
+            transforms=[transform(value) for transform, value in transforms],
         ),
         "values": plgpu.SMEM(
             (stages, blocks.output_tiles, blocks.inputs // TILE, weight.bits, LANES), jnp.int32
@@ -270,7 +272,7 @@ def _multiply(
             lax.fori_loop(*steps, loop, None)
             return tuple(accumulator[...] for accumulator in accumulators)
 
-        kinds = [plgpu.ACC(shape, jnp.float32)] * blocks.tiles
+        kinds = [plgpu.WGMMAAccumulatorRef(shape, jnp.float32)] * blocks.tiles
         totals: tuple[Array, ...] = pl.run_scoped(scoped, *kinds)
         return totals
     zero = jnp.zeros(shape, jnp.float32)
@@ -296,7 +298,9 @@ def _add_step(
     return tuple(added)
 
 
-def _excess(here: dict[str, Any], group: int, tile: Array, plan: _Plan, like: Array) -> Array:
+def _excess(
+    here: dict[str, Any], group: int, tile: Array, plan: _Plan, like: Array
+) -> Array | float:
     """How much larger weights are, as they are multiplied, than what they stand for."""
     offset, _ = plan.form
     if plan.zeros:
@@ -324,7 +328,8 @@ def _products(
     operand = _operands(here, warpgroup, plan)
     if plan.interpret:
         of_group = lambda group: range(group * chunks, (group + 1) * chunks)
-        return [sum(_dot(*operand(i, c)) for c in of_group(group)) for group, i in pairs]
+        sums = [[_dot(*operand(i, c)) for c in of_group(group)] for group, i in pairs]
+        return [functools.reduce(jnp.add, chunks_of_group) for chunks_of_group in sums]
 
     def scoped(*accumulators: Any) -> list[Array]:
         done = []
@@ -338,7 +343,9 @@ def _products(
         return done
 
     shape = (TILE, plan.blocks.rows)
-    products: list[Array] = pl.run_scoped(scoped, *[plgpu.ACC(shape, jnp.float32)] * len(pairs))
+    products: list[Array] = pl.run_scoped(
+        scoped, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32)] * len(pairs)
+    )
     return products
 
 

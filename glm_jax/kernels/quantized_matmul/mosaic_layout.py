@@ -54,6 +54,14 @@ class MosaicArray:
     bits: int = struct.field(pytree_node=False)
     zero_points: Any = None
 
+    layout = "mosaic"
+    axes = None  # no product of it is divided among devices yet
+    contraction_axis = -2
+
+    def flattened(self) -> "MosaicArray":
+        """The same weight as [K, N], which it is."""
+        return self
+
     @property
     def shape(self) -> tuple[int, int]:
         """[K, N] of the float array that this stands for."""

@@ -20,7 +20,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float
 
-from glm_jax.kernels.quantized_matmul.mosaic_layout import LANES, TILE, MosaicArray, integers
+from glm_jax.kernels.quantized_matmul.mosaic_layout import TILE, MosaicArray, integers
 
 
 def raw_form(dtype: Any) -> tuple[float, tuple[float, float]]:
@@ -32,7 +32,7 @@ def raw_form(dtype: Any) -> tuple[float, tuple[float, float]]:
     return (8.0, (2.0**-22, 2.0**-18)) if dtype == jnp.float16 else (40.0, (1.0, 1.0))
 
 
-def _ptx(bits: int, dtype: str, raw: bool) -> str:
+def conversion(bits: int, dtype: str, raw: bool) -> str:
     """PTX of one word, $N, to N registers, $0 to $N-1.
 
     In lop3 0xc0 is a & b, 0xea (a & b) | c, 0xae (~a & b) | c.
@@ -108,7 +108,7 @@ def load(
     strided = plgpu.Layout.WG_STRIDED(tiles.shape, vec_size=4)
     one = plgpu.ShapeDtypeStruct((TILE, inputs), dtype, layout=plgpu.Layout.WGMMA)
     name = str(jnp.dtype(dtype))
-    ptx = _ptx(bits, name, raw)
+    ptx = conversion(bits, name, raw)
     one = plgpu.ShapeDtypeStruct((TILE, inputs), dtype, layout=plgpu.Layout.WGMMA)
 
     @plgpu.inline_mgpu(arg_types=(strided,), return_type=[one] * count)

@@ -1,0 +1,140 @@
+"""The kernel for compute capability 9.0, compiled for an H100: what its inner loop came to."""
+
+import dataclasses
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from aot.compiling import PTXAS, compile_for
+
+from glm_jax.kernels.quantized_matmul import mosaic_gpu
+from glm_jax.kernels.quantized_matmul.mosaic_blocks import Problem, choose
+from glm_jax.kernels.quantized_matmul.mosaic_layout import LANES, TILE, MosaicArray
+
+# The 130B's linears: inputs, outputs, and which of them tensor parallelism divides.
+LINEARS = [(12288, 36864, 1), (12288, 12288, 0), (12288, 65536, 1), (32768, 12288, 0)]
+DIVIDED = [
+    (inputs // parts, outputs) if axis == 0 else (inputs, outputs // parts)
+    for inputs, outputs, axis in LINEARS
+    for parts in (1, 4, 8)
+]
+# Instructions a weight that a loop may have, few rows and groups of 128.
+MOST = {(4, "float16"): 1.3, (4, "bfloat16"): 1.5, (8, "float16"): 1.6, (8, "bfloat16"): 2.35}
+_made: dict[tuple, "Made"] = {}  # a process compiles a kernel once
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What a kernel came to; instructions a weight are None where nothing disassembles."""
+
+    ptx: str
+    log: str
+    instructions: float | None
+
+
+@pytest.fixture
+def make(capfd, monkeypatch, tmp_path):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+
+    def made(*arguments, **options) -> Made:
+        key = (*arguments, *options.items())
+        if key not in _made:
+            _made[key] = compiled(*arguments, **options)
+        return _made[key]
+
+    def compiled(rows, inputs, outputs, bits, dtype, group_size=128, zeros=False) -> Made:
+        groups = jax.ShapeDtypeStruct((inputs // group_size, outputs), dtype)
+        values = (outputs // TILE, inputs // TILE, bits, LANES)
+        weight = MosaicArray(
+            values=jax.ShapeDtypeStruct(values, jnp.int32),
+            scales=groups,
+            bits=bits,
+            zero_points=groups if zeros else None,
+        )
+        x = jax.ShapeDtypeStruct((rows, inputs), dtype)
+        compile_for("h100", mosaic_gpu.matmul, x, weight)
+        written = capfd.readouterr().out
+        ptx = written[written.index(".version") : written.rindex("}") + 1]
+        source, binary = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
+        source.write_text(ptx)
+        command = [PTXAS, "-v", "-arch=sm_90a", source, "-o", binary]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        return Made(ptx, log, _instructions_a_weight(binary))
+
+    return made
+
+
+def _instructions_a_weight(binary: Path) -> float | None:
+    """Of the smallest loop that multiplies: a matrix instruction takes 8 weights a thread."""
+    wheels = Path(sysconfig.get_paths()["purelib"]).glob("nvidia/*/bin/nvdisasm")
+    tool = shutil.which("nvdisasm") or next(wheels, None)
+    if tool is None:
+        return None
+    command = [tool, "-c", binary]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    labels, code, loops = {}, [], []
+    for line in text.splitlines():
+        line = re.sub(r"/\*.*?\*/", "", line).strip()
+        if label := re.fullmatch(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif line.endswith(";"):
+            code.append(line)
+            jump = re.search(r"BRA .*\((\.L_x_\d+)\)", line)
+            if jump and jump[1] in labels:
+                loops.append(code[labels[jump[1]] :])
+    multiply = lambda loop: sum("HGMMA" in line for line in loop)
+    shortest = min(filter(multiply, loops), key=len)
+    return len(shortest) / (8 * multiply(shortest))
+
+
+def _check(made: Made) -> None:
+    assert "wgmma.mma_async" in made.ptx
+    assert made.ptx.count("cp.async.bulk.tensor") >= 3  # weights, activations, scales
+    assert re.findall(r"(\d+) bytes spill", made.log) == ["0", "0"]
+    assert "serialized" not in made.log  # matrix instructions that wait for each other
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), DIVIDED)
+def test_one_row_of_every_linear(make, inputs, outputs):
+    made = make(1, inputs, outputs, 4, "float16")
+    _check(made)
+    if made.instructions is not None:
+        # Parts of a linear may take shorter steps.
+        print(f"{made.instructions:.3f} instructions a weight")
+        assert made.instructions <= 1.5
+
+
+@pytest.mark.parametrize(("bits", "dtype"), MOST)
+@pytest.mark.parametrize("rows", [1, 16])
+def test_few_rows_take_few_instructions_a_weight(make, bits, dtype, rows):
+    made = make(rows, 12288, 36864, bits, dtype)
+    _check(made)
+    if made.instructions is None:
+        pytest.skip("instructions are counted by nvdisasm (pip install nvidia-cuda-nvdisasm)")
+    print(f"{made.instructions:.3f} instructions a weight")
+    assert made.instructions <= MOST[bits, dtype] + (0.2 if rows == 16 else 0)
+
+
+@pytest.mark.parametrize("rows", [32, 64, 128, 2048])
+@pytest.mark.parametrize(("bits", "zeros"), [(4, False), (8, True)])
+def test_more_rows(make, bits, zeros, rows):
+    _check(make(rows, 12288, 12288, bits, "float16", zeros=zeros))
+
+
+@pytest.mark.parametrize("group_size", [12288, 64, 32])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_groups_and_zero_points(make, group_size, zeros):
+    _check(make(1, 12288, 12288, 4, "bfloat16", group_size, zeros))
+
+
+def test_the_130b_keeps_all_multiprocessors_reading():
+    for inputs, outputs in DIVIDED:
+        problem = Problem(1, inputs, outputs, 4, 128)
+        blocks = choose(problem, 132)
+        division = mosaic_gpu.divide(problem, blocks)
+        assert division.total >= 0.9 * division.share * 132
