@@ -102,7 +102,7 @@ SHAPES = {
         train=("tiny", 2, 32),
     ),
 }
-_REPEATS = 5
+REPEATS = 5
 _COMPILERS = 8  # programs that are compiled at once
 _PAGE = 64  # tokens
 _SPARE = 6 << 30  # bytes that programs need beside weights and cache
@@ -135,12 +135,12 @@ def rates(shapes: Shapes) -> Iterator[Result]:
     yield {"read_TBps": _read_rate(shapes) / 1e12}
     array = jnp.ones(shapes.copied // 2, jnp.bfloat16)
     add = jax.jit(lambda x: x + 1)
-    taken = interleaved({"copy": _often(lambda: add(array))})["copy"] / _REPEATS
+    taken = interleaved({"copy": often(lambda: add(array))})["copy"] / REPEATS
     yield {"copy_TBps": 2 * array.nbytes / taken / 1e12}
     side = shapes.square
     x = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
     product = jax.jit(jnp.matmul)
-    taken = interleaved({"product": _often(lambda: product(x, x))})["product"] / _REPEATS
+    taken = interleaved({"product": often(lambda: product(x, x))})["product"] / REPEATS
     yield {"bfloat16_TFLOPs": 2 * side**3 / taken / 1e12}
 
 
@@ -148,7 +148,7 @@ def _read_rate(shapes: Shapes) -> float:
     """Bytes a second."""
     array = jnp.ones(shapes.copied // 4, jnp.int32)
     largest = jax.jit(jnp.max)
-    taken = interleaved({"read": _often(lambda: largest(array))})["read"] / _REPEATS
+    taken = interleaved({"read": often(lambda: largest(array))})["read"] / REPEATS
     return array.nbytes / taken
 
 
@@ -163,12 +163,12 @@ def products(shapes: Shapes) -> Iterator[Result]:
         for inputs, outputs in shapes.products:
             runs, counts = {}, {}
             for form in forms:
-                count = _copies(shapes, inputs * outputs * _bits(form) // 8)
+                count = copies_of(shapes, inputs * outputs * bits_of(form) // 8)
                 weights = _weights(form, inputs, outputs, count)
                 x = jnp.full((rows, inputs), 0.1, jnp.float16)
                 program = compiled[(inputs, outputs), form]
                 run = functools.partial(program, x, weights)
-                runs[form], counts[form] = _often(run), count * _REPEATS
+                runs[form], counts[form] = often(run), count * REPEATS
             if rows <= _MOST_TORCH_ROWS:
                 peer = _torch_product(shapes, rows, inputs, outputs)
                 if peer is not None:
@@ -178,29 +178,29 @@ def products(shapes: Shapes) -> Iterator[Result]:
             yield {"inputs": inputs, "outputs": outputs, "rows": rows} | found
 
 
-def _often(run: Callable[[], object]) -> Callable[[], object]:
+def often(run: Callable[[], object]) -> Callable[[], object]:
     """So that starting the work does not count."""
-    return lambda: [run() for _ in range(_REPEATS)]
+    return lambda: [run() for _ in range(REPEATS)]
 
 
-def _bits(form: str) -> int:
+def bits_of(form: str) -> int:
     return int("".join(filter(str.isdigit, form)))
 
 
-def _copies(shapes: Shapes, size: int) -> int:
+def copies_of(shapes: Shapes, size: int) -> int:
     return max(1, min(8, shapes.in_turn // size))
 
 
 @functools.cache
 def _weights(form: str, inputs: int, outputs: int, count: int) -> list[Any]:
     """Copies of a weight, all different; kept, since every number of rows needs them."""
-    return [_weight(form, inputs, outputs, seed) for seed in range(count)]
+    return [example_weight(form, inputs, outputs, seed) for seed in range(count)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _weight(form: str, inputs: int, outputs: int, seed: int) -> Any:
+def example_weight(form: str, inputs: int, outputs: int, seed: int) -> Any:
     """Numbers that look random, by a program that is compiled at once."""
-    bits = _bits(form)
+    bits = bits_of(form)
     shape = (inputs * min(bits, 8) // 8, outputs)
     place = jax.lax.broadcasted_iota(jnp.uint32, shape, 0) * outputs
     place += jax.lax.broadcasted_iota(jnp.uint32, shape, 1) + jnp.uint32(seed)
@@ -214,8 +214,8 @@ def _weight(form: str, inputs: int, outputs: int, seed: int) -> Any:
 def _program(shapes: Shapes, rows: int, size: tuple[int, int], form: str) -> Any:
     """A compiled product of rows with each of the copies of a weight."""
     inputs, outputs = size
-    count = _copies(shapes, inputs * outputs * _bits(form) // 8)
-    weight = jax.eval_shape(lambda: _weight(form, inputs, outputs, 0))
+    count = copies_of(shapes, inputs * outputs * bits_of(form) // 8)
+    weight = jax.eval_shape(lambda: example_weight(form, inputs, outputs, 0))
     x = jax.ShapeDtypeStruct((rows, inputs), jnp.float16)
     # Traced once, however many copies there are.
     product = jax.jit(jnp.matmul if form == "float16" else quantized_matmul)
@@ -239,16 +239,16 @@ def _torch_product(shapes: Shapes, rows: int, inputs: int, outputs: int) -> Any:
     torch = find_torch()
     if torch is None or not torch.cuda.is_available():
         return None
-    count = _copies(shapes, inputs * outputs // 2)
+    count = copies_of(shapes, inputs * outputs // 2)
     x = torch.randn(rows, inputs, dtype=torch.bfloat16, device="cuda")
     weights = _torch_weights(inputs, outputs, count)
 
     def run() -> None:
-        for packed, scales in weights * _REPEATS:
+        for packed, scales in weights * REPEATS:
             torch.ops.aten._weight_int4pack_mm(x, packed, 128, scales)
         torch.cuda.synchronize()
 
-    return run, count * _REPEATS
+    return run, count * REPEATS
 
 
 def decode(shapes: Shapes, checkpoint: str, quantization: str | None) -> Iterator[Result]:

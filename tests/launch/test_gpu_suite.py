@@ -1,12 +1,13 @@
 """The GPU suite in a small form: its parts on this CPU, and what becomes of their results."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from glm_jax.errors import UserError
-from launch.suites import gpu, gpu_parts, gpu_report
+from launch.suites import gpu, gpu_parts, gpu_report, mosaic
 
 ROOT = Path(__file__).parent.parent.parent
 FIRST = json.loads((ROOT / "docs" / "performance" / "h200-2026-11-26.json").read_text())
@@ -26,6 +27,13 @@ def test_rates_and_products(tmp_path):
     assert [product["rows"] for product in products] == [1, 16]
     assert products[0]["int8_us"] > 0
     assert all(p["int4_us"] > 0 and p["float16_us"] > 0 for p in products)
+
+
+def test_products_of_weights_laid_out_for_mosaic():
+    shapes = dataclasses.replace(gpu_parts.SHAPES["tiny"], rows=(1,))
+    (line,) = mosaic.mosaic_products(shapes, every=True, bits=(4,))
+    assert list(line["us"]) == ["float16", "default", "mosaic"]  # others where there is a GPU
+    assert line["error"] < 1e-3
 
 
 def test_decode_steps_of_random_weights(tmp_path):
