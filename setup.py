@@ -136,7 +136,14 @@ setup(
         # For shards behind gs:// and s3:// addresses; local disks need nothing more.
         "convert": ["fsspec", "gcsfs", "s3fs"],
         # What `make test-aot` compiles with.
-        "aot": ["jax[cuda12]", "jax[tpu]", "pytest", "pytest-xdist", "tokamax"],
+        "aot": [
+            "jax[cuda12]",
+            "jax[tpu]",
+            "nvidia-cuda-nvdisasm",
+            "pytest",
+            "pytest-xdist",
+            "tokamax",
+        ],
         "cuda12": ["jax[cuda12]", "tokamax"],
         "tpu": ["jax[tpu]"],
     },
