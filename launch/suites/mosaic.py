@@ -59,7 +59,7 @@ def _measure(
     stored = [
         _grouped(example_weight(f"int{bits}", inputs, outputs, seed)) for seed in range(count)
     ]
-    laid_out = [prepare(weight, implementation="mosaic") for weight in stored]
+    laid_out = [prepare(weight, layout="mosaic") for weight in stored]
     floats = copies_of(shapes, 2 * inputs * outputs)
     plain = [example_weight("float16", inputs, outputs, seed) for seed in range(floats)]
     x = 0.1 * jax.random.normal(jax.random.key(rows), (rows, inputs), jnp.float16)
@@ -103,15 +103,15 @@ def _grouped(weight: QuantizedArray) -> QuantizedArray:
     inputs, outputs = weight.shape
     shape = (max(1, inputs // GROUP_SIZE), outputs)
     scales = jax.random.uniform(jax.random.key(0), shape, jnp.float16, 0.005, 0.015)
-    return weight.replace(scales=scales)  # type: ignore[attr-defined,no-any-return]
+    return weight.replace(scales=scales)  # type: ignore[attr-defined]
 
 
 def _error(x: jax.Array, stored: QuantizedArray, laid_out: Any) -> float:
     """Of some outputs, relative to the product in float32."""
     ours = jax.jit(quantized_matmul)(x, laid_out)[:, :_COMPARED]
-    part = jax.tree.map(lambda a: a[:, :_COMPARED], stored)
+    part: QuantizedArray = jax.tree.map(lambda a: a[:, :_COMPARED], stored)
     with jax.default_matmul_precision("highest"):
-        exact = jnp.matmul(x.astype(jnp.float32), dequantize(part, jnp.float32))
+        exact = jnp.matmul(x.astype(jnp.float32), dequantize(part, "float32"))
     return float(jnp.linalg.norm(ours - exact) / jnp.linalg.norm(exact))
 
 

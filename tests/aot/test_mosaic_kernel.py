@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import pytest
 from aot.compiling import PTXAS, compile_for
 
-from glm_jax.kernels.quantized_matmul import mosaic_gpu
-from glm_jax.kernels.quantized_matmul.mosaic_blocks import Problem, choose
+from glm_jax.kernels.quantized_matmul.api import quantized_matmul
+from glm_jax.kernels.quantized_matmul.mosaic_blocks import Problem, choose, divide
 from glm_jax.kernels.quantized_matmul.mosaic_layout import LANES, TILE, MosaicArray
 
 # The 130B's linears: inputs, outputs, and which of them tensor parallelism divides.
@@ -57,7 +57,7 @@ def make(capfd, monkeypatch, tmp_path):
             zero_points=groups if zeros else None,
         )
         x = jax.ShapeDtypeStruct((rows, inputs), dtype)
-        compile_for("h100", mosaic_gpu.matmul, x, weight)
+        compile_for("h100", quantized_matmul, x, weight)
         written = capfd.readouterr().out
         ptx = written[written.index(".version") : written.rindex("}") + 1]
         source, binary = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
@@ -136,5 +136,5 @@ def test_the_130b_keeps_all_multiprocessors_reading():
     for inputs, outputs in DIVIDED:
         problem = Problem(1, inputs, outputs, 4, 128)
         blocks = choose(problem, 132)
-        division = mosaic_gpu.divide(problem, blocks)
+        division = divide(problem, blocks)
         assert division.total >= 0.9 * division.share * 132

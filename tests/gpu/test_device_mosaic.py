@@ -42,7 +42,7 @@ def test_products_of_all_rows(shape, bits, dtype, zeros):
         zero_points=points if zeros else None,
     )
     exact_weight = np.asarray(dequantize(weight, jnp.float32), np.float64)
-    laid_out = prepare(weight, implementation="mosaic")
+    laid_out = prepare(weight, layout="mosaic")
     # Activations whose mean is not 0 are the hard case for what is taken off by their sums.
     x = jax.random.normal(draws[3], (max(ROWS), inputs)) + 0.5
     product = jax.jit(quantized_matmul)

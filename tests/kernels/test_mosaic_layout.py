@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glm_jax.kernels.dispatch import BackendError
 from glm_jax.kernels.quantized_matmul import mosaic_blocks, mosaic_layout
 from glm_jax.kernels.quantized_matmul.api import prepare, quantized_matmul
 from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks, Problem
@@ -191,12 +192,12 @@ def test_it_says_what_it_does_not_take():
 def test_the_op_multiplies_what_is_laid_out(bits):
     """On a device that is not for the kernel; and the gradient, of which nothing is laid out."""
     weight = _weight(192, 128, 3, bits, zeros=True)
-    laid_out = prepare(weight, implementation="mosaic")
+    laid_out = prepare(weight, layout="mosaic")
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 192)), jnp.float32)
     bias = jnp.arange(128.0)
     ours, gradient = jax.vjp(lambda x: quantized_matmul(x, laid_out, bias), x)
     wanted, expected = jax.vjp(lambda x: quantized_matmul(x, weight, bias), x)
     np.testing.assert_allclose(ours, wanted, atol=1e-4)
     np.testing.assert_allclose(gradient(wanted)[0], expected(wanted)[0], atol=1e-2)
-    with pytest.raises(ValueError, match="groups of 96"):
-        prepare(_weight(192, 64, 2, bits), implementation="mosaic")
+    with pytest.raises(BackendError, match="groups of 96"):
+        prepare(_weight(192, 64, 2, bits), layout="mosaic")

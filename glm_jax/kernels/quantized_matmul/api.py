@@ -69,8 +69,7 @@ def prepare(
       BackendError: the layout is another, or its kernel does not take the weight.
     """
     if layout is not None:
-        check_layout(layout, weight)
-        return lay_out(weight)
+        return lay_out(check_layout(layout, weight))
     if not isinstance(weight, TiledArray | MosaicArray) and cpu.can_tile(weight):
         return cpu.tile(weight, activation_bits)
     return weight

@@ -38,7 +38,7 @@ class Mosaic:
 
     def __call__(self, arguments: Arguments) -> Array:
         # Not before it is asked for: older JAX has no such kernels.
-        from glm_jax.kernels.quantized_matmul import mosaic_gpu  # noqa: PLC0415
+        from glm_jax.kernels.quantized_matmul import mosaic_gpu
 
         return add_bias(mosaic_gpu.matmul(arguments.x, arguments.weight), arguments.bias)
 
@@ -65,8 +65,8 @@ class MosaicTransposed(MosaicRestored):
         return xla.transposed_matmul(arguments.x, restore(arguments.weight))
 
 
-def check_layout(layout: str, weight: Any) -> None:
-    """Raises a BackendError where a weight cannot be laid out for the kernel."""
+def check_layout(layout: str, weight: Any) -> QuantizedArray:
+    """Return the weight, or raise a BackendError where it cannot be laid out for the kernel."""
     if layout != "mosaic":
         raise BackendError(f"quantized_matmul: no layout is called {layout!r}; expected mosaic")
     if not isinstance(weight, QuantizedArray):
@@ -77,3 +77,4 @@ def check_layout(layout: str, weight: Any) -> None:
     reason = supports(weight, jnp.float16)
     if reason is not None:
         raise BackendError(f"quantized_matmul: mosaic does not take the weight: {reason}")
+    return weight

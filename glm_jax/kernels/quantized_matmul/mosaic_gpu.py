@@ -8,7 +8,6 @@ pairs evenly, whatever the shape; a tile that several worked on comes back in pa
 added in one order.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -30,6 +29,7 @@ from glm_jax.kernels.quantized_matmul.mosaic_blocks import (
     divide,
 )
 from glm_jax.kernels.quantized_matmul.mosaic_layout import LANES, TILE, MosaicArray
+from glm_jax.kernels.quantized_matmul.mosaic_plan import Plan
 
 
 def matmul(
@@ -67,55 +67,13 @@ def matmul(
     return total.reshape(outputs, len(x)).T[:rows]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What the kernel's parts share: all of it static."""
-
-    blocks: Blocks
-    division: Division
-    bits: int
-    group_size: int
-    dtype: Any
-    zeros: bool
-    interpret: bool
-
-    @property
-    def group(self) -> int:
-        """Inputs of a step that share a scale."""
-        return min(self.group_size, self.blocks.inputs)
-
-    @property
-    def groups(self) -> int:
-        """Groups of a step."""
-        return self.blocks.inputs // self.group
-
-    @property
-    def chunk(self) -> int:
-        """Inputs that are multiplied at once."""
-        return 2 * TILE if self.group % (2 * TILE) == 0 else min(self.group, TILE)
-
-    @property
-    def sums(self) -> bool:
-        """Whether something is taken off products, by the sums of x."""
-        return (self.zeros and not self.blocks.scale_first) or self.raw
-
-    @property
-    def raw(self) -> bool:
-        return self.blocks.raw and self.bits == 4
-
-    @property
-    def form(self) -> tuple[float, tuple[float, float]]:
-        """Offset and factors of weights as they are multiplied."""
-        return mosaic_registers.raw_form(self.dtype) if self.raw else (0.0, (1.0, 1.0))
-
-
 def _call(
     x: Array, weight: MosaicArray, blocks: Blocks, division: Division, interpret: bool
 ) -> Array:
     """Parts of the product, [parts, N, rows]; tiles that have fewer leave the rest unwritten."""
     outputs, stages = weight.shape[1], blocks.stages
     has_zeros = weight.zero_points is not None
-    plan = _Plan(blocks, division, weight.bits, weight.group_size, x.dtype, has_zeros, interpret)
+    plan = Plan(blocks, division, weight.bits, weight.group_size, x.dtype, has_zeros, interpret)
     of_groups = (stages, plan.groups, blocks.output_tiles, TILE)
     columns = min(plan.chunk, TILE)  # of a row of x: 128 bytes, which are swizzled, or 64
     transforms: Any = (plgpu.TilingTransform, (8, columns)), (plgpu.SwizzleTransform, 2 * columns)
@@ -160,7 +118,7 @@ def _call(
 
 
 def _kernel(
-    *refs: Any, plan: _Plan, names: tuple[str, ...], shared: dict[str, Any], full: Any, empty: Any
+    *refs: Any, plan: Plan, names: tuple[str, ...], shared: dict[str, Any], full: Any, empty: Any
 ) -> None:
     blocks, division = plan.blocks, plan.division
     *operands, out = refs
@@ -195,7 +153,7 @@ def _kernel(
         lax.fori_loop(*tiles, one, None)
 
 
-def _tile(tile: Array, plan: _Plan) -> tuple[Array, Array]:
+def _tile(tile: Array, plan: Plan) -> tuple[Array, Array]:
     """First tile of 64 outputs, and tile of rows."""
     rows = plan.division.row_tiles
     return lax.div(tile, rows) * plan.blocks.output_tiles, lax.rem(tile, rows)
@@ -208,7 +166,7 @@ def _copy(
     empty: Any,
     first: Array,
     stop: Array,
-    plan: _Plan,
+    plan: Plan,
 ) -> None:
     """Copies what each step takes into shared memory."""
     blocks = plan.blocks
@@ -248,7 +206,7 @@ def _multiply(
     first: Array,
     steps: tuple[Array, Array],
     warpgroup: Array,
-    plan: _Plan,
+    plan: Plan,
 ) -> tuple[Array, ...]:
     """Products of a warpgroup's tiles over some steps, each [64, rows]."""
     blocks = plan.blocks
@@ -283,7 +241,7 @@ def _multiply(
 
 
 def _add_step(
-    totals: tuple[Array, ...], here: dict[str, Any], warpgroup: Array, plan: _Plan
+    totals: tuple[Array, ...], here: dict[str, Any], warpgroup: Array, plan: Plan
 ) -> tuple[Array, ...]:
     """Adds a step's products, scaled group by group."""
     added = list(totals)
@@ -299,7 +257,7 @@ def _add_step(
 
 
 def _excess(
-    here: dict[str, Any], group: int, tile: Array, plan: _Plan, like: Array
+    here: dict[str, Any], group: int, tile: Array, plan: Plan, like: Array
 ) -> Array | float:
     """How much larger weights are, as they are multiplied, than what they stand for."""
     offset, _ = plan.form
@@ -310,7 +268,7 @@ def _excess(
     return _factors(plan, like) * offset
 
 
-def _factors(plan: _Plan, like: Array) -> Array | float:
+def _factors(plan: Plan, like: Array) -> Array | float:
     """By what a tile's weights, [64, rows], are multiplied in `plan.form`."""
     _, (first, second) = plan.form
     if first == second:
@@ -321,7 +279,7 @@ def _factors(plan: _Plan, like: Array) -> Array | float:
 
 
 def _products(
-    here: dict[str, Any], pairs: list[tuple[int, int]], warpgroup: Array, plan: _Plan
+    here: dict[str, Any], pairs: list[tuple[int, int]], warpgroup: Array, plan: Plan
 ) -> list[Array]:
     """Products of groups and tiles, [64, rows] each. One is multiplied while the next converts."""
     chunks = plan.group // plan.chunk
@@ -350,7 +308,7 @@ def _products(
 
 
 def _accumulate_step(
-    accumulators: tuple[Any, ...], here: dict[str, Any], warpgroup: Array, plan: _Plan
+    accumulators: tuple[Any, ...], here: dict[str, Any], warpgroup: Array, plan: Plan
 ) -> tuple[Array, ...] | None:
     """Multiplies a step's scaled weights into accumulators, one for each tile."""
     operand = _operands(here, warpgroup, plan)
@@ -376,7 +334,7 @@ def _dot(values: Array, x: Any) -> Array:
 
 
 def _scaled(
-    values: Array, here: dict[str, Any], group: int, index: int, warpgroup: Array, plan: _Plan
+    values: Array, here: dict[str, Any], group: int, index: int, warpgroup: Array, plan: Plan
 ) -> Array:
     """Weights [64, chunk] of one group, less their zero points, times their scales."""
     tile = warpgroup * plan.blocks.tiles + index
@@ -385,7 +343,7 @@ def _scaled(
     return values * _vector(here["scales"].at[group, tile], 1, plan, values)
 
 
-def _operands(here: dict[str, Any], warpgroup: Array, plan: _Plan) -> Any:
+def _operands(here: dict[str, Any], warpgroup: Array, plan: Plan) -> Any:
     """A function of (tile, chunk) to (weights [64, chunk], x [rows, chunk] in shared memory)."""
     loaded: dict[tuple[int, int], list[Array]] = {}
     tiles = max(1, plan.chunk // TILE)
@@ -403,7 +361,7 @@ def _operands(here: dict[str, Any], warpgroup: Array, plan: _Plan) -> Any:
     return operand
 
 
-def _vector(ref: Any, axis: int, plan: _Plan, like: Array) -> Array:
+def _vector(ref: Any, axis: int, plan: Plan, like: Array) -> Array:
     """A vector of shared memory, as wide as a matrix in registers whose `axis` it lacks."""
     if plan.interpret:
         vector = ref[...]
