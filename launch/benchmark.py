@@ -24,7 +24,7 @@ from matplotlib import pyplot
 from glm_jax import cli
 from glm_jax.checkpoints.random_weights import is_random
 from glm_jax.errors import UserError
-from glm_jax.files import replacing, write_text
+from glm_jax.files import explained, replacing, write_text
 from glm_jax.text_files import to_json
 from launch.suites import gpu, gpu_report
 from launch.suites.case import Case
@@ -106,6 +106,8 @@ def plot(results: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 def main() -> None:
     output = Path(FLAGS.output)
+    with explained(output):  # before minutes of measuring
+        output.mkdir(parents=True, exist_ok=True)
     if FLAGS.suite == "gpu":
         measure_gpu(output)
         return

@@ -5,7 +5,7 @@ python -m launch.harness --model glm_jax --model_args checkpoint=DIR --tasks lam
 
 import sys
 
-from glm_jax.errors import UserError
+from glm_jax.errors import UserError, system_refusal
 
 
 def main() -> int:
@@ -20,8 +20,16 @@ def main() -> int:
         return 1
     try:
         cli_evaluate()
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is missing: pip install {error.name}", file=sys.stderr)
+        return 1
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if (refused := system_refusal(error, "standard output")) is None:
+            raise
+        print(f"error: {refused}", file=sys.stderr)
         return 1
     return 0
 

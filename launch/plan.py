@@ -7,6 +7,7 @@ Takes the compilers that `make test-aot` installs (in .venv-aot).
 """
 
 import importlib
+import math
 import os
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def hardware(name: str) -> ConfigDict:
     """The one file of configs/hardware whose name begins so, hyphens or underscores in it.
 
     Raises:
-      PlanError: there is none of that name.
+      PlanError: there is none of that name, or a number in it is not above 0.
     """
     folder = Path(__file__).parent.parent / "configs" / "hardware"
     known = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
@@ -87,6 +88,10 @@ def hardware(name: str) -> ConfigDict:
         raise PlanError(f"--hardware={name}: one of {', '.join(known)}")
     module = importlib.import_module(f"configs.hardware.{begun[0]}")
     config: ConfigDict = module.get_config()
+    for field, value in config.items():
+        # Planning divides by them: a zero or NaN would be a plan without sense.
+        if isinstance(value, int | float) and not 0 < value < math.inf:
+            raise PlanError(f"{module.__file__}: {field}={value}: expected a number above 0")
     return config
 
 

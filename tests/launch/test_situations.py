@@ -45,6 +45,7 @@ COMMANDS = {
     "launch.finetune": (FINETUNE, ["config.data.files"], ["checkpoint"], ["workdir"]),
     "launch.plot": ({"workdir": "folder"}, [], ["workdir"], []),
     "launch.plan": ({"hardware": "a100-40g", "output": "OUT"}, [], [], []),
+    "launch.benchmark": ({"suite": "decode_step", "output": "OUT"}, [], [], ["output"]),
     "launch.tune": ({"output": "OUT/blocks.json"}, [], [], ["output"]),
     "launch.demo": ({"output": "OUT", "steps": "1"}, [], [], ["output"]),
     "launch.train_tokenizer": (
@@ -92,6 +93,7 @@ GOOD = {
     ("launch.generate", "input", "empty"),
     ("launch.decode", "input", "binary"),
     ("launch.tune", "output", "text.txt"),
+    ("launch.benchmark", "output", "full"),  # found when it has measured, minutes later
     ("launch.plot", "workdir", "run"),
 }
 WITHOUT_NUMBERS = ("launch.plot", "launch.tune", "launch.prepare_task", "convert.merge_adapter")
