@@ -7,7 +7,6 @@ Takes the compilers that `make test-aot` installs (in .venv-aot).
 """
 
 import importlib
-import math
 import os
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from glm_jax import cli
 from glm_jax.config import CACHE_DTYPES, GLMConfig, glm_130b
 from glm_jax.files import write_text
 from glm_jax.planning import finetuning_table, hardware_table
-from glm_jax.planning.plan import JOBS, PRECISIONS, PlanError, PlanRequest
+from glm_jax.planning.plan import JOBS, PRECISIONS, PlanError, PlanRequest, check_hardware
 from glm_jax.planning.reports import draw, line, record, table
 from glm_jax.planning.sweep import PlanResult, attempt, smallest, sweep
 from glm_jax.sharding import MeshError
@@ -88,10 +87,7 @@ def hardware(name: str) -> ConfigDict:
         raise PlanError(f"--hardware={name}: one of {', '.join(known)}")
     module = importlib.import_module(f"configs.hardware.{begun[0]}")
     config: ConfigDict = module.get_config()
-    for field, value in config.items():
-        # Planning divides by them: a zero or NaN would be a plan without sense.
-        if isinstance(value, int | float) and not 0 < value < math.inf:
-            raise PlanError(f"{module.__file__}: {field}={value}: expected a number above 0")
+    check_hardware(begun[0], config)
     return config
 
 

@@ -126,6 +126,15 @@ class Plan:
         return self.total <= self.room
 
 
+def check_hardware(name: str, hardware: ConfigDict) -> None:
+    """Raise PlanError for a number of a hardware file that is not above 0 and finite."""
+    for field, value in hardware.items():
+        if isinstance(value, int | float) and not 0 < value < math.inf:
+            raise PlanError(
+                f"configs/hardware/{name}.py: {field}={value}: expected a number above 0"
+            )
+
+
 def make_plan(request: PlanRequest, hardware: ConfigDict) -> Plan:
     """Compile a job's program and measure it.
 

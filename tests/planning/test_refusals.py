@@ -3,6 +3,7 @@
 import importlib
 
 import pytest
+from ml_collections import ConfigDict
 
 from glm_jax.config import glm_config
 from glm_jax.planning import plan, sweep, topology
@@ -29,3 +30,12 @@ def test_what_cannot_be_planned_is_kept_as_a_reason(monkeypatch):
     monkeypatch.setattr(plan.topology, "devices", no_topology)
     hardware = importlib.import_module("configs.hardware.tpu_v5p").get_config()
     assert "no topology has 2 chips" in sweep.attempt(REQUEST, hardware).error
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
+def test_numbers_of_hardware_are_above_zero(value):
+    hardware = importlib.import_module("configs.hardware.h100").get_config()
+    plan.check_hardware("h100", hardware)
+    hardware = ConfigDict(hardware.to_dict() | {"memory_bandwidth": value})
+    with pytest.raises(plan.PlanError, match=r"h100\.py: memory_bandwidth=.*: expected a number"):
+        plan.check_hardware("h100", hardware)
