@@ -20,6 +20,10 @@ from glm_jax.tokenizer import check_fits
 # Tokens in order, and whether they fill a blank, as soon as nothing will change them.
 OnTokens = Callable[[Sequence[int], bool], None]
 
+# Of text in a token, on average: far more than any vocabulary has. A longer text is refused before
+# it is tokenised, which takes some twenty times its memory.
+_MAX_CHARACTERS = 256
+
 
 @runtime_checkable
 class TextCodec(Protocol):
@@ -92,6 +96,10 @@ class PartlyFilled:
             must not.
         """
         special = tokenizer.special_tokens
+        if not left_truncate and len(text) > limit * _MAX_CHARACTERS:
+            raise PromptError(
+                f"the text has {len(text)} characters: no room for an answer in {limit} tokens"
+            )
         tokens = tokenizer.encode(text) if is_unidirectional else encode_prompt(tokenizer, text)
         return cls.from_tokens(tokens, special, limit, is_unidirectional, left_truncate)
 

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glm_jax.engine.prompt import PromptError
+from glm_jax.generation.blank_filling import PartlyFilled
 from glm_jax.generation.text_stream import Stops, TextStream
 
 
@@ -69,3 +71,14 @@ def test_stops_cut_wherever_the_parts_end(text, stops, cuts):
     else:
         assert text.startswith(given_out)
         assert not any(stop in given_out for stop in stops)
+
+
+def test_a_text_far_too_long_is_refused_before_it_is_tokenised():
+    class Tokenizer:
+        special_tokens = None
+
+        def encode(self, text):
+            raise AssertionError("tokenised")
+
+    with pytest.raises(PromptError, match="the text has 2561 characters: no room .* in 10 tokens"):
+        PartlyFilled.begin(Tokenizer(), "x" * 2561, 10, is_unidirectional=True)
