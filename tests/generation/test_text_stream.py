@@ -73,12 +73,11 @@ def test_stops_cut_wherever_the_parts_end(text, stops, cuts):
         assert not any(stop in given_out for stop in stops)
 
 
-def test_a_text_far_too_long_is_refused_before_it_is_tokenised():
-    class Tokenizer:
-        special_tokens = None
+def test_a_text_far_too_long_is_refused_before_it_is_tokenised(tokenizer, monkeypatch):
+    def encode(*_, **__):
+        raise AssertionError("tokenised")
 
-        def encode(self, text):
-            raise AssertionError("tokenised")
-
-    with pytest.raises(PromptError, match="the text has 2561 characters: no room .* in 10 tokens"):
-        PartlyFilled.begin(Tokenizer(), "x" * 2561, 10, is_unidirectional=True)
+    monkeypatch.setattr(tokenizer, "encode", encode)
+    refused = r"the text has 2561 characters: no room .* in 10 tokens"
+    with pytest.raises(PromptError, match=refused):
+        PartlyFilled.begin(tokenizer, "x" * 2561, 10)
