@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
 
 from glm_jax.cli.packaged import packaged
 from glm_jax.errors import UserError
@@ -27,7 +26,7 @@ class ExperimentParser(flags.ArgumentParser):
     def __init__(self, example: str, is_default: bool):
         self.example, self.is_default = example, is_default
 
-    def parse(self, path: str) -> ConfigDict:
+    def parse(self, path: str) -> Any:
         config = load_experiment(path)
         for argument in sys.argv[1:]:
             given = _OVERRIDE.match(argument)
@@ -47,6 +46,8 @@ def define_experiment_flag(example: str, is_default: bool = False) -> None:
       is_default: it is taken where none is given; else the flag is required.
     """
     text = f"an experiment, a file of configs/ or of your own, such as {example}"
+    from ml_collections import config_flags
+
     config_flags.DEFINE_config_file("config", None, text)
     flags.FLAGS["config"].parser = ExperimentParser(example, is_default)
     if not is_default:
@@ -64,7 +65,7 @@ def with_default_experiment(arguments: list[str]) -> list[str]:
     return [arguments[0], f"--config={parser.example}", *arguments[1:]]
 
 
-def load_experiment(path: str) -> ConfigDict:
+def load_experiment(path: str) -> Any:
     """What `get_config()` of an experiment's file returns, locked: it takes no new fields.
 
     Args:
@@ -88,7 +89,7 @@ def load_experiment(path: str) -> ConfigDict:
         raise flags.IllegalFlagValueError(
             f"--config={path} is no experiment: {kind}{said[0]}"
         ) from error
-    if not isinstance(config, ConfigDict) or "model" not in config:
+    if not _is_config(config) or "model" not in config:
         raise flags.IllegalFlagValueError(
             f"--config={path}: its get_config() returns no experiment: begin with that of "
             "configs/train_tiny.py"
@@ -96,19 +97,26 @@ def load_experiment(path: str) -> ConfigDict:
     return config.lock()
 
 
-def fields(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+def fields(config: Any, prefix: str = "") -> dict[str, Any]:
     """{"data.batch_size": value} of every field of an experiment."""
     found: dict[str, Any] = {}
     for name, value in config.items():
-        is_inner = isinstance(value, ConfigDict)
+        is_inner = _is_config(value)
         found |= fields(value, f"{prefix}{name}.") if is_inner else {prefix + name: value}
     return found
 
 
-def _check_field(path: str, config: ConfigDict, name: str) -> None:
+def _is_config(value: Any) -> bool:
+    # Imported late: images for GPUs may lack it, and every command comes by this module.
+    from ml_collections import ConfigDict
+
+    return isinstance(value, ConfigDict)
+
+
+def _check_field(path: str, config: Any, name: str) -> None:
     inner: Any = config
     for part in name.split("."):
-        if not isinstance(inner, ConfigDict) or part not in inner:
+        if not _is_config(inner) or part not in inner:
             close = difflib.get_close_matches(name, fields(config), 3, 0.5)
             ours = [field for field in fields(config) if field.endswith(f".{name}")]
             near = " or ".join(f"--config.{field}" for field in (ours or close[:1]))
