@@ -7,7 +7,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 _KERNELS = "glm_jax/kernels"
-_CALLED_BY_XLA = ("libglm_jax_cpu", "libglm_jax_attention")
+_CALLED_BY_XLA = ("libglm_jax_cpu", "libglm_jax_attention", "libglm_jax_paged_attention")
 _SERVE = [
     "fastapi>=0.115",
     "h11>=0.16",  # before, bodies in chunks could hide requests
@@ -23,7 +23,7 @@ def kernel(name: str, library: str, *sources: str) -> Extension:
     return Extension(
         f"glm_jax.kernels.{name}.{library}",
         sources=[f"{folder}/{source}" for source in sources],
-        depends=[f"{_KERNELS}/threads.h", *map(str, Path(folder).glob("*.inc"))],
+        depends=[f"{_KERNELS}/threads.h", *map(str, Path(_KERNELS).glob("*/*.inc"))],
         language="c++",
         extra_compile_args=["-O3", "-std=c++17", "-Wno-psabi"],
         optional=True,
@@ -76,7 +76,8 @@ setup(
     cmdclass={"build_ext": BuildKernel},
     ext_modules=[
         kernel("quantized_matmul", _CALLED_BY_XLA[0], "cpu.cc"),
-        kernel("attention", _CALLED_BY_XLA[1], "cpu.cc", "cpu_blocks.cc"),
+        kernel("attention", _CALLED_BY_XLA[1], "cpu.cc"),
+        kernel("paged_attention", _CALLED_BY_XLA[2], "cpu.cc"),
         Extension(
             "convert.libglm_jax_transpose",
             sources=["convert/transpose.cc"],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+NOT_BUILT = "its library is not built: install the package where a C++ compiler is"
 WIDEST = 512  # bits of the widest vectors that kernels may use; tests ask for less
 
 

@@ -118,5 +118,7 @@ def test_pages(dtype):
     ]
     seen = jnp.arange(table_size * page_size) < lengths[:, None]
     key, value, *scales = whole
-    arguments = Arguments(query[:, None], key, value, seen[:, None], *scales)
+    if scales:
+        key, value = (x * s[..., None] for x, s in zip((key, value), scales, strict=True))
+    arguments = Arguments(query[:, None], key, value, seen[:, None])
     assert_close(got, attended(arguments)[:, 0], TOLERANCES[computed])

@@ -5,6 +5,7 @@ import pytest
 
 from glm_jax.kernels import target
 from glm_jax.kernels.attention import cpu
+from glm_jax.kernels.paged_attention import cpu as paged_cpu
 
 NO_CPU_KERNEL = "the CPU kernel is not built: no C++ compiler at installation"
 
@@ -16,7 +17,8 @@ def why_not_here(backend):
         return f"{backend.name} runs on {backend.platform}, and this is {platform}"
     if backend.name == "mosaic" and jax.__version_info__ < (0, 12):
         return "Mosaic GPU is simulated from JAX 0.12 on"
-    return NO_CPU_KERNEL if backend.platform == "cpu" and not cpu.is_available() else None
+    is_built = cpu.is_available() and paged_cpu.is_available()
+    return NO_CPU_KERNEL if backend.platform == "cpu" and not is_built else None
 
 
 def pairs(backends, cases):

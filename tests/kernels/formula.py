@@ -11,9 +11,6 @@ def _operands(arguments):
     """Query, key and value in float64, what each query sees, and what dropout multiplies by."""
     a = arguments
     query, key, value = (np.asarray(x, np.float64) for x in (a.query, a.key, a.value))
-    if a.key_scales is not None:
-        key = key * np.asarray(a.key_scales, np.float64)[..., None]
-        value = value * np.asarray(a.value_scales, np.float64)[..., None]
     batch, queries, heads, _ = query.shape
     keys = key.shape[2]
     seen = np.asarray(a.visible)

@@ -14,13 +14,12 @@ from glm_jax.kernels.attention import cpu
 from glm_jax.kernels.attention.api import attention, isolated_attention
 from glm_jax.kernels.attention.arguments import Arguments
 from glm_jax.kernels.attention.blockwise import Blockwise
-from glm_jax.kernels.attention.cpu import CPUBlocks, CPUCache
+from glm_jax.kernels.attention.cpu import CPUBlocks
 from glm_jax.kernels.attention.dropout import WeightDropout, factors
 from glm_jax.kernels.attention.library import Library
 from glm_jax.kernels.attention.mosaic import Mosaic
-from glm_jax.kernels.attention.reference import Reference, ranges_to_mask
+from glm_jax.kernels.attention.reference import Reference
 from glm_jax.kernels.dispatch import BackendError
-from glm_jax.model.paged_cache import quantize_heads
 from glm_jax.model.visibility import Visibility
 
 BATCH, HEADS = 2, 3
@@ -30,8 +29,7 @@ BACKENDS = {
     "blockwise": Blockwise(),
     "blockwise 16x48": Blockwise(16, 48),
     "library": Library(),
-    **{f"cpu cache {bits}": CPUCache(bits) for bits in WIDTHS},
-    **{f"cpu blocks {bits}": CPUBlocks(bits) for bits in WIDTHS},
+    **{f"cpu {bits}": CPUBlocks(bits) for bits in WIDTHS},
 }
 
 
@@ -107,42 +105,18 @@ def test_the_gpu_kernel_for_training(name):
 
 
 @functools.cache
-def _decoding(batch, queries, heads, keys, head_dim, stored="float32"):
+def _few_queries():
+    batch, queries, heads, keys, head_dim = 2, 2, 2, 300, 16
     of_keys = (batch, heads, keys, head_dim)
     query, key, value = normal(0, (batch, queries, heads, head_dim), of_keys, of_keys)
     rng = np.random.default_rng(0)
     starts = rng.integers(0, keys // 2, (batch, queries))
     ranges = np.stack([starts, starts + rng.integers(1, keys // 2, (batch, queries))], -1)
-    scales = (None, None)
-    if stored == "int8":
-        key, value, *scales = quantize_heads(key, value)
-    key, value = key.astype(stored), value.astype(stored)
-    return Arguments(3 * query, key, value, jnp.asarray(ranges, jnp.int32), *scales)
+    return Arguments(3 * query, key, value, jnp.asarray(ranges, jnp.int32))
 
 
-DECODING = {
-    " ".join(map(str, shape)): functools.partial(_decoding, *shape)
-    for shape in [
-        (1, 1, 1, 16, 16),
-        (2, 1, 3, 300, 48),
-        (3, 8, 2, 77, 128),
-        (2, 2, 16, 515, 80),
-        (2, 1, 3, 130, 32, "bfloat16"),
-        (2, 1, 3, 130, 32, "int8"),
-    ]
-}
+FEW = {"few": _few_queries}
 _run = jax.jit(lambda backend, arguments: backend(arguments), static_argnums=0)
-
-
-@pairs(BACKENDS, DECODING)
-def test_over_a_cache_as_it_is_stored(backend, case):
-    arguments = case()
-    got = _run(backend, arguments)
-    # XLA rounds what it dequantises from int8; the C++ kernels do not.
-    assert_close(got, attended(arguments), 3e-6)
-
-
-FEW = {"few": functools.partial(_decoding, 2, 2, 2, 300, 16)}
 
 
 @pairs(BACKENDS, FEW)
@@ -167,16 +141,12 @@ def test_extreme_scores_stay_finite_and_nan_stays_in_its_head(backend, case):
 
 @pairs(BACKENDS, FEW)
 def test_what_no_row_sees_is_not_read(backend, case):
-    """NaN in all keys that no query sees; for blocks, in the blocks without any that one sees."""
+    """NaN in the blocks without any key that a query sees."""
     arguments = case()
     if backend == Reference():  # reads everything, as the formula stands
         return
-    seen = jnp.any(ranges_to_mask(arguments.visible, 300), axis=1)
-    if not isinstance(backend, CPUCache):
-        arguments = arguments.replace(
-            visible=jnp.full_like(arguments.visible, 7).at[..., 1].set(40)
-        )
-        seen = jnp.arange(300)[None] < 256  # of the largest block
+    arguments = arguments.replace(visible=jnp.full_like(arguments.visible, 7).at[..., 1].set(40))
+    seen = jnp.arange(300)[None] < 256  # of the largest block
     hide = lambda x: jnp.where(seen[:, None, :, None], x, jnp.nan)
     hidden = arguments.replace(key=hide(arguments.key), value=hide(arguments.value))
     np.testing.assert_array_equal(_run(backend, hidden), _run(backend, arguments))
@@ -184,25 +154,23 @@ def test_what_no_row_sees_is_not_read(backend, case):
 
 @pytest.mark.skipif(not cpu.is_available(), reason=NO_CPU_KERNEL)
 def test_which_kernel_is_chosen():
-    a = _decoding(2, 1, 2, 200, 16)
+    a = _few_queries()
 
-    def kernels(query, ranges, dtype="float32", **more):
-        operands = [x.astype(dtype) for x in (query, a.key, a.value)]
+    def kernels(ranges, dtype="float32", **more):
+        operands = [x.astype(dtype) for x in (a.query, a.key, a.value)]
         run = functools.partial(attention, **more)
         text = jax.jit(run).lower(*operands, ranges).as_text()
         return set(re.findall(r"@(glm_jax_attention\w*)", text))
 
-    assert kernels(a.query, a.visible) == {"glm_jax_attention"}
+    assert kernels(a.visible) == {"glm_jax_attention_forward"}
     two = jnp.concatenate([a.visible, a.visible], axis=-1)
-    assert kernels(a.query, two) == {"glm_jax_attention_forward"}
-    many = jnp.repeat(a.query, 9, axis=1), jnp.repeat(a.visible, 9, axis=1)
-    assert kernels(*many) == {"glm_jax_attention_forward"}
-    assert kernels(*many, dtype="bfloat16") == set()
-    assert kernels(*many, implementation="blockwise") == set()
-    with pytest.raises(BackendError, match="'cpu' cannot be used here: it takes up to 8 queries"):
-        kernels(*many, dtype="bfloat16", implementation="cpu")
+    assert kernels(two) == {"glm_jax_attention_forward"}
+    assert kernels(a.visible, dtype="bfloat16") == set()
+    assert kernels(a.visible, implementation="blockwise") == set()
+    with pytest.raises(BackendError, match="'cpu' cannot be used here: it takes float32"):
+        kernels(a.visible, dtype="bfloat16", implementation="cpu")
     with pytest.raises(BackendError, match=r"'library' .* it runs on cuda, and this is cpu"):
-        kernels(*many, implementation="library")
+        kernels(a.visible, implementation="library")
 
 
 @pytest.mark.parametrize("length", [64, 300])  # the formula, and blocks

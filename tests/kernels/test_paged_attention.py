@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from kernels.backends import pairs
 
-from glm_jax.kernels.attention import cpu
 from glm_jax.kernels.dispatch import BackendError
+from glm_jax.kernels.paged_attention import cpu
 from glm_jax.kernels.paged_attention.api import paged_attention
 from glm_jax.kernels.paged_attention.arguments import Arguments
 from glm_jax.kernels.paged_attention.cpu import CPUPages

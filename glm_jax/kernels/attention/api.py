@@ -5,7 +5,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from glm_jax.kernels.attention.arguments import Arguments
 from glm_jax.kernels.attention.blockwise import Blockwise
-from glm_jax.kernels.attention.cpu import CPUBlocks, CPUCache
+from glm_jax.kernels.attention.cpu import CPUBlocks
 from glm_jax.kernels.attention.dropout import WeightDropout
 from glm_jax.kernels.attention.library import Library
 from glm_jax.kernels.attention.mosaic import Mosaic
@@ -14,30 +14,26 @@ from glm_jax.kernels.dispatch import dispatch
 
 # Keys up to which all scores at once are no more than a block.
 _FEW_KEYS = 128
-_ON_CPU = (CPUCache(), CPUBlocks())
-_IN_BLOCKS = (Library(), Blockwise(platform="cpu", min_rows=1), Blockwise())
+_IN_BLOCKS = (Library(), Blockwise())
 _BY_NAME = (Mosaic(),)  # by its name alone, until it has been measured
 
 
 def attention(
     query: Float[Array, "batch query heads head_dim"],
-    key: Array,
-    value: Array,
+    key: Float[Array, "batch heads key head_dim"],
+    value: Float[Array, "batch heads key head_dim"],
     visible: Int32[Array, "batch query bounds"] | Bool[Array, "batch query key"],
     softmax_dtype: str = "float32",
-    key_scales: Float[Array, "batch heads key"] | None = None,
-    value_scales: Float[Array, "batch heads key"] | None = None,
     dropout: WeightDropout | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "batch query heads head_dim"]:
     """Compute softmax(query key^T / sqrt(head_dim)) value over the keys that each query sees.
 
     Queries with ranges go block by block: no array of queries x keys, and keys that no query
-    sees are not read; on one CPU device by kernels of our own. A mask, which is such an
+    sees are not read; on one CPU device in float32 by a kernel of our own. A mask, which is such an
     array itself, and a softmax in less than float32 take the formula as it stands.
 
     Args:
-      key, value: [batch, heads, key, head_dim], float, or int8 with scales.
       visible: for each query, [start, end) of one or two ranges of keys; or a mask, true where
         the query may see the key.
       softmax_dtype: dtype of the scores and their softmax.
@@ -51,12 +47,10 @@ def attention(
     Raises:
       BackendError: the named implementation does not take the arguments here.
     """
-    arguments = Arguments(
-        query, key, value, visible, key_scales, value_scales, dropout, softmax_dtype
-    )
+    arguments = Arguments(query, key, value, visible, dropout, softmax_dtype)
     in_blocks, whole = _IN_BLOCKS, (Reference(),)
     few_first = (*whole, *in_blocks) if key.shape[2] <= _FEW_KEYS else (*in_blocks, *whole)
-    return dispatch("attention", (*_ON_CPU, *few_first, *_BY_NAME), arguments, implementation)
+    return dispatch("attention", (CPUBlocks(), *few_first, *_BY_NAME), arguments, implementation)
 
 
 def isolated_attention(

@@ -16,10 +16,9 @@ class Arguments(struct.PyTreeNode):
 
     Attributes:
       query: float [batch, query, heads, head_dim].
-      key, value: [batch, heads, key, head_dim], float, or int8 with scales.
+      key, value: float [batch, heads, key, head_dim].
       visible: int32 [batch, query, 2 or 4], [start, end) of one or two ranges of keys for each
         query; or bool [batch, query, key], true where the query may see the key.
-      key_scales, value_scales: float32 [batch, heads, key], or None.
       dropout: of the softmax's weights; None for none.
       softmax_dtype: dtype of the scores and their softmax.
     """
@@ -28,8 +27,6 @@ class Arguments(struct.PyTreeNode):
     key: Any
     value: Any
     visible: Any
-    key_scales: Any = None
-    value_scales: Any = None
     dropout: WeightDropout | None = None
     softmax_dtype: str = struct.field(pytree_node=False, default="float32")
 
@@ -50,8 +47,8 @@ def on_each_device(
     """Call `function` under a mesh with each device's own rows and heads.
 
     Args:
-      function: attends on one device; takes arguments without scales or dropout, and what
-        follows them here.
+      function: attends on one device; takes arguments without dropout, and what follows
+        them here.
       of_queries: further arrays [batch, heads, query].
     """
     if mesh_to_divide() is None:

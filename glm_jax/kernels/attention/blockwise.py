@@ -24,19 +24,16 @@ _LOWEST = -1e30  # of a row that has seen nothing; finite, so that differences a
 
 @dataclasses.dataclass(frozen=True)
 class Blockwise:
-    """Takes ranges and a softmax in float32; a gradient does not pass keys in int8.
+    """Takes ranges and a softmax in float32.
 
     Attributes:
       query_block, key_block: sizes of a block; that of queries is smaller where they are fewer.
-      min_rows: least size of a block of queries. On accelerators a product of one row becomes a
-        sum, for which XLA transposes all values.
     """
 
     query_block: int = 256
     key_block: int = 256
-    min_rows: int = 8
-    platform: str | None = None
     name: str = "blockwise"
+    platform: None = None
 
     def supports(self, arguments: Arguments) -> str | None:
         return unmet(
@@ -45,7 +42,7 @@ class Blockwise:
         )
 
     def __call__(self, arguments: Arguments) -> Array:
-        queries = min(self.query_block, max(arguments.query.shape[1], self.min_rows))
+        queries = min(self.query_block, arguments.query.shape[1])
         return _attention(arguments, queries, self.key_block)
 
 
@@ -59,10 +56,6 @@ def _forward(arguments: Arguments, query_block: int, key_block: int) -> tuple[Ar
     batch, num_queries, heads, head_dim = query.shape
     scaled = query * jnp.asarray(head_dim**-0.5, query.dtype)
     keys = (_pad(arguments.key, 2, key_block), _pad(arguments.value, 2, key_block))
-    scales = tuple(
-        None if s is None else _pad(s, 2, key_block)
-        for s in (arguments.key_scales, arguments.value_scales)
-    )
 
     def of_queries(block: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         rows, ranges, numbers = block
@@ -70,15 +63,13 @@ def _forward(arguments: Arguments, query_block: int, key_block: int) -> tuple[Ar
 
         def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             largest, total, summed = carry
-            k, v, k_scale, v_scale = (_slice(a, i, key_block) for a in (*keys, *scales))
-            scores = _scores(rows, k, ranges, i * key_block, k_scale)
+            k, v = (_slice(a, i, key_block) for a in keys)
+            scores = _scores(rows, k, ranges, i * key_block)
             new = jnp.maximum(largest, jnp.max(scores, axis=-1))
             weights = jnp.where(scores == _LOWEST, 0, jnp.exp(scores - new[..., None]))
             shrink = jnp.exp(largest - new)
             total = total * shrink + jnp.sum(weights, axis=-1)
             weights = weights * _dropout_factors(dropout, weights.shape, numbers[0], i * key_block)
-            if v_scale is not None:
-                weights = weights * v_scale[:, :, None]
             part = einsum("bhqk,bhkd->bhqd", weights.astype(rows.dtype), v.astype(rows.dtype))
             return new, total, summed * shrink[..., None] + part
 
@@ -114,7 +105,7 @@ def _backward(query_block: int, key_block: int, saved: Any, gradient: Array) -> 
 
     def weights_of(rows: tuple[Array, ...], k: Array, v: Array, offset: Array) -> Any:
         q, ranges, g, log_sum, delta, numbers = rows
-        scores = _scores(q, k, ranges, offset, None)
+        scores = _scores(q, k, ranges, offset)
         log_sum, delta = (jnp.moveaxis(a, 1, 2)[..., None] for a in (log_sum, delta))
         weights = jnp.where(scores == _LOWEST, 0, jnp.exp(scores - log_sum))
         drop = _dropout_factors(dropout, weights.shape, numbers[0], offset)
@@ -163,12 +154,10 @@ def _backward(query_block: int, key_block: int, saved: Any, gradient: Array) -> 
 _attention.defvjp(_forward, _backward)
 
 
-def _scores(query: Array, key: Array, ranges: Array, offset: Array, scale: Array | None) -> Array:
+def _scores(query: Array, key: Array, ranges: Array, offset: Array) -> Array:
     """float32 [batch, heads, query, key]; the lowest where the row does not see the key."""
     # Keys first: with a single query XLA on CPU would transpose all keys for it.
     scores = jnp.swapaxes(einsum("bhkd,bqhd->bhkq", key.astype(query.dtype), query), 2, 3)
-    if scale is not None:
-        scores = scores * scale[:, :, None]
     visible = ranges_to_mask(ranges - offset, key.shape[2])
     return jnp.where(visible[:, None], scores, _LOWEST)
 
@@ -198,8 +187,8 @@ def _pad(x: Array, axis: int, block: int) -> Array:
     return jnp.pad(x, width)
 
 
-def _slice(x: Array | None, index: Array, block: int) -> Any:
-    return None if x is None else jax.lax.dynamic_slice_in_dim(x, index * block, block, 2)
+def _slice(x: Array, index: Array, block: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, index * block, block, 2)
 
 
 def _map(function: Any, arrays: tuple[Array, ...], block: int) -> Any:

@@ -1,9 +1,10 @@
-// Attention of few queries over a cache on CPU, called by XLA (jax.ffi). See cpu.py.
+// Attention of many queries on CPU and its gradient, called by XLA (jax.ffi). See cpu.py.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "../threads.h"
@@ -12,220 +13,284 @@ namespace ffi = xla::ffi;
 
 namespace {
 
+constexpr int64_t kBlock = 64;     // queries, and keys, of a block
 constexpr int64_t kMostLanes = 16;
-constexpr int64_t kLeastShared = 1 << 16;  // bytes of keys that are worth waking a thread
+constexpr float kLowest = -1e30f;  // the score of a key that is not seen; finite
 
-// Keys lie in blocks of `length` positions: of a cache with rows, block (row, head), where a
-// query sees `ranges` of it; of one in pages, block (head, page), and a row's pages in order
-// are those of its `table`, of which the query sees the first `ranges` positions.
-struct Problem {
-  int64_t batch, queries, heads, length, head_dim, bits;
-  int64_t pages, table_size;               // 0 for a cache with rows
-  const float* query;                      // [batch, queries, heads, head_dim]
-  const void *keys, *values;               // [blocks, length, head_dim]
-  const float *key_scales, *value_scales;  // [blocks, length], or null
-  const int32_t* ranges;                   // [batch, queries, 2], or [batch] in pages
-  const int32_t* tables;                   // [batch, table_size], or null
-  float* out;                              // like query
+// What each row sees: [start, end) of one or two ranges of keys.
+struct Ranges {
+  const int32_t* bounds;
+  int64_t per_row;
+
+  // Calls f(begin, end) for each range of a row, cut to the block from `first_key` on.
+  template <class F>
+  void ForRow(int64_t row, int64_t first_key, F f) const {
+    for (int64_t i = 0; i < per_row; i += 2) {
+      const int32_t* range = bounds + row * per_row + i;
+      const int64_t begin = std::clamp<int64_t>(range[0] - first_key, 0, kBlock);
+      const int64_t end = std::clamp<int64_t>(range[1] - first_key, 0, kBlock);
+      if (begin < end) f(begin, end);
+    }
+  }
+
+  void Hide(int64_t row, int64_t first_key, float* scores) const {
+    bool is_seen[kBlock] = {}, is_whole = false;
+    ForRow(row, first_key, [&](int64_t begin, int64_t end) {
+      is_whole |= end - begin == kBlock;
+      std::fill(is_seen + begin, is_seen + end, true);
+    });
+    if (is_whole) return;
+    for (int64_t j = 0; j < kBlock; ++j) scores[j] = is_seen[j] ? scores[j] : kLowest;
+  }
 };
 
-// Neighbouring keys and values of a query.
+// A permutation of 32-bit numbers; see dropout.py.
 template <class T>
-struct Run {
-  const T *keys, *values;
-  const float *key_scales, *value_scales;
-  int64_t count;
+inline T Mix(T x) {
+  x = (x ^ (x >> 16)) * 0x7FEB352Du;
+  x = (x ^ (x >> 15)) * 0x846CA68Bu;
+  return x ^ (x >> 16);
+}
+
+// Which weights are kept: those whose hash is at most `most`.
+struct Dropout {
+  uint32_t seed, most;
+  float factor;  // of what is kept
+
+  bool is_on() const { return most < UINT32_MAX; }
+  void OfHead(int64_t item) { seed = Mix(seed ^ static_cast<uint32_t>(item)); }
+  uint32_t Line(int64_t row) const { return Mix(seed ^ static_cast<uint32_t>(row)); }
 };
 
-template <class T>
-Run<T> MakeRun(const Problem& p, int64_t position, int64_t count) {
-  return {static_cast<const T*>(p.keys) + position * p.head_dim,
-          static_cast<const T*>(p.values) + position * p.head_dim,
-          p.key_scales ? p.key_scales + position : nullptr,
-          p.value_scales ? p.value_scales + position : nullptr, count};
-}
+// One head of one row of the batch. Its rows are `row_stride` apart, other heads between them.
+struct Item {
+  int64_t queries, keys, padded, head_dim, row_stride;
+  const float *query, *key, *value, *gradient;
+  float *out, *log_sums, *of_query, *of_key, *of_value;
+  Ranges ranges;
+  float factor;  // of scores
+  Dropout dropout;
+};
 
-template <class T>
-void FindRuns(const Problem& p, int64_t row, int64_t i, int64_t head, std::vector<Run<T>>& runs) {
-  runs.clear();
-  if (!p.pages) {
-    const int32_t* range = p.ranges + (row * p.queries + i) * 2;
-    const int64_t begin = std::clamp<int64_t>(range[0], 0, p.length);
-    const int64_t end = std::clamp<int64_t>(range[1], begin, p.length);
-    const int64_t block = row * p.heads + head;
-    if (begin < end) runs.push_back(MakeRun<T>(p, block * p.length + begin, end - begin));
-    return;
-  }
-  const int64_t end = std::clamp<int64_t>(p.ranges[row], 0, p.table_size * p.length);
-  for (int64_t begin = 0; begin < end; begin += p.length) {
-    const int64_t named = p.tables[row * p.table_size + begin / p.length];
-    const int64_t block = head * p.pages + std::clamp<int64_t>(named, 0, p.pages - 1);
-    runs.push_back(MakeRun<T>(p, block * p.length, std::min(p.length, end - begin)));
-  }
-}
+// A block of queries, and the blocks of keys that any of them sees, one after another.
+struct Block {
+  const float* query;  // [rows, head_dim], scaled
+  int64_t first_row, rows, first_key, keys;
+  Ranges ranges;
 
-// Items are the heads of each row of the batch; their queries share keys that are in cache.
-template <class T, class F>
-void EachQuery(const Problem& p, int64_t first, int64_t last, F attend) {
-  std::vector<float> scores(p.length * std::max<int64_t>(1, p.table_size) + kMostLanes);
-  std::vector<Run<T>> runs;
-  for (int64_t item = first; item < last; ++item) {
-    const int64_t row = item / p.heads, head = item % p.heads;
-    for (int64_t i = 0; i < p.queries; ++i) {
-      const int64_t place = ((row * p.queries + i) * p.heads + head) * p.head_dim;
-      FindRuns(p, row, i, head, runs);
-      if (runs.empty()) {
-        std::fill(p.out + place, p.out + place + p.head_dim, 0.0f);
-      } else {
-        attend(p.query + place, runs, p.head_dim, scores.data(), p.out + place);
+  bool Next() {
+    for (first_key += kBlock; first_key < keys; first_key += kBlock) {
+      bool is_seen = false;
+      for (int64_t i = 0; i < rows && !is_seen; ++i) {
+        ranges.ForRow(first_row + i, first_key, [&](int64_t, int64_t) { is_seen = true; });
+      }
+      if (is_seen) return true;
+    }
+    return false;
+  }
+};
+
+// A head's keys and values with zeros up to whole blocks; turned ones are [head_dim, padded].
+struct Buffers {
+  std::vector<float> keys, plain_keys, values, turned_values, query, gradient, sums, scores;
+
+  explicit Buffers(const Item& t)
+      : keys(t.head_dim * t.padded),
+        plain_keys(t.padded * t.head_dim),
+        values(t.padded * t.head_dim),
+        query(kBlock * t.head_dim),
+        gradient(kBlock * t.head_dim),
+        sums(kBlock * t.head_dim),
+        scores(kBlock * kBlock) {
+    for (int64_t i = 0; i < t.keys; ++i) {
+      std::copy_n(t.key + i * t.row_stride, t.head_dim, plain_keys.data() + i * t.head_dim);
+      std::copy_n(t.value + i * t.row_stride, t.head_dim, values.data() + i * t.head_dim);
+    }
+    Turn(t, plain_keys, keys);
+  }
+
+  void TurnValues(const Item& t) {
+    turned_values.resize(t.head_dim * t.padded);
+    Turn(t, values, turned_values);
+  }
+
+  static void Turn(const Item& t, const std::vector<float>& from, std::vector<float>& to) {
+    // Lines of 16 keys at a time, so that both sides stay in the nearest cache.
+    for (int64_t first = 0; first < t.padded; first += kMostLanes) {
+      for (int64_t d = 0; d < t.head_dim; ++d) {
+        for (int64_t i = first; i < first + kMostLanes; ++i) {
+          to[d * t.padded + i] = from[i * t.head_dim + d];
+        }
       }
     }
   }
-}
+
+  Block Load(const Item& t, int64_t first_row) {
+    const int64_t rows = std::min(kBlock, t.queries - first_row);
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* from = t.query + (first_row + i) * t.row_stride;
+      for (int64_t d = 0; d < t.head_dim; ++d) query[i * t.head_dim + d] = from[d] * t.factor;
+    }
+    return {query.data(), first_row, rows, -kBlock, t.keys, t.ranges};
+  }
+};
 
 #define GLM_JAX_VECTOR_BYTES 16
+#define GLM_JAX_BLOCK_VECTORS 4
+#define GLM_JAX_BLOCK_ROWS 2
 namespace portable {
 #include "cpu_vectors.inc"
 #include "cpu.inc"
 }  // namespace portable
 #undef GLM_JAX_VECTOR_BYTES
+#undef GLM_JAX_BLOCK_VECTORS
+#undef GLM_JAX_BLOCK_ROWS
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define GLM_JAX_X86_VARIANTS 1
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #define GLM_JAX_VECTOR_BYTES 32
+#define GLM_JAX_BLOCK_VECTORS 2
+#define GLM_JAX_BLOCK_ROWS 6
 namespace avx2 {
 #include "cpu_vectors.inc"
 #include "cpu.inc"
 }  // namespace avx2
 #undef GLM_JAX_VECTOR_BYTES
+#undef GLM_JAX_BLOCK_VECTORS
+#undef GLM_JAX_BLOCK_ROWS
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
 #define GLM_JAX_VECTOR_BYTES 64
+#define GLM_JAX_BLOCK_VECTORS 4
+#define GLM_JAX_BLOCK_ROWS 6
 namespace avx512 {
 #include "cpu_vectors.inc"
 #include "cpu.inc"
 }  // namespace avx512
 #undef GLM_JAX_VECTOR_BYTES
+#undef GLM_JAX_BLOCK_VECTORS
+#undef GLM_JAX_BLOCK_ROWS
 #pragma GCC pop_options
 #endif
 
-auto Choose(int64_t widest) {
+using Run = void (*)(const Item&);
+
+Run Choose(int64_t widest, bool is_backward) {
 #ifdef GLM_JAX_X86_VARIANTS
   if (widest >= 512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    return avx512::DoItems;
+    return is_backward ? avx512::BackwardItem : avx512::ForwardItem;
   }
   if (widest >= 256 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return avx2::DoItems;
+    return is_backward ? avx2::BackwardItem : avx2::ForwardItem;
   }
 #endif
-  return portable::DoItems;
+  return is_backward ? portable::BackwardItem : portable::ForwardItem;
 }
 
 struct Job : glm_jax::Work {
-  Problem problem;
-  void (*run)(const Problem&, int64_t, int64_t);
-  void Run(int64_t first, int64_t last) override { run(problem, first, last); }
+  Item first;  // the batch's first head
+  int64_t heads;
+  ::Run run;
+
+  void Run(int64_t begin, int64_t end) override {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t row = item / heads, head = item % heads;
+      const int64_t queries = row * first.queries * first.row_stride + head * first.head_dim;
+      const int64_t keys = row * first.keys * first.row_stride + head * first.head_dim;
+      Item t = first;
+      t.query += queries, t.out += queries, t.gradient += queries, t.of_query += queries;
+      t.key += keys, t.value += keys, t.of_key += keys, t.of_value += keys;
+      t.log_sums += item * first.queries;
+      t.dropout.OfHead(item);
+      t.ranges.bounds += row * first.queries * first.ranges.per_row;
+      run(t);
+    }
+  }
 };
 
-bool AreCacheArrays(const ffi::AnyBuffer& keys, const ffi::AnyBuffer& values,
-                    const ffi::Buffer<ffi::F32>& key_scales,
-                    const ffi::Buffer<ffi::F32>& value_scales, int64_t bytes) {
-  return keys.dimensions().size() == 4 && values.element_count() == keys.element_count() &&
-         key_scales.element_count() == value_scales.element_count() &&
-         (!key_scales.element_count() || bytes == 1) && (bytes == 1 || bytes == 2 || bytes == 4);
-}
-
-// Fills in what the two kinds of cache have in common, and does the work.
-ffi::Error Finish(ffi::ThreadPool pool, Problem problem, const ffi::Buffer<ffi::F32>& query,
-                  const ffi::AnyBuffer& keys, const ffi::AnyBuffer& values,
-                  const ffi::Buffer<ffi::F32>& key_scales,
-                  const ffi::Buffer<ffi::F32>& value_scales, float* out, int64_t widest) {
-  const int64_t bytes = keys.size_bytes() / std::max<size_t>(1, keys.element_count());
-  if (!AreCacheArrays(keys, values, key_scales, value_scales, bytes) ||
-      problem.head_dim % kMostLanes) {
+ffi::Error Start(ffi::ThreadPool pool, ffi::Span<const int64_t> q, ffi::Span<const int64_t> k,
+                 ffi::Span<const int64_t> ranges, Item item, Run run) {
+  if (q.size() != 4 || k.size() != 4 || ranges.size() != 3 || q[0] != k[0] || q[2] != k[2] ||
+      q[3] != k[3] || q[3] % kMostLanes || ranges[0] != q[0] || ranges[1] != q[1] ||
+      (ranges[2] != 2 && ranges[2] != 4)) {
     return ffi::Error::InvalidArgument("attention: shapes do not belong together");
   }
-  problem.bits = 8 * bytes;
-  problem.query = query.typed_data();
-  problem.keys = keys.untyped_data();
-  problem.values = values.untyped_data();
-  const bool has_scales = key_scales.element_count() > 0;
-  problem.key_scales = has_scales ? key_scales.typed_data() : nullptr;
-  problem.value_scales = has_scales ? value_scales.typed_data() : nullptr;
-  problem.out = out;
   auto job = std::make_shared<Job>();
-  job->problem = problem;
-  job->run = Choose(widest);
-  job->count = problem.batch * problem.heads;
-  glm_jax::DoOnThreads(pool, job, static_cast<int64_t>(keys.size_bytes()) >= kLeastShared);
+  item.queries = q[1], item.keys = k[1], item.head_dim = q[3], item.row_stride = q[2] * q[3];
+  item.padded = (item.keys + kBlock - 1) / kBlock * kBlock;
+  item.ranges.per_row = ranges[2];
+  item.factor = 1 / std::sqrt(static_cast<float>(item.head_dim));
+  job->first = item, job->heads = q[2], job->run = run;
+  job->count = q[0] * q[2];
+  glm_jax::DoOnThreads(pool, job, true);
   return ffi::Error::Success();
 }
 
-ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::AnyBuffer keys,
-                     ffi::AnyBuffer values, ffi::Buffer<ffi::S32> ranges,
-                     ffi::Buffer<ffi::F32> key_scales, ffi::Buffer<ffi::F32> value_scales,
-                     ffi::ResultBuffer<ffi::F32> out, int64_t widest) {
-  const auto q = query.dimensions(), k = keys.dimensions();
-  if (q.size() != 4 || k.size() != 4 || q[0] != k[0] || q[2] != k[1] || q[3] != k[3] ||
-      static_cast<int64_t>(ranges.element_count()) != 2 * q[0] * q[1]) {
-    return ffi::Error::InvalidArgument("attention: shapes do not belong together");
-  }
-  Problem problem = {};
-  problem.batch = q[0], problem.queries = q[1], problem.heads = q[2];
-  problem.length = k[2], problem.head_dim = q[3];
-  problem.ranges = ranges.typed_data();
-  return Finish(pool, problem, query, keys, values, key_scales, value_scales, out->typed_data(),
-                widest);
+using Floats = ffi::Buffer<ffi::F32>;
+using FloatsOut = ffi::ResultBuffer<ffi::F32>;
+
+ffi::Error Forward(ffi::ThreadPool pool, Floats query, Floats key, Floats value,
+                   ffi::Buffer<ffi::S32> ranges, ffi::Buffer<ffi::U32> seed, FloatsOut out,
+                   FloatsOut log_sums, int64_t most_kept, float kept_factor, int64_t widest) {
+  Item item = {};
+  item.query = query.typed_data(), item.key = key.typed_data(), item.value = value.typed_data();
+  item.out = out->typed_data(), item.log_sums = log_sums->typed_data();
+  item.ranges.bounds = ranges.typed_data();
+  item.dropout = {seed.typed_data()[0], static_cast<uint32_t>(most_kept), kept_factor};
+  return Start(pool, query.dimensions(), key.dimensions(), ranges.dimensions(), item,
+               Choose(widest, false));
 }
 
-ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::AnyBuffer keys,
-                          ffi::AnyBuffer values, ffi::Buffer<ffi::S32> tables,
-                          ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::F32> key_scales,
-                          ffi::Buffer<ffi::F32> value_scales, ffi::ResultBuffer<ffi::F32> out,
-                          int64_t widest) {
-  const auto q = query.dimensions(), k = keys.dimensions(), t = tables.dimensions();
-  if (q.size() != 3 || k.size() != 4 || t.size() != 2 || q[1] != k[0] || q[2] != k[3] ||
-      k[1] < 1 || t[0] != q[0] || static_cast<int64_t>(lengths.element_count()) != q[0]) {
-    return ffi::Error::InvalidArgument("paged attention: shapes do not belong together");
-  }
-  Problem problem = {};
-  problem.batch = q[0], problem.queries = 1, problem.heads = q[1];
-  problem.length = k[2], problem.head_dim = q[2];
-  problem.pages = k[1], problem.table_size = t[1];
-  problem.ranges = lengths.typed_data();
-  problem.tables = tables.typed_data();
-  return Finish(pool, problem, query, keys, values, key_scales, value_scales, out->typed_data(),
-                widest);
+ffi::Error Backward(ffi::ThreadPool pool, Floats query, Floats key, Floats value,
+                    ffi::Buffer<ffi::S32> ranges, ffi::Buffer<ffi::U32> seed, Floats out,
+                    Floats log_sums, Floats gradient, FloatsOut of_query, FloatsOut of_key,
+                    FloatsOut of_value, int64_t most_kept, float kept_factor, int64_t widest) {
+  Item item = {};
+  item.query = query.typed_data(), item.key = key.typed_data(), item.value = value.typed_data();
+  item.out = out.typed_data(), item.log_sums = log_sums.typed_data();
+  item.gradient = gradient.typed_data(), item.of_query = of_query->typed_data();
+  item.of_key = of_key->typed_data(), item.of_value = of_value->typed_data();
+  item.ranges.bounds = ranges.typed_data();
+  item.dropout = {seed.typed_data()[0], static_cast<uint32_t>(most_kept), kept_factor};
+  return Start(pool, query.dimensions(), key.dimensions(), ranges.dimensions(), item,
+               Choose(widest, true));
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(GlmJaxAttention, Attention,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GlmJaxAttentionForward, Forward,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U32>>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<int64_t>("most_kept")
+                                  .Attr<float>("kept_factor")
                                   .Attr<int64_t>("widest"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(GlmJaxPagedAttention, PagedAttention,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GlmJaxAttentionBackward, Backward,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U32>>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<int64_t>("most_kept")
+                                  .Attr<float>("kept_factor")
                                   .Attr<int64_t>("widest"));

@@ -37,7 +37,6 @@ class Library:
             (arguments.has_one_range, "one range of keys a query"),
             (arguments.softmax_dtype == "float32", "a softmax in float32"),
             (arguments.dropout is None, "no dropout"),
-            (arguments.key_scales is None, "keys without scales"),
             (query.dtype in (jnp.float16, jnp.bfloat16), "float16 or bfloat16"),
             (query.shape[-1] in _HEAD_DIMS, "heads of 64 or 128 numbers"),
             (
@@ -98,7 +97,7 @@ def _trace_small_call(make_mask: Any, make_kernel: Any) -> None:
 def _call(make_mask: Any, make_kernel: Any, arguments: Arguments) -> Array:
     query = arguments.query
     start, end = (arguments.visible[:, None, None, :, i] for i in (0, 1))
-    # Heads count as batch: keys are then taken as they lie in the cache.
+    # Heads count as batch: keys are then taken as they lie.
     out = make_kernel()(
         jnp.moveaxis(query, 2, 1)[..., None, :],
         arguments.key[..., None, :].astype(query.dtype),

@@ -38,7 +38,6 @@ class Mosaic:
         return unmet(
             (a.has_one_range, "one range of keys a query"),
             (a.softmax_dtype == "float32", "a softmax in float32"),
-            (a.key_scales is None, "keys without scales"),
             (a.query.dtype in (jnp.float16, jnp.bfloat16), "float16 or bfloat16"),
             (a.query.dtype == a.key.dtype == a.value.dtype, "one dtype"),
             (a.query.shape[-1] in _HEAD_DIMS, "heads of 64 or 128 numbers"),

@@ -24,10 +24,7 @@ class Reference:
     def __call__(self, arguments: Arguments) -> Array:
         a, dtype = arguments, arguments.query.dtype
         mask = ranges_to_mask(a.visible, a.key.shape[2]) if a.has_ranges else a.visible
-        key, value = (
-            (x if scales is None else x * scales[..., None]).astype(dtype)
-            for x, scales in ((a.key, a.key_scales), (a.value, a.value_scales))
-        )
+        key, value = a.key.astype(dtype), a.value.astype(dtype)
         return masked_attention(a.query, key, value, mask, a.softmax_dtype, a.dropout)
 
 

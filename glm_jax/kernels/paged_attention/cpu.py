@@ -1,18 +1,36 @@
-"""Attention over pages on CPU: the C++ kernel beside that of attention over a cache."""
+"""Attention over pages on CPU: a C++ kernel (`jax.ffi`).
+
+XLA on CPU copies pages for each reader of what was just written to them, and multiplies single
+queries on one thread; the kernel reads a row's own pages once, on all threads, as they are stored.
+"""
 
 import dataclasses
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from glm_jax.kernels import cpu_library
-from glm_jax.kernels.attention import cpu
 from glm_jax.kernels.dispatch import unmet
 from glm_jax.kernels.paged_attention.arguments import Arguments
+from glm_jax.sharding import surrounding_mesh
+
+_LIBRARY, _TARGET = "libglm_jax_paged_attention", "glm_jax_paged_attention"
+_LANES = 16
+_DTYPES = ("float32", "bfloat16", "int8")
+
+
+def is_available() -> bool:
+    """Whether the kernel was built; warns once where not."""
+    path = Path(__file__).with_name(_LIBRARY)
+    return cpu_library.register(path, "GlmJaxPagedAttention", _TARGET)
 
 
 @dataclasses.dataclass(frozen=True)
 class CPUPages:
-    """Takes whole vectors of a stored dtype, on one device.
+    """Takes whole vectors of a stored dtype, on one device; computes in float32.
 
     Attributes:
       widest: bits of the widest vectors to use (512, 256 or less), for tests.
@@ -23,12 +41,27 @@ class CPUPages:
     platform: str = "cpu"
 
     def supports(self, arguments: Arguments) -> str | None:
-        is_float32 = arguments.softmax_dtype == "float32"
-        return unmet((is_float32, "a softmax in float32")) or cpu.unsupported_storage(
-            arguments.keys
-        )
+        keys = arguments.keys
+        return unmet(
+            (arguments.softmax_dtype == "float32", "a softmax in float32"),
+            (keys.shape[-1] % _LANES == 0, f"heads of a multiple of {_LANES} numbers"),
+            (str(keys.dtype) in _DTYPES, f"keys in {', '.join(_DTYPES)}"),
+            (surrounding_mesh() is None, "one device, no mesh"),
+        ) or (None if is_available() else cpu_library.NOT_BUILT)
 
     def __call__(self, arguments: Arguments) -> Array:
-        a = arguments
-        operands = (a.query, a.keys, a.values, a.tables, a.lengths)
-        return cpu.call(cpu.PAGED, operands, (a.key_scales, a.value_scales), self.widest)
+        a, none = arguments, jnp.zeros((0,), jnp.float32)
+        attended: Array = jax.ffi.ffi_call(
+            _TARGET,
+            jax.ShapeDtypeStruct(a.query.shape, jnp.float32),
+            vmap_method="sequential",
+        )(
+            a.query.astype(jnp.float32),
+            a.keys,
+            a.values,
+            a.tables,
+            a.lengths,
+            *(none if scales is None else scales for scales in (a.key_scales, a.value_scales)),
+            widest=np.int64(self.widest),
+        )
+        return attended.astype(a.query.dtype)

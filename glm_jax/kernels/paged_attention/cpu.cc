@@ -1,0 +1,169 @@
+// Attention of one query a row over keys in pages on CPU, called by XLA (jax.ffi). See cpu.py.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "../threads.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr int64_t kMostLanes = 16;
+constexpr int64_t kLeastShared = 1 << 16;  // bytes of keys that are worth waking a thread
+
+// The pages of a row's keys, in order, are those of its table; its query sees the first `lengths`
+// positions.
+struct Problem {
+  int64_t heads, pages, page_size, head_dim, table_size, bits;
+  const float* query;                      // [batch, heads, head_dim]
+  const void *keys, *values;               // [heads, pages, page_size, head_dim]
+  const float *key_scales, *value_scales;  // [heads, pages, page_size], or null
+  const int32_t* lengths;                  // [batch]
+  const int32_t* tables;                   // [batch, table_size]
+  float* out;                              // like query
+};
+
+// Neighbouring keys and values of a query.
+template <class T>
+struct Run {
+  const T *keys, *values;
+  const float *key_scales, *value_scales;
+  int64_t count;
+};
+
+template <class T>
+Run<T> MakeRun(const Problem& p, int64_t position, int64_t count) {
+  return {static_cast<const T*>(p.keys) + position * p.head_dim,
+          static_cast<const T*>(p.values) + position * p.head_dim,
+          p.key_scales ? p.key_scales + position : nullptr,
+          p.value_scales ? p.value_scales + position : nullptr, count};
+}
+
+template <class T>
+void FindRuns(const Problem& p, int64_t row, int64_t head, std::vector<Run<T>>& runs) {
+  runs.clear();
+  const int64_t end = std::clamp<int64_t>(p.lengths[row], 0, p.table_size * p.page_size);
+  for (int64_t begin = 0; begin < end; begin += p.page_size) {
+    const int64_t named = p.tables[row * p.table_size + begin / p.page_size];
+    const int64_t page = head * p.pages + std::clamp<int64_t>(named, 0, p.pages - 1);
+    runs.push_back(MakeRun<T>(p, page * p.page_size, std::min(p.page_size, end - begin)));
+  }
+}
+
+// Items are the heads of each row of the batch.
+template <class T, class F>
+void EachQuery(const Problem& p, int64_t first, int64_t last, F attend) {
+  std::vector<float> scores(p.page_size * p.table_size + kMostLanes);
+  std::vector<Run<T>> runs;
+  for (int64_t item = first; item < last; ++item) {
+    float* out = p.out + item * p.head_dim;
+    FindRuns(p, item / p.heads, item % p.heads, runs);
+    if (runs.empty()) {
+      std::fill(out, out + p.head_dim, 0.0f);
+    } else {
+      attend(p.query + item * p.head_dim, runs, p.head_dim, scores.data(), out);
+    }
+  }
+}
+
+#define GLM_JAX_VECTOR_BYTES 16
+namespace portable {
+#include "../attention/cpu_vectors.inc"
+#include "cpu.inc"
+}  // namespace portable
+#undef GLM_JAX_VECTOR_BYTES
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define GLM_JAX_X86_VARIANTS 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define GLM_JAX_VECTOR_BYTES 32
+namespace avx2 {
+#include "../attention/cpu_vectors.inc"
+#include "cpu.inc"
+}  // namespace avx2
+#undef GLM_JAX_VECTOR_BYTES
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
+#define GLM_JAX_VECTOR_BYTES 64
+namespace avx512 {
+#include "../attention/cpu_vectors.inc"
+#include "cpu.inc"
+}  // namespace avx512
+#undef GLM_JAX_VECTOR_BYTES
+#pragma GCC pop_options
+#endif
+
+auto Choose(int64_t widest) {
+#ifdef GLM_JAX_X86_VARIANTS
+  if (widest >= 512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    return avx512::DoItems;
+  }
+  if (widest >= 256 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return avx2::DoItems;
+  }
+#endif
+  return portable::DoItems;
+}
+
+struct Job : glm_jax::Work {
+  Problem problem;
+  void (*run)(const Problem&, int64_t, int64_t);
+  void Run(int64_t first, int64_t last) override { run(problem, first, last); }
+};
+
+ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::AnyBuffer keys,
+                          ffi::AnyBuffer values, ffi::Buffer<ffi::S32> tables,
+                          ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::F32> key_scales,
+                          ffi::Buffer<ffi::F32> value_scales, ffi::ResultBuffer<ffi::F32> out,
+                          int64_t widest) {
+  const auto q = query.dimensions(), k = keys.dimensions(), t = tables.dimensions();
+  const int64_t bytes = keys.size_bytes() / std::max<size_t>(1, keys.element_count());
+  const bool has_scales = key_scales.element_count() > 0;
+  if (q.size() != 3 || k.size() != 4 || t.size() != 2 || q[1] != k[0] || q[2] != k[3] ||
+      k[1] < 1 || t[0] != q[0] || static_cast<int64_t>(lengths.element_count()) != q[0] ||
+      q[2] % kMostLanes || values.element_count() != keys.element_count() ||
+      key_scales.element_count() != value_scales.element_count() || (has_scales && bytes != 1) ||
+      (bytes != 1 && bytes != 2 && bytes != 4)) {
+    return ffi::Error::InvalidArgument("paged attention: shapes do not belong together");
+  }
+  auto job = std::make_shared<Job>();
+  Problem& problem = job->problem;
+  problem.heads = q[1], problem.head_dim = q[2];
+  problem.pages = k[1], problem.page_size = k[2], problem.table_size = t[1];
+  problem.bits = 8 * bytes;
+  problem.query = query.typed_data();
+  problem.keys = keys.untyped_data();
+  problem.values = values.untyped_data();
+  problem.key_scales = has_scales ? key_scales.typed_data() : nullptr;
+  problem.value_scales = has_scales ? value_scales.typed_data() : nullptr;
+  problem.lengths = lengths.typed_data();
+  problem.tables = tables.typed_data();
+  problem.out = out->typed_data();
+  job->run = Choose(widest);
+  job->count = q[0] * q[1];
+  glm_jax::DoOnThreads(pool, job, static_cast<int64_t>(keys.size_bytes()) >= kLeastShared);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GlmJaxPagedAttention, PagedAttention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("widest"));
