@@ -156,8 +156,7 @@ _attention.defvjp(_forward, _backward)
 
 def _scores(query: Array, key: Array, ranges: Array, offset: Array) -> Array:
     """float32 [batch, heads, query, key]; the lowest where the row does not see the key."""
-    # Keys first: with a single query XLA on CPU would transpose all keys for it.
-    scores = jnp.swapaxes(einsum("bhkd,bqhd->bhkq", key.astype(query.dtype), query), 2, 3)
+    scores = einsum("bqhd,bhkd->bhqk", query, key.astype(query.dtype))
     visible = ranges_to_mask(ranges - offset, key.shape[2])
     return jnp.where(visible[:, None], scores, _LOWEST)
 
