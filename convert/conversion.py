@@ -212,8 +212,6 @@ class _Conversion:
     def _is_whole(self, name: str) -> bool:
         """Whether an earlier run, or another process, left a part, and all that was written: it
         is read for that."""
-        if not parameter_files.is_whole(self._folder, name):
-            return False
         try:
             metadata = parameter_files.part_metadata(self._folder, name)
             target = parameter_files.on_one_device(metadata, jax.devices("cpu")[0])

@@ -19,7 +19,7 @@ from convert.file_kinds import is_plain_name, known_kind
 from convert.plain_reading import PlainModel, WholeTensors
 from convert.sat_reader import SatCheckpoint
 from glm_jax.checkpoints import parameter_files
-from glm_jax.checkpoints.checksums import chunk_checksum, damaged
+from glm_jax.checkpoints.checksums import CHECKSUMS_FILE, chunk_checksum, damaged
 from glm_jax.checkpoints.folder_kinds import CONFIG_FILE
 from glm_jax.checkpoints.model_folder import (
     check_files,
@@ -91,12 +91,12 @@ def _open(
 class _Folder:
     def __init__(self, folder: Path):
         self.config = load_config(folder)
-        checksums = check_files(folder)
+        check_files(folder)
         self._params = folder.absolute() / parameter_files.PARAMS_FOLDER
         self._ranges = parameter_files.layer_ranges(self._params, self.config.num_layers)
         self._stored = stored_format(folder)
         self.bits = self._stored.bits if self._stored.is_quantized else None
-        self.kind = f"model folder, {self._stored.name}{_if_unchecked(checksums)}"
+        self.kind = f"model folder, {self._stored.name}"
         self._norm: LayerNormParams | None = None
 
     def embedding(self) -> np.ndarray:
@@ -158,7 +158,9 @@ class _Safetensors:
         self._folder = folder
         self.config = read_config(folder)
         self._files = read_index(folder)
-        self._checksums = check_files(folder)
+        # Those that other programs wrote have none.
+        has_checksums = (folder / CHECKSUMS_FILE).exists()
+        self._checksums = check_files(folder) if has_checksums else None
         # Before shapes of layers are listed: a config can claim any number of them.
         if self.config.num_layers > len(self._files):
             raise ConvertError(
@@ -167,7 +169,8 @@ class _Safetensors:
             )
         self._shapes = sat_layout.shard_shapes(self.config, 1)
         self.bits: int | None = None
-        self.kind = f"safetensors, {_precision(self)}{_if_unchecked(self._checksums)}"
+        unchecked = "" if has_checksums else ", without checksums"
+        self.kind = f"safetensors, {_precision(self)}{unchecked}"
 
     def _read(self, name: str) -> np.ndarray:
         file = self._files.get(name)
@@ -252,10 +255,6 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         kind = known_kind(FileBytes(path), "safetensors")
         kind = kind or f"is damaged or no safetensors file ({error}): export or fetch it again"
         raise ConvertError(f"{path} {kind}") from error
-
-
-def _if_unchecked(checksums: Any) -> str:
-    return "" if checksums is not None else ", without checksums"
 
 
 def _precision(model: OpenModel) -> str:

@@ -91,7 +91,7 @@ def empty_buffers(leaf: Any, shape: tuple[int, ...] | None = None) -> Buffers:
 
 
 def read_into(
-    folder: Path, target: dict[str, Any], into: dict[str, Any], checksums: dict[str, int] | None
+    folder: Path, target: dict[str, Any], into: dict[str, Any], checksums: dict[str, int]
 ) -> None:
     """Reads the arrays of a checkpoint; each chunk is checked while it is in the processor's
     cache and others are being read.
@@ -100,7 +100,7 @@ def read_into(
       folder: of an Orbax checkpoint of zarr arrays in an OCDBT store.
       target: nested dictionaries of `jax.ShapeDtypeStruct` with shardings.
       into: dictionaries alike, of `Buffers`.
-      checksums: of the chunks; None to read unchecked.
+      checksums: of the chunks.
 
     Raises:
       DamageError: a chunk cannot be read, or is not what was written.
@@ -182,7 +182,7 @@ def _result(folder: Path, name: str, future: Any) -> Any:
 
 
 def _chunk_reads(
-    folder: Path, name: str, store: Any, leaf: Any, buffers: Buffers, checksums: Any
+    folder: Path, name: str, store: Any, leaf: Any, buffers: Buffers, checksums: dict[str, int]
 ) -> Iterator["_ChunkRead"]:
     chunks = stored_chunks(store)
     is_compressed = store.spec().to_json()["metadata"].get("compressor") is not None
@@ -198,10 +198,9 @@ def _chunk_reads(
         region = whole_slices(index, leaf.shape)
         for number, place in chunks.overlapping(region):
             key = chunk_key(name, number)
-            if checksums is not None and key not in checksums:
+            if key not in checksums:
                 raise damaged(f"{folder}: {name}", f"its chunk {key} has no checksum")
-            expected = None if checksums is None else checksums[key]
-            yield _ChunkRead(folder, name, store, place, region, buffer, expected)
+            yield _ChunkRead(folder, name, store, place, region, buffer, checksums[key])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +213,7 @@ class _ChunkRead:
     place: tuple[slice, ...]
     region: tuple[slice, ...]
     buffer: np.ndarray
-    checksum: int | None
+    checksum: int
 
     def run(self) -> None:
         shared = tuple(
@@ -228,7 +227,7 @@ class _ChunkRead:
         # Of a chunk that belongs to several devices all is read, to be checked.
         chunk = target if is_direct else np.empty([s.stop - s.start for s in self.place], dtype)
         _result(self.folder, self.name, ts.array(chunk).write(self.store[self.place]))
-        if self.checksum is not None and chunk_checksum(chunk) != self.checksum:
+        if chunk_checksum(chunk) != self.checksum:
             raise damaged(f"{self.folder}: {self.name}", "it is not what was written")
         if not is_direct:
             target[...] = chunk[within(shared, self.place)]

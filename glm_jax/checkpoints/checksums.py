@@ -1,7 +1,6 @@
 """Checksums of stored arrays, chunk by chunk, and of the files around them.
 
-Every part of a model folder, and every folder of adapters, has a `checksums.json`. Folders
-without one, of earlier versions, are read unchecked.
+Every part of a model folder, and every folder of adapters, has a `checksums.json`.
 """
 
 import dataclasses
@@ -131,23 +130,23 @@ def write_checksums(folder: Path, paths: Iterable[Path], chunks: dict[str, int])
     files.write_text(folder / CHECKSUMS_FILE, text + "\n")
 
 
-def checked_files(folder: Path, may_change: tuple[str, ...] = ()) -> dict[str, int] | None:
+def checked_files(folder: Path, may_change: tuple[str, ...] = ()) -> dict[str, int]:
     """Checks that a folder's files are there and whole, small ones by their checksums.
 
     Args:
       may_change: files that a user may edit: that they changed is said on stderr.
 
     Returns:
-      The checksums of the arrays' chunks; None for a folder without checksums.
+      The checksums of the arrays' chunks.
 
     Raises:
-      DamageError: a file is missing, has another size or other content.
+      DamageError: a file, or the list of checksums, is missing, has another size or other content.
       OSError: a file cannot be read.
     """
     try:
         text = (folder / CHECKSUMS_FILE).read_bytes()
-    except FileNotFoundError:
-        return None
+    except FileNotFoundError as error:
+        raise damaged(folder / CHECKSUMS_FILE, "it is missing") from error
     try:
         content = json.loads(text)
         listed = {str(name): (int(size), crc) for name, (size, crc) in content["files"].items()}

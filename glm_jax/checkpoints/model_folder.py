@@ -152,11 +152,11 @@ def _no_model(path: str | os.PathLike[str], missing: str, lacks: str = "no model
     return f"{path} holds {lacks} ({missing} is missing): {folder_kinds.described(path)}"
 
 
-def check_files(path: str | os.PathLike[str]) -> dict[str, int] | None:
+def check_files(path: str | os.PathLike[str]) -> dict[str, int]:
     """Checks the files of a model folder that lie beside its parameters.
 
     Returns:
-      The checksums of arrays among them; None for a folder without checksums.
+      The checksums of arrays among them.
 
     Raises:
       DamageError: one is missing, or is not what was written.

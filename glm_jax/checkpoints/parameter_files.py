@@ -28,7 +28,6 @@ from glm_jax.checkpoints.array_reader import (
 )
 from glm_jax.checkpoints.checksums import (
     CHECKSUMS_FILE,
-    DamageError,
     array_checksums,
     checked_files,
     write_checksums,
@@ -75,14 +74,6 @@ def embedding_tree(params: GLMParams) -> dict[str, Any]:
         "word_embeddings": params.word_embeddings,
         "final_layernorm": params.final_layernorm,
     }
-
-
-def is_whole(folder: Path, name: str) -> bool:
-    """Whether a part is there, and its files are as they were written."""
-    try:
-        return checked_files(folder / name) is not None
-    except DamageError:
-        return False
 
 
 def write_part(folder: Path, name: str, tree: Any) -> None:

@@ -86,8 +86,7 @@ def read_job(folder: Path) -> dict[str, Any]:
     """
     file = folder / _JOB_FILE
     job = files.read_json(file, JobError, f"{folder} is no job's output: {_JOB_FILE} is missing")
-    # Those of earlier versions have no checksum.
-    if not isinstance(job, dict) or job.pop(_JOB_CHECKSUM, None) not in (None, _job_checksum(job)):
+    if not isinstance(job, dict) or job.pop(_JOB_CHECKSUM, None) != _job_checksum(job):
         raise JobError(f"{file} is not what was written: name another --output")
     return job
 
@@ -136,8 +135,10 @@ def _whole_lines(folder: Path, requests: int | None) -> Iterator[tuple[Path, int
 def _checked(line: bytes, requests: int | None) -> tuple[int | None, bytes]:
     """The request index of a line, None where it is not whole, and its content."""
     match = _CHECKSUM.search(line)
-    content = line if match is None else line[: match.start()] + b"}\n"
-    if not line.endswith(b"\n") or (match and zlib.crc32(content) != int(match[1], 16)):
+    if match is None:
+        return None, line
+    content = line[: match.start()] + b"}\n"
+    if zlib.crc32(content) != int(match[1], 16):
         return None, content
     try:
         index = json.loads(content)["index"]

@@ -198,7 +198,11 @@ def test_what_was_half_written_is_answered_again(tmp_path):
     [part] = tmp_path.glob("part_*")
     with part.open("ab") as file:
         file.write(b'{"index": 1, "te')
-    (tmp_path / "part_00001_00000.jsonl").write_bytes(b'\0\0\0\n{"index": 3, "text": "c"}\n')
+    other = AnswerWriter(tmp_path, 1)
+    other.write({"index": 3, "text": "c"})
+    other.close()
+    [part] = tmp_path.glob("part_00001*")
+    part.write_bytes(b"\0\0\0\n" + part.read_bytes())
     assert answered(tmp_path, 4).tolist() == [True, False, True, True]
     with pytest.raises(
         JobError, match="1 of 4 answers are missing, the first of them to request 1"
@@ -243,10 +247,12 @@ def test_a_changed_byte_of_an_answer_is_found(flips, tmp_path, capsys):
     assert records == [{"index": 0, "text": "Paris"}, {"index": 1, "text": "Paris"}]
 
 
-@pytest.mark.parametrize("index", ["-1", "2", "true", "0.0", '"0"', "null", "[" * 9999])
+@pytest.mark.parametrize("index", [-1, 2, True, 0.0, "0", None, []])
 def test_an_index_of_no_request_is_no_answer(index, tmp_path):
     claim(tmp_path, {"input": {"requests": 2}})
-    (tmp_path / "part_00000_00000.jsonl").write_text(f'{{"index": {index}, "text": "c"}}\n')
+    writer = AnswerWriter(tmp_path, 0)
+    writer.write({"index": index, "text": "c"})
+    writer.close()
     assert not answered(tmp_path, 2).any()
     with pytest.raises(JobError, match="2 of 2 answers are missing"):
         merge(tmp_path)
