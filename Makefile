@@ -29,7 +29,7 @@ demo: $(VENV)/.base
 	$(BIN)/python -m launch.demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 -m "not slow" --ignore=tests/aot
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore=tests/aot
 
 # What PyTorch is asked for, and what must hold with the oldest Python and JAX too.
 test-torch:
