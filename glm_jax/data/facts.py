@@ -158,18 +158,17 @@ def _table(name: str) -> list[dict[str, str]]:
     return list(csv.DictReader(text.splitlines(), delimiter="\t"))
 
 
-def build_corpus(seed: int = 0, held_out: float = 0.3) -> Corpus:
-    """Make a corpus of all facts in all forms except the held-out ones.
+# Shares of the facts that have one form held out: of the corpus, of the new relation.
+_HELD_OUT, _HELD_OUT_NEW = 0.3, 0.5
 
-    Args:
-      seed: of the choice of held-out forms and of the order.
-      held_out: share of the facts with one form held out.
-    """
-    rng = random.Random(seed)
+
+def build_corpus() -> Corpus:
+    """Make a corpus of all facts in all forms except the held-out ones: one form of some facts."""
+    rng = random.Random(0)
     sentences, questions, blanks = [], [], []
     for relation, language, subject, answer in _facts():
         forms = _FORMS[relation, language]
-        hidden = rng.randrange(len(forms)) if rng.random() < held_out else None
+        hidden = rng.randrange(len(forms)) if rng.random() < _HELD_OUT else None
         for i, form in enumerate(forms):
             text = form.format(subject=subject, answer="[MASK]")
             if i == hidden:
@@ -181,27 +180,22 @@ def build_corpus(seed: int = 0, held_out: float = 0.3) -> Corpus:
     return Corpus(tuple(sentences), tuple(questions), tuple(blanks))
 
 
-def build_instructions(
-    seed: int = 0, held_out: float = 0.5
-) -> tuple[tuple[Instruction, ...], tuple[Question, ...]]:
+def build_instructions() -> tuple[tuple[Instruction, ...], tuple[Question, ...]]:
     """Make instructions and held-out questions of the new relation.
 
     The instructions of each capital and language: a blank to fill for each form except a
     held-out one, and a request that a whole sentence answers.
 
-    Args:
-      seed, held_out: see `build_corpus`.
-
     Returns:
       Instructions, shuffled, and questions.
     """
-    rng = random.Random(seed)
+    rng = random.Random(0)
     instructions, questions = [], []
     for row in _table("countries.tsv"):
         for language in LANGUAGES:
             subject, answer = row[f"capital_{language}"], row[f"continent_{language}"]
             forms = list(_FORMS[NEW_RELATION, language])
-            hidden = rng.choice(forms) if rng.random() < held_out else None
+            hidden = rng.choice(forms) if rng.random() < _HELD_OUT_NEW else None
             for form in forms:
                 blank = form.format(subject=subject, answer="[MASK]")
                 if form == hidden:

@@ -181,14 +181,3 @@ def check_settings(values: Any) -> None:
         value = getattr(values, name, setting.default)
         if value is not setting.default:
             setting.checked(name, value)
-
-
-def markdown_table() -> str:
-    """The table as docs/decoding.md has it."""
-    lines = ["| setting | type | range | default | what it does |", "|" + " --- |" * 5]
-    for name, setting in SETTINGS.items():
-        kind = setting.kind.__name__ + ("" if setting.max_items is None else " list")
-        default = "" if setting.default in (None, ()) else f"{setting.default}".lower()
-        of_range = setting.range.removeprefix("from ")
-        lines.append(f"| `{name}` | {kind} | {of_range} | {default} | {setting.help} |")
-    return "\n".join(lines) + "\n"

@@ -15,9 +15,7 @@ _CHOICES = 4
 _ANSWER_TOKENS = 12
 
 
-def write_fact_tasks(
-    corpus: Corpus, tokenizer: TextCodec, folder: Path, seed: int = 0
-) -> list[TaskConfig]:
+def write_fact_tasks(corpus: Corpus, tokenizer: TextCodec, folder: Path) -> list[TaskConfig]:
     """Writes the held-out questions under a folder of data, with a task file for each task.
 
     Contexts are ids, closed by eos as the model's training closes them.
@@ -26,7 +24,7 @@ def write_fact_tasks(
       "choose" (one of four answers of the same relation), "fill" (exact match) and "predict"
       (bits per byte of the questions' sentences), each with a group for each language.
     """
-    rng = random.Random(seed)
+    rng = random.Random(0)
     for language in LANGUAGES:
         questions = [q for q in corpus.questions if q.language == language]
         fill = [_question(q, tokenizer) | {"targets_pretokenized": [q.answer]} for q in questions]

@@ -180,7 +180,7 @@ def _better(metric: str, a: float, b: float, p_value: float | None) -> str:
     return "A" if (a > b) != (metric in HIGHER_IS_WORSE) else "B"
 
 
-def paired_p_value(a: list[float | None], b: list[float | None], seed: int = 0) -> float | None:
+def paired_p_value(a: list[float | None], b: list[float | None]) -> float | None:
     """Two-sided, of a mean difference of units being no more than chance."""
     if len(a) != len(b) or not a:
         return None
@@ -190,6 +190,6 @@ def paired_p_value(a: list[float | None], b: list[float | None], seed: int = 0) 
     differences = np.array([x - y for x, y in pairs])
     if not differences.any():
         return 1.0
-    means = resampled(differences[:, None], seed)[:, 0] / len(differences)
+    means = resampled(differences[:, None], 0)[:, 0] / len(differences)
     tail = min(float((means <= 0).mean()), float((means >= 0).mean()))
     return min(1.0, max(2 * tail, 1 / len(means)))

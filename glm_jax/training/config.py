@@ -86,40 +86,40 @@ def default_config(size: str, **model_overrides: object) -> ConfigDict:
 
 
 def run_fields() -> dict[str, Any]:
-    """Return all fields except those of the model."""
+    """Return all fields except those of the model; `field_help` says what each means."""
     recipe = dataclasses.asdict(Recipe(total_samples=1))
     return dict(
         seed=0,
-        steps=1000,  # the run has steps * data.batch_size rows
+        steps=1000,
         mesh="1,1,1",
         data=dict(
-            files="",  # tokenised in memory: comma-separated paths and patterns
-            kind="text",  # of these files; or instructions: JSON lines of prompt and target
-            mixture="",  # instead of files: data/en:0.6,data/zh:0.35,data/tasks:0.05
-            tokenizer="",  # folder that launch/train_tokenizer.py wrote
+            files="",
+            kind="text",
+            mixture="",
+            tokenizer="",
             sequence_length=2048,
             batch_size=8,
-            micro_batch_size=0,  # rows computed at once; 0 for the whole batch
-            initial_batch_size=0,  # rows of the first batch; 0 for no growth
-            ramp_fraction=0.025,  # share of the run's rows over which the batch grows
-            ramp_increment=0,  # rows added at a time; 0 for initial_batch_size
-            streams=0,  # number of streams of samples; 0 for one for each row
+            micro_batch_size=0,
+            initial_batch_size=0,
+            ramp_fraction=0.025,
+            ramp_increment=0,
+            streams=0,
             objective=dataclasses.asdict(ObjectiveConfig()),
         ),
         optimizer={name: recipe[name] for name in _OPTIMIZER},
         stability={name: recipe[name] for name in _STABILITY}
         | dict(
-            restore_after=10,  # skipped steps in a row; 0 for never
-            most_restores=5,  # at most, without a checkpoint in between
+            restore_after=10,
+            most_restores=5,
         ),
         evaluation=dict(files="", kind="text", mixture="", every=0, batches=8),
         log_every=10,
         checkpoint_every=500,
-        checkpoint_minutes=0.0,  # also after this time; 0 for steps alone
-        checkpoints_kept=2,  # number of the newest
-        checkpoints_kept_every=0,  # checkpoints of multiples of this step stay; 0 for none
-        checkpoints_strict=False,  # end at a damaged one instead of using an earlier one
-        peak_flops=0.0,  # operations per second of a device, for MFU; 0 to measure it
+        checkpoint_minutes=0.0,
+        checkpoints_kept=2,
+        checkpoints_kept_every=0,
+        checkpoints_strict=False,
+        peak_flops=0.0,
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import GOLDEN  # noqa: F401  # imports of jax come after it
 
 from glm_jax.engine.beam_search import BeamSearch
-from glm_jax.engine.generation_settings import SETTINGS, SamplingError, markdown_table
+from glm_jax.engine.generation_settings import SETTINGS, SamplingError
 from glm_jax.engine.sampling import Sampling
 from glm_jax.generation.text_request import RequestError, TextRequest
 from glm_jax.serving.schemas import OUR_SETTINGS, CompletionRequest, FillRequest
@@ -109,6 +109,17 @@ def test_the_servers_schema_has_the_tables_bounds(model):
     assert json.dumps(properties["banned_texts"]).count('"maxItems": 32') == 1
 
 
+def _markdown_table():
+    """The table as docs/decoding.md has it."""
+    lines = ["| setting | type | range | default | what it does |", "|" + " --- |" * 5]
+    for name, setting in SETTINGS.items():
+        kind = setting.kind.__name__ + ("" if setting.max_items is None else " list")
+        default = "" if setting.default in (None, ()) else f"{setting.default}".lower()
+        of_range = setting.range.removeprefix("from ")
+        lines.append(f"| `{name}` | {kind} | {of_range} | {default} | {setting.help} |")
+    return "\n".join(lines) + "\n"
+
+
 def test_the_docs_have_the_table():
     docs = Path(__file__).parents[2] / "docs" / "decoding.md"
-    assert markdown_table() in docs.read_text(encoding="utf-8")
+    assert _markdown_table() in docs.read_text(encoding="utf-8")
