@@ -37,7 +37,6 @@ class PagePool:
         self._free = [list(range(pages - 1, 0, -1)) for _ in range(shards)]
         self._counts = [[0] * pages for _ in range(shards)]  # sequences that have each page
         self._page_size = page_size
-        self.capacity = (pages - 1) * page_size
 
     def can_allocate(self, shard: int, tokens: int) -> bool:
         """Whether a group of devices has pages for a sequence."""

@@ -156,7 +156,7 @@ class LayersApart:
 
 
 @functools.singledispatch
-def as_layers(layers: Any) -> Any:
+def as_layers(layers: Any) -> Layers:
     """Return the `Layers` that `GLMParams.layers` holds."""
     return layers
 
