@@ -16,6 +16,7 @@ from glm_jax.checkpoints.adapter_folder import (
     model_identity,
     save_adapter,
 )
+from glm_jax.checkpoints.checksums import write_checksums
 from glm_jax.checkpoints.model_folder import save_model
 from glm_jax.checkpoints.parameter_files import CheckpointError
 from glm_jax.config import ConfigError
@@ -221,6 +222,7 @@ def test_adapters_of_another_model_are_refused(saved, tiny_model, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "adapter.json").write_text('{"rank": 0}')
+    write_checksums(broken, [broken / "adapter.json"], {})
     with pytest.raises(CheckpointError, match="save the adapters again"):
         glm_jax.restore(folder / "model", adapter=broken)
 
