@@ -76,6 +76,7 @@ def expected(model, source, tmp_path_factory):
     return records
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "is_joined"),
     [("1,1,8", True), ("2,1,4", False)],

@@ -56,7 +56,9 @@ def _answer(config, params, budget=None):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mesh", [None, (1, 1, 4), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "mesh", [None, pytest.param((1, 1, 4), marks=pytest.mark.slow), (2, 2, 2)], ids=str
+)
 @pytest.mark.parametrize(("quantization", "resident"), [(None, 0), (None, 2), ("int4", 3)])
 def test_streamed_blocks_give_the_same_logits_and_tokens(saved, mesh, quantization, resident):
     devices = None if mesh is None else make_mesh(mesh)
