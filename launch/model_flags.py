@@ -124,7 +124,7 @@ def engine_settings(prefill_budget: int | None = None) -> EngineSettings:
     """An engine's settings by the flags.
 
     Args:
-      prefill_budget: as of `EngineSettings`.
+      prefill_budget: see `EngineSettings`.
     """
     return EngineSettings(
         slots=FLAGS.slots,

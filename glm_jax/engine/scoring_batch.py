@@ -15,7 +15,7 @@ class ScoredSequence:
 
     Attributes:
       tokens, position_ids: int32 [length].
-      key_ranges: int32 [length, 4], as of `Visibility`.
+      key_ranges: int32 [length, 4], see `Visibility`.
       indices: int32 [targets], of the tokens whose scores each target is looked up in.
       targets: int32 [targets].
       groups: int32 [targets], the choice that each belongs to.

@@ -35,7 +35,7 @@ class PromptFile:
 
     Attributes:
       path: the task file's, under which files are written.
-      format, rows, columns, delimiter, inside: of the data set, as of `sources.read_rows`.
+      format, rows, columns, delimiter, inside: of the data set, see `sources.read_rows`.
       prompts: by name: `input`, and `choices` (texts, or a field that holds a list) or
         `targets` (a field that holds a list).
       label: the field of the right choice.

@@ -286,7 +286,7 @@ class BeamFilling(Answer):
         return None
 
     def receive(self, token: Token) -> bool:
-        raise NotImplementedError
+        raise AssertionError("a search makes no request that a token could answer")
 
 
 def next_request(partly: PartlyFilled, template: Request) -> Request:

@@ -23,7 +23,7 @@ Results = dict[str, Any]
 PARTS = {"rates": 15, "decode": 70, "train": 70, "torch": 70, "products": 65}
 _SHARED_MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # PyTorch takes memory too
 _ALL_MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}  # the 130B in INT4 on 80 GB
-_NO_GPU = "needs a GPU"  # as of `gpu_parts.main`
+_NO_GPU = "needs a GPU"  # see `gpu_parts.main`
 
 
 def measure(
