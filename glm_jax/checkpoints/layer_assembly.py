@@ -1,10 +1,12 @@
 """Assembles layers that are read part by part into the form that runs."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -24,22 +26,27 @@ class Part:
 
 
 def gathered(
-    parts: Iterable[Part], num_layers: int, rest: int, limit_gib: float
+    parts: Iterable[Part],
+    num_layers: int,
+    rest: int,
+    limit_gib: float,
+    is_stacked: bool = False,
 ) -> LayerParams | tuple[LayerParams, ...] | OffloadedLayers:
     """Gathers all blocks on the devices, or on the hosts those that a limit leaves no room for.
 
-    On CPUs they are stacked. On other devices each is put in arrays of its own as it is read: there
-    is no room for a stack besides.
+    On CPUs they are stacked. On other devices each is put, as it is read, in arrays of its own or
+    into the stack: there is no room for both.
 
     Args:
       parts: in order.
       rest: bytes a device of the weights outside of blocks.
+      is_stacked: stack them on every device, if the limit leaves room for all.
 
     Raises:
       OffloadError: the limit leaves no room for two blocks.
     """
     num_resident = num_layers
-    resident: _Apart | HostStack = _Apart()
+    resident: _Apart | DeviceStack | HostStack = _Apart()
     streamed: HostStack | None = None
     for part in parts:
         if part.first == 0:
@@ -50,6 +57,8 @@ def gathered(
                 if part.end == num_layers:
                     return part.layers
                 resident = HostStack(num_resident, False)
+            elif is_stacked:
+                resident = DeviceStack(num_resident)
         cut = min(max(num_resident - part.first, 0), part.end - part.first)
         if cut:
             resident.put(as_layers(part.layers).stacked(0, cut), part.first)
@@ -78,6 +87,32 @@ class _Apart:
 
     def finish(self) -> tuple[LayerParams, ...]:
         return tuple(self._layers)
+
+
+class DeviceStack:
+    """Stacks blocks on their devices, where each is written into the stack's memory."""
+
+    def __init__(self, count: int):
+        self._count = count
+        self._stack: Any = None
+
+    def put(self, layers: LayerParams, first: int) -> None:
+        if self._stack is None:
+            shardings = jax.tree.map(lambda x: x.sharding, layers)
+            self._stack = jax.jit(self._zeros, out_shardings=shardings)(layers)
+        self._stack = _write(self._stack, layers, first)
+
+    def _zeros(self, layers: LayerParams) -> LayerParams:
+        return jax.tree.map(lambda x: jnp.zeros((self._count, *x.shape[1:]), x.dtype), layers)
+
+    def finish(self) -> LayerParams:
+        return self._stack
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(stack: LayerParams, layers: LayerParams, first: int) -> LayerParams:
+    write = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, first, 0)
+    return jax.tree.map(write, stack, layers)
 
 
 class HostStack:

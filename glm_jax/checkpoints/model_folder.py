@@ -216,6 +216,7 @@ def restore(
     quantization: str | None = None,
     weight_memory_limit: float | None = None,
     adapter: str | os.PathLike[str] | None = None,
+    is_stacked: bool = False,
 ) -> tuple[GLMConfig, GLMParams]:
     """Reads a model onto a mesh; each device reads its own slices.
 
@@ -232,10 +233,12 @@ def restore(
         host's memory (`OffloadedLayers`). While a part is read, it comes on top.
       adapter: a folder of adapters that were trained on this model; they stay beside its
         kernels, which may be quantised.
+      is_stacked: keep layers stacked on every device, as a train step of a deep model loops over
+        them.
 
     Returns:
       The config, and the parameters in the form that runs there: layers stacked on CPUs, on
-      other devices a tuple of them.
+      other devices a tuple of them, unless `is_stacked`.
 
     Raises:
       CheckpointError: no complete model there, or one quantised in another way; no adapters,
@@ -273,7 +276,8 @@ def restore(
             layers = _read_into_stack(folder, config, stored, ranges, mesh)
         else:
             read_parts = (Part(first, end, read(first, end)) for first, end in ranges)
-            layers = gathered(read_parts, config.num_layers, device_bytes(rest), limit)
+            rest_bytes = device_bytes(rest)
+            layers = gathered(read_parts, config.num_layers, rest_bytes, limit, is_stacked)
     if dtype is not None:
         config = config.replace(param_dtype=array_dtype(dtype), compute_dtype=dtype)
     params = GLMParams(layers=layers, **rest)

@@ -133,12 +133,14 @@ def abstract_params(
     mesh: Mesh,
     quantization: str | None,
     weight_memory_limit: float | None = None,
+    is_stacked: bool = False,
 ) -> GLMParams:
     """Return shapes, dtypes and shardings of parameters as `restore` loads them on GPUs or TPUs.
 
     Args:
       quantization: see `lower_engine`.
       weight_memory_limit: GiB of weights on a device; blocks beyond it are in hosts' memory.
+      is_stacked: layers stacked; without a limit.
 
     Raises:
       OffloadError: the limit leaves no room for two blocks.
@@ -147,6 +149,8 @@ def abstract_params(
         params = glm_params.abstract(config, mesh)
     else:
         params = abstract_quantized(config, mesh, Scheme.parse(quantization).format)
+    if is_stacked:
+        return params
     layers: Any = params.layers
     whole = described_apart(params)
     apart: Any = whole.layers

@@ -29,6 +29,7 @@ from glm_jax.planning.roofline import Roofline, Work, roofline
 from glm_jax.planning.training_programs import Memory, described_state, lower_train_step, memory
 from glm_jax.sharding import make_mesh
 from glm_jax.training.recipe import Recipe
+from glm_jax.training.state import takes_layers_apart
 
 JOBS = ("decode", "prefill", "evaluate", "train")
 PRECISIONS = ("float16", "bfloat16", "int8", "int4")
@@ -225,7 +226,8 @@ def _frozen(
     if not request.has_adapter:
         return None
     cast = model.replace(param_dtype=model.activation_dtype)
-    return abstract_params(cast, mesh, quantization)
+    is_stacked = not takes_layers_apart(model, mesh)
+    return abstract_params(cast, mesh, quantization, is_stacked=is_stacked)
 
 
 def _measure(

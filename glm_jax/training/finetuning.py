@@ -18,7 +18,7 @@ from glm_jax.tokenizer import Tokenizer, check_fits
 from glm_jax.training import config as train_config
 from glm_jax.training.loop import TrainingJob, run_job
 from glm_jax.training.results import MODEL_FOLDER, replace_result, save_trained
-from glm_jax.training.state import TrainState, init_state, start_state
+from glm_jax.training.state import TrainState, init_state, start_state, takes_layers_apart
 
 ADAPTER_FOLDER = "adapter"
 _FORMATS = ("param_dtype", "compute_dtype")
@@ -82,6 +82,7 @@ def finetune(
     identity = model_identity(checkpoint, stored)
     quantization = config.quantization or None
     is_whole = recipe.adapter is None
+    is_stacked = not takes_layers_apart(model, mesh)
     if is_whole and (quantization or stored_format(checkpoint).is_quantized):
         raise ConfigError(
             "adapter.rank=0 trains all parameters, which integers are not: give a float "
@@ -91,15 +92,17 @@ def finetune(
     def begin() -> TrainState:
         if not is_whole:
             return init_state(model, recipe, jax.random.key(config.seed), mesh)
-        _, params = restore(checkpoint, mesh, model.param_dtype)
+        _, params = restore(checkpoint, mesh, model.param_dtype, is_stacked=is_stacked)
         return start_state(params, model, recipe, mesh)
 
     def load_frozen() -> GLMParams | None:
         if is_whole:
             return None
-        _, frozen = restore(checkpoint, mesh, model.compute_dtype, quantization)
+        _, frozen = restore(
+            checkpoint, mesh, model.compute_dtype, quantization, is_stacked=is_stacked
+        )
         # Once, not in every step.
-        return unstack_layers(frozen)
+        return frozen if is_stacked else unstack_layers(frozen)
 
     def finish(state: TrainState) -> None:
         trained: Any = state.params

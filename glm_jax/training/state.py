@@ -141,12 +141,18 @@ def abstract_state(config: GLMConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
 
 
 def _takes_apart(config: GLMConfig, recipe: Recipe, mesh: Mesh) -> bool:
-    """Return True where layers are a tuple: for models whose step then compiles in a few minutes.
+    """Return True where the trained layers are a tuple; adapters never are."""
+    return (
+        recipe.adapter is None and not recipe.updates_by_block and takes_layers_apart(config, mesh)
+    )
 
-    Not on TPUs, whose compiler fuses slices into products.
+
+def takes_layers_apart(config: GLMConfig, mesh: Mesh) -> bool:
+    """Return True where a step takes a model's layers, trained or frozen, as a tuple.
+
+    That is for models whose step then compiles in a few minutes, and not on TPUs, whose compiler
+    fuses slices into products.
     """
-    if recipe.adapter is not None or recipe.updates_by_block:
-        return False
     is_tpu = mesh.devices.flat[0].platform == "tpu"
     return is_cpu(mesh) or (config.num_layers <= _MAX_LAYERS_APART and not is_tpu)
 

@@ -61,7 +61,7 @@ def _adapted(quantization, length, rank):
         accumulation=1,
         micro_batch=1,
         sequence_length=length,
-        frozen=abstract_params(model, mesh, quantization),
+        frozen=abstract_params(model, mesh, quantization, is_stacked=True),
     )
     return model, lowered.compile()
 
