@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from glm_jax.checkpoints.array_reader import Buffers, empty_buffers, placed
 from glm_jax.model.layer_stacks import as_layers, split
@@ -100,7 +100,7 @@ class DeviceStack:
         if self._stack is None:
             shardings = jax.tree.map(lambda x: x.sharding, layers)
             self._stack = jax.jit(self._zeros, out_shardings=shardings)(layers)
-        self._stack = _write(self._stack, layers, first)
+        self._stack = _write(self._stack, layers, jnp.int32(first))
 
     def _zeros(self, layers: LayerParams) -> LayerParams:
         return jax.tree.map(lambda x: jnp.zeros((self._count, *x.shape[1:]), x.dtype), layers)
@@ -110,7 +110,7 @@ class DeviceStack:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write(stack: LayerParams, layers: LayerParams, first: int) -> LayerParams:
+def _write(stack: LayerParams, layers: LayerParams, first: Int[Array, ""]) -> LayerParams:
     write = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, first, 0)
     return jax.tree.map(write, stack, layers)
 

@@ -1,5 +1,7 @@
 """Blocks that wait in hosts' memory give what blocks on the devices give."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from glm_jax.engine.request import Request
 from glm_jax.generation.driver import complete_all
 from glm_jax.model import params as glm_params
 from glm_jax.model.device_layout import PrecisionError, prepare
+from glm_jax.model.layer_stacks import as_layers
 from glm_jax.model.streamed_layers import HOST_MEMORY, OffloadedLayers, OffloadError, device_bytes
 from glm_jax.sharding import make_mesh
 
@@ -114,6 +117,24 @@ def test_on_other_devices_than_cpus_blocks_come_apart(saved, monkeypatch, tmp_pa
     monkeypatch.undo()
     again = glm_jax.restore(tmp_path / "again", mesh)[1]
     jax.tree.map(np.testing.assert_array_equal, again, stacked)
+
+
+@pytest.mark.parametrize("quantization", [None, "int4"])
+def test_on_other_devices_than_cpus_blocks_are_stacked_if_asked(saved, monkeypatch, quantization):
+    mesh = make_mesh((1, 2, 4))
+    stack = glm_jax.restore(saved, mesh, quantization=quantization)[1].layers
+    monkeypatch.setattr(layer_assembly, "_is_on_cpu", lambda layers: False)
+    monkeypatch.setattr(model_folder, "_is_on_cpu", lambda described: False)
+    _, params = glm_jax.restore(saved, mesh, quantization=quantization, is_stacked=True)
+    cuts = [(0, 1), (1, 4), (4, LAYERS)]
+    parts = (layer_assembly.Part(*cut, as_layers(params.layers).stacked(*cut)) for cut in cuts)
+    again = layer_assembly.gathered(parts, LAYERS, 0, math.inf, is_stacked=True)
+    for found in (params.layers, again):
+        jax.tree.map(np.testing.assert_array_equal, found, stack)
+        same = jax.tree.map(
+            lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), found, stack
+        )
+        assert jax.tree.all(same), same
 
 
 def test_a_limit_below_two_blocks_is_refused(saved):
