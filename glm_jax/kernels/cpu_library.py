@@ -1,6 +1,7 @@
 """Kernels in C++ that XLA calls on CPU (`jax.ffi`), built by setup.py where a compiler is."""
 
 import ctypes
+import dataclasses
 import functools
 import re
 import warnings
@@ -8,8 +9,40 @@ from pathlib import Path
 
 import jax
 
+from glm_jax.kernels.dispatch import unmet
+from glm_jax.sharding import surrounding_mesh
+
 NOT_BUILT = "its library is not built: install the package where a C++ compiler is"
 WIDEST = 512  # bits of the widest vectors that kernels may use; tests ask for less
+_LANES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionKernel:
+    """What the kernels of both attention ops have in common as backends.
+
+    Attributes:
+      widest: bits of the widest vectors to use (512, 256 or less), for tests.
+    """
+
+    widest: int = WIDEST
+    name: str = "cpu"
+    platform: str = "cpu"
+
+    def unmet(
+        self, softmax_dtype: str, head_dim: int, *requirements: tuple[bool, str]
+    ) -> str | None:
+        """Return what the kernel takes, by the first requirement that is not met.
+
+        Args:
+          requirements: the op's own; see `dispatch.unmet`.
+        """
+        return unmet(
+            (softmax_dtype == "float32", "a softmax in float32"),
+            (head_dim % _LANES == 0, f"heads of a multiple of {_LANES} numbers"),
+            *requirements,
+            (surrounding_mesh() is None, "one device, no mesh"),
+        )
 
 
 @functools.cache

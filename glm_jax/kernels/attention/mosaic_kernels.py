@@ -72,21 +72,17 @@ def _forward(
     def kernel(q_ref: Any, k_ref: Any, v_ref: Any, bounds_ref: Any, *refs: Any) -> None:
         *row_refs, out_ref, sums_ref, (tiles, all_sums), barrier = refs
         at = Tile.of(bounds_ref)
-        rows = at.rows()
         tile, own_sums = tiles.at[at.warpgroup], all_sums.at[at.warpgroup]
 
         def compute(pipeline: Any) -> None:
-            at.copy_in((q_ref.at[at.row, rows, at.head], tile, barrier))
-            of_rows = [at.load(ref, rows) for ref in row_refs]
+            at.copy_in(barrier, (q_ref, tile))
+            of_rows = [at.load(ref) for ref in row_refs]
             start = (zeros((ROWS, head_dim)), zeros((ROWS,)) + _LOWEST, zeros((ROWS,)))
             summed, largest, total, _ = pipeline((*start, of_rows))
             total = jnp.where(total == 0, 1.0, total)
             tile[...] = (summed / along(total, summed.shape, 0)).astype(query.dtype)
             own_sums[...] = largest + jnp.log2(total)
-            at.copy_out(
-                (tile, out_ref.at[at.row, rows, at.head]),
-                (own_sums, sums_ref.at[at.row, at.head, rows]),
-            )
+            at.copy_out((tile, out_ref), (own_sums, sums_ref))
 
         def step(index: Any, keys: Any, values: Any, carry: Any) -> Any:
             summed, largest, total, of_rows = carry
@@ -133,18 +129,14 @@ def _backward_of_query(
     def kernel(q_ref: Any, k_ref: Any, v_ref: Any, g_ref: Any, bounds_ref: Any, *refs: Any) -> None:
         *row_refs, of_query_ref, (tiles, gradients), barrier = refs
         at = Tile.of(bounds_ref)
-        rows = at.rows()
         tile, own_gradient = tiles.at[at.warpgroup], gradients.at[at.warpgroup]
 
         def compute(pipeline: Any) -> None:
-            at.copy_in(
-                (q_ref.at[at.row, rows, at.head], tile, barrier),
-                (g_ref.at[at.row, rows, at.head], own_gradient, barrier),
-            )
-            of_rows = [at.load(ref, rows) for ref in row_refs]
+            at.copy_in(barrier, (q_ref, tile), (g_ref, own_gradient))
+            of_rows = [at.load(ref) for ref in row_refs]
             summed, _ = pipeline((zeros((ROWS, head_dim)), of_rows))
             tile[...] = (summed * factor).astype(query.dtype)
-            at.copy_out((tile, of_query_ref.at[at.row, rows, at.head]))
+            at.copy_out((tile, of_query_ref))
 
         def step(index: Any, keys: Any, values: Any, carry: Any) -> Any:
             summed, (sums, shifts, *of_rows) = carry
@@ -179,21 +171,14 @@ def _backward_of_keys(
     def kernel(q_ref: Any, k_ref: Any, v_ref: Any, g_ref: Any, bounds_ref: Any, *refs: Any) -> None:
         *row_refs, of_key_ref, of_value_ref, (tiles, values), barrier = refs
         at = Tile.of(bounds_ref)
-        rows = at.rows()
         tile, own_values = tiles.at[at.warpgroup], values.at[at.warpgroup]
 
         def compute(pipeline: Any) -> None:
-            at.copy_in(
-                (k_ref.at[at.row, rows, at.head], tile, barrier),
-                (v_ref.at[at.row, rows, at.head], own_values, barrier),
-            )
+            at.copy_in(barrier, (k_ref, tile), (v_ref, own_values))
             of_key, of_value = pipeline((zeros((ROWS, head_dim)), zeros((ROWS, head_dim))))
             tile[...] = (of_key * factor).astype(key.dtype)
             own_values[...] = of_value.astype(key.dtype)
-            at.copy_out(
-                (tile, of_key_ref.at[at.row, rows, at.head]),
-                (own_values, of_value_ref.at[at.row, rows, at.head]),
-            )
+            at.copy_out((tile, of_key_ref), (own_values, of_value_ref))
 
         def step(index: Any, queries: Any, gradients: Any, *rest: Any) -> Any:
             *row_blocks, (of_key, of_value) = rest

@@ -55,28 +55,31 @@ class Tile:
         first_row = tile * TILE + warpgroup * ROWS
         return cls(row, head, warpgroup, first_row, *(bounds_ref[row, tile, i] for i in range(4)))
 
-    def rows(self) -> Any:
-        return pl.ds(self.first_row, ROWS)
-
-    def own(self, ref: Any) -> Any:
-        """The part of [batch, length, heads, head_dim], [batch, heads, length] or [batch, length]
-        that is its row's and head's."""
-        index = {4: (self.row, slice(None), self.head), 3: (self.row, self.head), 2: (self.row,)}
+    def _sequence(self, ref: Any, rows: Any = slice(None)) -> Any:
+        """Rows of its sequence and head in [batch, length, heads, head_dim],
+        [batch, heads, length] or [batch, length]."""
+        row, head = self.row, self.head
+        index = {4: (row, rows, head), 3: (row, head, rows), 2: (row, rows)}
         return ref.at[index[len(ref.shape)]]
 
-    def load(self, ref: Any, rows: Any) -> Array:
-        """A number for each row of the tile."""
-        return plgpu.load(self.own(ref).at[rows], layout=_ROW, optimized=False)
+    def _rows(self, ref: Any) -> Any:
+        return self._sequence(ref, pl.ds(self.first_row, ROWS))
 
-    def copy_in(self, *copies: tuple[Any, Any, Any]) -> None:
-        for source, destination, barrier in copies:
-            plgpu.copy_gmem_to_smem(source, destination, barrier.at[self.warpgroup])
-        plgpu.barrier_wait(copies[0][2].at[self.warpgroup])
+    def load(self, ref: Any) -> Array:
+        """A number for each row of the tile."""
+        return plgpu.load(self._rows(ref), layout=_ROW, optimized=False)
+
+    def copy_in(self, barrier: Any, *copies: tuple[Any, Any]) -> None:
+        """Copy its rows of each array into shared memory, and wait."""
+        for source, destination in copies:
+            plgpu.copy_gmem_to_smem(self._rows(source), destination, barrier.at[self.warpgroup])
+        plgpu.barrier_wait(barrier.at[self.warpgroup])
 
     def copy_out(self, *copies: tuple[Any, Any]) -> None:
+        """Copy shared memory to its rows of each array, and wait."""
         plgpu.commit_smem()
         for source, destination in copies:
-            plgpu.copy_smem_to_gmem(source, destination)
+            plgpu.copy_smem_to_gmem(source, self._rows(destination))
         plgpu.wait_smem_to_gmem(0)
 
     def pipeline(self, step: Any, compute: Any, operands: list[tuple[Any, int]]) -> None:
@@ -93,7 +96,7 @@ class Tile:
                 return plgpu.BlockSpec(shape, index_map, transforms=_TRANSFORMS)
             return plgpu.BlockSpec((block,), lambda i: (self.first + i,))
 
-        own = [self.own(ref) for ref, _ in operands]
+        own = [self._sequence(ref) for ref, _ in operands]
         plgpu.emit_pipeline_warp_specialized(
             step,
             grid=(self.count,),

@@ -13,12 +13,9 @@ import numpy as np
 from jaxtyping import Array
 
 from glm_jax.kernels import cpu_library
-from glm_jax.kernels.dispatch import unmet
 from glm_jax.kernels.paged_attention.arguments import Arguments
-from glm_jax.sharding import surrounding_mesh
 
 _LIBRARY, _TARGET = "libglm_jax_paged_attention", "glm_jax_paged_attention"
-_LANES = 16
 _DTYPES = ("float32", "bfloat16", "int8")
 
 
@@ -29,24 +26,15 @@ def is_available() -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class CPUPages:
-    """Takes whole vectors of a stored dtype, on one device; computes in float32.
-
-    Attributes:
-      widest: bits of the widest vectors to use (512, 256 or less), for tests.
-    """
-
-    widest: int = cpu_library.WIDEST
-    name: str = "cpu"
-    platform: str = "cpu"
+class CPUPages(cpu_library.AttentionKernel):
+    """Takes whole vectors of a stored dtype, on one device; computes in float32."""
 
     def supports(self, arguments: Arguments) -> str | None:
         keys = arguments.keys
-        return unmet(
-            (arguments.softmax_dtype == "float32", "a softmax in float32"),
-            (keys.shape[-1] % _LANES == 0, f"heads of a multiple of {_LANES} numbers"),
+        return self.unmet(
+            arguments.softmax_dtype,
+            keys.shape[-1],
             (str(keys.dtype) in _DTYPES, f"keys in {', '.join(_DTYPES)}"),
-            (surrounding_mesh() is None, "one device, no mesh"),
         ) or (None if is_available() else cpu_library.NOT_BUILT)
 
     def __call__(self, arguments: Arguments) -> Array:
