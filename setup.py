@@ -23,7 +23,7 @@ def kernel(name: str, library: str, *sources: str) -> Extension:
     return Extension(
         f"glm_jax.kernels.{name}.{library}",
         sources=[f"{folder}/{source}" for source in sources],
-        depends=[f"{_KERNELS}/threads.h", *map(str, Path(_KERNELS).glob("*/*.inc"))],
+        depends=[f"{_KERNELS}/threads.h", *map(str, Path(_KERNELS).glob("**/*.inc"))],
         language="c++",
         extra_compile_args=["-O3", "-std=c++17", "-Wno-psabi"],
         optional=True,

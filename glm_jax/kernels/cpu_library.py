@@ -13,7 +13,7 @@ from glm_jax.kernels.dispatch import unmet
 from glm_jax.sharding import surrounding_mesh
 
 NOT_BUILT = "its library is not built: install the package where a C++ compiler is"
-WIDEST = 512  # bits of the widest vectors that kernels may use; tests ask for less
+MAX_VECTOR_BITS = 512  # of vectors that kernels may use; tests ask for less
 _LANES = 16
 
 
@@ -22,10 +22,10 @@ class AttentionKernel:
     """What the kernels of both attention ops have in common as backends.
 
     Attributes:
-      widest: bits of the widest vectors to use (512, 256 or less), for tests.
+      max_vector_bits: of vectors to use (512, 256 or less), for tests.
     """
 
-    widest: int = WIDEST
+    max_vector_bits: int = MAX_VECTOR_BITS
     name: str = "cpu"
     platform: str = "cpu"
 

@@ -1,4 +1,4 @@
-// Work that the threads of an XLA call take pieces of until none is left.
+// Work that the threads of an XLA call take a piece at a time.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 namespace glm_jax {
 
-// Derive from it: `Prepare()` runs once, while helpers wake up; `Run(first, last)` does items.
+// Derive from it: `Prepare()` runs once, while helpers wake up; `Run(first, last)` computes items.
 struct Work {
   virtual ~Work() = default;
   virtual void Prepare() {}
@@ -41,8 +41,8 @@ struct Work {
   std::atomic<int64_t> next_{0}, finished_{0};
 };
 
-// Does `work` on the calling thread and, where it is worth waking them, the pool's others.
-inline void DoOnThreads(xla::ffi::ThreadPool pool, std::shared_ptr<Work> work, bool is_large) {
+// Runs `work` on the calling thread and, if it `is_large`, on the pool's others.
+inline void RunOnThreads(xla::ffi::ThreadPool pool, std::shared_ptr<Work> work, bool is_large) {
   const int64_t helpers = is_large ? pool.num_threads() - 1 : 0;
   // Small pieces even out threads that start late.
   work->piece = std::max<int64_t>(1, work->count / (8 * (helpers + 1)));

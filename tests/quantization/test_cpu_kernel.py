@@ -57,8 +57,8 @@ def test_equals_the_reference(bits, zero_point, inputs, outputs, groups):
     assert tiled.shape == weight.shape
     x = jax.random.normal(jax.random.key(1), (ROWS[-1], inputs))
     expected = reference.matmul(x, weight)
-    for rows, widest in itertools.product(ROWS, WIDTHS):
-        assert _relative_error(cpu.matmul(x[:rows], tiled, widest), expected[:rows]) < 3e-6
+    for rows, vector_bits in itertools.product(ROWS, WIDTHS):
+        assert _relative_error(cpu.matmul(x[:rows], tiled, vector_bits), expected[:rows]) < 3e-6
 
 
 @SHAPES
@@ -68,8 +68,8 @@ def test_float_weights_equal_the_plain_product(dtype, inputs, outputs, groups):
     tiled = cpu.tile(weight)
     x = jax.random.normal(jax.random.key(1), (ROWS[-1], inputs))
     expected = jnp.tensordot(x, weight.astype(jnp.float32), 1, precision="highest")
-    for rows, widest in itertools.product(ROWS, WIDTHS):
-        assert _relative_error(cpu.matmul(x[:rows], tiled, widest), expected[:rows]) < 3e-6
+    for rows, vector_bits in itertools.product(ROWS, WIDTHS):
+        assert _relative_error(cpu.matmul(x[:rows], tiled, vector_bits), expected[:rows]) < 3e-6
 
 
 @SHAPES
@@ -85,8 +85,8 @@ def test_activations_in_8_bits_equal_rounded_ones(bits, zero_point, inputs, outp
     scales = jnp.max(jnp.abs(parts), axis=-1, keepdims=True) / 127
     rounded = (jnp.round(parts / scales) * scales).reshape(x.shape)
     of_rounded, exact = reference.matmul(rounded, weight), reference.matmul(x, weight)
-    for rows, widest in itertools.product(ROWS, WIDTHS):
-        got = cpu.matmul(x[:rows], tiled, widest)
+    for rows, vector_bits in itertools.product(ROWS, WIDTHS):
+        got = cpu.matmul(x[:rows], tiled, vector_bits)
         # A quotient near a half may go either way.
         assert _relative_error(got, of_rounded[:rows]) < 1e-3
         assert 1e-4 < _relative_error(got, exact[:rows]) < 1.5e-2
@@ -94,9 +94,9 @@ def test_activations_in_8_bits_equal_rounded_ones(bits, zero_point, inputs, outp
 
 def test_what_is_not_finite_stays_so_with_activations_in_8_bits():
     tiled = cpu.tile(_weight(4, 128, (16,), 2), activation_bits=8)
-    for bad, widest in itertools.product((jnp.inf, -jnp.inf, jnp.nan), WIDTHS):
+    for bad, vector_bits in itertools.product((jnp.inf, -jnp.inf, jnp.nan), WIDTHS):
         x = jnp.ones((2, 128)).at[1, 70].set(bad)
-        got = cpu.matmul(x, tiled, widest)
+        got = cpu.matmul(x, tiled, vector_bits)
         assert np.isfinite(got[0]).all()
         assert not np.isfinite(got[1]).any()
 

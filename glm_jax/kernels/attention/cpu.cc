@@ -14,7 +14,7 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int64_t kBlock = 64;     // queries, and keys, of a block
-constexpr int64_t kMostLanes = 16;
+constexpr int64_t kMaxLanes = 16;
 constexpr float kLowest = -1e30f;  // the score of a key that is not seen; finite
 
 // What each row sees: [start, end) of one or two ranges of keys.
@@ -33,7 +33,7 @@ struct Ranges {
     }
   }
 
-  void Hide(int64_t row, int64_t first_key, float* scores) const {
+  void Mask(int64_t row, int64_t first_key, float* scores) const {
     bool is_seen[kBlock] = {}, is_whole = false;
     ForRow(row, first_key, [&](int64_t begin, int64_t end) {
       is_whole |= end - begin == kBlock;
@@ -52,21 +52,22 @@ inline T Mix(T x) {
   return x ^ (x >> 16);
 }
 
-// Which weights are kept: those whose hash is at most `most`.
+// Weights whose hash is above the threshold become zero, and the others are scaled.
 struct Dropout {
-  uint32_t seed, most;
-  float factor;  // of what is kept
+  uint32_t seed, threshold;
+  float scale;
 
-  bool is_on() const { return most < UINT32_MAX; }
+  bool is_on() const { return threshold < UINT32_MAX; }
   void OfHead(int64_t item) { seed = Mix(seed ^ static_cast<uint32_t>(item)); }
-  uint32_t Line(int64_t row) const { return Mix(seed ^ static_cast<uint32_t>(row)); }
+  uint32_t RowHash(int64_t row) const { return Mix(seed ^ static_cast<uint32_t>(row)); }
 };
 
 // One head of one row of the batch. Its rows are `row_stride` apart, other heads between them.
+// `d_x` is the gradient of x.
 struct Item {
   int64_t queries, keys, padded, head_dim, row_stride;
-  const float *query, *key, *value, *gradient;
-  float *out, *log_sums, *of_query, *of_key, *of_value;
+  const float *query, *key, *value, *d_out;
+  float *out, *log_sums, *d_query, *d_key, *d_value;
   Ranges ranges;
   float factor;  // of scores
   Dropout dropout;
@@ -90,35 +91,35 @@ struct Block {
   }
 };
 
-// A head's keys and values with zeros up to whole blocks; turned ones are [head_dim, padded].
+// A head's keys and values with zeros up to whole blocks; transposed ones are [head_dim, padded].
 struct Buffers {
-  std::vector<float> keys, plain_keys, values, turned_values, query, gradient, sums, scores;
+  std::vector<float> keys, transposed_keys, values, transposed_values, query, d_out, sums, scores;
 
   explicit Buffers(const Item& t)
-      : keys(t.head_dim * t.padded),
-        plain_keys(t.padded * t.head_dim),
+      : keys(t.padded * t.head_dim),
+        transposed_keys(t.head_dim * t.padded),
         values(t.padded * t.head_dim),
         query(kBlock * t.head_dim),
-        gradient(kBlock * t.head_dim),
+        d_out(kBlock * t.head_dim),
         sums(kBlock * t.head_dim),
         scores(kBlock * kBlock) {
     for (int64_t i = 0; i < t.keys; ++i) {
-      std::copy_n(t.key + i * t.row_stride, t.head_dim, plain_keys.data() + i * t.head_dim);
+      std::copy_n(t.key + i * t.row_stride, t.head_dim, keys.data() + i * t.head_dim);
       std::copy_n(t.value + i * t.row_stride, t.head_dim, values.data() + i * t.head_dim);
     }
-    Turn(t, plain_keys, keys);
+    Transpose(t, keys, transposed_keys);
   }
 
-  void TurnValues(const Item& t) {
-    turned_values.resize(t.head_dim * t.padded);
-    Turn(t, values, turned_values);
+  void TransposeValues(const Item& t) {
+    transposed_values.resize(t.head_dim * t.padded);
+    Transpose(t, values, transposed_values);
   }
 
-  static void Turn(const Item& t, const std::vector<float>& from, std::vector<float>& to) {
+  static void Transpose(const Item& t, const std::vector<float>& from, std::vector<float>& to) {
     // Lines of 16 keys at a time, so that both sides stay in the nearest cache.
-    for (int64_t first = 0; first < t.padded; first += kMostLanes) {
+    for (int64_t first = 0; first < t.padded; first += kMaxLanes) {
       for (int64_t d = 0; d < t.head_dim; ++d) {
-        for (int64_t i = first; i < first + kMostLanes; ++i) {
+        for (int64_t i = first; i < first + kMaxLanes; ++i) {
           to[d * t.padded + i] = from[i * t.head_dim + d];
         }
       }
@@ -135,67 +136,13 @@ struct Buffers {
   }
 };
 
-#define GLM_JAX_VECTOR_BYTES 16
-#define GLM_JAX_BLOCK_VECTORS 4
-#define GLM_JAX_BLOCK_ROWS 2
-namespace portable {
-#include "cpu_vectors.inc"
-#include "cpu.inc"
-}  // namespace portable
-#undef GLM_JAX_VECTOR_BYTES
-#undef GLM_JAX_BLOCK_VECTORS
-#undef GLM_JAX_BLOCK_ROWS
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define GLM_JAX_X86_VARIANTS 1
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define GLM_JAX_VECTOR_BYTES 32
-#define GLM_JAX_BLOCK_VECTORS 2
-#define GLM_JAX_BLOCK_ROWS 6
-namespace avx2 {
-#include "cpu_vectors.inc"
-#include "cpu.inc"
-}  // namespace avx2
-#undef GLM_JAX_VECTOR_BYTES
-#undef GLM_JAX_BLOCK_VECTORS
-#undef GLM_JAX_BLOCK_ROWS
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
-#define GLM_JAX_VECTOR_BYTES 64
-#define GLM_JAX_BLOCK_VECTORS 4
-#define GLM_JAX_BLOCK_ROWS 6
-namespace avx512 {
-#include "cpu_vectors.inc"
-#include "cpu.inc"
-}  // namespace avx512
-#undef GLM_JAX_VECTOR_BYTES
-#undef GLM_JAX_BLOCK_VECTORS
-#undef GLM_JAX_BLOCK_ROWS
-#pragma GCC pop_options
-#endif
-
-using Run = void (*)(const Item&);
-
-Run Choose(int64_t widest, bool is_backward) {
-#ifdef GLM_JAX_X86_VARIANTS
-  if (widest >= 512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    return is_backward ? avx512::BackwardItem : avx512::ForwardItem;
-  }
-  if (widest >= 256 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return is_backward ? avx2::BackwardItem : avx2::ForwardItem;
-  }
-#endif
-  return is_backward ? portable::BackwardItem : portable::ForwardItem;
-}
+#define GLM_JAX_VARIANT_SOURCE "attention/cpu.inc"
+#include "../variants.inc"
 
 struct Job : glm_jax::Work {
   Item first;  // the batch's first head
   int64_t heads;
-  ::Run run;
+  void (*run)(const Item&);
 
   void Run(int64_t begin, int64_t end) override {
     for (int64_t item = begin; item < end; ++item) {
@@ -203,8 +150,8 @@ struct Job : glm_jax::Work {
       const int64_t queries = row * first.queries * first.row_stride + head * first.head_dim;
       const int64_t keys = row * first.keys * first.row_stride + head * first.head_dim;
       Item t = first;
-      t.query += queries, t.out += queries, t.gradient += queries, t.of_query += queries;
-      t.key += keys, t.value += keys, t.of_key += keys, t.of_value += keys;
+      t.query += queries, t.out += queries, t.d_out += queries, t.d_query += queries;
+      t.key += keys, t.value += keys, t.d_key += keys, t.d_value += keys;
       t.log_sums += item * first.queries;
       t.dropout.OfHead(item);
       t.ranges.bounds += row * first.queries * first.ranges.per_row;
@@ -214,9 +161,9 @@ struct Job : glm_jax::Work {
 };
 
 ffi::Error Start(ffi::ThreadPool pool, ffi::Span<const int64_t> q, ffi::Span<const int64_t> k,
-                 ffi::Span<const int64_t> ranges, Item item, Run run) {
+                 ffi::Span<const int64_t> ranges, Item item, void (*run)(const Item&)) {
   if (q.size() != 4 || k.size() != 4 || ranges.size() != 3 || q[0] != k[0] || q[2] != k[2] ||
-      q[3] != k[3] || q[3] % kMostLanes || ranges[0] != q[0] || ranges[1] != q[1] ||
+      q[3] != k[3] || q[3] % kMaxLanes || ranges[0] != q[0] || ranges[1] != q[1] ||
       (ranges[2] != 2 && ranges[2] != 4)) {
     return ffi::Error::InvalidArgument("attention: shapes do not belong together");
   }
@@ -227,70 +174,69 @@ ffi::Error Start(ffi::ThreadPool pool, ffi::Span<const int64_t> q, ffi::Span<con
   item.factor = 1 / std::sqrt(static_cast<float>(item.head_dim));
   job->first = item, job->heads = q[2], job->run = run;
   job->count = q[0] * q[2];
-  glm_jax::DoOnThreads(pool, job, true);
+  glm_jax::RunOnThreads(pool, job, true);
   return ffi::Error::Success();
 }
 
-using Floats = ffi::Buffer<ffi::F32>;
+using FloatsIn = ffi::Buffer<ffi::F32>;
 using FloatsOut = ffi::ResultBuffer<ffi::F32>;
+using RangesIn = ffi::Buffer<ffi::S32>;
+using SeedIn = ffi::Buffer<ffi::U32>;
 
-ffi::Error Forward(ffi::ThreadPool pool, Floats query, Floats key, Floats value,
-                   ffi::Buffer<ffi::S32> ranges, ffi::Buffer<ffi::U32> seed, FloatsOut out,
-                   FloatsOut log_sums, int64_t most_kept, float kept_factor, int64_t widest) {
+Item Inputs(FloatsIn query, FloatsIn key, FloatsIn value, RangesIn ranges, SeedIn seed,
+            int64_t dropout_threshold, float dropout_scale) {
   Item item = {};
   item.query = query.typed_data(), item.key = key.typed_data(), item.value = value.typed_data();
-  item.out = out->typed_data(), item.log_sums = log_sums->typed_data();
   item.ranges.bounds = ranges.typed_data();
-  item.dropout = {seed.typed_data()[0], static_cast<uint32_t>(most_kept), kept_factor};
-  return Start(pool, query.dimensions(), key.dimensions(), ranges.dimensions(), item,
-               Choose(widest, false));
+  item.dropout = {seed.typed_data()[0], static_cast<uint32_t>(dropout_threshold), dropout_scale};
+  return item;
 }
 
-ffi::Error Backward(ffi::ThreadPool pool, Floats query, Floats key, Floats value,
-                    ffi::Buffer<ffi::S32> ranges, ffi::Buffer<ffi::U32> seed, Floats out,
-                    Floats log_sums, Floats gradient, FloatsOut of_query, FloatsOut of_key,
-                    FloatsOut of_value, int64_t most_kept, float kept_factor, int64_t widest) {
-  Item item = {};
-  item.query = query.typed_data(), item.key = key.typed_data(), item.value = value.typed_data();
-  item.out = out.typed_data(), item.log_sums = log_sums.typed_data();
-  item.gradient = gradient.typed_data(), item.of_query = of_query->typed_data();
-  item.of_key = of_key->typed_data(), item.of_value = of_value->typed_data();
-  item.ranges.bounds = ranges.typed_data();
-  item.dropout = {seed.typed_data()[0], static_cast<uint32_t>(most_kept), kept_factor};
+ffi::Error Forward(ffi::ThreadPool pool, int64_t dropout_threshold, float dropout_scale,
+                   int64_t max_vector_bits, FloatsIn query, FloatsIn key, FloatsIn value,
+                   RangesIn ranges, SeedIn seed, FloatsOut out, FloatsOut log_sums) {
+  Item item = Inputs(query, key, value, ranges, seed, dropout_threshold, dropout_scale);
+  item.out = out->typed_data(), item.log_sums = log_sums->typed_data();
   return Start(pool, query.dimensions(), key.dimensions(), ranges.dimensions(), item,
-               Choose(widest, true));
+               GLM_JAX_CHOOSE(max_vector_bits, ForwardItem));
+}
+
+ffi::Error Backward(ffi::ThreadPool pool, int64_t dropout_threshold, float dropout_scale,
+                    int64_t max_vector_bits, FloatsIn query, FloatsIn key, FloatsIn value,
+                    RangesIn ranges, SeedIn seed, FloatsIn out, FloatsIn log_sums,
+                    FloatsIn d_out, FloatsOut d_query, FloatsOut d_key, FloatsOut d_value) {
+  Item item = Inputs(query, key, value, ranges, seed, dropout_threshold, dropout_scale);
+  item.out = out.typed_data(), item.log_sums = log_sums.typed_data();
+  item.d_out = d_out.typed_data(), item.d_query = d_query->typed_data();
+  item.d_key = d_key->typed_data(), item.d_value = d_value->typed_data();
+  return Start(pool, query.dimensions(), key.dimensions(), ranges.dimensions(), item,
+               GLM_JAX_CHOOSE(max_vector_bits, BackwardItem));
+}
+
+// What both handlers are bound to first.
+auto BindInputs() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Attr<int64_t>("dropout_threshold")
+      .Attr<float>("dropout_scale")
+      .Attr<int64_t>("max_vector_bits")
+      .Arg<FloatsIn>()
+      .Arg<FloatsIn>()
+      .Arg<FloatsIn>()
+      .Arg<RangesIn>()
+      .Arg<SeedIn>();
 }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GlmJaxAttentionForward, Forward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::U32>>()
-                                  .Ret<Floats>()
-                                  .Ret<Floats>()
-                                  .Attr<int64_t>("most_kept")
-                                  .Attr<float>("kept_factor")
-                                  .Attr<int64_t>("widest"));
+                              BindInputs().Ret<FloatsIn>().Ret<FloatsIn>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GlmJaxAttentionBackward, Backward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::U32>>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Ret<Floats>()
-                                  .Ret<Floats>()
-                                  .Ret<Floats>()
-                                  .Attr<int64_t>("most_kept")
-                                  .Attr<float>("kept_factor")
-                                  .Attr<int64_t>("widest"));
+                              BindInputs()
+                                  .Arg<FloatsIn>()
+                                  .Arg<FloatsIn>()
+                                  .Arg<FloatsIn>()
+                                  .Ret<FloatsIn>()
+                                  .Ret<FloatsIn>()
+                                  .Ret<FloatsIn>());

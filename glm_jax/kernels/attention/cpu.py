@@ -42,16 +42,16 @@ class CPUBlocks(cpu_library.AttentionKernel):
     def __call__(self, arguments: Arguments) -> Array:
         # As projections give them: the transpose that made them [heads, key] falls away.
         key, value = (jnp.swapaxes(x, 1, 2) for x in (arguments.key, arguments.value))
-        return _attention(arguments.replace(key=key, value=value), self.widest)
+        return _attention(arguments.replace(key=key, value=value), self.max_vector_bits)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _attention(arguments: Arguments, widest: int) -> Array:
+def _attention(arguments: Arguments, max_vector_bits: int) -> Array:
     """Here keys and values are [batch, key, heads, head_dim]."""
-    return _forward(arguments, widest)[0]
+    return _forward(arguments, max_vector_bits)[0]
 
 
-def _forward(arguments: Arguments, widest: int) -> tuple[Array, Any]:
+def _forward(arguments: Arguments, max_vector_bits: int) -> tuple[Array, Any]:
     query = arguments.query
     batch, queries, heads, _ = query.shape
     results = (
@@ -59,17 +59,17 @@ def _forward(arguments: Arguments, widest: int) -> tuple[Array, Any]:
         jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
     )
     call = jax.ffi.ffi_call(_FORWARD, results, vmap_method="sequential")
-    out, log_sums = call(*_inputs(arguments), **_attributes(arguments.dropout, widest))
+    out, log_sums = call(*_inputs(arguments), **_attributes(arguments.dropout, max_vector_bits))
     return out, (arguments, out, log_sums)
 
 
-def _backward(widest: int, saved: Any, gradient: Array) -> tuple[Arguments]:
+def _backward(max_vector_bits: int, saved: Any, gradient: Array) -> tuple[Arguments]:
     arguments, out, log_sums = saved
     inputs = _inputs(arguments)
     results = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in inputs[:3]]
     call = jax.ffi.ffi_call(_BACKWARD, results, vmap_method="sequential")
     of_query, of_key, of_value = call(
-        *inputs, out, log_sums, gradient, **_attributes(arguments.dropout, widest)
+        *inputs, out, log_sums, gradient, **_attributes(arguments.dropout, max_vector_bits)
     )
     nothing = jax.tree.map(lambda _: None, arguments)
     return (nothing.replace(query=of_query, key=of_key, value=of_value),)
@@ -84,10 +84,10 @@ def _inputs(arguments: Arguments) -> tuple[Array, ...]:
     return a.query, a.key, a.value, a.visible, jnp.uint32(0) if dropout is None else dropout.seed
 
 
-def _attributes(dropout: WeightDropout | None, widest: int) -> dict[str, Any]:
+def _attributes(dropout: WeightDropout | None, max_vector_bits: int) -> dict[str, Any]:
     dropout = dropout or WeightDropout(None, 0.0)
     return {
-        "most_kept": np.int64(dropout.most),
-        "kept_factor": np.float32(1 / (1 - dropout.rate)),
-        "widest": np.int64(widest),
+        "dropout_threshold": np.int64(dropout.threshold),
+        "dropout_scale": np.float32(1 / (1 - dropout.rate)),
+        "max_vector_bits": np.int64(max_vector_bits),
     }

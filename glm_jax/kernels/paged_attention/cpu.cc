@@ -12,8 +12,8 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kMostLanes = 16;
-constexpr int64_t kLeastShared = 1 << 16;  // bytes of keys that are worth waking a thread
+constexpr int64_t kMaxLanes = 16;
+constexpr int64_t kMinSharedBytes = 1 << 16;  // of keys, that are worth waking a thread
 
 // The pages of a row's keys, in order, are those of its table; its query sees the first `lengths`
 // positions.
@@ -48,16 +48,16 @@ void FindRuns(const Problem& p, int64_t row, int64_t head, std::vector<Run<T>>& 
   runs.clear();
   const int64_t end = std::clamp<int64_t>(p.lengths[row], 0, p.table_size * p.page_size);
   for (int64_t begin = 0; begin < end; begin += p.page_size) {
-    const int64_t named = p.tables[row * p.table_size + begin / p.page_size];
-    const int64_t page = head * p.pages + std::clamp<int64_t>(named, 0, p.pages - 1);
-    runs.push_back(MakeRun<T>(p, page * p.page_size, std::min(p.page_size, end - begin)));
+    const int64_t page = p.tables[row * p.table_size + begin / p.page_size];
+    const int64_t index = head * p.pages + std::clamp<int64_t>(page, 0, p.pages - 1);
+    runs.push_back(MakeRun<T>(p, index * p.page_size, std::min(p.page_size, end - begin)));
   }
 }
 
 // Items are the heads of each row of the batch.
 template <class T, class F>
-void EachQuery(const Problem& p, int64_t first, int64_t last, F attend) {
-  std::vector<float> scores(p.page_size * p.table_size + kMostLanes);
+void ForEachQuery(const Problem& p, int64_t first, int64_t last, F attend) {
+  std::vector<float> scores(p.page_size * p.table_size + kMaxLanes);
   std::vector<Run<T>> runs;
   for (int64_t item = first; item < last; ++item) {
     float* out = p.out + item * p.head_dim;
@@ -70,48 +70,8 @@ void EachQuery(const Problem& p, int64_t first, int64_t last, F attend) {
   }
 }
 
-#define GLM_JAX_VECTOR_BYTES 16
-namespace portable {
-#include "../attention/cpu_vectors.inc"
-#include "cpu.inc"
-}  // namespace portable
-#undef GLM_JAX_VECTOR_BYTES
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define GLM_JAX_X86_VARIANTS 1
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define GLM_JAX_VECTOR_BYTES 32
-namespace avx2 {
-#include "../attention/cpu_vectors.inc"
-#include "cpu.inc"
-}  // namespace avx2
-#undef GLM_JAX_VECTOR_BYTES
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
-#define GLM_JAX_VECTOR_BYTES 64
-namespace avx512 {
-#include "../attention/cpu_vectors.inc"
-#include "cpu.inc"
-}  // namespace avx512
-#undef GLM_JAX_VECTOR_BYTES
-#pragma GCC pop_options
-#endif
-
-auto Choose(int64_t widest) {
-#ifdef GLM_JAX_X86_VARIANTS
-  if (widest >= 512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    return avx512::DoItems;
-  }
-  if (widest >= 256 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return avx2::DoItems;
-  }
-#endif
-  return portable::DoItems;
-}
+#define GLM_JAX_VARIANT_SOURCE "paged_attention/cpu.inc"
+#include "../variants.inc"
 
 struct Job : glm_jax::Work {
   Problem problem;
@@ -123,13 +83,13 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi
                           ffi::AnyBuffer values, ffi::Buffer<ffi::S32> tables,
                           ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::F32> key_scales,
                           ffi::Buffer<ffi::F32> value_scales, ffi::ResultBuffer<ffi::F32> out,
-                          int64_t widest) {
+                          int64_t max_vector_bits) {
   const auto q = query.dimensions(), k = keys.dimensions(), t = tables.dimensions();
   const int64_t bytes = keys.size_bytes() / std::max<size_t>(1, keys.element_count());
   const bool has_scales = key_scales.element_count() > 0;
   if (q.size() != 3 || k.size() != 4 || t.size() != 2 || q[1] != k[0] || q[2] != k[3] ||
       k[1] < 1 || t[0] != q[0] || static_cast<int64_t>(lengths.element_count()) != q[0] ||
-      q[2] % kMostLanes || values.element_count() != keys.element_count() ||
+      q[2] % kMaxLanes || values.element_count() != keys.element_count() ||
       key_scales.element_count() != value_scales.element_count() || (has_scales && bytes != 1) ||
       (bytes != 1 && bytes != 2 && bytes != 4)) {
     return ffi::Error::InvalidArgument("paged attention: shapes do not belong together");
@@ -147,9 +107,9 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi
   problem.lengths = lengths.typed_data();
   problem.tables = tables.typed_data();
   problem.out = out->typed_data();
-  job->run = Choose(widest);
+  job->run = GLM_JAX_CHOOSE(max_vector_bits, RunItems);
   job->count = q[0] * q[1];
-  glm_jax::DoOnThreads(pool, job, static_cast<int64_t>(keys.size_bytes()) >= kLeastShared);
+  glm_jax::RunOnThreads(pool, job, static_cast<int64_t>(keys.size_bytes()) >= kMinSharedBytes);
   return ffi::Error::Success();
 }
 
@@ -166,4 +126,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GlmJaxPagedAttention, PagedAttention,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<int64_t>("widest"));
+                                  .Attr<int64_t>("max_vector_bits"));

@@ -50,6 +50,6 @@ class CPUPages(cpu_library.AttentionKernel):
             a.tables,
             a.lengths,
             *(none if scales is None else scales for scales in (a.key_scales, a.value_scales)),
-            widest=np.int64(self.widest),
+            max_vector_bits=np.int64(self.max_vector_bits),
         )
         return attended.astype(a.query.dtype)

@@ -9,7 +9,6 @@
 #include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define GLM_JAX_X86_VARIANTS 1
 #include <immintrin.h>
 #endif
 
@@ -24,8 +23,8 @@ constexpr int64_t kLine = 64;     // bytes: 16 lanes of 32 bits
 constexpr int64_t kStep = 8;      // inputs taken at once
 constexpr int64_t kRange = 2048;  // inputs whose weights stay in cache for all rows
 constexpr int64_t kAhead = 4096;  // bytes fetched ahead: the hardware stops at a page's end
-constexpr int64_t kLeastShared = 1 << 16;  // bytes of weights that are worth waking a thread
-constexpr int64_t kPart = 256;    // inputs at most whose sum takes on the offset of all values
+constexpr int64_t kMinSharedBytes = 1 << 16;  // of weights, that are worth waking a thread
+constexpr int64_t kMaxPart = 256;  // inputs whose sum takes on the offset of all values
 
 struct Product {
   int64_t rows, inputs, outputs, padded_outputs, bits;
@@ -50,61 +49,15 @@ inline void AddTo(const Product& p, int64_t strip, int64_t row, bool is_first,
 
 // An instruction set's way to prepare a block of rows, and to multiply it with a strip.
 struct Variant {
-  int64_t most_rows;
+  int64_t max_rows;
   void (*prepare)(Product& p, const float* x, int64_t first_row, int64_t rows);
   void (*run)(const Product& p, int64_t strip, int64_t first_row, int64_t rows, int64_t begin,
               int64_t end);
 };
 
-#define GLM_JAX_VECTOR_BYTES 16
-#define GLM_JAX_MOST_ROWS 3
-namespace portable {
-#include "cpu_floats.inc"
-#include "cpu_integers.inc"
-}  // namespace portable
-#undef GLM_JAX_VECTOR_BYTES
-#undef GLM_JAX_MOST_ROWS
-
-#ifdef GLM_JAX_X86_VARIANTS
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define GLM_JAX_VECTOR_BYTES 32
-#define GLM_JAX_MOST_ROWS 6
-namespace avx2 {
-#include "cpu_floats.inc"
-#include "cpu_integers.inc"
-}  // namespace avx2
-#undef GLM_JAX_VECTOR_BYTES
-#undef GLM_JAX_MOST_ROWS
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
-#define GLM_JAX_VECTOR_BYTES 64
-#define GLM_JAX_MOST_ROWS 12
-namespace avx512 {
-#include "cpu_floats.inc"
-#include "cpu_integers.inc"
-}  // namespace avx512
-#undef GLM_JAX_VECTOR_BYTES
-#undef GLM_JAX_MOST_ROWS
-#pragma GCC pop_options
-#endif
-
-// `widest` caps the choice, so that tests can run each variant that the machine has.
-Variant Choose(int64_t widest, bool integers) {
-#ifdef GLM_JAX_X86_VARIANTS
-  if (widest >= 512 && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
-    return integers ? avx512::kIntegers : avx512::kFloats;
-  }
-  if (widest >= 256 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return integers ? avx2::kIntegers : avx2::kFloats;
-  }
-#endif
-  return integers ? portable::kIntegers : portable::kFloats;
-}
+#define GLM_JAX_NEEDS_VNNI 1
+#define GLM_JAX_VARIANT_SOURCE "quantized_matmul/cpu_integers.inc"
+#include "../variants.inc"
 
 struct Job : glm_jax::Work {
   Variant variant;
@@ -118,7 +71,7 @@ struct Job : glm_jax::Work {
   template <class F>
   void ForRowBlocks(F f) {
     const int64_t rows = product.rows;
-    const int64_t blocks = (rows + variant.most_rows - 1) / variant.most_rows;
+    const int64_t blocks = (rows + variant.max_rows - 1) / variant.max_rows;
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t first = rows * i / blocks;
       f(first, rows * (i + 1) / blocks - first);
@@ -152,7 +105,7 @@ struct Job : glm_jax::Work {
 ffi::Error QuantizedMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                            ffi::Buffer<ffi::S8> values, ffi::Buffer<ffi::F32> scales,
                            ffi::Buffer<ffi::F32> zeros, ffi::ResultBuffer<ffi::F32> out,
-                           int64_t bits, int64_t activation_bits, int64_t widest) {
+                           int64_t bits, int64_t activation_bits, int64_t max_vector_bits) {
   const auto x_shape = x.dimensions(), out_shape = out->dimensions();
   const auto scales_shape = scales.dimensions();
   if (x_shape.size() != 2 || out_shape.size() != 2 || scales_shape.size() != 2) {
@@ -171,7 +124,7 @@ ffi::Error QuantizedMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
     return ffi::Error::InvalidArgument("quantized_matmul: shapes do not belong together");
   }
   p.part = integers ? std::gcd(p.group, int64_t{64}) : p.group;
-  while (p.part > kPart && p.part % (2 * kStep) == 0) p.part /= 2;
+  while (p.part > kMaxPart && p.part % (2 * kStep) == 0) p.part /= 2;
   p.zero = bits < 16 ? static_cast<float>(1 << (bits - 1)) : 0;
   p.values = values.typed_data();
   p.scales = scales.typed_data();
@@ -179,8 +132,9 @@ ffi::Error QuantizedMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   p.out = out->typed_data();
   job->input = x.typed_data(), job->with_integers = integers;
   job->count = p.padded_outputs / kColumns;
-  job->variant = Choose(widest, integers);
-  glm_jax::DoOnThreads(pool, job, bytes >= kLeastShared);
+  job->variant = integers ? GLM_JAX_CHOOSE(max_vector_bits, kIntegers)
+                          : GLM_JAX_CHOOSE(max_vector_bits, kFloats);
+  glm_jax::RunOnThreads(pool, job, bytes >= kMinSharedBytes);
   return ffi::Error::Success();
 }
 
@@ -196,4 +150,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GlmJaxQuantizedMatmul, QuantizedMatmul,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("bits")
                                   .Attr<int64_t>("activation_bits")
-                                  .Attr<int64_t>("widest"));
+                                  .Attr<int64_t>("max_vector_bits"));

@@ -138,11 +138,13 @@ def tile(weight: QuantizedArray | Array, activation_bits: int | None = None) -> 
     )
 
 
-def matmul(x: Float[Array, "..."], weight: TiledArray, widest: int = cpu_library.WIDEST) -> Array:
+def matmul(
+    x: Float[Array, "..."], weight: TiledArray, max_vector_bits: int = cpu_library.MAX_VECTOR_BITS
+) -> Array:
     """x [..., K] times weight [K, *outputs], accumulated in float32.
 
     Args:
-      widest: bits of the widest vectors to use (512, 256 or less), for tests.
+      max_vector_bits: of vectors to use (512, 256 or less), for tests.
 
     Returns:
       float32 [..., *outputs].
@@ -163,7 +165,7 @@ def matmul(x: Float[Array, "..."], weight: TiledArray, widest: int = cpu_library
         jnp.zeros((0, weight.scales.shape[1])) if zeros is None else zeros,
         bits=np.int64(weight.bits),
         activation_bits=np.int64(weight.activation_bits or 32),
-        widest=np.int64(widest),
+        max_vector_bits=np.int64(max_vector_bits),
     )
     return product.reshape(*x.shape[:-1], *outputs)
 
