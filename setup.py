@@ -68,7 +68,6 @@ setup(
     package_data={
         "configs": ["*.yaml", "prompts/*.yaml", "tasks/**/*.yaml"],
         "glm_jax.data.tables": ["*.tsv"],
-        "glm_jax.kernels.quantized_matmul": ["blocks.json"],
         "glm_jax.serving": ["page/*"],
         "launch": ["kubernetes/*.yaml", "slurm/*.sh"],
     },

@@ -36,7 +36,6 @@ COMMANDS = {
     "finetune": "launch.finetune",
     "plot": "launch.plot",
     "plan": "launch.plan",
-    "tune": "launch.tune",
     "benchmark": "launch.benchmark",
     "demo": "launch.demo",
     "env": "launch.env",

@@ -1,23 +1,34 @@
 """GLM-130B's products compile for NVIDIA GPUs, to matrix instructions and without spills."""
 
-import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import pytest
 from aot.compiling import abstract_weight, assembly, compile_for
 
+from glm_jax.config import glm_config
 from glm_jax.kernels.quantized_matmul import reference
 from glm_jax.kernels.quantized_matmul.api import quantized_matmul
-from launch.tune import problems
+from glm_jax.kernels.quantized_matmul.tuning import Problem
 
 GPUS = {"a100_80gb": 8.0, "rtx_3090": 8.6, "h100": 9.0}
+CONFIG = glm_config("130b")
+HIDDEN, INNER = CONFIG.hidden_size, CONFIG.inner_hidden_size
+SHAPES = [
+    shape
+    for parallel in (1, 4, 8)
+    for shape in (
+        (HIDDEN, 3 * HIDDEN // parallel),
+        (HIDDEN // parallel, HIDDEN),
+        (HIDDEN, 2 * INNER // parallel),
+        (INNER // parallel, HIDDEN),
+    )
+]
 # One row and 16 share blocks, and what is between 32 and 512 differs little.
-ROWS = {16: 1, 32: 32, 128: 128}
 PROBLEMS = [
-    dataclasses.replace(problem, rows=ROWS[problem.rows])
-    for problem in problems()
-    if problem.rows in ROWS
+    Problem(rows, *shape, group or shape[0], bits)
+    for shape, bits, group, rows in itertools.product(SHAPES, (8, 4), (None, 128), (1, 32, 128))
 ]
 
 

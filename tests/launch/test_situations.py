@@ -46,7 +46,6 @@ COMMANDS = {
     "launch.plot": ({"workdir": "folder"}, [], ["workdir"], []),
     "launch.plan": ({"hardware": "a100-40g", "output": "OUT"}, [], [], []),
     "launch.benchmark": ({"suite": "decode_step", "output": "OUT"}, [], [], ["output"]),
-    "launch.tune": ({"output": "OUT/blocks.json"}, [], [], ["output"]),
     "launch.demo": ({"output": "OUT", "steps": "1"}, [], [], ["output"]),
     "launch.train_tokenizer": (
         {"input": "text.txt", "output": "OUT", "num_text_tokens": "400"},
@@ -92,11 +91,10 @@ FOLDERS = ("missing", "empty", "folder", "unreadable_folder", "text.txt", "run")
 GOOD = {
     ("launch.generate", "input", "empty"),
     ("launch.decode", "input", "binary"),
-    ("launch.tune", "output", "text.txt"),
     ("launch.benchmark", "output", "full"),  # found when it has measured, minutes later
     ("launch.plot", "workdir", "run"),
 }
-WITHOUT_NUMBERS = ("launch.plot", "launch.tune", "launch.prepare_task", "convert.merge_adapter")
+WITHOUT_NUMBERS = ("launch.plot", "launch.prepare_task", "convert.merge_adapter")
 BAD_NUMBERS = ("nan", "inf", "-inf", "-1", "x", "1e400", "99999999999999999999", "")
 OUTPUTS = ("read_only/x", "text.txt", "text.txt/x", "full")
 

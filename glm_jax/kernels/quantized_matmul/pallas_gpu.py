@@ -62,7 +62,7 @@ class PallasGPU:
         inputs, outputs = weight.shape
         rows = len(arguments.x)
         problem = tuning.Problem(rows, inputs, outputs, weight.group_size, weight.bits)
-        return tuning.lookup(problem, self._capability())
+        return tuning.blocks_for(problem, self._capability())
 
 
 def matmul(

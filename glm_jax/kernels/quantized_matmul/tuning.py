@@ -1,23 +1,16 @@
-"""Block sizes of the GPU kernel: a model of bytes and occupancy, and its results as data.
-
-`blocks.json` lists what `choose` returns for the shapes of GLM-130B, and the figures of the
-GPUs that it used, with which it answers for other shapes when they are traced.
-`launch/tune.py` writes the file.
-"""
+"""Block sizes of the Triton kernel, by a model of bytes and occupancy while a product is traced."""
 
 import dataclasses
 import functools
 import itertools
-import json
 from collections.abc import Iterator
-from importlib import resources
 
-FILE = "blocks.json"
 ROW_BUCKETS = (16, 32, 64, 128, 512)  # problems of as many rows share block sizes
 # Seconds from asking memory to the answer; sets how many bytes must be under way.
 _LATENCY = 700e-9
 _L2_TO_MEMORY = 3.0  # how much faster L2 hands out what several blocks read
-_MOST_REGISTERS = 200  # a thread; beyond that the compiler begins to spill
+_MAX_REGISTERS = 200  # a thread; beyond that the compiler begins to spill
+_REGISTERS = 2**16  # of a multiprocessor
 _LAUNCH = 3e-6  # seconds of a further pass, which sums what split programs wrote
 
 
@@ -42,7 +35,7 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What the model needs to know of a GPU. Bytes, seconds, operations per second."""
+    """What the model needs to know of a GPU: bytes, bytes and operations per second."""
 
     multiprocessors: int
     memory_bandwidth: float
@@ -50,7 +43,14 @@ class Gpu:
     shared_memory: int
     shared_memory_per_block: int
     threads: int
-    registers: int
+
+
+# By compute capability, as configs/hardware has them: an A100 80GB, an RTX 3090, an H100.
+GPUS = {
+    8.0: Gpu(108, 2039e9, 312e12, 167936, 166912, 2048),
+    8.6: Gpu(82, 936e9, 71e12, 102400, 101376, 1536),
+    9.0: Gpu(132, 3350e9, 989e12, 233472, 232448, 2048),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +65,12 @@ class Problem:
 
 
 def row_bucket(rows: int) -> int:
-    """The first bucket that holds so many rows, else the last."""
+    """Return the first bucket that the rows fit into, else the last."""
     return next((bucket for bucket in ROW_BUCKETS if rows <= bucket), ROW_BUCKETS[-1])
 
 
 def estimate(problem: Problem, blocks: Blocks, gpu: Gpu) -> float:
-    """Seconds that a product should take; infinite where the blocks do not fit the GPU."""
+    """Estimate a product's seconds; infinite where the blocks do not fit the GPU."""
     threads = 32 * blocks.warps
     packed = blocks.inputs * blocks.outputs * problem.bits // 8
     stage = packed + 2 * blocks.rows * blocks.inputs
@@ -79,23 +79,23 @@ def estimate(problem: Problem, blocks: Blocks, gpu: Gpu) -> float:
     # Sums, the unpacked block and x in registers, and what addresses take.
     numbers = 4 * blocks.rows * blocks.outputs + unpacked + 2 * blocks.rows * blocks.inputs
     registers = numbers / 4 / threads + 40
-    if shared > gpu.shared_memory_per_block or registers > _MOST_REGISTERS:
+    if shared > gpu.shared_memory_per_block or registers > _MAX_REGISTERS:
         return float("inf")
     resident = int(
         min(
             gpu.shared_memory // max(shared, 1),
             gpu.threads // threads,
-            gpu.registers // (threads * registers),
+            _REGISTERS // (threads * registers),
         )
     )
     if resident < 1:
         return float("inf")
     row_blocks = -(-problem.rows // blocks.rows)
     programs = row_blocks * (problem.outputs // blocks.outputs) * blocks.splits
-    places = gpu.multiprocessors * resident
-    filled = programs / (-(-programs // places) * places)
-    under_way = min(programs, places) * shared
-    reach = min(1.0, under_way / (_LATENCY * gpu.memory_bandwidth))
+    slots = gpu.multiprocessors * resident
+    filled = programs / (-(-programs // slots) * slots)
+    in_flight = min(programs, slots) * shared
+    reach = min(1.0, in_flight / (_LATENCY * gpu.memory_bandwidth))
     weight = problem.inputs * problem.outputs * problem.bits / 8
     x = 2.0 * problem.rows * problem.inputs * (problem.outputs // blocks.outputs)
     partial = 8.0 * problem.rows * problem.outputs * blocks.splits
@@ -108,7 +108,7 @@ def estimate(problem: Problem, blocks: Blocks, gpu: Gpu) -> float:
 
 
 def candidates(problem: Problem) -> Iterator[Blocks]:
-    """Block sizes that divide the problem; Triton takes powers of two alone."""
+    """Return block sizes that divide the problem; Triton takes powers of two alone."""
     rows = (16,) if problem.rows <= 16 else (32,) if problem.rows <= 32 else (64, 128)
     # Fewer inputs a block than 64 leave the loop itself dear.
     inputs = [size for size in (64, 128) if problem.group_size % size == 0]
@@ -125,30 +125,18 @@ def candidates(problem: Problem) -> Iterator[Blocks]:
 
 
 def choose(problem: Problem, gpu: Gpu) -> Blocks | None:
-    """The blocks of least estimated time, None where none fit the problem."""
+    """Return the blocks of least estimated time; None where none fit the problem."""
     timed = [(estimate(problem, blocks, gpu), blocks) for blocks in candidates(problem)]
     timed = [pair for pair in timed if pair[0] < float("inf")]
     return min(timed, key=lambda pair: pair[0])[1] if timed else None
 
 
-def lookup(problem: Problem, compute_capability: float) -> Blocks | None:
-    """Blocks for a problem: from the table, else from the model."""
-    gpus, table = _load()
-    known = [name for name in gpus if float(name) <= compute_capability] or [min(gpus)]
-    name = max(known, key=float)
-    problem = dataclasses.replace(problem, rows=row_bucket(problem.rows))
-    key = table_key(name, problem)
-    if key in table:
-        return table[key]
-    return choose(problem, gpus[name])
-
-
-def table_key(capability: str, problem: Problem) -> str:
-    return ",".join((capability, *map(str, dataclasses.astuple(problem))))
-
-
 @functools.cache
-def _load() -> tuple[dict[str, Gpu], dict[str, Blocks]]:
-    content = json.loads(resources.files(__package__).joinpath(FILE).read_text(encoding="utf-8"))
-    gpus = {name: Gpu(**figures) for name, figures in content["gpus"].items()}
-    return gpus, {key: Blocks(*sizes) for key, sizes in content["blocks"].items()}
+def blocks_for(problem: Problem, compute_capability: float) -> Blocks | None:
+    """Choose blocks for a problem on the known GPU that is nearest from below.
+
+    Args:
+      compute_capability: such as 8.6.
+    """
+    known = max((name for name in GPUS if name <= compute_capability), default=min(GPUS))
+    return choose(dataclasses.replace(problem, rows=row_bucket(problem.rows)), GPUS[known])
