@@ -11,7 +11,7 @@ from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.engine.prompt import Prompt, PromptError, bucket, resolve
 from glm_jax.engine.request import Completion, Request, Token, completion
 from glm_jax.engine.sampling import Sampling
-from glm_jax.engine.stepwise import Steps, finish
+from glm_jax.engine.stepwise import Steps
 from glm_jax.generation.driver import Answer, drive
 from glm_jax.model.device_layout import prepare
 from glm_jax.model.params import GLMParams
@@ -249,44 +249,27 @@ class BlankFilling(Answer):
         self.partly, self._template = partly, template
         self.completions: list[Completion] = []
         self._tokens: list[Token] = []
+        self._text: list[int] = []  # those of the present blank that are text
         self._stream = TokenStream(on_tokens)
         own = template.end_tokens
         self._ends = partly.special.end_tokens if own is None else own
 
-    def next_request(self) -> Request | None:
+    def next_work(self) -> Request | None:
         if self.partly.has_blank:
             return next_request(self.partly, self._template)
         self._stream.finish(self.partly)
         return None
 
     def receive(self, token: Token) -> bool:
+        if len(self._text) == len(self._tokens):  # no token has ended it
+            self._text += self.partly.special.without_end([token.token], self._ends)
+            self._stream.show(self.partly, self._text)
         self._tokens.append(token)
-        tokens = self.partly.special.without_end([t.token for t in self._tokens], self._ends)
-        self._stream.show(self.partly, tokens)
         if token.finish_reason is not None:
             self.completions.append(completion(self._tokens))
-            self._tokens = []
+            self._tokens, self._text = [], []
             self.partly = self.partly.filled(self.completions[-1].tokens, self._ends)
         return False
-
-
-class BeamFilling(Answer):
-    """A text whose blanks are filled by a beam search, at once where the engine is asked.
-
-    Attributes:
-      answers: see `filling_by_beams`; none before the search.
-    """
-
-    def __init__(self, steps: Steps[list[tuple[PartlyFilled, Hypothesis]]]):
-        self._steps = steps
-        self.answers: list[tuple[PartlyFilled, Hypothesis]] = []
-
-    def next_request(self) -> Request | None:
-        self.answers = finish(self._steps)
-        return None
-
-    def receive(self, token: Token) -> bool:
-        raise AssertionError("a search makes no request that a token could answer")
 
 
 def next_request(partly: PartlyFilled, template: Request) -> Request:
@@ -312,7 +295,8 @@ class TokenStream:
             return
         # What stands before a mask that is still to be filled will not change.
         fixed = answer[: answer.index(partly.mask)] if partly.mask in answer else answer
-        self._pass_on(partly, (*partly.tokens[: partly.position], *fixed), partly.position)
+        position = partly.position
+        self._pass_on(partly, (*partly.tokens[:position], *fixed), position)
 
     def finish(self, partly: PartlyFilled) -> None:
         is_closed = partly.tokens and partly.tokens[-1] == partly.special.eos
@@ -322,14 +306,18 @@ class TokenStream:
     def _pass_on(self, partly: PartlyFilled, tokens: Sequence[int], blank_from: int) -> None:
         if self._on_tokens is None:
             return
+        start, self._count = self._count, max(self._count, len(tokens))
+        if start >= blank_from:  # of the present blank, as nearly always
+            if tokens[start:]:
+                self._on_tokens(tokens[start:], True)
+            return
         of_blank = [is_blank for run, is_blank in partly.pieces for _ in run]
         of_blank += [False] * (blank_from - len(of_blank))
         of_blank += [True] * (len(tokens) - len(of_blank))
         for is_blank, run in itertools.groupby(
-            range(self._count, len(tokens)), key=lambda i: of_blank[i]
+            range(start, len(tokens)), key=lambda i: of_blank[i]
         ):
             self._on_tokens([tokens[i] for i in run], is_blank)
-        self._count = max(self._count, len(tokens))
 
 
 def filling_by_beams(

@@ -1,48 +1,57 @@
-"""One loop over an engine turns requests into answers: for a terminal, a job, an evaluation.
+"""One driver turns requests into answers: for a terminal, a job, an evaluation, a server.
 
-An `Answer` names its next request, takes the tokens of it one by one, and may then name another,
-such as that of a text's next blank, which goes before all that wait. A server's clients come and
-go: there the event loop asks for the requests and passes on the tokens of the same answers.
+An `Answer` names its next work, which is a request of the engine or the steps of a search. It
+receives the tokens of its request one by one, and may then name more work, such as the request of
+a text's next blank, which goes before all that wait. Each `Driver.turn` is one step of the engine
+and one of a search. `drive` takes turns until all answers are complete; a server's thread takes
+them while clients come and go.
 """
 
 import abc
+import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from concurrent.futures import Future
+from typing import Generic, TypeVar
 
 from glm_jax.engine.engine import Engine
+from glm_jax.engine.fair_queue import ALONE, Turn, Turns
 from glm_jax.engine.request import Completion, Request, Token, completion
+from glm_jax.engine.stepwise import Steps
 from glm_jax.errors import UserError
+
+_Result = TypeVar("_Result")
 
 
 class Answer(abc.ABC):
-    """What one request of an engine gives, or several one after another.
+    """An answer that takes one piece of work, or several one after another.
 
     Attributes:
-      error: what ended it before it was whole.
+      error: why it ended before it was complete.
     """
 
-    error: UserError | None = None
+    error: Exception | None = None
 
     @abc.abstractmethod
-    def next_request(self) -> Request | None:
-        """What the engine is to complete next; None where the answer is whole.
+    def next_work(self) -> Request | Steps[None] | None:
+        """Return what is to run next, or None if the answer is complete.
 
         Raises:
           UserError: it cannot be answered.
         """
 
-    @abc.abstractmethod
     def receive(self, token: Token) -> bool:
-        """Takes the next token of its request, which is none of an error.
+        """Receive the next token of its request, which is not one of an error.
 
         Returns:
-          Whether that was enough, where the engine would go on.
+          Whether the answer needs no more of them, though the engine would go on.
         """
+        return False
 
     def check(self) -> None:
         """
         Raises:
-          UserError: `error`.
+          Exception: `error`.
         """
         if self.error is not None:
             raise self.error
@@ -52,7 +61,7 @@ _Answer = TypeVar("_Answer", bound=Answer)
 
 
 class SingleRequest(Answer):
-    """What one request gives.
+    """The answer to one request.
 
     Attributes:
       tokens: so far.
@@ -62,11 +71,187 @@ class SingleRequest(Answer):
         self._request = request
         self.tokens: list[Token] = []
 
-    def next_request(self) -> Request | None:
+    def next_work(self) -> Request | None:
         return None if self.tokens else self._request
 
     def receive(self, token: Token) -> bool:
         self.tokens.append(token)
+        return False
+
+
+class Search(Answer, Generic[_Result]):
+    """The answer that a search gives.
+
+    Attributes:
+      result: of its steps; set when it is complete.
+    """
+
+    result: _Result
+
+    def __init__(self, steps: Steps[_Result]):
+        self._steps: Steps[_Result] | None = steps
+
+    def next_work(self) -> Steps[None] | None:
+        steps, self._steps = self._steps, None
+        return None if steps is None else self._run(steps)
+
+    def _run(self, steps: Steps[_Result]) -> Steps[None]:
+        self.result = yield from steps
+
+
+@dataclasses.dataclass
+class _Work(Generic[_Answer]):
+    """The current work of an answer.
+
+    Attributes:
+      number: the engine's id of the request, or that of the search.
+      steps: of a search; None for a request.
+      compiling: the search's next program, while another thread compiles it. If that fails, the
+        step that needs the program raises the error.
+    """
+
+    answer: _Answer
+    turn: Turn
+    number: int
+    steps: Steps[None] | None = None
+    compiling: Future[object] | None = None
+
+
+class Driver(Generic[_Answer]):
+    """Answers that an engine, and beam searches beside it, are working on. For one thread.
+
+    Searches run one at a time, each with a cache of its own: two would need twice its memory.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        compile_ahead: Callable[[Callable[[], object]], Future[object]] | None = None,
+    ):
+        """
+        Args:
+          engine: used by nothing else meanwhile.
+          compile_ahead: compiles a search's next program in another thread, while requests go on.
+            Without it the step that needs a program compiles it, so that turns are the same in
+            all processes that run one model together.
+        """
+        self._engine, self._compile_ahead = engine, compile_ahead
+        self._work: dict[_Answer, _Work[_Answer]] = {}
+        self._requests: dict[int, _Work[_Answer]] = {}  # by the engine's id
+        self._searches: Turns[_Work[_Answer]] = Turns()
+        self._search: _Work[_Answer] | None = None  # the running one
+        self._search_numbers = itertools.count()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a turn would do nothing: there is no answer, or only compiling to wait for."""
+        return self._engine.is_idle and (not self.searches or self._is_compiling)
+
+    @property
+    def searches(self) -> int:
+        """Number of searches, waiting and running."""
+        return len(self._searches) + (self._search is not None)
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait for a slot, or of searches that wait, if there are more."""
+        return max(self._engine.waiting, len(self._searches))
+
+    def submit(self, answer: _Answer, turn: Turn = ALONE, is_urgent: bool = False) -> bool:
+        """Queue the next work of an answer.
+
+        Args:
+          turn: see `Engine.submit`; searches take turns among themselves.
+          is_urgent: whether it goes before all work that waits.
+
+        Returns:
+          False if the answer has ended: it is complete, or has an `error`.
+        """
+        try:
+            work = answer.next_work()
+            if isinstance(work, Request):
+                request_id = self._engine.submit(work, is_urgent, turn)
+                self._requests[request_id] = queued = _Work(answer, turn, request_id)
+            elif work is not None:
+                queued = _Work(answer, turn, next(self._search_numbers), work)
+                self._searches.add(queued.number, queued, turn, is_urgent)
+            else:
+                return False
+        except Exception as error:  # of this answer alone
+            answer.error = error
+            return False
+        self._work[answer] = queued
+        return True
+
+    def cancel(self, answer: _Answer) -> None:
+        """End an answer, if it is here; later turns return nothing of it."""
+        work = self._work.get(answer)
+        if work is not None:
+            self._remove(work)
+
+    def turn(self) -> list[tuple[_Answer, Token | None]]:
+        """Run one step of the engine and one of a search.
+
+        Returns:
+          Each new token with its answer, and None with each answer that has ended, complete or
+          with an `error`.
+        """
+        news: list[tuple[_Answer, Token | None]] = []
+        for token in self._engine.step():
+            work = self._requests[token.request_id]
+            answer, is_last = work.answer, token.finish_reason is not None
+            try:
+                is_last |= answer.receive(token.checked())
+                news.append((answer, token))
+            except Exception as error:  # of this answer alone
+                answer.error, is_last = error, True
+            if is_last and not self._go_on(work):
+                news.append((answer, None))
+        search = self._search_to_step()
+        if search is not None and self._step(search) and not self._go_on(search):
+            news.append((search.answer, None))
+        return news
+
+    def _go_on(self, work: _Work[_Answer]) -> bool:
+        """Queue the answer's next work; False if the answer has ended."""
+        self._remove(work)
+        answer = work.answer
+        return answer.error is None and self.submit(answer, work.turn, is_urgent=True)
+
+    def _remove(self, work: _Work[_Answer]) -> None:
+        del self._work[work.answer]
+        if work.steps is None:
+            del self._requests[work.number]
+            self._engine.cancel(work.number)
+        else:
+            self._searches.drop(work.number)
+            self._search = None if self._search is work else self._search
+
+    @property
+    def _is_compiling(self) -> bool:
+        """Whether the running search waits for its next program."""
+        compiling = None if self._search is None else self._search.compiling
+        return compiling is not None and not compiling.done()
+
+    def _search_to_step(self) -> _Work[_Answer] | None:
+        """Return the running search, or the next one in turn; None if there is nothing to do."""
+        if self._search is None and self._searches:
+            number, _ = self._searches.peek()
+            self._search = self._searches.take(number)
+        return None if self._is_compiling else self._search
+
+    def _step(self, search: _Work[_Answer]) -> bool:
+        """Run a step of a search; whether it was the last."""
+        assert search.steps is not None
+        try:
+            program = next(search.steps)
+        except StopIteration:
+            return True
+        except Exception as error:  # such as out of memory, which the engine is not
+            search.answer.error = error
+            return True
+        if program is not None and self._compile_ahead is not None:
+            search.compiling = self._compile_ahead(program)
         return False
 
 
@@ -75,51 +260,38 @@ def drive(
     answers: Iterable[_Answer],
     on_step: Callable[[list[Token]], object] | None = None,
 ) -> Iterator[_Answer]:
-    """Answers in the order in which they end, whole or with an `error`.
+    """Yield answers in the order in which they end, complete or with an `error`.
 
     Args:
-      engine: that does nothing else meanwhile.
+      engine: used by nothing else meanwhile.
       answers: taken as slots become free.
       on_step: called after each step with all its tokens.
+
+    Raises:
+      Exception: one by which an answer ended that is not a UserError.
     """
+    driver: Driver[_Answer] = Driver(engine)
     source, is_exhausted = iter(answers), False
-    running: dict[int, _Answer] = {}
-
-    def submit(answer: _Answer, is_urgent: bool) -> bool:
-        """Whether there was a request."""
-        try:
-            request = answer.next_request()
-            if request is not None:
-                running[engine.submit(request, is_urgent)] = answer
-        except UserError as error:
-            answer.error = error
-            return False
-        return request is not None
-
-    while not (is_exhausted and engine.is_idle):
-        while not is_exhausted and engine.waiting < engine.slots:
+    while not (is_exhausted and driver.is_idle):
+        while not is_exhausted and driver.waiting < engine.slots:
             new = next(source, None)
             is_exhausted = new is None
-            if new is not None and not submit(new, is_urgent=False):
-                yield new
-        tokens = engine.step()
-        for token in tokens:
-            answer = running[token.request_id]
-            answer.error = token.error
-            is_enough = token.error is None and answer.receive(token)
-            if token.finish_reason is None and not is_enough:
-                continue
-            if token.finish_reason is None:
-                engine.cancel(token.request_id)
-            del running[token.request_id]
-            if answer.error is not None or not submit(answer, is_urgent=True):
-                yield answer
+            if new is not None and not driver.submit(new):
+                yield _expected(new)
+        news = driver.turn()
         if on_step is not None:
-            on_step(tokens)
+            on_step([token for _, token in news if token is not None])
+        yield from (_expected(answer) for answer, token in news if token is None)
+
+
+def _expected(answer: _Answer) -> _Answer:
+    if not isinstance(answer.error, UserError | None):
+        raise answer.error
+    return answer
 
 
 def complete_all(engine: Engine, requests: Iterable[Request]) -> Iterator[Completion]:
-    """Completes requests in the order in which they finish; ids count up in that of `requests`.
+    """Yield completions in the order in which they finish; ids count up in that of `requests`.
 
     Raises:
       UserError: one that cannot be completed.

@@ -6,25 +6,26 @@ from typing import Any
 import numpy as np
 
 from glm_jax.config import GLMConfig
-from glm_jax.engine.beam_search import BeamSearch
+from glm_jax.engine.beam_search import BeamSearch, Hypothesis
 from glm_jax.engine.engine import Engine
 from glm_jax.engine.prompt import Prompt
 from glm_jax.engine.request import Request, Token
+from glm_jax.engine.stepwise import Steps
 from glm_jax.errors import UserError
 from glm_jax.generation.blank_filling import (
-    BeamFilling,
     BlankFilling,
     PartlyFilled,
     TextCodec,
     filling_by_beams,
 )
-from glm_jax.generation.driver import Answer, drive
+from glm_jax.generation.driver import Answer, Search, drive
 from glm_jax.jobs.request_files import Line
 from glm_jax.model.params import GLMParams
 
 _MIN_ROOM = 64  # tokens of an answer that a text is cut for, where it says nothing
 
 Record = dict[str, Any]
+_BeamFilling = Search[list[tuple[PartlyFilled, Hypothesis]]]
 
 
 class _LineAnswer(Answer):
@@ -32,12 +33,12 @@ class _LineAnswer(Answer):
 
     def __init__(self, runner: "RequestRunner", line: Line):
         self._runner, self.line = runner, line
-        self.filling: BlankFilling | BeamFilling | None = None
+        self.filling: BlankFilling | _BeamFilling | None = None
 
-    def next_request(self) -> Request | None:
+    def next_work(self) -> Request | Steps[None] | None:
         if self.filling is None:
             self.filling = self._runner.begin(self.line)
-        return self.filling.next_request()
+        return self.filling.next_work()
 
     def receive(self, token: Token) -> bool:
         assert self.filling is not None
@@ -78,7 +79,7 @@ class RequestRunner:
         for answer in drive(self._engine, answers, self._count):
             if answer.error is not None:
                 yield _failed(answer.line, answer.error)
-            elif isinstance(answer.filling, BeamFilling):
+            elif isinstance(answer.filling, Search):
                 yield self._beam_record(answer.line, answer.filling)
             elif answer.filling is not None:
                 yield self._record(answer.line, answer.filling)
@@ -86,7 +87,7 @@ class RequestRunner:
     def _count(self, tokens: list[Token]) -> None:
         self.generated += len(tokens)
 
-    def begin(self, line: Line) -> BlankFilling | BeamFilling:
+    def begin(self, line: Line) -> BlankFilling | _BeamFilling:
         """What fills a line's blanks.
 
         Raises:
@@ -103,7 +104,7 @@ class RequestRunner:
         choice = request.choice(self._tokenizer.encode)
         if isinstance(choice, BeamSearch):
             steps = filling_by_beams(self._params, self._config, partly, choice, max_tokens)
-            return BeamFilling(steps)
+            return Search(steps)
         template = Request(
             prompt=Prompt((), None),
             sampling=choice,
@@ -129,10 +130,10 @@ class RequestRunner:
             ]
         return record
 
-    def _beam_record(self, line: Line, filling: BeamFilling) -> Record:
+    def _beam_record(self, line: Line, filling: _BeamFilling) -> Record:
         ends = self._engine.special.end_tokens
         beams = []
-        for partly, hypothesis in filling.answers:
+        for partly, hypothesis in filling.result:
             filled = partly.finished(self._tokenizer)
             has_ended = bool(hypothesis.tokens) and hypothesis.tokens[-1] in ends
             beams.append(
@@ -143,7 +144,7 @@ class RequestRunner:
                     "score": round(hypothesis.score, 6),
                 }
             )
-        self.generated += sum(len(blank) for blank in filling.answers[0][0].blanks)
+        self.generated += sum(len(blank) for blank in filling.result[0][0].blanks)
         best = {name: beams[0][name] for name in ("text", "blanks", "finish_reason")}
         return _base(line) | best | {"beams": beams}
 
@@ -153,7 +154,7 @@ def _base(line: Line) -> Record:
     return record if line.metadata is None else record | {"metadata": line.metadata}
 
 
-def _failed(line: Line, error: UserError) -> Record:
+def _failed(line: Line, error: Exception) -> Record:
     return _base(line) | {"line": line.number, "error": str(error)}
 
 

@@ -1,4 +1,4 @@
-"""The server's addresses."""
+"""The server's endpoints."""
 
 import typing
 from collections.abc import Callable, Coroutine, Sequence
@@ -22,22 +22,22 @@ from glm_jax.serving.service import Service
 
 _PAGE = resources.files("glm_jax.serving") / "page"
 _PAGE_KINDS = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
-# The page takes nothing from elsewhere, and is shown in no other's frame.
+# The page loads nothing from other sites, and no other page may show it in a frame.
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-_SHORT = 1 << 13  # bytes of a body that are read and made tokens of in a millisecond or two
+_SHORT = 1 << 13  # bytes of a body; parsing and tokenising as much takes a millisecond or two
 _METRICS_KIND = "text/plain; version=0.0.4; charset=utf-8"
 
 _Result = TypeVar("_Result")
 
 
 class _LeanRoute(APIRoute):
-    """Reads a body in one step: of a request's time FastAPI's own way takes a millisecond.
+    """A route that reads a body in one step; FastAPI's own way takes a millisecond of a request.
 
-    Its endpoints take the request, the body and the service.
+    Its endpoints take the HTTP request, the parsed body (`wanted`) and the service.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -45,7 +45,7 @@ class _LeanRoute(APIRoute):
         kind = typing.get_type_hints(endpoint)["wanted"]
 
         async def handle(request: Request) -> Response:
-            # Any page that a browser shows can send other kinds, with any parameters behind them.
+            # Browsers let any page send the other types, whatever parameters follow them.
             sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             if sent != "application/json":
                 message = "expected JSON: send it with 'Content-Type: application/json'"
@@ -58,13 +58,13 @@ class _LeanRoute(APIRoute):
 
 
 async def _compute(request: Request, function: Callable[..., _Result], *args: Any) -> _Result:
-    """What a function makes of a request; where that may take long, others go on meanwhile."""
+    """Call a function, in another thread if the body is so long that others would wait."""
     if len(await request.body()) <= _SHORT:
         return function(*args)
     return await _service(request).compute(function, *args)
 
 
-_bearer = HTTPBearer(auto_error=False, description="A key of the server's.")
+_bearer = HTTPBearer(auto_error=False, description="One of the server's API keys.")
 asking = APIRouter(responses=schemas.ERRORS, route_class=_LeanRoute)
 api = APIRouter(responses=schemas.ERRORS)
 open_to_all = APIRouter(responses=schemas.ERRORS)
@@ -81,12 +81,12 @@ ServiceOf = Annotated[Service, Depends(_service)]
 def make_app(
     service: Service, hosts: Hosts, head_bytes: int, cors_origins: Sequence[str] = ()
 ) -> FastAPI:
-    """A server of one model.
+    """Build the app that serves one model.
 
     Args:
       hosts: names that requests may be sent to.
-      head_bytes: of a request's line and headers at most.
-      cors_origins: of pages whose scripts may ask, beside the server's own.
+      head_bytes: maximum size of a request's line and headers.
+      cors_origins: origins of other pages whose scripts may send requests.
     """
     app = FastAPI(
         title="glm_jax",
@@ -96,7 +96,7 @@ def make_app(
         redoc_url=None,
     )
     app.state.service = service
-    # `Guard` checks keys; the document says that it does.
+    # `Guard` checks keys; this tells the OpenAPI document so.
     keys = [] if service.keys is None else [Depends(_bearer)]
     for router in (asking, api):
         app.include_router(router, dependencies=keys)
@@ -118,21 +118,21 @@ def make_app(
 def _json_or_events(model: Any) -> dict[int | str, dict[str, Any]]:
     events = {"schema": {"type": "string"}}
     content = {"text/event-stream": events}
-    return {200: {"model": model, "content": content, "description": "Whole, or as events."}}
+    return {200: {"model": model, "content": content, "description": "One JSON object, or events."}}
 
 
 @asking.post("/v1/completions", responses=_json_or_events(schemas.Completion))
 async def completions(
     request: Request, wanted: schemas.CompletionRequest, service: ServiceOf
 ) -> Response:
-    """Goes on from prompts, or fills the one blank of each."""
+    """Complete prompts, or fill the one blank of each."""
     run = await _compute(request, CompletionRun, service, wanted)
     return await answer(request, run, bool(wanted.stream))
 
 
 @asking.post("/v1/fill", responses=_json_or_events(schemas.Filled))
 async def fill(request: Request, wanted: schemas.FillRequest, service: ServiceOf) -> Response:
-    """Fills the blanks of a text."""
+    """Fill the blanks of a text."""
     run = await _compute(request, FillRun, service, wanted)
     return await answer(request, run, bool(wanted.stream))
 
@@ -141,7 +141,7 @@ async def fill(request: Request, wanted: schemas.FillRequest, service: ServiceOf
 async def tokenize(
     request: Request, wanted: schemas.TokenizeRequest, service: ServiceOf
 ) -> Response:
-    """Tokens of a text, masks among them, as they are: no blank is put at its end."""
+    """Return the tokens of a text, including masks; no blank is added at its end."""
     encode = service.worker.ready_model().tokenizer.encode
 
     def tokenized() -> Response:
@@ -162,20 +162,20 @@ def _described(service: Service) -> dict[str, Any]:
 
 @api.get("/v1/models", response_model=schemas.Models)
 async def models(service: ServiceOf) -> Response:
-    """The one model that is here."""
+    """List the server's one model."""
     return JSONResponse({"object": "list", "data": [_described(service)]})
 
 
 @api.get("/v1/models/{name}", response_model=schemas.Model)
 async def model(name: str, service: ServiceOf) -> Response:
-    """The model of a name."""
+    """Return the model of a name."""
     service.check_model(name)
     return JSONResponse(_described(service))
 
 
 @open_to_all.get("/health", response_model=schemas.Health)
 async def health(service: ServiceOf) -> Response:
-    """Whether the server is alive, though it may have no model yet."""
+    """Return 200 while the server is alive, though the model may not be loaded yet."""
     if service.worker.failure is not None:
         raise refused(503, "the engine failed: the server's log says how")
     return JSONResponse({"status": "ok"})
@@ -183,7 +183,7 @@ async def health(service: ServiceOf) -> Response:
 
 @open_to_all.get("/ready", response_model=schemas.Health)
 async def ready(service: ServiceOf) -> Response:
-    """Whether the model answers."""
+    """Return 200 while the model answers requests."""
     service.worker.ready_model()
     return JSONResponse({"status": "ok"})
 
@@ -192,7 +192,7 @@ async def ready(service: ServiceOf) -> Response:
     "/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 )
 async def metrics(service: ServiceOf) -> Response:
-    """For Prometheus."""
+    """Return metrics for Prometheus."""
     service.metrics.ready.set(service.worker.is_ready)
     return Response(service.metrics.text(), headers={"Content-Type": _METRICS_KIND})
 
@@ -210,6 +210,6 @@ async def page_file(name: str) -> Response:
 def _page_file(name: str) -> Response:
     found = [file for file in _PAGE.iterdir() if file.name == name]
     if not found:
-        raise refused(404, f"there is no {name!r} here")
+        raise refused(404, f"no such page: {name!r}")
     kind = _PAGE_KINDS[name.rpartition(".")[2]]
     return Response(found[0].read_bytes(), media_type=kind, headers=_PAGE_HEADERS)

@@ -8,6 +8,7 @@ from glm_jax.engine.beam_search import BeamSearch
 from glm_jax.engine.prompt import Prompt
 from glm_jax.engine.request import Request, Token
 from glm_jax.generation.blank_filling import PartlyFilled, filling_by_beams, next_request
+from glm_jax.generation.driver import Search, SingleRequest
 from glm_jax.generation.text_stream import Stops, TextStream
 from glm_jax.serving.errors import refused
 from glm_jax.serving.metrics import AnswerTimes
@@ -202,11 +203,12 @@ class CompletionRun(Run):
         if max_tokens == 0:
             return
         if isinstance(choice, BeamSearch):
-            for number, prompt in enumerate(self._prompts):
-                steps = filling_by_beams(
-                    model.params, model.config, prompt.partly, choice, max_tokens
-                )
-                self.session.search(number, steps)
+            self._searches = [
+                Search(filling_by_beams(model.params, model.config, x.partly, choice, max_tokens))
+                for x in self._prompts
+            ]
+            for number, search in enumerate(self._searches):
+                self.session.submit(number, search)
             return
         for answer in self._choices:
             number = answer.index % self._count
@@ -218,7 +220,9 @@ class CompletionRun(Run):
                 log_probabilities=request.logprobs is not None,
                 top_logprobs=bool(request.logprobs),
             )
-            self.session.submit(answer.index, next_request(answer.prompt.partly, template))
+            asked = next_request(answer.prompt.partly, template)
+            model.engine.check(asked)
+            self.session.submit(answer.index, SingleRequest(asked))
 
     async def pieces(self) -> AsyncIterator[dict[str, Any]]:
         """Yield parts of choices as they arrive."""
@@ -237,6 +241,7 @@ class CompletionRun(Run):
         running = len(self._choices)
         while running:
             index, token = await self.session.next()
+            assert token is not None  # a token with a finish_reason comes before the end
             received = self._choices[index].receive(token)
             if received is None:
                 continue
@@ -248,10 +253,12 @@ class CompletionRun(Run):
     async def _searched(self) -> AsyncIterator[dict[str, Any]]:
         """Yield the choices of beam searches."""
         for _ in self._prompts:
-            number, hypotheses = await self.session.next()
+            number, _ = await self.session.next()
             first = number * self._count
             for choice, (partly, hypothesis) in zip(
-                self._choices[first : first + self._count], hypotheses, strict=False
+                self._choices[first : first + self._count],
+                self._searches[number].result,
+                strict=False,
             ):
                 choice.tokens = len(hypothesis.tokens)
                 has_ended = hypothesis.tokens[-1:] and hypothesis.tokens[-1] in (

@@ -1,7 +1,7 @@
-"""Connections that end: each thing that a client has to do has its time, and they are so many.
+"""Limits of connections: how many are open, and how long each may wait for its client.
 
-uvicorn speaks HTTP, by h11, which takes a body for what it says it is whatever the headers
-around it ask for. What is here bounds how long uvicorn waits for a client, and for how many.
+uvicorn speaks HTTP by h11, which reads a body as its own length says, whatever other headers ask
+for. Connections here are uvicorn's with a deadline for each thing that a client must do.
 """
 
 import asyncio
@@ -18,24 +18,24 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from glm_jax.serving.errors import body
 
-_OTHER_FILES = 256  # descriptors for what is no connection: the model's files, caches, logs
-_LOG_SECONDS = 10.0  # between two lines that say the same
+_OTHER_FILES = 256  # file descriptors beside those of connections: model files, caches, logs
+_LOG_SECONDS = 10.0  # between two warnings of too many connections
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class ConnectionLimits:
-    """What a connection may take.
+    """Limits of a server's connections.
 
     Attributes:
-      count: connections that are open at once.
-      head_seconds: from a request's first byte, or from the beginning of the connection, to
+      count: maximum number that are open at once.
+      head_seconds: time from a request's first byte, or from the beginning of the connection, to
         the end of its headers.
-      body_seconds: from there to the end of its body.
-      idle_seconds: between an answer and the next request.
-      stall_seconds: in which a client must read what it is sent, some 50 kB at a time.
-      head_bytes: of request line and headers.
+      body_seconds: time from there to the end of its body.
+      idle_seconds: time between an answer and the next request.
+      stall_seconds: time in which a client must read what it is sent, some 50 kB at once.
+      head_bytes: maximum size of request line and headers.
     """
 
     count: int = 1000
@@ -50,15 +50,15 @@ DEFAULT_CONNECTIONS = ConnectionLimits()
 
 
 class Connections:
-    """The connections of a server, which makes them by calling this."""
+    """The open connections of a server; uvicorn calls this to make each."""
 
     def __init__(self, limits: ConnectionLimits, body_bytes: int):
         """
         Args:
-          body_bytes: of a body as it is sent, the sizes of its chunks included.
+          body_bytes: maximum size of a body as it is sent, with the headers of its chunks.
         """
         self.limits, self.body_bytes = limits, body_bytes
-        # Those that have been waited for longest come first.
+        # In the order of their clients' last whole message, the oldest first.
         self._open: dict[Connection, None] = {}
         self._crowded = 0
         self._logged = -_LOG_SECONDS
@@ -67,8 +67,8 @@ class Connections:
         return Connection(self, **of_uvicorn)
 
     def add(self, connection: "Connection") -> None:
-        """Takes a connection; where they become too many, the one that has been waited for
-        longest ends, or, where all of them are being answered, the new one."""
+        """Add a connection. If there are too many, close the one that has waited longest for its
+        client, or refuse the new one if all others are being answered."""
         self._open[connection] = None
         if len(self._open) <= self.limits.count:
             return
@@ -86,14 +86,14 @@ class Connections:
             return
         self._logged = now
         _log.warning(
-            "more than %d connections, %d times by now: those that no answer is made for are "
-            "closed, the oldest first; --max_connections allows more",
+            "more than %d connections, %d times so far: closing those that are idle, the oldest "
+            "first; --max_connections allows more",
             self.limits.count,
             self._crowded,
         )
 
     def touch(self, connection: "Connection") -> None:
-        """A connection's client has done something whole."""
+        """Move a connection to the end of the order: its client's message is complete."""
         if connection in self._open:
             del self._open[connection]
             self._open[connection] = None
@@ -103,21 +103,21 @@ class Connections:
 
 
 class Connection(H11Protocol):
-    """A connection that waits for its client only so long."""
+    """A connection with deadlines for its client."""
 
     def __init__(self, connections: Connections, **of_uvicorn: Any):
         super().__init__(**of_uvicorn)
         self._connections, self._limits = connections, connections.limits
         self._is_new = True
         self._body_bytes = 0
-        # What is waited for, for which request; and what ends the waiting.
+        # What the client must do now and for which request, and the timer of its deadline.
         self._awaited: tuple[str, Any] | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
 
     @property
     def is_waited_for(self) -> bool:
-        """Whether it is the client's turn: no answer is being made or sent."""
+        """Whether it is the client's turn: no request is being answered."""
         is_answered = self.cycle is None or self.cycle.response_complete
         return is_answered or self.conn.their_state is h11.SEND_BODY
 
@@ -158,7 +158,7 @@ class Connection(H11Protocol):
         self.end()
 
     def shutdown(self) -> None:
-        """A request that is not here as a whole is not waited for."""
+        """End the connection after its answer; a request that is not complete is refused."""
         if not self.is_waited_for:
             super().shutdown()
         elif self.cycle is None or self.cycle.response_complete:
@@ -176,20 +176,20 @@ class Connection(H11Protocol):
             self._stall.cancel()
 
     def end(self) -> None:
-        """Closes the connection, without a word."""
+        """Close the connection without a response."""
         self._disconnect()
         self.transport.close()
         self._watch()
 
     def send_400_response(self, msg: str) -> None:
-        """Answers what is no HTTP."""
+        """Refuse what is not HTTP."""
         if len(self.conn.trailing_data[0]) > self._limits.head_bytes:
             self.refuse(431, f"the headers are over {self._limits.head_bytes} bytes: send fewer")
         else:
             self.refuse(400, "no valid HTTP request")
 
     def refuse(self, status: int, message: str) -> None:
-        """Answers for the app, where nothing is answered yet, and closes the connection."""
+        """Respond in place of the app, if it has not begun to, and close the connection."""
         self._disconnect()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             kind = "invalid_request_error" if status < 500 else "server_error"
@@ -207,13 +207,13 @@ class Connection(H11Protocol):
         self.end()
 
     def _disconnect(self) -> None:
-        """To the app, a client that is given up has gone."""
+        """Tell the app that the client has gone."""
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
 
     def _watch(self) -> None:
-        """Sets the time for what is waited for now; what was waited for before keeps its."""
+        """Set the deadline of what the client must do now, unless it is set already."""
         awaited, seconds = self._waiting()
         if awaited == self._awaited:
             return
@@ -224,7 +224,7 @@ class Connection(H11Protocol):
             self._deadline = self.loop.call_later(seconds, self._expire)
 
     def _waiting(self) -> tuple[tuple[str, Any] | None, float]:
-        """What is waited for, for which request, and how long at most."""
+        """Return what the client must do, for which request, and in how many seconds."""
         if self.is_closing:
             return ("close", None), self._limits.stall_seconds
         if self.conn.their_state is h11.SEND_BODY:
@@ -232,7 +232,7 @@ class Connection(H11Protocol):
         is_begun = self._is_new or bool(self.conn.trailing_data[0])
         if self.conn.their_state is h11.IDLE and is_begun:
             return ("head", self.cycle), self._limits.head_seconds
-        return None, 0.0  # uvicorn closes those that are idle
+        return None, 0.0  # uvicorn has a timer of its own for idle connections
 
     def _expire(self) -> None:
         assert self._awaited is not None
@@ -247,17 +247,17 @@ class Connection(H11Protocol):
 
 
 def allow_connections(count: int) -> int:
-    """Has the process open files for so many connections.
+    """Raise the process's limit of open files as far as `count` connections need.
 
     Returns:
-      How many there is room for, if that is fewer.
+      `count`, or fewer if the system allows no more.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-            soft = most
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+            soft = raised
         count = max(1, min(count, count - (wanted - soft)))
     return count

@@ -1,4 +1,4 @@
-"""What a server says while it runs: loading, ready, requests, draining. Silent unless shown."""
+"""The log of a server's events: loading, ready, requests, draining. Silent until `show`."""
 
 import logging
 import sys
@@ -7,7 +7,7 @@ log = logging.getLogger(__name__)
 
 
 def show() -> None:
-    """Has events written to standard output, a line each with its time."""
+    """Write events to standard output, one line each, with the time."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.handlers[:] = [handler]

@@ -1,12 +1,19 @@
 """Requests to fill the blanks of a text, from left to right."""
 
-from collections.abc import AsyncIterator, Sequence
+import collections
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from glm_jax.engine.beam_search import BeamSearch
 from glm_jax.engine.prompt import Prompt
 from glm_jax.engine.request import Request
-from glm_jax.generation.blank_filling import BlankFilling, PartlyFilled, filling_by_beams
+from glm_jax.generation.blank_filling import (
+    BlankFilling,
+    PartlyFilled,
+    filling_by_beams,
+    next_request,
+)
+from glm_jax.generation.driver import Search
 from glm_jax.generation.text_stream import TextStream
 from glm_jax.serving.metrics import AnswerTimes
 from glm_jax.serving.run import Run
@@ -35,64 +42,57 @@ class FillRun(Run):
         self._times = AnswerTimes(service.metrics)
         self._completion_tokens = 0
         self._reasons: list[str] = []
-        self._pieces: list[dict[str, Any]] = []
+        # Tokens whose position in the text is final, and the number of their blank; the engine's
+        # thread adds them.
+        self._final: collections.deque[tuple[Sequence[int], int | None]] = collections.deque()
         self._text = TextStream(tokenizer.decode)
         self._is_search = isinstance(self._choice, BeamSearch)
         self._prompt_tokens = len(self._partly.tokens)
 
     def _submit(self) -> None:
-        choice = self._choice
+        choice, partly, model = self._choice, self._partly, self.model
+        max_tokens = self._request.max_tokens
         if isinstance(choice, BeamSearch):
-            params, config = self.model.params, self.model.config
-            max_tokens = self._request.max_tokens
-            self.session.search(
-                0, filling_by_beams(params, config, self._partly, choice, max_tokens)
-            )
+            steps = filling_by_beams(model.params, model.config, partly, choice, max_tokens)
+            self._searching = Search(steps)
+            self.session.submit(0, self._searching)
             return
-        seed = seed_of(self._request.seed)
-        template = Request(Prompt((), None), choice, self._request.max_tokens, seed)
-        self._filling = BlankFilling(self._partly, template, self._show)
-        self._submit_blank(is_urgent=False)
-
-    def _submit_blank(self, is_urgent: bool) -> None:
-        # The next blank of a text that has begun goes before requests that wait.
-        request = self._filling.next_request()
-        if request is not None:
-            self.session.submit(len(self._filling.completions), request, is_urgent)
+        template = Request(Prompt((), None), choice, max_tokens, seed_of(self._request.seed))
+        if partly.has_blank:
+            model.engine.check(next_request(partly, template))
+        self._filling = BlankFilling(partly, template, self._show)
+        self.session.submit(0, self._filling)
 
     def _show(self, tokens: Sequence[int], is_blank: bool) -> None:
-        """Add tokens of the text whose position is final."""
-        text = "".join(map(self._text.add, tokens))
-        if text:
-            number = len(self._filling.partly.blanks) if is_blank else None
-            self._pieces.append({"text": text, "blank": number})
+        """Add final tokens; called in the engine's thread."""
+        self._final.append((tokens, len(self._filling.partly.blanks) if is_blank else None))
 
     async def _fill(self) -> AsyncIterator[dict[str, Any]]:
         """Fill all blanks, and yield pieces of the text as they become final."""
-        while self._filling.partly.has_blank:
-            _, token = await self.session.next()
+        while (token := (await self.session.next())[1]) is not None:
             self._times.token()
             self._completion_tokens += 1
-            self._filling.receive(token)
-            for piece in self._take():
-                yield piece
             if token.finish_reason is not None:
                 self._reasons.append(token.finish_reason)
-                self._submit_blank(is_urgent=True)
-        self._partly = self._filling.partly
+            for piece in self._pieces():
+                yield piece
         self._times.end()
-        for piece in self._take():
+        for piece in self._pieces():
             yield piece
+        self._partly = self._filling.partly
         if rest := self._text.finish():
             yield {"text": rest, "blank": None}
 
-    def _take(self) -> list[dict[str, Any]]:
-        pieces, self._pieces = self._pieces, []
-        return pieces
+    def _pieces(self) -> Iterator[dict[str, Any]]:
+        """Take the final tokens that are not taken yet, as text."""
+        while self._final:
+            tokens, number = self._final.popleft()
+            if text := "".join(map(self._text.add, tokens)):
+                yield {"text": text, "blank": number}
 
     async def _search(self) -> AsyncIterator[dict[str, Any]]:
-        _, hypotheses = await self.session.next()
-        partly, hypothesis = hypotheses[0]
+        await self.session.next()
+        partly, hypothesis = self._searching.result[0]
         self._completion_tokens = sum(len(blank) for blank in partly.blanks)
         has_ended = bool(hypothesis.tokens) and hypothesis.tokens[-1] in self._ends
         self._reasons = ["stop"] * len(partly.blanks)

@@ -1,5 +1,7 @@
-"""What every request passes before it is read: where it was sent and from where, its key, its
-size; and how long it took."""
+"""Middleware that checks each request before it is read, and counts and times it.
+
+It checks the host name that the request was sent to, the page that sent it, its key and its size.
+"""
 
 import asyncio
 import ipaddress
@@ -22,41 +24,41 @@ _LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 class HostError(UserError):
-    """What no server can be asked by."""
+    """A host name or proxy address that is not one."""
 
 
 class Hosts:
-    """Names under which a server may be asked.
+    """Host names that requests may be sent to.
 
-    A page that a browser shows can have its own name lead to this machine; the requests that
-    it sends then bear that name.
+    A web page's own name can be made to resolve to this machine (DNS rebinding); its requests
+    then have that name in their Host header.
     """
 
     def __init__(self, names: Collection[str], any_address: bool = False):
         """
         Args:
-          names: in any case, IPv6 addresses without brackets; `*.example.org` for all below
-            example.org, `*` for all.
-          any_address: takes each IP address, too: no page can have one as its name but who
-            serves there.
+          names: in any case, IPv6 addresses without brackets; `*.example.org` for all names below
+            example.org, `*` for all names.
+          any_address: also accept every IP address, which no page but the server's own can have
+            as its name.
         """
         self._names = frozenset(name.lower().strip("[]") for name in names)
         self._any_address = any_address or "*" in self._names
 
     @classmethod
     def of(cls, host: str, more: Sequence[str] = ()) -> "Hosts":
-        """The names of a server that listens on an address.
+        """Return the names of a server that listens on an address.
 
         Args:
-          host: that it listens on, a name or an address.
-          more: names that it has besides.
+          host: name or address that it listens on.
+          more: further names.
 
         Raises:
-          HostError: one of these is no name.
+          HostError: one of `more` is not a host name.
         """
         for name in more:
             if "/" in name or (":" in name and not _is_address(name.strip("[]"))):
-                raise HostError(f"--allowed_host={name}: give a name without scheme and port")
+                raise HostError(f"--allowed_host={name}: expected a name without scheme or port")
         names = {host, *more}
         try:
             is_everywhere = ipaddress.ip_address(host).is_unspecified
@@ -69,7 +71,7 @@ class Hosts:
         return cls(names, is_everywhere)
 
     def has(self, header: str) -> bool:
-        """Whether a Host header names the server; its port may be any."""
+        """Return whether a Host header names the server, with any port."""
         try:
             parts = urllib.parse.urlsplit(f"//{header}")
             name = (parts.hostname or "").removesuffix(".")
@@ -86,7 +88,7 @@ class Hosts:
 
 
 def check_proxies(addresses: Sequence[str]) -> None:
-    """Raises HostError for what is no IP address or network of proxies."""
+    """Raise HostError unless all are IP addresses or networks."""
     for address in addresses:
         try:
             ipaddress.ip_network(address)
@@ -104,16 +106,16 @@ def _is_address(name: str) -> bool:
 
 
 class Guard:
-    """Refuses requests that were not meant for this server, come without a key or are too
-    large, answers for those that end in an error, and counts all of them."""
+    """Refuses requests that are sent to another host name, by another site's page, without a valid
+    key, or too large; turns unexpected errors into responses; counts and times all requests."""
 
     def __init__(
         self, app: ASGIApp, service: Service, hosts: Hosts, head_bytes: int, origins: Sequence[str]
     ):
         """
         Args:
-          head_bytes: of request line and headers at most.
-          origins: of pages whose scripts may ask, beside the server's own.
+          head_bytes: maximum size of request line and headers.
+          origins: origins of other pages whose scripts may send requests.
         """
         self._app, self._service = app, service
         self._hosts, self._head_bytes, self._origins = hosts, head_bytes, frozenset(origins)
@@ -130,7 +132,7 @@ class Guard:
                 status = message["status"]
             await send(message)
 
-        # HEAD is GET whose body is left out, which uvicorn does.
+        # HEAD is GET without the body, which uvicorn leaves out.
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         try:
             if (refusal := self._refusal(scope)) is not None:
@@ -138,7 +140,7 @@ class Guard:
             else:
                 await self._app(inner, self._limited(receive), sending)
         except asyncio.CancelledError:
-            # The server ends, and cancels what is not done. uvicorn would log a trace.
+            # The server ends and cancels unfinished requests; uvicorn would log a traceback.
             if not status:
                 error = UnavailableError("the server is going down: ask another one")
                 await error_response(error)(scope, receive, sending)
@@ -146,7 +148,7 @@ class Guard:
             logging.getLogger(__name__).error(
                 "%s %r", scope["method"], scope["path"], exc_info=error
             )
-            if status:  # a part of an answer must not look like the whole of it
+            if status:  # the client must not take a partial answer for the whole
                 raise
             await error_response(error)(scope, receive, sending)
         finally:
@@ -163,7 +165,7 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> HTTPException | None:
         headers = dict(scope["headers"])
-        # What follows on the connection may be a part of the body, or a request.
+        # The two disagree on where the body ends and the next request begins.
         if b"transfer-encoding" in headers and b"content-length" in headers:
             message = "both Content-Length and Transfer-Encoding: send one"
             return refused(400, message, headers={"Connection": "close"})
@@ -184,19 +186,19 @@ class Guard:
 
     def _check_names(self, scope: Scope, headers: dict[bytes, bytes]) -> HTTPException | None:
         host = headers.get(b"host", b"").decode("latin-1")
-        # HTTP/1.0 needs none, and browsers always name one.
+        # HTTP/1.0 needs no Host header; browsers always send one.
         if host and not self._hosts.has(host):
-            message = f"the server has no name {host[:99]!r}: --allowed_host gives it one"
+            message = f"{host[:99]!r} is not this server's name: add it by --allowed_host"
             return refused(403, message, code="host_not_allowed")
         for name, value in scope["headers"]:
             origin = value.decode("latin-1")
-            if name == b"origin" and origin and not self._may_ask(origin, host):
-                message = f"pages of {origin[:99]!r} may not ask: --cors_origin allows them to"
+            if name == b"origin" and origin and not self._is_allowed(origin, host):
+                message = f"pages of {origin[:99]!r} may not send requests: see --cors_origin"
                 return refused(403, message, code="origin_not_allowed")
         return None
 
-    def _may_ask(self, origin: str, host: str) -> bool:
-        # A proxy may have taken TLS off, so that of a scheme nothing is known here.
+    def _is_allowed(self, origin: str, host: str) -> bool:
+        # Schemes are not compared: a proxy may have ended TLS.
         is_ours = bool(host) and origin.partition("://")[2].lower() == host.lower()
         return is_ours or not {origin, "*"}.isdisjoint(self._origins)
 
@@ -217,11 +219,11 @@ class Guard:
         return self._too_large() if is_large else None
 
     def _too_large(self) -> HTTPException:
-        most = self._service.limits.body_bytes
-        return refused(413, f"the request is over {most} bytes: send less")
+        limit = self._service.limits.body_bytes
+        return refused(413, f"the request is over {limit} bytes: send less")
 
     def _limited(self, receive: Receive) -> Receive:
-        """A body that says no length is counted as it comes."""
+        """Return `receive` that raises if the body grows too large."""
         count = 0
 
         async def receiving() -> Message:

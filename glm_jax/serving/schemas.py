@@ -1,4 +1,4 @@
-"""What clients send and get, as JSON; the OpenAPI document is made of this."""
+"""JSON schemas of requests and answers, from which the OpenAPI document is made."""
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -8,22 +8,22 @@ from glm_jax.engine.generation_settings import SETTINGS, Number
 from glm_jax.engine.slots import MAX_TOP_LOGPROBS
 
 _STOPS = 4
-_PROMPTS = 4096  # of which a server may take fewer
+_PROMPTS = 4096  # in one request; a server may accept fewer
 
 
 def _whole(value: Any) -> Any:
-    """JSON has one kind of numbers: 2.0 is a whole one."""
+    """Convert a float without a fraction to int: to JSON 2.0 and 2 are the same."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _within(name: str, ge: Number | None = None, le: Number | None = None) -> Any:
-    """The range of one of `SETTINGS`, but for a bound that OpenAI's interface sets itself."""
+    """Return the range of one of `SETTINGS`, with OpenAI's own bound if there is one."""
     setting = SETTINGS[name]
     return Field(ge=setting.lowest if ge is None else ge, le=setting.highest if le is None else le)
 
 
 def _of_table(name: str) -> Any:
-    """An optional field whose help is that of one of `SETTINGS`."""
+    """Return an optional field with the help of one of `SETTINGS`."""
     return Field(None, description=SETTINGS[name].help)
 
 
@@ -31,7 +31,7 @@ _WHOLE = BeforeValidator(_whole)
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Token = Annotated[int, Field(ge=0, le=2**31 - 1), _WHOLE]
-Seed = Annotated[int, Field(ge=1 - 2**53, le=2**53 - 1), _WHOLE]  # what JSON's numbers hold
+Seed = Annotated[int, Field(ge=1 - 2**53, le=2**53 - 1), _WHOLE]  # exact in JSON
 Choices = Annotated[int, Field(ge=1, le=128), _WHOLE]
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), _WHOLE]
 Temperature = Annotated[float, _within("temperature", le=2)]
@@ -40,14 +40,14 @@ Beams = Annotated[int, _within("num_beams"), _WHOLE]
 Zero = Annotated[float, Field(ge=0, le=0)]
 
 
-# Of what may be long, the first error is enough.
+# Lists may be long: their first error is enough.
 _Item = TypeVar("_Item")
 _List = Annotated[list[_Item], Field(min_length=1, fail_fast=True)]
 _Prompts = Annotated[list[_Item], Field(min_length=1, max_length=_PROMPTS, fail_fast=True)]
 
 
 class _Strict(BaseModel):
-    """JSON of just these fields, and just these kinds."""
+    """A JSON object of exactly these fields and types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -56,7 +56,7 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
-# Settings that OpenAI's interface has itself, or under another name, or not at all.
+# Settings that requests have in OpenAI's form, under another name, or not at all.
 _NOT_OURS = (
     "temperature",
     "top_p",
@@ -71,7 +71,7 @@ OUR_SETTINGS = tuple(name for name in SETTINGS if name not in _NOT_OURS)
 
 
 def _field_of_table(name: str) -> Any:
-    """An optional field with the type, range and help of one of `SETTINGS`."""
+    """Return an optional field with the type, range and help of one of `SETTINGS`."""
     setting = SETTINGS[name]
     if setting.max_items is not None:
         items = Field(None, max_length=setting.max_items, description=setting.help)
@@ -90,24 +90,24 @@ else:
 
 
 class _Choosing(_OfTable):
-    """How tokens are chosen, beyond what OpenAI's interface has."""
+    """Settings of generation that OpenAI's interface does not have."""
 
     unidirectional: bool | None = _of_table("unidirectional")
 
 
 class CompletionRequest(_Choosing):
-    """OpenAI's completion request. A prompt may have one blank, [MASK], [sMASK] or [gMASK]; one
-    without is written on from."""
+    """OpenAI's completion request. A prompt may have one blank, [MASK], [sMASK] or [gMASK];
+    without one, the answer continues it."""
 
     model: Name
     prompt: str | _Prompts[str] | _List[Token] | _Prompts[_List[Token]]
-    suffix: str | None = Field(None, description="text behind the blank that is filled")
+    suffix: str | None = Field(None, description="text after the blank that is filled")
     max_tokens: Annotated[int, _within("max_tokens", ge=0), _WHOLE] | None = 16
     temperature: Temperature | None = 1.0
     top_p: Probability | None = 1.0
     n: Choices | None = 1
     best_of: Beams | None = Field(
-        None, description="above 1: beam search of this width, of which the n best are given"
+        None, description="above 1: beam search of this width, which returns the n best answers"
     )
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -122,8 +122,8 @@ class CompletionRequest(_Choosing):
 
 
 class FillRequest(_Choosing):
-    """A text whose blanks are to be filled from left to right, each [MASK]; without any each
-    [sMASK], without these a [gMASK], which is put at the end of a text without a mask."""
+    """A text whose blanks are to be filled from left to right: each [MASK]; if there is none, each
+    [sMASK]; otherwise one [gMASK], which is added at the end of a text without a mask."""
 
     text: str
     model: Name | None = None
@@ -162,7 +162,7 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
-    """An answer; of a stream, a part of it, ended by one with a finish_reason."""
+    """A whole answer, or one part of a stream, whose last part has a finish_reason."""
 
     id: str
     object: Literal["text_completion"]
@@ -178,14 +178,14 @@ class Blank(BaseModel):
 
 
 class Piece(BaseModel):
-    """A run of the whole text; `blank` is the number of the blank that it fills, or null."""
+    """A piece of the whole text; `blank` is the number of the blank that it fills, or null."""
 
     text: str
     blank: int | None
 
 
 class Filled(BaseModel):
-    """A text with its blanks filled. A stream gives pieces first, and this at its end."""
+    """A text with its blanks filled. A stream sends pieces first, and this at its end."""
 
     id: str
     object: Literal["fill"]
@@ -230,6 +230,6 @@ class Error(BaseModel):
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": Error, "description": "What is wrong with the request, in one line."},
-    "5XX": {"model": Error, "description": "What is wrong with the server, in one line."},
+    "4XX": {"model": Error, "description": "The request is wrong: one line says how."},
+    "5XX": {"model": Error, "description": "The server failed: one line says how."},
 }

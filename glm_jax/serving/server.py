@@ -1,4 +1,4 @@
-"""A server from its start to its end: it listens, loads, answers, and drains."""
+"""The life of a server: it listens, loads, answers and drains."""
 
 import asyncio
 import contextlib
@@ -30,28 +30,27 @@ from glm_jax.serving.service import DEFAULT_LIMITS, Limits, Service
 from glm_jax.serving.worker import ServedModel, Worker
 
 _BACKLOG = 2048
-_LAST_SECONDS = 2.0  # in which those who are no longer waited for are told so
+_LAST_SECONDS = 2.0  # for responses to the requests that the end of the server cancels
 _log = logging.getLogger(__name__)
 
 
 class ServerError(UserError):
-    """An address that cannot be had."""
+    """An address that a server cannot listen on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Serving:
-    """How to serve.
+    """Settings of a server.
 
     Attributes:
-      name: the model's, as clients ask for it.
-      port: 0 for any that is free.
+      name: the model's name for clients.
+      port: 0 for any free one.
       max_waiting: answers that may wait for a slot.
-      cors_origins: of pages whose scripts may ask, beside the server's own.
+      cors_origins: origins of other pages whose scripts may send requests.
       allowed_hosts: names that requests may be sent to, beside those of `host`.
-      trusted_proxies: addresses or networks of proxies, whose X-Forwarded-For says who asks.
-      connections: how many there may be, and what each may take.
-      logs_requests: each request is an event of the log.
-      drain_seconds: that requests have to end when the server is to go down.
+      trusted_proxies: addresses or networks of proxies, whose X-Forwarded-For names the client.
+      logs_requests: whether each request is an event of the log.
+      drain_seconds: time that running requests have to end when the server goes down.
     """
 
     name: str
@@ -69,7 +68,7 @@ class Serving:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Signals are ours: uvicorn would end by them, with their exit status."""
+    """uvicorn without its signal handlers, which would end the process with their own status."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -80,14 +79,14 @@ class Server:
     """A server of one model.
 
     Attributes:
-      service: its parts.
+      service: the parts that its requests share.
       is_interrupted: whether Ctrl-C ended it.
     """
 
     def __init__(self, load: Callable[[], ServedModel], serving: Serving):
         """
         Args:
-          load: makes the model; in a thread.
+          load: loads the model; called in a thread.
         """
         metrics = Metrics()
         self.is_interrupted = False
@@ -98,14 +97,14 @@ class Server:
         )
         hosts = Hosts.of(serving.host, serving.allowed_hosts)
         check_proxies(serving.trusted_proxies)
-        # Chunks have sizes of their own, which are to be no more than what is in them.
+        # Twice: headers of chunks may take as much as their contents.
         connections: Any = Connections(serving.connections, 2 * serving.limits.body_bytes)
         config = uvicorn.Config(
             make_app(self.service, hosts, serving.connections.head_bytes, serving.cors_origins),
             http=connections,
-            ws="none",  # no endpoint takes them
+            ws="none",
             h11_max_incomplete_event_size=serving.connections.head_bytes,
-            # From others anyone can write them.
+            # Any other client could write these headers itself.
             proxy_headers=bool(serving.trusted_proxies),
             forwarded_allow_ips=list(serving.trusted_proxies),
             lifespan="off",
@@ -120,23 +119,23 @@ class Server:
 
     @property
     def connections(self) -> Collection[Any]:
-        """Connections that are open."""
+        """Open connections."""
         return self._uvicorn.server_state.connections
 
     def drain(self) -> None:
-        """Takes no one new and ends when all who are there are answered; called twice, at once."""
+        """Refuse new requests and end after the running ones; a second call ends at once."""
         worker = self.service.worker
         if worker.is_draining:
             self._uvicorn.force_exit = True
             for connection in list(self.connections):
                 connection.end()
         else:
-            events.log.info("draining: %d requests are to be answered", worker.open_sessions)
+            events.log.info("draining: %d requests are running", worker.open_sessions)
         self._uvicorn.should_exit = True
         worker.is_draining = True
 
     def interrupt(self) -> None:
-        """Drains, as Ctrl-C asks for."""
+        """Drain after Ctrl-C."""
         self.is_interrupted = True
         worker = self.service.worker
         if worker.open_sessions and not worker.is_draining:
@@ -145,10 +144,10 @@ class Server:
         self.drain()
 
     async def run(self, listening: socket.socket) -> None:
-        """Serves until drained.
+        """Serve until drained.
 
         Raises:
-          Exception: what loading, or the engine, failed by.
+          Exception: the error by which loading, or the engine, failed.
         """
         worker = self.service.worker
         worker.start()
@@ -157,7 +156,7 @@ class Server:
         watching.cancel()
         if worker.failure is not None:
             raise worker.failure
-        if tasks := list(self._uvicorn.server_state.tasks):  # that the end cancelled
+        if tasks := list(self._uvicorn.server_state.tasks):  # cancelled, but not done
             await asyncio.wait(tasks, timeout=_LAST_SECONDS)
         await worker.stop(is_waiting=not self._uvicorn.force_exit)
         events.log.info("ended")
@@ -168,23 +167,25 @@ class Server:
 
 
 def serve(load: Callable[[], ServedModel], serving: Serving) -> None:
-    """Serves until SIGTERM or SIGINT; then no one new is taken, and who is there is answered. A
-    second signal ends it at once.
+    """Serve until SIGTERM or SIGINT, then answer the running requests and end. A second signal
+    ends the server at once.
 
-    The address answers at once, `/ready` when the model is there.
+    The address answers at once, `/ready` when the model is loaded.
 
     Args:
-      load: makes the model; in a thread.
+      load: loads the model; called in a thread.
 
     Raises:
-      ServerError: the address cannot be had.
+      ServerError: the server cannot listen on the address.
       KeyboardInterrupt: SIGINT ended it.
-      Exception: what `load`, or the engine, failed by.
+      Exception: the error by which `load`, or the engine, failed.
     """
     wanted = serving.connections.count
     count = allow_connections(wanted)
     if count < wanted:
-        _log.warning("--max_connections=%d: %d, for want of open files (ulimit -n)", wanted, count)
+        _log.warning(
+            "--max_connections=%d: only %d fit the limit of open files (ulimit -n)", wanted, count
+        )
     connections = dataclasses.replace(serving.connections, count=count)
     serving = dataclasses.replace(serving, connections=connections)
     with bound_socket(serving.host, serving.port) as listening:
@@ -192,7 +193,7 @@ def serve(load: Callable[[], ServedModel], serving: Serving) -> None:
     if server.is_interrupted:
         raise KeyboardInterrupt
     if server.service.worker.is_alive:
-        # Ending as usual would break off a thread in the middle of compiling, and abort.
+        # A normal exit would abort, as the thread may be compiling.
         sys.stdout.flush()
         os._exit(0)
 
@@ -200,7 +201,7 @@ def serve(load: Callable[[], ServedModel], serving: Serving) -> None:
 async def _serve(
     load: Callable[[], ServedModel], serving: Serving, listening: socket.socket
 ) -> Server:
-    """Serves; the server as it ended."""
+    """Serve, and return the server when it has ended."""
     server = Server(load, serving)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, server.drain)
@@ -212,19 +213,19 @@ async def _serve(
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """Where a server listens.
+    """Return the socket that a server listens on.
 
     Args:
-      port: 0 for any that is free.
+      port: 0 for any free one.
 
     Raises:
-      ServerError: the address cannot be had.
+      ServerError: the server cannot listen on the address.
     """
     try:
         [(family, _, _, _, address), *_] = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        # asyncio has small writes leave at once only where the protocol is named.
+        # asyncio sets TCP_NODELAY only on sockets that name their protocol.
         listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -302,3 +302,16 @@ def test_another_job_is_refused(tmp_path):
         merge(tmp_path)
     with pytest.raises(JobError, match="holds no prompt"):
         record_store.describe_input(_write(tmp_path / "empty.txt", "", " "))
+
+
+def test_a_search_goes_on_beside_other_lines(job, tmp_path):
+    search = {"text": "t5 t6 [MASK] t9 [MASK]", "num_beams": 2, "max_tokens": 6}
+    plain = [{"text": f"t{n} [gMASK]", "max_tokens": n} for n in (1, 2, 3)]
+    path = _write(tmp_path / "in.jsonl", search, *plain, search)
+    records = list(job().answer(read_lines(path, TextRequest())))
+    assert [record["index"] for record in records] == [1, 2, 3, 0, 4]
+    for number, line in enumerate([search, *plain]):
+        [alone] = _records(job(), _write(tmp_path / f"{number}.jsonl", line))
+        [together] = [record for record in records if record["index"] == number]
+        assert together == alone | {"index": number, "id": number + 1}
+    assert records[4]["beams"] == records[3]["beams"]

@@ -65,7 +65,7 @@ def _assert_logged(output):
         r"loaded in \d+ s; compiling",
         r"ready: compiled in \d+ s",
         r"request from 127.0.0.1: POST '/v1/completions': 200 in \d+\.\d+ s",
-        "draining: 1 requests are to be answered",
+        "draining: 1 requests are running",
         r"request from 127.0.0.1: POST '/v1/completions': 200 in \d+\.\d+ s",
         "ended",
     ]

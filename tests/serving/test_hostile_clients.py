@@ -244,7 +244,7 @@ def test_what_is_no_address_of_a_proxy(address):
 
 @pytest.mark.parametrize("name", ["http://glm.example", "glm.example:8000", "a/b"])
 def test_what_is_no_name_of_a_server(name):
-    with pytest.raises(HostError, match=f"--allowed_host={name}: give a name"):
+    with pytest.raises(HostError, match=f"--allowed_host={name}: expected a name"):
         Hosts.of("127.0.0.1", [name])
 
 
