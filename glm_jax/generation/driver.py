@@ -187,6 +187,8 @@ class Driver(Generic[_Answer]):
         """End an answer, if it is here; later turns return nothing of it."""
         work = self._work.get(answer)
         if work is not None:
+            if work.steps is None:
+                self._engine.cancel(work.number)
             self._remove(work)
 
     def turn(self) -> list[tuple[_Answer, Token | None]]:
@@ -198,13 +200,17 @@ class Driver(Generic[_Answer]):
         """
         news: list[tuple[_Answer, Token | None]] = []
         for token in self._engine.step():
-            work = self._requests[token.request_id]
+            work = self._requests.get(token.request_id)
+            if work is None:  # its answer needed no more
+                continue
             answer, is_last = work.answer, token.finish_reason is not None
             try:
                 is_last |= answer.receive(token.checked())
                 news.append((answer, token))
             except Exception as error:  # of this answer alone
                 answer.error, is_last = error, True
+            if is_last and token.finish_reason is None:
+                self._engine.cancel(token.request_id)
             if is_last and not self._go_on(work):
                 news.append((answer, None))
         search = self._search_to_step()
@@ -222,7 +228,6 @@ class Driver(Generic[_Answer]):
         del self._work[work.answer]
         if work.steps is None:
             del self._requests[work.number]
-            self._engine.cancel(work.number)
         else:
             self._searches.drop(work.number)
             self._search = None if self._search is work else self._search

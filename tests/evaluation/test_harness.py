@@ -69,7 +69,7 @@ def test_an_answer_ends_before_eod_and_settings_may_be_none(harness, monkeypatch
         def __init__(self, *_):
             pass
 
-        def submit(self, request, is_urgent):
+        def submit(self, request, is_urgent, turn):
             submitted.append(request)
             return len(submitted) - 1
 

@@ -77,6 +77,13 @@ class Enough(SingleRequest):
         return token.token == 1
 
 
+class InPairs(CountingEngine):
+    """A step gives two tokens to each request."""
+
+    def step(self):
+        return sorted(super().step() + super().step(), key=lambda token: token.request_id)
+
+
 class Broken(SingleRequest):
     def receive(self, token):
         raise ValueError("a fault of ours")
@@ -158,6 +165,14 @@ def test_what_ends_one_answer_ends_no_other():
     assert [token.token for token in answers["enough"].tokens] == [0, 1]
     assert len(answers["sound"].tokens) == 4
     assert answers["after"].result == "after"
+
+
+def test_tokens_past_the_last_of_an_answer_are_nobodys():
+    enough, whole = (Enough(Request(Prompt((1,), None), max_tokens=9)) for _ in range(2))
+    enough.receive = lambda token: Enough.receive(enough, token) or True  # after one of two
+    assert set(drive(InPairs(), [enough, whole])) == {enough, whole}
+    assert [token.token for token in enough.tokens] == [0]
+    assert [token.token for token in whole.tokens] == [0, 1]
 
 
 @pytest.mark.parametrize(
