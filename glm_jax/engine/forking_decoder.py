@@ -118,7 +118,7 @@ class ForkingDecoder:
             self._cache,
             self._pages_a_layer,
         )
-        return logits
+        return logits[:, 0]
 
     def _described(self, tokens: np.ndarray, index: int) -> Rows:
         count = self._num_rows
@@ -126,9 +126,9 @@ class ForkingDecoder:
         for row, allocation in zip(table, self._rows, strict=False):
             row[: len(allocation.pages)] = allocation.pages
         rows = Rows(
-            is_active=np.arange(count) < len(self._rows),
-            token=tokens,
-            position_id=np.full(count, self._position, np.int32),
+            is_active=(np.arange(count) < len(self._rows))[:, None],
+            tokens=tokens[:, None],
+            position_ids=np.full((count, 1), self._position, np.int32),
             index=np.full(count, index, np.int32),
             table=table,
         )

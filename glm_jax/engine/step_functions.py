@@ -27,19 +27,19 @@ from glm_jax.sharding import mesh_of
 
 @struct.dataclass
 class Rows:
-    """A token of each of several sequences, to be run.
+    """One or more new tokens of each of several sequences, to be run.
 
     Attributes:
-      is_active: whether a row has a sequence; others change nothing.
-      token: whose key and value are not in the cache yet.
-      position_id: of the token.
-      index: of the token in its sequence.
+      is_active: whether there is a token; the others, at the end of a row, change nothing.
+      tokens: whose keys and values are not in the cache yet; each sees those before it.
+      position_ids: of the tokens.
+      index: of each row's first token in its sequence.
       table: pages of the sequence in order.
     """
 
-    is_active: Bool[Any, " rows"]
-    token: Int[Any, " rows"]
-    position_id: Int[Any, " rows"]
+    is_active: Bool[Any, "rows new"]
+    tokens: Int[Any, "rows new"]
+    position_ids: Int[Any, "rows new"]
     index: Int[Any, " rows"]
     table: Int[Any, "rows table_size"]
 
@@ -153,17 +153,23 @@ def step(
       What it gives those that ran; then slots and pages.
     """
     some: Slots = slots if numbers is None else jax.tree.map(lambda x: x[numbers], slots)
-    rows = Rows(some.is_active, some.token, some.position_id, some.index, some.table)
+    rows = Rows(
+        is_active=some.is_active[:, None],
+        tokens=some.token[:, None],
+        position_ids=some.position_id[:, None],
+        index=some.index,
+        table=some.table,
+    )
     logits, cache = _decode(params, config, rows, cache, pages_a_layer)
-    emitted, some = choose(logits, some)
+    emitted, some = choose(logits[:, 0], some)
     return emitted, some if numbers is None else put_back(slots, numbers, some), cache
 
 
 @functools.partial(jax.jit, static_argnames=("config", "pages_a_layer"), donate_argnames="cache")
 def decode(
     params: GLMParams, config: GLMConfig, rows: Rows, cache: PagedKVCache, pages_a_layer: int
-) -> tuple[Float[Array, "rows vocab"], PagedKVCache]:
-    """Logits after each row's token, whose key and value join the cache.
+) -> tuple[Float[Array, "rows new vocab"], PagedKVCache]:
+    """Logits after each of the rows' tokens, whose keys and values join the cache.
 
     Args:
       pages_a_layer: of a device where layers share an array, else 0.
@@ -201,26 +207,26 @@ def clear_failed(cache: PagedKVCache) -> PagedKVCache:
 
 def _decode(
     params: GLMParams, config: GLMConfig, rows: Rows, cache: PagedKVCache, pages_a_layer: int
-) -> tuple[Float[Array, "rows vocab"], PagedKVCache]:
+) -> tuple[Float[Array, "rows new vocab"], PagedKVCache]:
     page_size = jax.tree.leaves(cache)[0].shape[2]
-    index = jnp.asarray(rows.index)[:, None]
     table, active = jnp.asarray(rows.table), jnp.asarray(rows.is_active)
+    index = jnp.asarray(rows.index)[:, None] + jnp.arange(active.shape[1], dtype=jnp.int32)
     page = jnp.take_along_axis(table, index // page_size, axis=1)
     paging = Paging(
-        # What a row without a sequence writes lands in page 0, which no one reads.
-        pages=jnp.where(active[:, None], page, 0),
+        # What is written for no token lands in page 0, which no one reads.
+        pages=jnp.where(active, page, 0),
         offsets=index % page_size,
         tables=table,
-        lengths=jnp.where(active, index[:, 0] + 1, 0),
+        lengths=jnp.where(active, index + 1, 0),
         pages_a_layer=pages_a_layer,
     )
     hidden, cache = glm.forward_hidden(
         params,
         config,
-        jnp.asarray(rows.token)[:, None],
-        jnp.asarray(rows.position_id)[:, None],
-        Visibility(jnp.zeros((len(active), 1, 2), jnp.int32)),
+        jnp.asarray(rows.tokens),
+        jnp.asarray(rows.position_ids),
+        Visibility(jnp.zeros((*active.shape, 2), jnp.int32)),
         cache,
         paging,
     )
-    return glm.logits(params, config, hidden[:, 0]), cache
+    return glm.logits(params, config, hidden), cache

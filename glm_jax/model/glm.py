@@ -155,7 +155,7 @@ def _self_attention(
     if cache is not None and paging is not None and paging.tables is not None:
         assert paging.lengths is not None
         attended = paged_attention(
-            query[:, 0],
+            query,
             cache.keys,
             cache.values,
             paging.tables,
@@ -163,7 +163,7 @@ def _self_attention(
             cache.key_scales,
             cache.value_scales,
             config.softmax_dtype,
-        )[:, None]
+        )
     else:
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         if paging is not None:  # prompts of different requests share a row

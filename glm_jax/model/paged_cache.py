@@ -55,15 +55,15 @@ class Paging:
         token's key and value go.
       tables: int32 [batch, table_size], the pages of each row in order; None where new
         tokens see one another alone.
-      lengths: int32 [batch], how many keys of its pages each row sees, its own included;
-        None with the tables.
+      lengths: int32 [batch, seq], how many keys of its row's pages each new token sees, its
+        own included; None with the tables.
       pages_a_layer: of a device.
     """
 
     pages: Int32[Any, "batch seq"]
     offsets: Int32[Any, "batch seq"]
     tables: Int32[Array, "batch table_size"] | None = None
-    lengths: Int32[Array, " batch"] | None = None
+    lengths: Int32[Array, "batch seq"] | None = None
     pages_a_layer: int = struct.field(pytree_node=False, default=0)
 
     def of_layer(self, index: Int[Array, ""] | int) -> "Paging":

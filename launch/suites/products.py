@@ -139,8 +139,9 @@ def decode_rows(
     pages = 1 + batch * count
     table = np.zeros((batch, table_size(length)), np.int32)
     table[:, :count] = 1 + np.arange(batch * count).reshape(batch, count)
-    full = lambda value: np.full(batch, value, np.int32)
-    rows = Rows(np.ones(batch, bool), full(1), full(index), full(index), table)
+    full = lambda *shape: np.full(shape, index, np.int32)
+    one = (batch, 1)
+    rows = Rows(np.ones(one, bool), np.ones(one, np.int32), full(*one), full(batch), table)
     cache = step_functions.make_cache(params, config, pages, PAGE_SIZE)
     return rows, cache, 0 if as_layers(params.layers).is_apart else pages
 

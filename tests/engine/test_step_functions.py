@@ -41,11 +41,17 @@ class _Cached:
 
     def run(self, tokens, index):
         """Logits after each row's token."""
+        return self.run_several([[token] for token in tokens], index)[:, 0]
+
+    def run_several(self, tokens, index, counts=None):
+        """Logits after each of the rows' tokens, of which the first `counts` are any."""
         table = np.zeros((len(tokens), table_size(16, PAGE)), np.int32)
         for row, allocation in zip(table, self.rows, strict=True):
             row[: len(allocation.pages)] = allocation.pages
-        index = np.array(index, np.int32)
-        rows = Rows(np.ones(len(tokens), bool), np.array(tokens, np.int32), index, index, table)
+        tokens, index = np.array(tokens, np.int32), np.array(index, np.int32)
+        new = np.arange(tokens.shape[1], dtype=np.int32)
+        active = new < np.array(counts or [len(new)] * len(tokens))[:, None]
+        rows = Rows(active, tokens, index[:, None] + new, index, table)
         logits, self.cache = step_functions.decode(
             self.params, self.config, rows, self.cache, self.pages_a_layer
         )
@@ -73,6 +79,25 @@ def test_cached_equals_uncached(tiny_model, is_apart):
     got = np.stack(_Cached(config, params).answers(), axis=1)
     for logits, context, answer in zip(got, CONTEXTS, ANSWERS, strict=True):
         np.testing.assert_allclose(logits, _whole(config, params, context, answer), atol=1e-5)
+
+
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_several_tokens_a_step_equal_one_at_a_time(tiny_model, is_apart):
+    """Rows with different numbers of them, over the ends of pages; those that were no tokens, and
+    those that are run again as others, leave nothing behind."""
+    config, params = tiny_model
+    params = unstack_layers(params) if is_apart else params
+    cached = _Cached(config, params)
+    lengths = [len(context) for context in CONTEXTS]
+    first, second = ((SOP, *answer) for answer in ANSWERS)
+    wrong = (9, 9)
+    got = cached.run_several([first, (*second[:2], *wrong)], lengths, [4, 2])
+    expected = [_whole(config, params, *pair) for pair in zip(CONTEXTS, ANSWERS, strict=True)]
+    np.testing.assert_allclose(got[0], expected[0], atol=1e-5)
+    np.testing.assert_allclose(got[1, :2], expected[1][:2], atol=1e-5)
+    cached.run_several([wrong, wrong], [15, lengths[1] + 2], [0, 2])
+    rest = cached.run_several([[3, 3], second[2:]], [15, lengths[1] + 2], [0, 2])
+    np.testing.assert_allclose(rest[1], expected[1][2:], atol=1e-5)
 
 
 @pytest.mark.parametrize("is_apart", [False, True])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernels.formula import assert_close, attended, gradients, normal
+from kernels.formula import assert_close, attended, attended_over_pages, gradients, normal
 
 from glm_jax.kernels.attention.api import attention
 from glm_jax.kernels.attention.arguments import Arguments
@@ -15,6 +15,7 @@ from glm_jax.kernels.attention.dropout import WeightDropout
 from glm_jax.kernels.attention.library import Library
 from glm_jax.kernels.attention.mosaic import Mosaic
 from glm_jax.kernels.paged_attention.api import paged_attention
+from glm_jax.kernels.paged_attention.arguments import Arguments as PagedArguments
 from glm_jax.model.paged_cache import quantize_heads
 from glm_jax.model.visibility import Visibility
 
@@ -94,12 +95,13 @@ def test_our_kernel_for_training(rate):
         assert_close(of_input, expected, TOLERANCES["bfloat16"])
 
 
+@pytest.mark.parametrize("new", [1, 3])
 @pytest.mark.parametrize("dtype", [*(DTYPES[1:] or DTYPES), "int8"])
-def test_pages(dtype):
+def test_pages(dtype, new):
     batch, pages, page_size, table_size = (4, 40, 64, 8) if IS_GPU else (2, 6, 16, 2)
     computed = "float32" if dtype == "float32" else "float16" if dtype == "int8" else dtype
     draws = jax.random.split(jax.random.key(0), 3)
-    query = jax.random.normal(draws[0], (batch, HEADS, HEAD_DIM)).astype(computed)
+    query = jax.random.normal(draws[0], (batch, new, HEADS, HEAD_DIM)).astype(computed)
     shape = (HEADS, pages, page_size, HEAD_DIM)
     keys, values = (jax.random.normal(draw, shape) for draw in draws[1:])
     scales = ()
@@ -109,16 +111,9 @@ def test_pages(dtype):
         keys, values = keys.astype(dtype), values.astype(dtype)
     rng = np.random.default_rng(0)
     tables = rng.integers(0, pages, (batch, table_size)).astype(np.int32)
-    lengths = np.linspace(1, table_size * page_size, batch).astype(np.int32)
+    last = np.linspace(new, table_size * page_size, batch).astype(np.int32)[:, None]
+    lengths = last - new + 1 + np.arange(new, dtype=np.int32)
+    lengths[0, 1:] = 0  # a row with one query where others have more
+    arguments = PagedArguments(query, keys, values, tables, lengths, *scales)
     got = jax.jit(paged_attention)(query, keys, values, tables, lengths, *scales)
-    # [heads, batch, table, page, ..] -> [batch, heads, keys, ..]
-    whole = [
-        jnp.moveaxis(x[:, tables].reshape(HEADS, batch, -1, *x.shape[3:]), 0, 1)
-        for x in (keys, values, *scales)
-    ]
-    seen = jnp.arange(table_size * page_size) < lengths[:, None]
-    key, value, *scales = whole
-    if scales:
-        key, value = (x * s[..., None] for x, s in zip((key, value), scales, strict=True))
-    arguments = Arguments(query[:, None], key, value, seen[:, None])
-    assert_close(got, attended(arguments)[:, 0], TOLERANCES[computed])
+    assert_close(got, attended_over_pages(arguments), TOLERANCES[computed])

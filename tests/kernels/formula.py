@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glm_jax.kernels.attention.arguments import Arguments
 from glm_jax.kernels.attention.dropout import factors
 
 
@@ -36,6 +37,21 @@ def attended(arguments):
     """[batch, query, heads, head_dim] in float64; zeros for queries that see nothing."""
     query, key, value, seen, drop = _operands(arguments)
     return np.einsum("bhqk,bhkd->bqhd", _weights(query, key, seen) * drop, value)
+
+
+def attended_over_pages(arguments):
+    """[batch, new, heads, head_dim] in float64, of arguments of `paged_attention`."""
+    a = arguments
+
+    def in_order(pages, scales):
+        """[batch, heads, keys, head_dim]."""
+        wide = pages if scales is None else pages * scales[..., None]
+        rows = jnp.moveaxis(wide[:, a.tables], 0, 1)
+        return rows.reshape(*rows.shape[:2], -1, rows.shape[-1])
+
+    key, value = in_order(a.keys, a.key_scales), in_order(a.values, a.value_scales)
+    seen = jnp.arange(key.shape[2]) < a.lengths[..., None]
+    return attended(Arguments(a.query, key, value, seen))
 
 
 def gradients(arguments, cotangent):

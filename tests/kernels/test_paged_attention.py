@@ -1,4 +1,5 @@
-"""Attention over pages equals the formula, by every backend that runs here."""
+"""Attention over pages equals the formula, by every backend that runs here and for any number of
+new queries a row."""
 
 import functools
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from kernels.backends import pairs
+from kernels.formula import assert_close, attended_over_pages
 
 from glm_jax.kernels.dispatch import BackendError
 from glm_jax.kernels.paged_attention import cpu
@@ -30,9 +32,9 @@ BACKENDS = {
 
 
 @functools.cache
-def _inputs(batch, heads, pages, page_size, head_dim, table_size, dtype="float32"):
+def _inputs(batch, heads, pages, page_size, head_dim, table_size, new=1, dtype="float32"):
     draws = jax.random.split(jax.random.key(0), 3)
-    query = 3 * jax.random.normal(draws[0], (batch, heads, head_dim))
+    query = 3 * jax.random.normal(draws[0], (batch, new, heads, head_dim))
     shape = (heads, pages, page_size, head_dim)
     keys, values = (jax.random.normal(k, shape) for k in draws[1:])
     scales = (None, None)
@@ -42,23 +44,25 @@ def _inputs(batch, heads, pages, page_size, head_dim, table_size, dtype="float32
         keys, values = keys.astype(dtype), values.astype(dtype)
     rng = np.random.default_rng(0)
     tables = jnp.asarray(rng.integers(0, pages, (batch, table_size)), jnp.int32)
-    lengths = rng.integers(1, table_size * page_size + 1, batch)
-    lengths[0] = table_size * page_size
+    # Each sees one key more than the one before it; rows have from one to all `new` of them.
+    lengths = rng.integers(new, table_size * page_size + 1, (batch, 1)) - new + 1 + np.arange(new)
+    lengths[0] = table_size * page_size - new + 1 + np.arange(new)
+    lengths = np.where(np.arange(new) < new - np.arange(batch)[:, None] % new, lengths, 0)
     return Arguments(query, keys, values, tables, jnp.asarray(lengths, jnp.int32), *scales)
 
 
 CASES = {
     f"{dtype} {shape}": functools.partial(_inputs, *shape, dtype)
     for dtype in ("float32", "bfloat16", "int8")
-    for shape in [(3, 2, 5, 16, 16, 1), (4, 3, 40, 16, 48, 21), (2, 4, 9, 64, 128, 5)]
+    for shape in [(3, 2, 5, 16, 16, 1, 3), (4, 3, 40, 16, 48, 21, 1), (4, 4, 9, 64, 128, 5, 4)]
 }
 FEW = {"few": functools.partial(_inputs, 3, 2, 8, 16, 16, 2)}
 
 
-@pairs(BACKENDS, CASES)
+@pairs(BACKENDS | {"reference": Reference()}, CASES)
 def test_equals_the_formula(backend, case):
     arguments = case()
-    np.testing.assert_allclose(backend(arguments), Reference()(arguments), atol=5e-6)
+    assert_close(backend(arguments), attended_over_pages(arguments), 3e-6)
 
 
 @pairs(BACKENDS, FEW)
@@ -66,7 +70,7 @@ def test_equals_the_formula(backend, case):
 def test_only_the_pages_of_a_row_are_read_and_one_without_keys_is_zero(backend, case, beyond):
     arguments = case()
     tables = jnp.array([[1, 2], [3, 0], [0, 0]], jnp.int32)
-    lengths = jnp.array([20, 16, 0], jnp.int32)
+    lengths = jnp.array([[20], [16], [0]], jnp.int32)
     unseen = jnp.arange(8)[:, None] * 16 + jnp.arange(16)
     unseen = (unseen < 16) | (unseen >= 36) & (unseen < 48) | (unseen >= 64)
     arguments = arguments.replace(tables=tables, lengths=lengths)
@@ -80,13 +84,13 @@ def test_only_the_pages_of_a_row_are_read_and_one_without_keys_is_zero(backend, 
 
 def test_on_a_mesh_each_device_reads_its_own_pages():
     """Rows over data, heads over tensor; tables count the pages of a device."""
-    a = _inputs(4, 4, 12, 16, 16, 3)
+    a = _inputs(4, 4, 12, 16, 16, 3, 2)
     tables = a.tables % 6
     mesh = make_mesh((2, 1, 4))
     put = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
     with jax.set_mesh(mesh):
         got = jax.jit(paged_attention)(
-            put(a.query, "data", "tensor"),
+            put(a.query, "data", None, "tensor"),
             put(a.keys, "tensor", "data"),
             put(a.values, "tensor", "data"),
             put(tables, "data"),

@@ -1,1 +1,1 @@
-"""Attention of one query a row over keys and values in pages."""
+"""Attention of each row's new queries over keys and values in pages."""

@@ -1,4 +1,4 @@
-"""Attention of one query a row to keys and values that lie in pages."""
+"""Attention of each row's new queries to keys and values that lie in pages."""
 
 import functools
 
@@ -18,17 +18,18 @@ _BACKENDS = (CPUPages(), LibraryGPU(), LibraryTPU(), XLA(), Reference())
 
 
 def paged_attention(
-    query: Float[Array, "batch heads head_dim"],
+    query: Float[Array, "batch new heads head_dim"],
     keys: Shaped[Array, "heads pages page_size head_dim"],
     values: Shaped[Array, "heads pages page_size head_dim"],
     tables: Int32[Array, "batch table_size"],
-    lengths: Int32[Array, " batch"],
+    lengths: Int32[Array, "batch new"],
     key_scales: Float[Array, "heads pages page_size"] | None = None,
     value_scales: Float[Array, "heads pages page_size"] | None = None,
     softmax_dtype: str = "float32",
     implementation: str | None = None,
-) -> Float[Array, "batch heads head_dim"]:
-    """Compute softmax(query key^T / sqrt(head_dim)) value over each row's first `lengths` keys.
+) -> Float[Array, "batch new heads head_dim"]:
+    """Compute softmax(query key^T / sqrt(head_dim)) value over the first `lengths` keys of the
+    query's row.
 
     Under a mesh each device takes its own rows and heads; a row's table then counts the pages
     of its own device.
@@ -36,13 +37,15 @@ def paged_attention(
     Args:
       keys, values: float, or int8 with scales.
       tables: the pages of each row, in order.
+      lengths: that grow by one from query to query make the new ones causal; 0 where a row has
+        fewer of them than others.
       softmax_dtype: dtype of the scores and their softmax; less than float32 takes the
         formula as it stands.
       implementation: "cpu", "library", "xla" or "reference"; None for the fastest that takes
         the arguments on the platform that is compiled for.
 
     Returns:
-      [batch, heads, head_dim] in the query's dtype; zeros for a row of length 0.
+      [batch, new, heads, head_dim] in the query's dtype; zeros for a query of length 0.
 
     Raises:
       BackendError: the named implementation does not take the arguments here.
@@ -53,8 +56,9 @@ def paged_attention(
     local = functools.partial(dispatch, "paged attention", _BACKENDS, implementation=implementation)
     if mesh_to_divide() is None:
         return local(arguments)
-    rows, heads, _ = fitting_activation_spec(query.shape, ("batch", "heads", "head_dim"))
-    of_queries, of_pages = PartitionSpec(rows, heads), PartitionSpec(heads, rows)
+    axes = ("batch", "seq", "heads", "head_dim")
+    rows, _, heads, _ = fitting_activation_spec(query.shape, axes)
+    of_queries, of_pages = PartitionSpec(rows, None, heads), PartitionSpec(heads, rows)
     of_scales = None if key_scales is None else of_pages
     specs = Arguments(
         query=of_queries,

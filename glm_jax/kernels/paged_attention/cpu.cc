@@ -1,4 +1,4 @@
-// Attention of one query a row over keys in pages on CPU, called by XLA (jax.ffi). See cpu.py.
+// Attention of a row's new queries over keys in pages on CPU, called by XLA (jax.ffi). See cpu.py.
 
 #include <algorithm>
 #include <cmath>
@@ -15,14 +15,14 @@ namespace {
 constexpr int64_t kMaxLanes = 16;
 constexpr int64_t kMinSharedBytes = 1 << 16;  // of keys, that are worth waking a thread
 
-// The pages of a row's keys, in order, are those of its table; its query sees the first `lengths`
-// positions.
+// The pages of a row's keys, in order, are those of its table; each of its `queries` sees the
+// first `lengths` positions.
 struct Problem {
-  int64_t heads, pages, page_size, head_dim, table_size, bits;
-  const float* query;                      // [batch, heads, head_dim]
+  int64_t queries, heads, pages, page_size, head_dim, table_size, bits;
+  const float* query;                      // [batch, queries, heads, head_dim]
   const void *keys, *values;               // [heads, pages, page_size, head_dim]
   const float *key_scales, *value_scales;  // [heads, pages, page_size], or null
-  const int32_t* lengths;                  // [batch]
+  const int32_t* lengths;                  // [batch, queries]
   const int32_t* tables;                   // [batch, table_size]
   float* out;                              // like query
 };
@@ -44,9 +44,10 @@ Run<T> MakeRun(const Problem& p, int64_t position, int64_t count) {
 }
 
 template <class T>
-void FindRuns(const Problem& p, int64_t row, int64_t head, std::vector<Run<T>>& runs) {
+void FindRuns(const Problem& p, int64_t row, int64_t head, int64_t length,
+              std::vector<Run<T>>& runs) {
   runs.clear();
-  const int64_t end = std::clamp<int64_t>(p.lengths[row], 0, p.table_size * p.page_size);
+  const int64_t end = std::clamp<int64_t>(length, 0, p.table_size * p.page_size);
   for (int64_t begin = 0; begin < end; begin += p.page_size) {
     const int64_t page = p.tables[row * p.table_size + begin / p.page_size];
     const int64_t index = head * p.pages + std::clamp<int64_t>(page, 0, p.pages - 1);
@@ -54,18 +55,21 @@ void FindRuns(const Problem& p, int64_t row, int64_t head, std::vector<Run<T>>& 
   }
 }
 
-// Items are the heads of each row of the batch.
+// Items are the queries of each head of each row: a head's keys stay in the cache for all of them.
 template <class T, class F>
 void ForEachQuery(const Problem& p, int64_t first, int64_t last, F attend) {
   std::vector<float> scores(p.page_size * p.table_size + kMaxLanes);
   std::vector<Run<T>> runs;
   for (int64_t item = first; item < last; ++item) {
-    float* out = p.out + item * p.head_dim;
-    FindRuns(p, item / p.heads, item % p.heads, runs);
+    const int64_t row = item / (p.heads * p.queries), head = item / p.queries % p.heads;
+    const int64_t query = row * p.queries + item % p.queries;
+    const int64_t offset = (query * p.heads + head) * p.head_dim;
+    float* out = p.out + offset;
+    FindRuns(p, row, head, p.lengths[query], runs);
     if (runs.empty()) {
       std::fill(out, out + p.head_dim, 0.0f);
     } else {
-      attend(p.query + item * p.head_dim, runs, p.head_dim, scores.data(), out);
+      attend(p.query + offset, runs, p.head_dim, scores.data(), out);
     }
   }
 }
@@ -87,16 +91,16 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi
   const auto q = query.dimensions(), k = keys.dimensions(), t = tables.dimensions();
   const int64_t bytes = keys.size_bytes() / std::max<size_t>(1, keys.element_count());
   const bool has_scales = key_scales.element_count() > 0;
-  if (q.size() != 3 || k.size() != 4 || t.size() != 2 || q[1] != k[0] || q[2] != k[3] ||
-      k[1] < 1 || t[0] != q[0] || static_cast<int64_t>(lengths.element_count()) != q[0] ||
-      q[2] % kMaxLanes || values.element_count() != keys.element_count() ||
+  if (q.size() != 4 || k.size() != 4 || t.size() != 2 || q[2] != k[0] || q[3] != k[3] ||
+      k[1] < 1 || t[0] != q[0] || static_cast<int64_t>(lengths.element_count()) != q[0] * q[1] ||
+      q[3] % kMaxLanes || values.element_count() != keys.element_count() ||
       key_scales.element_count() != value_scales.element_count() || (has_scales && bytes != 1) ||
       (bytes != 1 && bytes != 2 && bytes != 4)) {
     return ffi::Error::InvalidArgument("paged attention: shapes do not belong together");
   }
   auto job = std::make_shared<Job>();
   Problem& problem = job->problem;
-  problem.heads = q[1], problem.head_dim = q[2];
+  problem.queries = q[1], problem.heads = q[2], problem.head_dim = q[3];
   problem.pages = k[1], problem.page_size = k[2], problem.table_size = t[1];
   problem.bits = 8 * bytes;
   problem.query = query.typed_data();
@@ -108,7 +112,7 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi
   problem.tables = tables.typed_data();
   problem.out = out->typed_data();
   job->run = GLM_JAX_CHOOSE(max_vector_bits, RunItems);
-  job->count = q[0] * q[1];
+  job->count = q[0] * q[1] * q[2];
   glm_jax::RunOnThreads(pool, job, static_cast<int64_t>(keys.size_bytes()) >= kMinSharedBytes);
   return ffi::Error::Success();
 }

@@ -1,6 +1,6 @@
 """Attention over pages on CPU: a C++ kernel (`jax.ffi`).
 
-XLA on CPU copies pages for each reader of what was just written to them, and multiplies single
+XLA on CPU copies pages for each reader of what was just written to them, and multiplies few
 queries on one thread; the kernel reads a row's own pages once, on all threads, as they are stored.
 """
 

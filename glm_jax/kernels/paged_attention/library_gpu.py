@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from glm_jax.kernels import target
 from glm_jax.kernels.dispatch import unmet
-from glm_jax.kernels.paged_attention.arguments import Arguments
+from glm_jax.kernels.paged_attention.arguments import Arguments, with_single_queries
 
 _HEAD_DIMS = (64, 128)
 _BLOCK = 128  # keys that a program takes at once
@@ -46,23 +46,25 @@ class LibraryGPU:
         ) or (None if _library() is not None else "this version of JAX no longer has the kernel")
 
     def __call__(self, arguments: Arguments) -> Array:
-        query, lengths = arguments.query, arguments.lengths
-        page_size, table_size = arguments.keys.shape[2], arguments.tables.shape[1]
+        single = with_single_queries(arguments)
+        query, lengths = single.query, single.lengths
+        page_size, table_size = single.keys.shape[2], single.tables.shape[1]
         splits = math.gcd(_MAX_SPLITS, table_size)
         attended: Array = _library().paged_attention(
             # The kernel does not scale.
             query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype),
-            arguments.keys,
-            arguments.values,
-            arguments.tables,
+            single.keys,
+            single.values,
+            single.tables,
             lengths,
-            arguments.key_scales,
-            arguments.value_scales,
+            single.key_scales,
+            single.value_scales,
             pages_per_compute_block=max(1, min(table_size // splits, _BLOCK // page_size)),
             k_splits=splits,
         )
         # A row without keys has a sum of nothing over nothing.
-        return jnp.where((lengths > 0)[:, None, None], attended, 0).astype(query.dtype)
+        attended = jnp.where((lengths > 0)[:, None, None], attended, 0)
+        return attended.reshape(arguments.query.shape).astype(query.dtype)
 
 
 def _is_power_of_two(number: int) -> bool:

@@ -7,7 +7,7 @@ from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention as l
 from jaxtyping import Array
 
 from glm_jax.kernels.dispatch import unmet
-from glm_jax.kernels.paged_attention.arguments import Arguments
+from glm_jax.kernels.paged_attention.arguments import Arguments, with_single_queries
 
 _LANES = 128
 _BLOCK = 512  # keys that the kernel takes at once
@@ -31,8 +31,9 @@ class LibraryTPU:
         )
 
     def __call__(self, arguments: Arguments) -> Array:
-        query, keys, lengths = arguments.query, arguments.keys, arguments.lengths
-        table_size = arguments.tables.shape[1]
+        single = with_single_queries(arguments)
+        query, keys, lengths = single.query, single.keys, single.lengths
+        table_size = single.tables.shape[1]
         count = min(table_size, max(1, _BLOCK // keys.shape[2]))
         while table_size % count:
             count -= 1
@@ -40,10 +41,11 @@ class LibraryTPU:
             # The kernel does not scale.
             query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype),
             keys,
-            arguments.values,
+            single.values,
             # A row without keys would leave its results unwritten.
             jnp.maximum(lengths, 1),
-            arguments.tables,
+            single.tables,
             pages_per_compute_block=count,
         )
-        return jnp.where((lengths > 0)[:, None, None], attended, 0).astype(query.dtype)
+        attended = jnp.where((lengths > 0)[:, None, None], attended, 0)
+        return attended.reshape(arguments.query.shape).astype(query.dtype)

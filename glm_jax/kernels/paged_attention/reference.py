@@ -29,5 +29,5 @@ class Reference:
             return rows.reshape(*rows.shape[:2], -1, rows.shape[-1]).astype(query.dtype)
 
         key, value = gather(a.keys, a.key_scales), gather(a.values, a.value_scales)
-        mask = jnp.arange(key.shape[2]) < a.lengths[:, None]
-        return masked_attention(query[:, None], key, value, mask[:, None], a.softmax_dtype)[:, 0]
+        mask = jnp.arange(key.shape[2]) < a.lengths[..., None]
+        return masked_attention(query, key, value, mask, a.softmax_dtype)

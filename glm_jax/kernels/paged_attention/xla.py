@@ -35,7 +35,7 @@ def _attention(arguments: Arguments) -> Array:
     count = max(1, min(_BLOCK // page_size, arguments.tables.shape[1]))
     tables = jnp.pad(arguments.tables, ((0, 0), (0, -arguments.tables.shape[1] % count)))
     width = count * page_size
-    scaled = (query * jnp.asarray(head_dim**-0.5, query.dtype))[:, :, None]
+    scaled = query * jnp.asarray(head_dim**-0.5, query.dtype)
 
     def take(pages: Array | None, block: Array) -> Any:
         """[heads, batch, width, ..] of a block of each row's pages."""
@@ -52,25 +52,27 @@ def _attention(arguments: Arguments) -> Array:
             take(pages, block)
             for pages in (keys, arguments.values, arguments.key_scales, arguments.value_scales)
         )
-        scores = einsum("bhqd,hbkd->bhqk", scaled, k.astype(query.dtype))[:, :, 0]
+        scores = einsum("bqhd,hbkd->bhqk", scaled, k.astype(query.dtype))
         if k_scale is not None:
-            scores = scores * jnp.swapaxes(k_scale, 0, 1)
-        is_seen = block * width + jnp.arange(width) < lengths[:, None]  # [batch, width]
+            scores = scores * jnp.swapaxes(k_scale, 0, 1)[:, :, None]
+        is_seen = block * width + jnp.arange(width) < lengths[..., None]  # [batch, new, width]
         scores = jnp.where(is_seen[:, None], scores, _LOWEST)
         new = jnp.maximum(largest, jnp.max(scores, axis=-1))
         weights = jnp.where(scores == _LOWEST, 0, jnp.exp(scores - new[..., None]))
         shrink = jnp.exp(largest - new)
         total = total * shrink + jnp.sum(weights, axis=-1)
         # What an earlier request left may be NaN, and NaN times the weight 0 is NaN.
-        v = jnp.where(is_seen[..., None], v, 0)
+        is_any_row = jnp.any(is_seen, axis=1)  # [batch, width]
+        v = jnp.where(is_any_row[..., None], v, 0)
         if v_scale is not None:
-            weights = weights * jnp.swapaxes(jnp.where(is_seen, v_scale, 0), 0, 1)
-        weights = weights.astype(query.dtype)[:, :, None]
-        part = einsum("bhqk,hbkd->bhqd", weights, v.astype(query.dtype))[:, :, 0]
+            v_scale = jnp.swapaxes(jnp.where(is_any_row, v_scale, 0), 0, 1)
+            weights = weights * v_scale[:, :, None]
+        part = einsum("bhqk,hbkd->bhqd", weights.astype(query.dtype), v.astype(query.dtype))
         return new, total, summed * shrink[..., None] + part
 
-    shape = query.shape[:2]
+    shape = tuple(query.shape[i] for i in (0, 2, 1))
     start = (jnp.full(shape, _LOWEST), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
     blocks = -(-jnp.max(lengths, initial=0) // width)
     _, total, summed = jax.lax.fori_loop(0, blocks, step, start)
-    return (summed / jnp.where(total == 0, 1, total)[..., None]).astype(query.dtype)
+    attended = summed / jnp.where(total == 0, 1, total)[..., None]
+    return jnp.swapaxes(attended, 1, 2).astype(query.dtype)
