@@ -10,7 +10,7 @@ from glm_jax.planning.training_programs import memory
 from glm_jax.sharding import make_mesh
 
 CASES = [
-    # hardware, devices, weights, compute, cache, slots
+    # hardware, devices, weights, compute, cache, slots; each takes a minute or two of a core
     ("a100_40gb", 8, None, "float16", None, 2),
     ("v100", 8, "int8", "float16", None, 2),
     ("rtx_3090", 8, "int8", "float16", None, 1),
@@ -21,7 +21,18 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+# One of each compiler and precision; the others are slow, and take no other way.
+FIRST = (("a100_40gb", None), ("rtx_3090", "int4"), ("tpu_v5p", None))
+
+
+def _marked(case):
+    is_first = (case[0], case[2]) in FIRST
+    return pytest.param(
+        case, id="-".join(map(str, case)), marks=() if is_first else pytest.mark.slow
+    )
+
+
+@pytest.mark.parametrize("case", map(_marked, CASES))
 def test_fits_with_2048_positions(case):
     name, devices, weights, dtype, cache, slots = case
     described = hardware(name)
