@@ -1,4 +1,4 @@
-"""Command-line tools that turn other people's checkpoints into ours, and back."""
+"""Command-line tools that convert released checkpoints to model folders, and back."""
 
 import os
 import signal

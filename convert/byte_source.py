@@ -1,4 +1,4 @@
-"""Bytes that can be read at any place: of a file, of parts as if joined, of a range."""
+"""Bytes that can be read at any offset: of a file, of several files as one, of a range."""
 
 import bisect
 import io
@@ -14,7 +14,7 @@ from convert.errors import ConvertError, SourceError
 
 class ByteSource(Protocol):
     """Attributes:
-    name: what messages call it.
+    name: for messages.
     size: in bytes.
     """
 
@@ -22,10 +22,10 @@ class ByteSource(Protocol):
     size: int
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fills the buffer from `offset` on; from any thread.
+        """Fill the buffer from `offset` on; from any thread.
 
         Raises:
-          ConvertError: it ends before.
+          ConvertError: the source ends before.
         """
 
 
@@ -59,7 +59,7 @@ class FileBytes:
         done = 0
         while done < len(buffer):
             try:
-                count = self._read_some(offset + done, buffer[done:])
+                count = self._read_part(offset + done, buffer[done:])
             except OSError as error:
                 why = error.strerror or str(error)
                 raise SourceError(
@@ -70,7 +70,7 @@ class FileBytes:
                 raise ConvertError(f"{self.name} became shorter while it was read")
             done += count
 
-    def _read_some(self, offset: int, buffer: memoryview) -> int:
+    def _read_part(self, offset: int, buffer: memoryview) -> int:
         if self._is_local:
             return os.preadv(self._file.fileno(), [buffer], offset)
         with self._lock:
@@ -81,7 +81,7 @@ class FileBytes:
 
 
 class JoinedBytes:
-    """Parts one after another."""
+    """Parts one after another, read as one."""
 
     def __init__(self, name: str, parts: Sequence[ByteSource]):
         self.name, self._parts = name, parts
@@ -101,8 +101,8 @@ class JoinedBytes:
         while done < len(buffer):
             index = bisect.bisect_right(self._ends, offset + done) - 1
             count = min(len(buffer) - done, self._ends[index + 1] - offset - done)
-            place = offset + done - self._ends[index]
-            self._parts[index].read_into(place, buffer[done : done + count])
+            start = offset + done - self._ends[index]
+            self._parts[index].read_into(start, buffer[done : done + count])
             done += count
 
 
@@ -126,7 +126,7 @@ class Stream(io.RawIOBase):
     """A source as a file object, for the standard library's readers of archives."""
 
     def __init__(self, source: ByteSource):
-        self._source, self._place = source, 0
+        self._source, self._position = source, 0
 
     def readable(self) -> bool:
         return True
@@ -135,18 +135,18 @@ class Stream(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._source.size}[whence]
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._source.size}[whence]
         if base + offset < 0:
             raise ValueError("negative seek")
-        self._place = base + offset
-        return self._place
+        self._position = base + offset
+        return self._position
 
     def tell(self) -> int:
-        return self._place
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
-        left = max(self._source.size - self._place, 0)
-        some = memoryview(buffer).cast("B")[:left]
-        self._source.read_into(self._place, some)
-        self._place += len(some)
-        return len(some)
+        remaining = max(self._source.size - self._position, 0)
+        target = memoryview(buffer).cast("B")[:remaining]
+        self._source.read_into(self._position, target)
+        self._position += len(target)
+        return len(target)

@@ -1,5 +1,7 @@
-"""Shards to a model folder, layer by layer: memory stays at a layer, and a conversion that
-was broken off goes on with the layers that are not there yet."""
+"""Convert shards to a model folder, layer by layer.
+
+Memory stays at a layer, and a conversion that was interrupted goes on with the missing layers.
+"""
 
 import contextlib
 import ctypes
@@ -36,8 +38,8 @@ from glm_jax.quantization import Scheme, WeightFormat
 from glm_jax.sharding import make_mesh, parameter_sharding
 from glm_jax.tokenizer import Tokenizer
 
-# Pieces that arrays are stored in along the tensor axis: any mesh of as many devices along
-# it, or of a divisor, reads its own bytes alone.
+# Arrays are stored in this many pieces along the tensor axis. Each device of a mesh that has as
+# many devices along it, or a divisor, reads only its own bytes.
 PIECES = 16
 PROVENANCE_FILE = "provenance.json"
 _PLAN_FILE = "conversion.json"
@@ -50,12 +52,12 @@ class Options:
 
     Attributes:
       num_heads: None to take it from the shards.
-      dtype: of float arrays, None as they are stored.
-      quantization: of float kernels, as `Scheme.parse` takes it.
-      allow_non_finite: take NaN and infinite weights, which are counted in any case.
-      allow_differing_copies: of what each shard has whole, take the first shard's where they
-        differ, which is said in any case.
-      is_checked: hold tensors against the files' checksums.
+      dtype: of float arrays; None for the stored one.
+      quantization: of float kernels; see `Scheme.parse`.
+      allow_non_finite: accept NaN and infinite weights; they are reported in any case.
+      allow_differing_copies: use the first shard's copy of a tensor that every shard has whole
+        where copies differ; differences are reported in any case.
+      is_checked: compare tensors with the files' checksums.
       process_id, num_processes: this process converts every num_processes-th part.
     """
 
@@ -71,8 +73,10 @@ class Options:
 
 
 def keep_freed_memory() -> None:
-    """Tells the C library to use memory again instead of giving it back to the system, which
-    would have to clear it: the copies that are written are as large as the model."""
+    """Tell the C library to reuse freed memory, which the system would clear if it got it back.
+
+    All copies that are written together are as large as the model.
+    """
     with contextlib.suppress(OSError, AttributeError):  # of other C libraries
         library = ctypes.CDLL(None)
         library.mallopt(_MMAP_THRESHOLD, 1 << 30)
@@ -85,11 +89,11 @@ def convert_shards(
     options: Options = Options(),
     tokenizer: Tokenizer | None = None,
 ) -> None:
-    """Writes a model folder; until it is whole it stands as OUTPUT.partial.
+    """Write a model folder, which is named OUTPUT.partial until it is whole.
 
     Raises:
       ConvertError: the input is not a whole released checkpoint; nothing is left behind.
-      SourceError: the input cannot be read this time; what is converted stays.
+      SourceError: the input's disk or network fails; converted parts stay.
       OutputError: the output folder is not empty, or cannot be written.
     """
     files.refuse_non_empty(output)
@@ -138,7 +142,7 @@ def _no_room(partial: Path, why: str) -> ConvertError:
 
 
 def _plan(checkpoint: SatCheckpoint, config: GLMConfig, options: Options) -> dict[str, Any]:
-    """Where a model comes from; what is converted by another plan is another model."""
+    """Describe what is converted and how; another plan makes another model."""
     return {
         "tool": f"glm_jax {version()}",
         "sources": [
@@ -164,9 +168,9 @@ class _Conversion:
         self._buffers = [_Buffers(), _Buffers()]
 
     def open(self, plan: dict[str, Any]) -> None:
-        """Makes the folder, or finds what an earlier run of the same plan left."""
-        if self.partial.exists() and self._found_plan() is None:
-            shutil.rmtree(self.partial)  # left by something that was no conversion
+        """Make the folder, or take over what an earlier run of the same plan left."""
+        if self.partial.exists() and self._plan_on_disk() is None:
+            shutil.rmtree(self.partial)  # not left by a conversion
         if not self.partial.exists():
             # Made beside and renamed: of several processes one makes it, with its plan.
             beside = self.partial.with_name(f"{self.partial.name}.{os.getpid()}")
@@ -176,30 +180,30 @@ class _Conversion:
                 files.write_text(beside / _PLAN_FILE, text)
                 files.put_in_place(beside, self.partial)
             except OSError:
-                if self._found_plan() is None:  # or another process was first
+                if self._plan_on_disk() is None:  # or another process was first
                     raise
             finally:
                 shutil.rmtree(beside, ignore_errors=True)
-        if self._found_plan() != plan:
+        if self._plan_on_disk() != plan:
             raise ConvertError(
                 f"{self.partial} holds a conversion of another source or with other options: "
                 "remove it, or give those again"
             )
         self._check_room()
 
-    def _found_plan(self) -> Any:
-        """Of the conversion that the folder holds, also of one that was about to end."""
+    def _plan_on_disk(self) -> Any:
+        """Read the plan of the conversion in the folder, also of one that is nearly done."""
         for name in (_PLAN_FILE, PROVENANCE_FILE):
             with contextlib.suppress(FileNotFoundError, ValueError):
                 return json.loads((self.partial / name).read_text(encoding="utf-8"))
         return None
 
     def _check_room(self) -> None:
-        """Says no before anything is written, where that is bound to fail half-way."""
+        """Raise ConvertError before anything is written if the disk is too small."""
         count = glm_params.parameter_count(self._config)
         needed = count * self._stored.bits / 8
-        there = _bytes_below(self._folder)
-        if missing := files.missing_room(self.partial, int(needed) - there):
+        written = _bytes_below(self._folder)
+        if missing := files.missing_room(self.partial, int(needed) - written):
             raise _no_room(self.partial, missing)
 
     def _names(self) -> list[str]:
@@ -210,8 +214,7 @@ class _Conversion:
         return self._names()[self._options.process_id :: self._options.num_processes]
 
     def _is_whole(self, name: str) -> bool:
-        """Whether an earlier run, or another process, left a part, and all that was written: it
-        is read for that."""
+        """Return whether a part is on disk and undamaged, which reads it."""
         try:
             metadata = parameter_files.part_metadata(self._folder, name)
             target = parameter_files.on_one_device(metadata, jax.devices("cpu")[0])
@@ -221,7 +224,7 @@ class _Conversion:
         return True
 
     def write_parts(self) -> None:
-        """Reads a part while the one before is written."""
+        """Write the missing parts; each is read while the one before is written."""
         own = self._own_names()
         with futures.ThreadPoolExecutor(1) as writer:
             writing: futures.Future[None] | None = None
@@ -270,22 +273,22 @@ class _Conversion:
         layer = self._checkpoint.layer(self._config, index)
         layer = jax.tree.map(lambda x: self._cast(x[None]), layer)
 
-        def place(name: str, linear: LinearParams) -> LinearParams:
+        def store(name: str, linear: LinearParams) -> LinearParams:
             axes = ("layers", *KERNEL_AXES[name])
             kernel = linear.kernel
             if self._options.quantization is not None:
                 scheme = Scheme.parse(self._options.quantization)
                 kernel = quantized_kernel(kernel, scheme, KERNEL_AXES[name])
             if self._stored.is_quantized:
-                kernel = dataclasses.replace(kernel, values=self._place(kernel.values, axes))
+                kernel = dataclasses.replace(kernel, values=self._shard(kernel.values, axes))
             else:
-                kernel = self._place(kernel, axes)
+                kernel = self._shard(kernel, axes)
             return LinearParams(kernel, linear.bias)
 
-        return glm_params.map_layer_linears(place, layer)
+        return glm_params.map_layer_linears(store, layer)
 
     def _put_pieces(self, name: str, pieces: np.ndarray) -> jax.Array:
-        """A stacked kernel of one layer."""
+        """Return the stacked kernel of one layer from pieces [pieces, inputs, *outputs]."""
         axis = next(i for i, a in enumerate(KERNEL_AXES[name]) if a in ("heads", "mlp"))
         shape = list(pieces.shape)
         shape[0], shape[1 + axis] = 1, shape[1 + axis] * len(pieces)
@@ -295,7 +298,7 @@ class _Conversion:
     def _join(
         self, pieces: list[np.ndarray], shape: tuple[int, ...], sharding: jax.sharding.Sharding
     ) -> jax.Array:
-        """An array of pieces along the tensor axis, each on its device, not copied."""
+        """Return an array of pieces along the tensor axis, each on its device, without copies."""
         devices = self._mesh.devices.flat
         arrays = [jax.device_put(x, device) for x, device in zip(pieces, devices, strict=True)]
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
@@ -304,20 +307,20 @@ class _Conversion:
         dtype = self._options.dtype
         return x if dtype is None or x.dtype.kind in "iu" else cast(x, dtype)
 
-    def _place(self, x: Any, axes: Any) -> jax.Array:
-        """Over devices, so that it is stored in as many chunks."""
+    def _shard(self, x: Any, axes: Any) -> jax.Array:
+        """Shard over devices, so that it is stored in as many chunks."""
         return jax.device_put(x, parameter_sharding(self._mesh, axes, x.shape))
 
     def finish(self, extra_files: tuple[Path, ...]) -> None:
-        """Gives the folder its name when the parts of all processes are there."""
-        done = self._own_names()  # which were checked, or written, just now
+        """Rename the folder to its name when the parts of all processes are written."""
+        done = self._own_names()  # just checked or written
         others = [name for name in self._names() if name not in done]
         try:
-            with files.locked(self.partial):  # of processes that end at once, one
+            with files.locked(self.partial):  # one of the processes that end together
                 is_named = (self._output / CONFIG_FILE).exists()
                 is_whole = not is_named and all(self._is_whole(name) for name in others)
                 if is_whole:
-                    self._give_name(extra_files)
+                    self._put_in_place(extra_files)
         except files.LockedError:
             is_named, is_whole = True, False
         if is_named:
@@ -335,7 +338,7 @@ class _Conversion:
             f"{self._stored.name}, from {len(self._checkpoint.shards)} shards"
         )
 
-    def _give_name(self, extra_files: tuple[Path, ...]) -> None:
+    def _put_in_place(self, extra_files: tuple[Path, ...]) -> None:
         for left in self._folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(left, ignore_errors=True)
         if (self.partial / _PLAN_FILE).exists():
@@ -345,7 +348,7 @@ class _Conversion:
 
 
 def _bytes_below(folder: Path) -> int:
-    """Of all files in a folder, while other processes write and rename there."""
+    """Return the size of all files in a folder, in which other processes may write and rename."""
     size = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -355,26 +358,26 @@ def _bytes_below(folder: Path) -> int:
 
 
 class _Buffers:
-    """Arrays that are used again for the next layer: new memory costs as much as reading."""
+    """Arrays that the next layer reuses: new memory costs as much as reading."""
 
     def __init__(self) -> None:
-        self._taken: list[np.ndarray] = []
+        self._arrays: list[np.ndarray] = []
         self._next = 0
 
     def allocate(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """The arrays of a layer, asked for in the same order for each."""
+        """Return a layer's next array; each layer asks for the same ones in the same order."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         if self._next == len(LINEAR_NAMES):
             self._next = 0
-        if self._next == len(self._taken):
-            self._taken.append(aligned_empty((size,), np.uint8))
-        array: np.ndarray = self._taken[self._next].view(dtype).reshape(shape)
+        if self._next == len(self._arrays):
+            self._arrays.append(aligned_empty((size,), np.uint8))
+        array: np.ndarray = self._arrays[self._next].view(dtype).reshape(shape)
         self._next += 1
         return array
 
 
 def _stored_format(checkpoint: SatCheckpoint, config: GLMConfig, options: Options) -> WeightFormat:
-    """What kernels are written as."""
+    """Return the format that kernels are written in."""
     if options.quantization is not None:
         return Scheme.parse(options.quantization).format
     bits = checkpoint.bits(config)
@@ -384,7 +387,7 @@ def _stored_format(checkpoint: SatCheckpoint, config: GLMConfig, options: Option
 
 
 def _storage_mesh(config: GLMConfig, stored: WeightFormat) -> Mesh:
-    """Devices along the tensor axis, as many as all that is split over it divides by."""
+    """Return a mesh whose tensor axis divides all sizes that are split over it."""
     devices = jax.devices("cpu")
     inputs = (config.inner_hidden_size, config.hidden_size)
     packed = [size // 2 for size in inputs] if stored.bits == 4 else []

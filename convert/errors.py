@@ -1,4 +1,4 @@
-"""How a converter says that its input is wrong."""
+"""Errors of the converters' input."""
 
 from glm_jax.errors import UserError
 
@@ -8,5 +8,4 @@ class ConvertError(UserError):
 
 
 class SourceError(ConvertError):
-    """Input that cannot be read this time, for whatever reason its disk or network has; what was
-    converted of it stays."""
+    """Input whose disk or network fails now, so that the same command can go on later."""

@@ -1,4 +1,4 @@
-"""What a file is that is not the expected one, and what to do about it; what names may be."""
+"""Recognise files of another kind than the expected one, and say what to do; check names."""
 
 import re
 
@@ -19,19 +19,18 @@ _WEB_PAGE = (b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<error", b"
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name, of a flag or in a file, can be one of a file or folder: never a path."""
+    """Return whether a name, from a flag or a file, can be a file's or a folder's and no path."""
     return re.fullmatch(r"\w[\w.+-]{0,200}", name) is not None
 
 
 def known_kind(source: ByteSource, expected: str) -> str | None:
-    """Says what a file is that should be of another kind, and what to do, in words that follow
-    its name in a sentence.
+    """Describe a file of another kind than expected, and what to do, to follow its name.
 
     Args:
       expected: "zip", "tar", "safetensors" or "json".
 
     Returns:
-      None where it is nothing that is known, or of the expected kind.
+      Such as "is empty: fetch it again"; None for the expected kind or an unknown one.
     """
     if not source.size:
         return "is empty: fetch it again"

@@ -27,7 +27,7 @@ Row = tuple[str, tuple[int, ...], str]
 
 
 def fitting_degrees(config: GLMConfig) -> list[int]:
-    """Tensor-parallel degrees that divide everything that is split over the tensor axis."""
+    """Return the tensor-parallel degrees that divide all sizes split over the tensor axis."""
     sizes = (config.num_heads, config.inner_hidden_size, config.vocab_size)
     return [n for n in _DEGREES if not any(size % n for size in sizes)]
 
@@ -52,7 +52,7 @@ def _safetensors_rows(folder: Path) -> Iterator[Row]:
 
 
 def describe(path: str, num_heads: int | None) -> tuple[list[str], list[Row], GLMConfig | None]:
-    """What it is in lines, its arrays, and its config if this architecture can run it."""
+    """Return lines that describe a checkpoint, its arrays, and its config if it can be run."""
     folder = Path(path)
     if (folder / CONFIG_FILE).exists():
         config = read_config(folder)

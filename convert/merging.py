@@ -1,4 +1,4 @@
-"""A model with its adapters merged into its kernels, layer by layer."""
+"""Merge adapters into a model's kernels, layer by layer."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,13 +70,13 @@ class MergedModel:
 
 
 def open_with(path: Path, adapter: Path | None) -> OpenModel:
-    """A model in any form, merged with adapters where they are given."""
+    """Open a model in any form, merged with adapters if `adapter` names them."""
     model = open_model(path)
     return model if adapter is None else MergedModel(model, adapter)
 
 
 def write_merged(source: Path, adapter: Path, output: Path) -> None:
-    """Writes a model folder, a layer at a time; beside its place until it is whole.
+    """Write a model folder, a layer at a time, under a temporary name until it is whole.
 
     Raises:
       ConvertError, CheckpointError: see `MergedModel`.
@@ -104,5 +104,5 @@ def write_merged(source: Path, adapter: Path, output: Path) -> None:
 
 
 def _tokenizer_files(source: Path) -> tuple[Path, ...]:
-    """Of a folder that has a tokenizer: not every one has."""
+    """Return a model folder's tokenizer files, if it has any."""
     return Tokenizer(source).files if (source / MODEL_FILE).exists() else ()

@@ -36,9 +36,9 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 
 class OpenModel(Protocol):
     """Attributes:
-    kind: what it is, in words, and whether there is nothing to check it with.
+    kind: a description, which also says if there are no checksums.
     config: its architecture.
-    bits: 8 or 4 of a quantised one.
+    bits: 8 or 4 if it is quantised, else None.
     """
 
     kind: str
@@ -46,21 +46,21 @@ class OpenModel(Protocol):
     bits: int | None
 
     def embedding(self) -> np.ndarray:
-        """[vocab, embed]."""
+        """Return [vocab, embed]."""
 
     def final_layernorm(self) -> LayerNormParams: ...
 
     def layers(self) -> Iterator[LayerParams]:
-        """One block after another, in numpy arrays."""
+        """Yield the layers in order, as numpy arrays."""
 
 
 def open_model(
     path: epath.PathLike, num_heads: int | None = None, allow_differing_copies: bool = False
 ) -> OpenModel:
-    """A model folder, a folder of safetensors, or released shards in any form.
+    """Open a model folder, a folder of safetensors, or released shards in any form.
 
     Args:
-      num_heads: of released shards that do not tell it.
+      num_heads: for released shards that do not say it; None otherwise.
       allow_differing_copies: see `SatCheckpoint`.
 
     Raises:
@@ -72,8 +72,10 @@ def open_model(
 def open_plainly(
     path: epath.PathLike, num_heads: int | None = None, allow_differing_copies: bool = False
 ) -> OpenModel:
-    """`open_model`, whose released tensors are read by code that is not the converter's
-    (`plain_reading`): what the converter does wrong shows as a difference."""
+    """Open a model as `open_model` does, but read released tensors without the converter's code.
+
+    An error of the converter then shows as a difference; see `plain_reading`.
+    """
     return _open(path, num_heads, allow_differing_copies).plain()
 
 
@@ -103,7 +105,7 @@ class _Folder:
         metadata = parameter_files.part_metadata(self._params, parameter_files.EMBEDDING)
         target = parameter_files.on_one_device(metadata, jax.devices("cpu")[0])
         rest = parameter_files.read_part(self._params, parameter_files.EMBEDDING, target, metadata)
-        # It lies beside the embedding, which is not read for it again.
+        # It is stored with the embedding, which would be read for it again.
         norm = rest["final_layernorm"]
         self._norm = LayerNormParams(np.asarray(norm["scale"]), np.asarray(norm["bias"]))
         return np.asarray(rest["word_embeddings"])
@@ -116,9 +118,9 @@ class _Folder:
 
     def layers(self) -> Iterator[LayerParams]:
         for first, end in self._ranges:
-            some = restore_layers(self._params, self.config, self._stored, first, end)
+            layers = restore_layers(self._params, self.config, self._stored, first, end)
             for i in range(end - first):
-                yield jax.tree.map(lambda x, i=i: np.asarray(x[i]), some)
+                yield jax.tree.map(lambda x, i=i: np.asarray(x[i]), layers)
 
     def plain(self) -> OpenModel:
         return self
@@ -158,7 +160,7 @@ class _Safetensors:
         self._folder = folder
         self.config = read_config(folder)
         self._files = read_index(folder)
-        # Those that other programs wrote have none.
+        # Other programs write none.
         has_checksums = (folder / CHECKSUMS_FILE).exists()
         self._checksums = check_files(folder) if has_checksums else None
         # Before shapes of layers are listed: a config can claim any number of them.
@@ -220,10 +222,10 @@ class _Safetensors:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """The files in `folder` that hold its tensors, by the tensors' names.
+    """Return the names of the files in `folder` that hold its tensors, by the tensors' names.
 
     Raises:
-      ConvertError: it is no index, or names files elsewhere.
+      ConvertError: it is no index, or names files in another folder.
     """
     path = folder / SAFETENSORS_INDEX
     try:
@@ -241,7 +243,7 @@ def read_index(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
-    """A file of safetensors.
+    """Open a file of safetensors.
 
     Raises:
       ConvertError: it is missing, damaged or of another format.

@@ -16,7 +16,7 @@ _BLOCK = 1 << 19  # what fits in a cache
 
 
 def count_non_finite(values: np.ndarray) -> int:
-    """How many numbers are NaN or infinite."""
+    """Count the numbers that are NaN or infinite."""
     if values.dtype.kind in "iub":
         return 0
     flat = values.reshape(-1)
@@ -31,32 +31,32 @@ def count_non_finite(values: np.ndarray) -> int:
 
 
 def differing(a: np.ndarray, b: np.ndarray) -> tuple[int, float]:
-    """How many numbers of two arrays differ, and by how much at most. NaN equals NaN."""
+    """Count the numbers that differ, and return the greatest difference. NaN equals NaN."""
     a, b = a.astype(np.float64), b.astype(np.float64)
-    is_other = ~((a == b) | (np.isnan(a) & np.isnan(b)))
-    if not is_other.any():
+    is_different = ~((a == b) | (np.isnan(a) & np.isnan(b)))
+    if not is_different.any():
         return 0, 0.0
-    gap = np.abs(a - b)[is_other]
+    gap = np.abs(a - b)[is_different]
     return gap.size, float(np.where(np.isnan(gap), np.inf, gap).max())
 
 
 def cast(values: Any, dtype: Any) -> np.ndarray:
-    """Floats in another dtype.
+    """Return floats in another dtype.
 
     Raises:
-      ConvertError: numbers that are beyond it.
+      ConvertError: numbers that are beyond its range.
     """
     array = np.asarray(values)
     if array.dtype == dtype:
         return array
     with np.errstate(over="ignore"):
-        narrow = array.astype(dtype)
-    overflown = 0
-    if ml_dtypes.finfo(narrow.dtype).max < ml_dtypes.finfo(array.dtype).max:
-        overflown = count_non_finite(narrow) - count_non_finite(array)
-    if overflown:
+        result = array.astype(dtype)
+    overflowed = 0
+    if ml_dtypes.finfo(result.dtype).max < ml_dtypes.finfo(array.dtype).max:
+        overflowed = count_non_finite(result) - count_non_finite(array)
+    if overflowed:
         raise ConvertError(
-            f"{overflown} numbers of a tensor of {list(array.shape)} are beyond {narrow.dtype}, "
-            f"which was asked for, or which the released layout has: {_WIDER[str(narrow.dtype)]}"
+            f"{overflowed} numbers of a tensor of {list(array.shape)} are beyond {result.dtype}, "
+            f"which was asked for, or which the released layout has: {_WIDER[str(result.dtype)]}"
         )
-    return narrow
+    return result

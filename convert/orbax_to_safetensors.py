@@ -28,10 +28,10 @@ FLAGS = flags.FLAGS
 
 
 class _Files:
-    """Collects tensors into files of at most so many bytes, or of one larger tensor."""
+    """Collects tensors into files of up to `max_bytes`, or of one larger tensor."""
 
-    def __init__(self, folder: Path, most: int):
-        self._folder, self._most = folder, most
+    def __init__(self, folder: Path, max_bytes: int):
+        self._folder, self._max_bytes = folder, max_bytes
         self._waiting: dict[str, np.ndarray] = {}
         self._names: list[list[str]] = []
         self.checksums: dict[str, int] = {}
@@ -39,7 +39,7 @@ class _Files:
 
     def add(self, name: str, tensor: Any) -> None:
         array = np.ascontiguousarray(tensor)
-        if self._waiting and self._size() + array.nbytes > self._most:
+        if self._waiting and self._size() + array.nbytes > self._max_bytes:
             self._write()
         self._waiting[name] = array
         self.checksums[name] = chunk_checksum(array)
@@ -54,7 +54,7 @@ class _Files:
         self._waiting = {}
 
     def close(self) -> None:
-        """Writes the rest and the index, whose file names say how many files there are."""
+        """Write the rest and the index; the names of files contain their number."""
         self._write()
         count = len(self._names)
         files: dict[str, str] = {}
@@ -66,8 +66,11 @@ class _Files:
         write_text(self._folder / SAFETENSORS_INDEX, json.dumps(index, indent=1))
 
 
-def export(source: Path, output: Path, most_bytes: int) -> None:
-    """Writes OUTPUT, which stands as OUTPUT.partial until it is whole.
+def export(source: Path, output: Path, max_bytes: int) -> None:
+    """Write a model as safetensors; the folder is named OUTPUT.partial until it is whole.
+
+    Args:
+      max_bytes: of a file.
 
     Raises:
       ConvertError: a quantised model, for whose integers this format has no convention.
@@ -75,7 +78,7 @@ def export(source: Path, output: Path, most_bytes: int) -> None:
       OutputError: the output folder is not empty, or cannot be written.
     """
     with whole_folder(output) as partial:
-        model, files = open_model(source), _Files(partial, most_bytes)
+        model, files = open_model(source), _Files(partial, max_bytes)
         if model.bits is not None:
             raise ConvertError(f"{source} is quantised: export the float model")
         files.add(sat_layout.EMBEDDING, model.embedding())

@@ -1,6 +1,7 @@
-"""Released tensors read once more, for `convert.verify`: by the standard library's reader of
-zip files and numpy's own views, joined and turned by no code of the converter. Only the list of
-tensors is the converter's; what it scrambles on the way to a model, this does not.
+"""A second reader of released tensors, for `convert.verify`, without the converter's code.
+
+It reads with the standard library's zip reader, and joins and transposes by numpy views. Only the
+list of tensors is the converter's, so that an error of the converter shows as a difference.
 """
 
 import io
@@ -18,7 +19,7 @@ from glm_jax.config import GLMConfig
 from glm_jax.model.params import LayerNormParams, LayerParams, LinearParams
 from glm_jax.quantization import QuantizedArray
 
-# How shards were cut: the axis, and in how many parts along it each by itself.
+# How tensors were split over shards: the axis, and the number of parts of it that were each split.
 _CUTS = {
     "word_embeddings.weight": (0, 1),
     "query_key_value.weight": (0, 1),
@@ -57,26 +58,26 @@ class WholeTensors:
         size = shape[axis] // halves
         cut = [*shape[:axis], halves, count, size, *shape[axis + 1 :]]
         whole = np.empty(cut, first.dtype)
-        place: tuple[Any, ...] = (slice(None),) * (axis + 1)
+        index: tuple[Any, ...] = (slice(None),) * (axis + 1)
         for rank in range(count):
             part = first if rank == 0 else self._part(name, rank)
-            whole[(*place, rank)] = part.reshape([*shape[:axis], halves, size, *shape[axis + 1 :]])
+            whole[(*index, rank)] = part.reshape([*shape[:axis], halves, size, *shape[axis + 1 :]])
         shape[axis] *= count
         return whole.reshape(shape)
 
     def of_each_shard(self, name: str) -> np.ndarray:
-        """[shards, *shape] of a tensor that each shard has for itself."""
+        """Return [shards, *shape] of a tensor of which each shard has its own."""
         return np.stack([self._part(name, rank) for rank in range(len(self._archives))])
 
     def _part(self, name: str, rank: int) -> np.ndarray:
         tensor, shard = self._checkpoint.tensor(name, rank), self._checkpoint.shards[rank]
         item = tensor.dtype.itemsize
-        reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True)) + 1
+        length = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True)) + 1
         try:
             with self._archives[rank].open(f"{shard.saved_as}/data/{tensor.storage.key}") as file:
                 if tensor.offset:
                     file.seek(tensor.offset * item)
-                data = file.read(reach * item)
+                data = file.read(length * item)
                 file.read(1)  # at the end the checksum is compared
         except (zipfile.BadZipFile, KeyError) as error:
             raise ConvertError(f"{shard.name}: {name} is damaged ({error})") from error
@@ -96,8 +97,8 @@ class PlainModel:
         read_of_each: Callable[[str], np.ndarray] | None = None,
     ):
         """Args:
-        read: gives a whole released tensor by name.
-        read_of_each: gives [shards, outputs] of the scales of a row-parallel linear.
+        read: returns a whole released tensor by name.
+        read_of_each: returns a row-parallel linear's scales [shards, outputs] by name.
         """
         self.kind, self.config, self.bits = kind, config, bits
         self._read, self._read_of_each = read, read_of_each

@@ -1,4 +1,4 @@
-"""A kernel of a conversion in few bits, with the memory of a slice of it."""
+"""Quantise a kernel during a conversion, a slice at a time to save memory."""
 
 import functools
 from typing import Any
@@ -13,15 +13,17 @@ _SLICES = (32, 16, 8, 4, 2, 1)  # of a kernel's outputs
 
 
 def quantized_kernel(kernel: np.ndarray, scheme: Scheme, axes: Any) -> QuantizedArray:
-    """A stacked kernel [1, inputs, *outputs] in few bits, some outputs at a time: what is
-    searched for is searched for in float32."""
+    """Quantise a stacked kernel [1, inputs, *outputs], some outputs at a time.
+
+    The search for scales runs in float32, so that all outputs at once would need much memory.
+    """
     outputs = kernel.shape[2:]
     flat = kernel.reshape(*kernel.shape[:2], -1)
     count = next(n for n in _SLICES if flat.shape[2] % n == 0)
-    found = [_quantize_slice(part, scheme) for part in np.split(flat, count, axis=2)]
+    slices = [_quantize_slice(part, scheme) for part in np.split(flat, count, axis=2)]
 
     def joined(name: str) -> Any:
-        arrays = [np.asarray(getattr(part, name)) for part in found]
+        arrays = [np.asarray(getattr(part, name)) for part in slices]
         whole = np.concatenate(arrays, axis=2)
         return whole.reshape(*whole.shape[:2], *outputs)
 

@@ -1,4 +1,4 @@
-"""The released layout: names of SwissArmyTransformer and how each tensor was split."""
+"""The released layout: SwissArmyTransformer's names, and how each tensor was split over shards."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ LAYERNORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def linear_name(layer: int, name: str) -> str:
-    """The released name of one of our linears, without ".weight" or ".bias"."""
+    """Return the released name of a linear, without ".weight" or ".bias"."""
     return f"transformer.layers.{layer}.{_LINEARS[name]}"
 
 
@@ -42,7 +42,7 @@ class MergedLinear:
 
     Attributes:
       pieces: [pieces, inputs, *outputs], split along the tensor axis; packed if quantised.
-      scales: [groups, *outputs] of a quantised one.
+      scales: [groups, *outputs] if quantised, else None.
     """
 
     pieces: np.ndarray
@@ -51,7 +51,7 @@ class MergedLinear:
 
 
 def output_shape(config: GLMConfig, name: str) -> tuple[int, ...]:
-    """Our output axes of a linear."""
+    """Return the sizes of a linear's output axes in our layout."""
     return {
         "query_key_value": (config.num_heads, 3, config.head_dim),
         "dense": (config.hidden_size,),
@@ -63,11 +63,12 @@ def output_shape(config: GLMConfig, name: str) -> tuple[int, ...]:
 def shard_shapes(
     config: GLMConfig, shards: int, bits: int | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Released name and shape of each tensor of one shard, in the original's order, but for
-    the rotary frequencies, which stand in different places.
+    """Return the released name and shape of each tensor of one shard, in the original's order.
+
+    The rotary frequencies are left out: their order differs between releases.
 
     Args:
-      bits: 8 or 4 of quantised shards.
+      bits: 8 or 4 for quantised shards.
     """
     hidden = (config.hidden_size,)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size // shards, *hidden)}
@@ -95,7 +96,7 @@ def shard_shapes(
 
 
 def frequency_names(config: GLMConfig) -> list[str]:
-    """Where released shards keep the rotary frequencies."""
+    """Return the released names of the rotary frequencies."""
     return [
         f"transformer.layers.{i}.attention.rotary_emb.inv_freq" for i in range(config.num_layers)
     ]
@@ -111,18 +112,19 @@ def merge_linear(
     pieces: int = 1,
     allocate: Allocate = np.empty,
 ) -> MergedLinear:
-    """Joins one linear's shards and turns [outputs, inputs] into [inputs, *outputs].
+    """Join one linear's shards and transpose [outputs, inputs] to [inputs, *outputs].
 
-    Column-parallel weights were split by rows, of the GLU each half by itself;
-    row-parallel ones by columns, so that a quantised one brings one scale per row and
-    shard: those are the groups along its inputs.
+    Column-parallel weights were split by rows, each half of the GLU separately; row-parallel ones
+    by columns. A quantised row-parallel weight has a scale for each row and shard: the shards are
+    the groups along its inputs.
 
     Args:
-      count: shards; they are read as many at a time as there are processors.
-      read: gives the "weight", "bias" or "weight_scale" of a shard. A weight need not
-        last longer than until the same thread reads again.
+      count: number of shards; as many are read at a time as there are processors.
+      read: returns a shard's "weight", "bias" or "weight_scale", by that name and the rank. A
+        weight is used only until the same thread reads again.
       dtype: of the weights.
-      pieces: along the tensor axis, which the kernel is given in.
+      pieces: number of pieces along the tensor axis that the kernel is split into.
+      allocate: makes the array of the kernel from its shape and dtype.
     """
     outputs = output_shape(config, name)
     width, is_column = math.prod(outputs), name in COLUMN_PARALLEL
@@ -131,7 +133,7 @@ def merge_linear(
     sizes = (stored, width // pieces) if is_column else (stored // pieces, width)
     kernel = allocate((pieces, *sizes), dtype)
 
-    def place(rank: int) -> None:
+    def copy(rank: int) -> None:
         weight = read("weight", rank)
         if is_column:
             for to, rows in _columns(name, kernel, rank, count):
@@ -141,7 +143,7 @@ def merge_linear(
             transpose(weight, kernel.reshape(stored, width)[rank * size : (rank + 1) * size])
 
     with futures.ThreadPoolExecutor(min(count, os.cpu_count() or 1)) as pool:
-        list(pool.map(place, range(count)))
+        list(pool.map(copy, range(count)))
 
     def joined(kind: str) -> np.ndarray:
         parts = [read(kind, rank) for rank in range(count)]
@@ -170,26 +172,32 @@ def merge_linear(
 def _columns(
     name: str, kernel: np.ndarray, rank: int, count: int
 ) -> list[tuple[np.ndarray, slice]]:
-    """Where a column-parallel shard's rows go: parts [.., columns] of the pieces of a kernel
-    [pieces, .., columns], and which rows they are."""
+    """Return where a column-parallel shard's rows belong in a kernel.
+
+    Args:
+      kernel: [pieces, .., columns].
+
+    Returns:
+      Views [.., columns] of the kernel's pieces, each with the shard's rows to copy there.
+    """
     halves = 2 if name == "dense_h_to_4h" else 1
     in_piece = kernel.shape[2] // halves
     in_shard = in_piece * len(kernel) // count
     begin = rank * in_shard
-    places = []
+    targets = []
     for half in range(halves):
-        at = begin
-        while at < begin + in_shard:
-            piece, offset = divmod(at, in_piece)
-            size = min(begin + in_shard - at, in_piece - offset)
-            column, row = half * in_piece + offset, half * in_shard + at - begin
-            places.append((kernel[piece][:, column : column + size], slice(row, row + size)))
-            at += size
-    return places
+        column = begin
+        while column < begin + in_shard:
+            piece, offset = divmod(column, in_piece)
+            size = min(begin + in_shard - column, in_piece - offset)
+            first, row = half * in_piece + offset, half * in_shard + column - begin
+            targets.append((kernel[piece][:, first : first + size], slice(row, row + size)))
+            column += size
+    return targets
 
 
 def merged_shape(name: str, shape: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """What the parts of a released tensor, or of GLM-10B's, make together."""
+    """Return the whole shape of a released tensor, or of GLM-10B's, from a shard's."""
     linear, _, kind = name.rpartition(".")
     is_row = kind == "weight" and linear.endswith((_LINEARS["dense"], _LINEARS["dense_4h_to_h"]))
     is_column = linear.endswith(
@@ -200,7 +208,7 @@ def merged_shape(name: str, shape: tuple[int, ...], count: int) -> tuple[int, ..
 
 
 def split_kernel(name: str, kernel: np.ndarray, shards: int) -> list[np.ndarray]:
-    """Each shard's weight [outputs, inputs] of a kernel [inputs, *outputs], or of scales.
+    """Split a kernel [inputs, *outputs], or its scales, into each shard's weight [outputs, inputs].
 
     Raises:
       ConvertError: the linear does not divide into that many shards.
@@ -213,13 +221,13 @@ def split_kernel(name: str, kernel: np.ndarray, shards: int) -> list[np.ndarray]
 
 
 def split_bias(name: str, bias: np.ndarray, shards: int) -> list[np.ndarray]:
-    """Each shard's bias [outputs]; of a row-parallel linear each has the whole."""
+    """Split a bias into each shard's [outputs]; each has the whole of a row-parallel linear's."""
     flat = bias.reshape(-1)
     return _split_rows(name, flat, shards) if name in COLUMN_PARALLEL else [flat] * shards
 
 
 def _split_rows(name: str, rows: np.ndarray, shards: int) -> list[np.ndarray]:
-    """Of the GLU each half by itself."""
+    """Split rows over shards, each half of the GLU separately."""
     halves = np.split(rows, 2 if name == "dense_h_to_4h" else 1)
     _check_divides(name, len(halves[0]), shards)
     split = [np.split(half, shards) for half in halves]

@@ -1,4 +1,4 @@
-"""A released checkpoint's shards as one model, read tensor after tensor."""
+"""Read the shards of a released checkpoint as one model, tensor by tensor."""
 
 import math
 import os
@@ -26,7 +26,7 @@ from glm_jax.quantization import QuantizedArray
 _LAYER = re.compile(r"transformer\.layers\.([0-9]{1,9})\.")
 _RANK = re.compile(r"mp_rank_([0-9]{2,9})_model_states")
 _FREQUENCIES = "rotary_emb.inv_freq"
-# What a training run counts; shards of one iteration agree in it.
+# Counters of a training run: shards of one iteration agree in them.
 _COUNTERS = ("iteration", "global_steps", "global_samples")
 _LEARNED_POSITIONS = "block_position_embeddings.weight"
 
@@ -36,12 +36,9 @@ class SatCheckpoint:
 
     Attributes:
       shards: the files, by rank.
-      non_finite: of tensors that were read, names and how many numbers are NaN or infinite.
-      differing_copies: names of tensors that each shard has whole, whose copies are not the same,
-        and what differs; the first shard's are read.
-
-    Raises:
-      ConvertError: a shard cannot be read, or shards do not belong together.
+      non_finite: by tensor, how many of the numbers read so far are NaN or infinite.
+      differing_copies: descriptions of what differs, by name of a tensor that each shard has whole
+        and whose copies are not equal; the first shard's is read.
     """
 
     def __init__(
@@ -52,21 +49,24 @@ class SatCheckpoint:
         allow_differing_copies: bool = False,
     ):
         """Args:
-        source: as `find_shards` takes it.
+        source: see `find_shards`.
         is_checked: compare what is read with the files' checksums.
-        double_dtype: what float64 is read as, which no model here has: float32 by default.
-        allow_differing_copies: `check` takes shards whose copies of a tensor differ.
+        double_dtype: float64 is read as this dtype, float32 by default: no model here has it.
+        allow_differing_copies: `check` accepts shards whose copies of a tensor differ.
+
+        Raises:
+          ConvertError: a shard cannot be read, or shards do not belong together.
         """
         self._allow_differing_copies = allow_differing_copies
         self._double_dtype = np.dtype(double_dtype or np.float32)
         self.shards = [TorchFile(file, is_checked) for file in find_shards(source)]
         self.non_finite: dict[str, int] = {}
         self.differing_copies: dict[str, str] = {}
-        self._lock, self._own = threading.Lock(), threading.local()
+        self._lock, self._thread = threading.Lock(), threading.local()
         self._modules = [module(shard) for shard in self.shards]
-        self._check_alike()
+        self._check_equal_structure()
         self._check_ranks()
-        self._frequencies = _take_frequencies(self._modules)
+        self._frequencies = _pop_frequencies(self._modules)
         if not self.has_learned_positions:
             self._check_count()
 
@@ -76,10 +76,10 @@ class SatCheckpoint:
 
     @property
     def has_learned_positions(self) -> bool:
-        """Whether it is a GLM-10B, GLM-2B or GLM-large, which came before GLM-130B."""
+        """Whether it is a GLM-10B, GLM-2B or GLM-large, which preceded GLM-130B."""
         return any(name.endswith(_LEARNED_POSITIONS) for name in self._modules[0])
 
-    def _check_alike(self) -> None:
+    def _check_equal_structure(self) -> None:
         first = self._modules[0]
         for shard, module in zip(self.shards, self._modules, strict=True):
             for name in sorted(set(first) ^ set(module)):
@@ -101,7 +101,7 @@ class SatCheckpoint:
                     )
 
     def _check_ranks(self) -> None:
-        """Refuses a shard that stands under another's name: archives name their first file."""
+        """Refuse a shard under another's name: an archive contains the name it was saved as."""
         for rank, shard in enumerate(self.shards):
             match = _RANK.fullmatch(shard.saved_as)
             if match and int(match[1]) != rank:
@@ -110,8 +110,8 @@ class SatCheckpoint:
                     f"mp_rank_{rank:02d}_model_states.pt again"
                 )
 
-    def _check_doubles(self) -> None:
-        """Refuses shards whose split weights are all the same bytes, whatever their names."""
+    def _refuse_duplicates(self) -> None:
+        """Refuse shards that are copies of each other, whatever their names."""
         first = self._modules[0]
         split = [
             name
@@ -132,14 +132,13 @@ class SatCheckpoint:
             seen[found] = shard.name
 
     def _check_count(self) -> None:
-        """Whether there are as many shards as a shard's shapes tell."""
+        """Raise ConvertError unless the number of shards follows from a shard's shapes."""
         hidden, rows = self._hidden_and_rows()
         count = len(self.shards)
         if rows and 3 * hidden % rows == 0 and 3 * hidden // rows != count:
             expected = 3 * hidden // rows
-            missing = (
-                f": mp_rank_{count:02d}_model_states.pt is missing" if count < expected else ""
-            )
+            name = f"mp_rank_{count:02d}_model_states.pt"
+            missing = f": {name} is missing" if count < expected else ""
             raise ConvertError(
                 f"{self.shards[0].name} is one of {expected} shards by its shapes, there are "
                 f"{count}{missing}"
@@ -150,13 +149,13 @@ class SatCheckpoint:
         return hidden, _size(self.tensor(f"{sat_layout.linear_name(0, 'query_key_value')}.bias"))
 
     def config(self, num_heads: int | None, max_sequence_length: int) -> GLMConfig:
-        """The architecture that the shapes tell.
+        """Return the architecture, from the shapes of tensors.
 
         Args:
           num_heads: None to take it from the shape of the rotary frequencies.
 
         Raises:
-          ConvertError: a model that is not of this architecture, shapes that do not fit the
+          ConvertError: the model has another architecture, shapes that do not divide by the
             heads, or missing tensors.
         """
         if self.has_learned_positions:
@@ -165,7 +164,7 @@ class SatCheckpoint:
                 "GLM-large do; this is GLM-130B's architecture, with rotary positions, and cannot "
                 "run it (convert.inspect shows what it holds)"
             )
-        self._check_doubles()
+        self._refuse_duplicates()
         num_layers = self._count_layers()
         hidden, rows = self._hidden_and_rows()
         embedding = self.tensor(sat_layout.EMBEDDING)
@@ -174,7 +173,7 @@ class SatCheckpoint:
         if num_heads is None:
             if not self._frequencies:
                 raise ConvertError(
-                    f"{self.shards[0].name} does not tell how many attention heads there are: "
+                    f"{self.shards[0].name} does not say how many attention heads there are: "
                     "give --num_heads"
                 )
             num_heads = hidden // (2 * self._frequencies)
@@ -203,7 +202,7 @@ class SatCheckpoint:
         )
 
     def _count_layers(self) -> int:
-        """How many blocks there are, by the names of their tensors."""
+        """Count the layers by the names of their tensors."""
         matches = filter(None, map(_LAYER.match, self.names))
         found = sorted({int(match[1]) for match in matches})
         for expected, layer in enumerate(found):
@@ -224,19 +223,22 @@ class SatCheckpoint:
             raise ConvertError(f"{shard.name}: the tensor {name} {is_what}") from error
 
     def cast_count(self, config: GLMConfig) -> int:
-        """How many float tensors are not of the config's dtype, which is the embedding's."""
+        """Count the float tensors of another dtype than the config's, which is the embedding's."""
         names = sat_layout.shard_shapes(config, len(self.shards), self.bits(config))
         floats = (name for name in names if not name.endswith(sat_layout.SCALE))
         dtypes = [str(self._dtype(self.tensor(name))) for name in floats]
         return sum(dtype not in (config.param_dtype, "int8") for dtype in dtypes)
 
     def _dtype(self, tensor: LazyTensor) -> np.dtype[Any]:
-        """What a tensor is read as."""
+        """Return the dtype that a tensor is read as."""
         return self._double_dtype if tensor.dtype == np.float64 else tensor.dtype
 
     def check(self, config: GLMConfig) -> None:
-        """Raises ConvertError where a tensor is missing or of another shape than the config
-        asks for, or where shards differ in what each has whole; before anything else is read."""
+        """Check all names, shapes and dtypes, and tensors that each shard has whole.
+
+        Raises:
+          ConvertError: a tensor is missing or does not fit the config, or copies differ.
+        """
         shapes = sat_layout.shard_shapes(config, len(self.shards), self.bits(config))
         for rank, shard in enumerate(self.shards):
             for name, shape in shapes.items():
@@ -250,8 +252,7 @@ class SatCheckpoint:
         self._compare_copies(list(shapes))
 
     def _compare_copies(self, names: list[str]) -> None:
-        """Compares what is not split over the shards: layer norms, and biases of row-parallel
-        linears. Only copies of different checksums are read."""
+        """Compare tensors that every shard has whole; only copies with other checksums are read."""
         for name in names:
             first = self.tensor(name)
             is_split = sat_layout.merged_shape(name, first.shape, 2) != first.shape
@@ -280,15 +281,14 @@ class SatCheckpoint:
             values = tensor.read(allocate)
         else:
             values = cast(tensor.read(), self._dtype(tensor))
-        count = count_non_finite(values)
-        if count:
+        if count := count_non_finite(values):
             with self._lock:
                 label = name if len(self.shards) == 1 else f"{name} of rank {rank}"
                 self.non_finite[label] = count
         return values
 
     def bits(self, config: GLMConfig) -> int | None:
-        """8 or 4 for a quantised checkpoint, None for a float one."""
+        """Return 8 or 4 for a quantised checkpoint, None for a float one."""
         name = sat_layout.linear_name(0, "query_key_value")
         if f"{name}.{sat_layout.SCALE}" not in self._modules[0]:
             return None
@@ -299,16 +299,16 @@ class SatCheckpoint:
         return int(bits)
 
     def embedding(self, config: GLMConfig, allocate: Allocate = np.empty) -> np.ndarray:
-        """[vocab, embed]."""
+        """Return [vocab, embed]."""
         first = self.tensor(sat_layout.EMBEDDING)
         rows = first.shape[0]
         whole = allocate((config.vocab_size, config.hidden_size), self._dtype(first))
 
         def read(rank: int) -> None:
             part = whole[rank * rows : (rank + 1) * rows]
-            found = self._read(sat_layout.EMBEDDING, rank, lambda shape, dtype: part)
-            if found is not part:
-                part[:] = found  # what was cast
+            values = self._read(sat_layout.EMBEDDING, rank, lambda shape, dtype: part)
+            if values is not part:  # it was cast
+                part[:] = values
 
         with futures.ThreadPoolExecutor(min(len(self.shards), os.cpu_count() or 1)) as pool:
             list(pool.map(read, range(len(self.shards))))
@@ -318,7 +318,7 @@ class SatCheckpoint:
         return self._layernorm(sat_layout.FINAL_LAYERNORM)
 
     def layer(self, config: GLMConfig, i: int) -> LayerParams:
-        """One block, kernels float or quantised as they are stored."""
+        """Return one layer, kernels float or quantised as they are stored."""
         return self.layer_in_pieces(config, i, 1, lambda _, pieces: pieces[0])
 
     def layer_in_pieces(
@@ -329,8 +329,8 @@ class SatCheckpoint:
         put: Callable[[str, np.ndarray], Any],
         allocate: Allocate = np.empty,
     ) -> LayerParams:
-        """One block, whose kernels are what `put` makes of a linear's name and its kernel
-        [pieces, inputs, *outputs], split along the tensor axis."""
+        """Return layer `i` with kernels from `put`, called with a linear's name and its kernel
+        [pieces, inputs, *outputs], split along the tensor axis into `pieces`."""
         parts: dict[str, Any] = {
             name: self._layernorm(sat_layout.layernorm_name(i, name))
             for name in sat_layout.LAYERNORMS
@@ -358,23 +358,23 @@ class SatCheckpoint:
         prefix, bits = sat_layout.linear_name(i, name), self.bits(config)
 
         def read(kind: str, rank: int) -> np.ndarray:
-            own = self._buffer if kind == "weight" else np.empty
-            return self._read(f"{prefix}.{kind}", rank, own)
+            allocate = self._buffer if kind == "weight" else np.empty
+            return self._read(f"{prefix}.{kind}", rank, allocate)
 
         dtype, count = self._dtype(self.tensor(f"{prefix}.weight")), len(self.shards)
         return sat_layout.merge_linear(config, name, count, read, dtype, bits, pieces, allocate)
 
     def _buffer(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """The calling thread's, used again: memory that is new costs as much as reading."""
+        """Return the calling thread's buffer, reused: new memory costs as much as reading."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
-        buffer = getattr(self._own, "buffer", None)
+        buffer = getattr(self._thread, "buffer", None)
         if buffer is None or buffer.size < size:
-            buffer = self._own.buffer = np.empty(size, np.uint8)
+            buffer = self._thread.buffer = np.empty(size, np.uint8)
         return buffer[:size].view(dtype).reshape(shape)
 
 
 def module(shard: TorchFile) -> dict[str, LazyTensor]:
-    """The tensors of a shard by name.
+    """Return the tensors of a shard by name.
 
     Raises:
       ConvertError: the file holds something else.
@@ -386,8 +386,8 @@ def module(shard: TorchFile) -> dict[str, LazyTensor]:
     return {n: t for n, t in module.items() if isinstance(t, LazyTensor) and isinstance(n, str)}
 
 
-def _take_frequencies(modules: list[dict[str, LazyTensor]]) -> int:
-    """Removes the rotary frequencies, which are computed anew; how many a head has, or 0."""
+def _pop_frequencies(modules: list[dict[str, LazyTensor]]) -> int:
+    """Remove the rotary frequencies, which are computed here, and return a head's count or 0."""
     size = 0
     for module in modules:
         for name in [n for n in module if n.endswith(_FREQUENCIES)]:

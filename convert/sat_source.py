@@ -1,5 +1,4 @@
-"""Finds the shards of a released checkpoint wherever they lie: in folders, in a tar archive,
-or in the parts of one as they were downloaded."""
+"""Find a released checkpoint's shards: in folders, in a tar archive, or in its downloaded parts."""
 
 import collections
 import io
@@ -19,15 +18,15 @@ _PART = re.compile(r"(?P<stem>.+\.tar)\.part[_.-]?(?P<number>\d+|[a-z]+)")
 
 
 def find_shards(path: epath.PathLike) -> list[ByteSource]:
-    """The shard files in order of rank.
+    """Return the shard files in order of rank.
 
     Args:
-      path: the folder that holds `latest` or the one that it names, a tar archive, a
-        folder with the parts of one, or one of the parts.
+      path: the folder with `latest` or the one that it names, a tar archive, a folder with the
+        parts of one, or one of the parts.
 
     Raises:
-      ConvertError: no shards, several checkpoints, ranks or parts missing, or an archive
-        that cannot be read.
+      ConvertError: no shards, several checkpoints, missing ranks or parts, or an archive that
+        cannot be read.
     """
     path = epath.Path(path)
     try:
@@ -61,9 +60,9 @@ def _find(path: epath.Path) -> list[ByteSource]:
 
 def _in_folder(folder: epath.Path) -> list[ByteSource]:
     files: dict[str, epath.Path] = {}
-    for place in (folder, *(p for p in folder.iterdir() if p.is_dir())):
+    for parent in (folder, *(p for p in folder.iterdir() if p.is_dir())):
         files |= {
-            str(p.relative_to(folder)): p for p in place.iterdir() if _SHARD.fullmatch(p.name)
+            str(p.relative_to(folder)): p for p in parent.iterdir() if _SHARD.fullmatch(p.name)
         }
     latest = folder / "latest"
     named = _read_latest(FileBytes(latest)) if latest.exists() else None
@@ -101,14 +100,13 @@ def _in_archive(archive: ByteSource) -> list[ByteSource]:
                     archive, f"{archive.name}:{name}", member.offset_data, member.size
                 )
                 if member.offset_data + member.size > archive.size:
-                    file.read_into(
-                        member.size - 1, memoryview(bytearray(1))
-                    )  # says what is missing
+                    # Raises an error that says what is missing.
+                    file.read_into(member.size - 1, memoryview(bytearray(1)))
                 if name.name == "latest":
                     named = _read_latest(file)
                 if _SHARD.fullmatch(name.name):
                     files[str(name)] = file
-    # Numbers and texts of headers that are none, and headers of headers of headers.
+    # From damaged numbers and text in headers, and from headers nested in headers.
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError) as error:
         if isinstance(error, ConvertError):
             raise
@@ -126,10 +124,10 @@ def _read_latest(file: ByteSource) -> str:
 
 
 def _choose(names: list[str], named: str | None, where: str) -> list[str]:
-    """The shards of one iteration, by rank.
+    """Return the shards of one iteration, by rank.
 
     Args:
-      named: what `latest` says, with whatever white space or quotes.
+      named: content of `latest`, with any white space or quotes; None without the file.
     """
     by_iteration: dict[str, dict[int, str]] = collections.defaultdict(dict)
     for name in sorted(names):
@@ -145,14 +143,14 @@ def _choose(names: list[str], named: str | None, where: str) -> list[str]:
         if iteration not in by_iteration or not iteration:
             raise ConvertError(
                 f"{where}: `latest` names {iteration[:100]!r}, but there is no folder of that name "
-                f"with shards{_and_what_is(by_iteration)}"
+                f"with shards{_present(by_iteration)}"
             )
     elif not by_iteration:
         raise ConvertError(f"{where} holds no mp_rank_RR_model_states.pt")
     elif len(by_iteration) > 1:
         raise ConvertError(
             f"{where} holds shards of several iterations, and no `latest`"
-            f"{_and_what_is(by_iteration)}: give the folder of one"
+            f"{_present(by_iteration)}: give the folder of one"
         )
     else:
         iteration = next(iter(by_iteration))
@@ -165,13 +163,13 @@ def _choose(names: list[str], named: str | None, where: str) -> list[str]:
     return [ranks[rank] for rank in sorted(ranks)]
 
 
-def _and_what_is(by_iteration: dict[str, dict[int, str]]) -> str:
+def _present(by_iteration: dict[str, dict[int, str]]) -> str:
     found = ", ".join(sorted(by_iteration)[:5])
     return f" (there is {found})" if found else ""
 
 
 def _joined(folder: epath.Path, names: list[str]) -> ByteSource:
-    """The archive that parts make, in the order of their numbers."""
+    """Return the archive that the parts make in the order of their numbers."""
     parts: dict[int, str] = {}
     stem, is_lettered, width = "", False, 0
     for name in names:
@@ -185,17 +183,17 @@ def _joined(folder: epath.Path, names: list[str]) -> ByteSource:
             raise ConvertError(f"{folder} holds parts of {stem} and of {match['stem']}: give one")
         stem, width = match["stem"], len(number)
         is_lettered = not number.isdigit()
-        place = int(number) if number.isdigit() else _from_letters(number)
-        if place in parts:
-            raise ConvertError(f"{folder}: {parts[place]} and {name} are the same part: remove one")
-        parts[place] = name
+        index = int(number) if number.isdigit() else _from_letters(number)
+        if index in parts:
+            raise ConvertError(f"{folder}: {parts[index]} and {name} are the same part: remove one")
+        parts[index] = name
     # Some count from one. An archive says itself where it begins.
     first = 1 if min(parts) == 1 and _is_tar(FileBytes(folder / parts[1])) else 0
-    for place in range(first, max(parts)):
-        if place not in parts:
-            label = _to_letters(place, width) if is_lettered else f"{place:0{width}d}"
+    for index in range(first, max(parts)):
+        if index not in parts:
+            label = _to_letters(index, width) if is_lettered else f"{index:0{width}d}"
             raise ConvertError(f"{folder}: part {label} of {stem} is missing: fetch it")
-    files = [FileBytes(folder / parts[place]) for place in sorted(parts)]
+    files = [FileBytes(folder / parts[index]) for index in sorted(parts)]
     usual = collections.Counter(file.size for file in files[:-1]).most_common(1)
     for i, file in enumerate(files):
         is_last = i == len(files) - 1
@@ -212,7 +210,7 @@ def _is_tar(source: ByteSource) -> bool:
 
 
 def _from_letters(text: str) -> int:
-    """0 for aa, 1 for ab, as the `split` command counts."""
+    """Return 0 for aa, 1 for ab, as the `split` command counts."""
     number = 0
     for letter in text:
         number = 26 * number + ord(letter) - ord("a")

@@ -57,7 +57,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", PIECES)
     keep_freed_memory()
-    _, number, count = processes.place(None, FLAGS.num_processes, FLAGS.process_id, True)
+    _, index, count = processes.resolve(None, FLAGS.num_processes, FLAGS.process_id, True)
     options = Options(
         num_heads=FLAGS.num_heads,
         max_sequence_length=FLAGS.max_sequence_length,
@@ -66,11 +66,11 @@ def main() -> None:
         allow_non_finite=FLAGS.allow_non_finite,
         allow_differing_copies=FLAGS.allow_differing_copies,
         is_checked=FLAGS.checksums,
-        process_id=number,
+        process_id=index,
         num_processes=count,
     )
     tokenizer = None if FLAGS.tokenizer is None else Tokenizer(FLAGS.tokenizer)
-    with locked(Path(FLAGS.output), number, count):
+    with locked(Path(FLAGS.output), index, count):
         convert_shards(FLAGS.input, Path(FLAGS.output), options, tokenizer)
 
 

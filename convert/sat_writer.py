@@ -1,4 +1,4 @@
-"""Writes a model as released-layout shards, layer by layer."""
+"""Write a model as shards of the released layout, layer by layer."""
 
 import contextlib
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ ITERATION_RULE = "a name of letters, digits, '.', '-', '_' or '+', which is not 
 
 
 def is_iteration(name: str) -> bool:
-    """Whether a folder of shards can have a name."""
+    """Return whether a folder of shards can have a name."""
     return is_plain_name(name) and name != "latest"
 
 
@@ -38,19 +38,21 @@ def write_shards(
     quantization: str | None = None,
     adapter: Path | None = None,
 ) -> None:
-    """Writes `latest` and ITERATION/mp_rank_RR_model_states.pt, floats in float16.
+    """Write `latest` and ITERATION/mp_rank_RR_model_states.pt, floats in float16.
 
-    All stands as OUTPUT.partial until it is whole.
+    The folder is named OUTPUT.partial until it is whole.
 
     Args:
-      source: a model in any form that `open_model` takes.
-      quantization: "int8" or "int4": each shard's rows get scales of their own, as the
-        original's converter does it. A quantised model keeps its integers.
+      source: a model in any form that `open_model` takes; a quantised one keeps its integers.
+      shards: number of shards.
+      iteration: name of the shards' folder.
+      quantization: "int8" or "int4", with a scale for each row of each shard, as by the original's
+        converter; None for float16.
       adapter: a folder of adapters to merge into the kernels of a float model.
 
     Raises:
-      ConvertError: sizes or groups that do not divide into the shards; an iteration that is no
-        name of a folder.
+      ConvertError: sizes or groups do not divide into the shards, or `iteration` cannot name a
+        folder.
       CheckpointError: no model at `source`.
       OutputError: the output folder is not empty, or cannot be written.
     """
@@ -83,7 +85,7 @@ def write_shards(
 def _described(
     config: GLMConfig, shards: int, bits: int | None
 ) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Shape and dtype of each tensor of a shard, in order: what a file begins with."""
+    """Return shape and dtype of each tensor of a shard, in order: a file begins with them."""
     shapes = sat_layout.shard_shapes(config, shards, bits)
     shapes |= dict.fromkeys(sat_layout.frequency_names(config), (config.head_dim // 2,))
     is_packed = lambda name: bits is not None and f"{name}_scale" in shapes
@@ -93,8 +95,8 @@ def _described(
 
 
 def _tensors(model: OpenModel, shards: int, scheme: Scheme | None) -> Iterator[tuple[str, Parts]]:
-    """The released name of each tensor, and its parts by rank."""
-    yield sat_layout.EMBEDDING, np.split(_narrow(model.embedding()), shards)
+    """Yield the released name of each tensor, and its parts by rank."""
+    yield sat_layout.EMBEDDING, np.split(_to_float16(model.embedding()), shards)
     for i, layer in enumerate(model.layers()):
         yield from _layer_tensors(layer, i, shards, scheme, model.bits is not None)
     yield from _last_tensors(model, shards)
@@ -105,37 +107,38 @@ def _layer_tensors(
 ) -> Iterator[tuple[str, Parts]]:
     for name in sat_layout.LAYERNORMS:
         norm, prefix = getattr(layer, name), sat_layout.layernorm_name(i, name)
-        yield f"{prefix}.weight", [_narrow(norm.scale)] * shards
-        yield f"{prefix}.bias", [_narrow(norm.bias)] * shards
+        yield f"{prefix}.weight", [_to_float16(norm.scale)] * shards
+        yield f"{prefix}.bias", [_to_float16(norm.bias)] * shards
     for name in LINEAR_NAMES:
         linear, prefix = getattr(layer, name), sat_layout.linear_name(i, name)
         if is_quantized:
             weights, scales = _split_quantized(name, linear, shards)
         else:
-            weights, scales = sat_layout.split_kernel(name, _narrow(linear.kernel), shards), None
+            weights = sat_layout.split_kernel(name, _to_float16(linear.kernel), shards)
+            scales = None
             if scheme is not None:
                 weights, scales = _quantized(weights, scheme)
         yield f"{prefix}.weight", weights
-        yield f"{prefix}.bias", sat_layout.split_bias(name, _narrow(linear.bias), shards)
+        yield f"{prefix}.bias", sat_layout.split_bias(name, _to_float16(linear.bias), shards)
         if scales is not None:
             yield f"{prefix}.{sat_layout.SCALE}", scales
 
 
 def _last_tensors(model: OpenModel, shards: int) -> Iterator[tuple[str, Parts]]:
     last = model.final_layernorm()
-    yield f"{sat_layout.FINAL_LAYERNORM}.weight", [_narrow(last.scale)] * shards
-    yield f"{sat_layout.FINAL_LAYERNORM}.bias", [_narrow(last.bias)] * shards
-    frequencies = _narrow(rotary_tables(model.config)[0])
+    yield f"{sat_layout.FINAL_LAYERNORM}.weight", [_to_float16(last.scale)] * shards
+    yield f"{sat_layout.FINAL_LAYERNORM}.bias", [_to_float16(last.bias)] * shards
+    frequencies = _to_float16(rotary_tables(model.config)[0])
     for name in sat_layout.frequency_names(model.config):
         yield name, [frequencies] * shards
 
 
-def _narrow(x: Any) -> np.ndarray:
+def _to_float16(x: Any) -> np.ndarray:
     return cast(x, np.float16)
 
 
 def _quantized(weights: Parts, scheme: Scheme) -> tuple[Parts, Parts]:
-    """Each shard's [outputs, inputs] as integers, with a scale a row."""
+    """Return each shard's [outputs, inputs] as integers, and their scales, one a row."""
     arrays = [quantize(jnp.asarray(weight), scheme, -1) for weight in weights]
     values = [np.asarray(array.values) for array in arrays]
     return values, [np.asarray(array.scales).reshape(-1) for array in arrays]
@@ -150,7 +153,7 @@ def _split_quantized(name: str, linear: LinearParams, shards: int) -> tuple[Part
             f"{'' if kernel.zero_points is None else ' with zero points'}; {shards} shards of the "
             f"released layout have {groups}: write them from the float model"
         )
-    scales = sat_layout.split_kernel(name, _narrow(kernel.scales), shards)
+    scales = sat_layout.split_kernel(name, _to_float16(kernel.scales), shards)
     return (
         sat_layout.split_kernel(name, np.asarray(kernel.values), shards),
         [part.reshape(-1) for part in scales],

@@ -1,8 +1,8 @@
-"""Reads PyTorch's zip files of tensors without PyTorch.
+"""Read PyTorch's zip files of tensors without PyTorch.
 
-Such a file is a zip of uncompressed byte ranges, one per storage, and a pickle that
-says which tensor is which view of which range. Only the pickle is read; a tensor's bytes are
-read when they are asked for, and compared with the zip's checksum.
+Such a file is a zip of uncompressed byte ranges, one per storage, and a pickle that describes
+each tensor as a view of a range. Only the pickle is read when a file is opened; a tensor's bytes
+are read on request, and compared with the zip's checksum.
 """
 
 import dataclasses
@@ -39,8 +39,9 @@ STORAGES: dict[str, np.dtype[Any]] = {
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., name length, extra length
 _LARGEST_PICKLE = 1 << 26
 _MAX_RANK = 16
-# Views can have more numbers than a file has bytes, and read the same bytes again and again.
-_MAX_TIMES = 16
+# Views of the same bytes could make tensors of any size: all together have at most this many times
+# the file's bytes.
+_MAX_REPEATS = 16
 _SMALL_BYTES = 1 << 22
 _BLOCK_BYTES = 1 << 26
 
@@ -72,8 +73,7 @@ class LazyTensor:
 
     @property
     def stored_checksum(self) -> tuple[int, ...]:
-        """What tells its content from others', without reading it: its storage's checksum, and
-        where in the storage it lies."""
+        """A key of its content, without reading: the storage's checksum and the view of it."""
         checksum = self.file.entry_of(self.storage).CRC
         return checksum, self.offset, *self.shape, *self.strides
 
@@ -88,13 +88,13 @@ class LazyTensor:
         return True
 
     def read(self, allocate: Callable[[tuple[int, ...], Any], np.ndarray] = np.empty) -> np.ndarray:
-        """The tensor in memory, its elements one after another; nothing of it stays in the file.
+        """Read the tensor into memory, contiguous.
 
         Args:
-          allocate: gives the array of its shape and dtype that it is read into.
+          allocate: returns the array that it is read into, from its shape and dtype.
 
         Raises:
-          ConvertError: its bytes are not all there, or not those that were written.
+          ConvertError: its bytes are truncated or damaged.
         """
         if 0 in self.shape:
             return np.empty(self.shape, self.dtype)
@@ -106,13 +106,15 @@ class LazyTensor:
         return whole
 
     def _read_view(self, whole: np.ndarray) -> None:
-        """Fills an array of the tensor's shape, some of the rows that lie farthest apart at a
-        time: what lies between its elements may be large."""
+        """Fill an array of the tensor's shape, in blocks along its axis of the largest stride.
+
+        The bytes between a view's elements can be many times its own.
+        """
         order = sorted(range(len(self.shape)), key=lambda axis: -self.strides[axis])
         shape, strides = ([x[axis] for axis in order] for x in (self.shape, self.strides))
         target = whole.transpose(order)
         row = _span(shape[1:], strides[1:])
-        count = shape[0]  # of rows that are read at once: all where they overlap
+        count = shape[0]  # rows to read at once: all where they overlap
         if row <= strides[0]:
             count = max(1, _BLOCK_BYTES // (strides[0] * self.dtype.itemsize))
         for first in range(0, shape[0], count):
@@ -125,7 +127,7 @@ class LazyTensor:
 
 
 def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements from a view's first to its last."""
+    """Count the elements from a view's first to its last."""
     return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
 
 
@@ -135,14 +137,13 @@ class TorchFile:
     Attributes:
       content: the pickled object, with `LazyTensor` in place of tensors, and `Foreign` for
         objects of training code.
-      checksum: of the names, sizes and checksums of all its entries: two files with the
-        same have the same content.
+      checksum: of the names, sizes and checksums of all entries, equal for equal content.
       source: the bytes of the file.
-      saved_as: the name of the archive's folder: the file's first name, without its suffix.
+      saved_as: the name that the file was saved as, without its suffix.
 
     Raises:
-      ConvertError: the file is missing, truncated, of another format, its parts are not
-        where it says, or its pickle asks for what no checkpoint needs.
+      ConvertError: the file is missing, truncated or of another format, its entries are not at
+        their offsets, or its pickle names a function or class that no checkpoint needs.
     """
 
     def __init__(self, source: ByteSource | Path, is_checked: bool = True):
@@ -165,9 +166,9 @@ class TorchFile:
         if len(pickles) != 1:
             raise ConvertError(f"{self.name} is not a PyTorch file: it holds no data.pkl")
         self.saved_as = pickles[0].removesuffix("/data.pkl")
-        self._places = {name: self._data_offset(entry) for name, entry in self._entries.items()}
+        self._offsets = {name: self._data_offset(entry) for name, entry in self._entries.items()}
         self._refuse_big_endian()
-        self._lock, self._is_whole = threading.Lock(), set[str]()
+        self._lock, self._checked = threading.Lock(), set[str]()
         self._read_bytes = self._tensor_bytes = 0
         self.content = torch_pickle.load(
             self._read_pickle(pickles[0]),
@@ -209,7 +210,7 @@ class TorchFile:
     def _refuse_big_endian(self) -> None:
         entry = self._entries.get(f"{self.saved_as}/byteorder")
         if entry is not None and entry.file_size < 100:
-            order = bytes(read(self.source, self._places[entry.filename], entry.file_size))
+            order = bytes(read(self.source, self._offsets[entry.filename], entry.file_size))
             if order != b"little":
                 raise ConvertError(
                     f"{self.name} was written by a machine of another byte order ({order!r}): "
@@ -220,33 +221,32 @@ class TorchFile:
         entry = self._entries[name]
         if entry.file_size > _LARGEST_PICKLE:
             raise ConvertError(f"{self.name}: its pickle has {entry.file_size} bytes, too many")
-        data = bytes(read(self.source, self._places[name], entry.file_size))
+        data = bytes(read(self.source, self._offsets[name], entry.file_size))
         self._check(name, zlib.crc32(data))
         return data
 
-    def _check(self, name: str, found: int) -> None:
-        if self._is_checked and found != self._entries[name].CRC:
+    def _check(self, name: str, checksum: int) -> None:
+        if self._is_checked and checksum != self._entries[name].CRC:
             raise ConvertError(
-                f"{self.name}: {name} is damaged (its checksum is {found:08x}, "
+                f"{self.name}: {name} is damaged (its checksum is {checksum:08x}, "
                 f"{self._entries[name].CRC:08x} was written): fetch it again"
             )
 
     def read_elements(self, storage: Storage, first: int, elements: np.ndarray) -> None:
-        """Fills a flat array with some elements of a storage, all of which is compared with its
-        checksum."""
+        """Fill a flat array with elements of a storage from `first` on; check the whole storage."""
         name = self.entry_of(storage).filename
         view = memoryview(elements.view(np.uint8).data)
-        self.source.read_into(self._places[name] + first * storage.dtype.itemsize, view)
+        self.source.read_into(self._offsets[name] + first * storage.dtype.itemsize, view)
         if len(view) == self._entries[name].file_size:
             self._check(name, zlib.crc32(view))
         elif self._is_checked:
             self._check_whole(name)
 
     def entry_of(self, storage: Storage) -> zipfile.ZipInfo:
-        """The zip's entry that holds a storage.
+        """Return the zip's entry of a storage.
 
         Raises:
-          ConvertError: it is missing, or too short.
+          ConvertError: it is missing or too short.
         """
         name = f"{self.saved_as}/data/{storage.key}"
         entry = self._entries.get(name)
@@ -261,22 +261,25 @@ class TorchFile:
         return entry
 
     def _check_whole(self, name: str) -> None:
-        """Checks an entry of which only some is read: once for all that read of it."""
+        """Check an entry of which only a part is read, once for all of its parts."""
         with self._lock:
-            if name in self._is_whole:
+            if name in self._checked:
                 return
-            size, found = self._entries[name].file_size, 0
+            size, checksum = self._entries[name].file_size, 0
             buffer = memoryview(bytearray(min(size, _BLOCK_BYTES)))
             for start in range(0, size, _BLOCK_BYTES):
                 part = buffer[: min(_BLOCK_BYTES, size - start)]
-                self.source.read_into(self._places[name] + start, part)
-                found = zlib.crc32(part, found)
-            self._check(name, found)
-            self._is_whole.add(name)
+                self.source.read_into(self._offsets[name] + start, part)
+                checksum = zlib.crc32(part, checksum)
+            self._check(name, checksum)
+            self._checked.add(name)
 
     def _data_offset(self, entry: zipfile.ZipInfo) -> int:
-        """Where an entry's bytes begin. Looked at for all when a file is opened, so that
-        parts in a wrong order are found before anything is converted."""
+        """Return the offset of an entry's bytes.
+
+        All are checked when a file is opened, so that parts in a wrong order are noticed before
+        anything is converted.
+        """
         if entry.header_offset + LOCAL_HEADER.size > self.source.size:
             raise ConvertError(f"{self.name} is truncated: fetch it again")
         header = read(self.source, entry.header_offset, LOCAL_HEADER.size)
@@ -286,10 +289,10 @@ class TorchFile:
                 f"{self.name}: {entry.filename!r} is not where the file says: it is damaged, or "
                 "its parts are in a wrong order"
             )
-        place = entry.header_offset + LOCAL_HEADER.size + name_length + extra_length
-        if place + entry.file_size > self.source.size:
+        offset = entry.header_offset + LOCAL_HEADER.size + name_length + extra_length
+        if offset + entry.file_size > self.source.size:
             raise ConvertError(f"{self.name} is truncated inside {entry.filename!r}")
-        return int(place)
+        return int(offset)
 
     def _open_storage(self, pid: Any) -> Storage | torch_pickle.Foreign:
         kind, named, key, _, size = pid
@@ -328,16 +331,18 @@ class TorchFile:
         return tensor
 
     def _count(self, tensor: int, span: int) -> None:
-        """Bounds what reading all tensors can take, in bytes: one is no larger than the file (or
-        small), all together are some times as large (where they share storages, or repeat what
-        they read)."""
+        """Bound the bytes of reading all tensors, given the next one's.
+
+        One tensor is at most as large as the file, or small; all together, which may share storages
+        or repeat elements, at most `_MAX_REPEATS` times as large.
+        """
         self._tensor_bytes += tensor
         self._read_bytes += span
         size = max(self.source.size, _SMALL_BYTES)
         if (
             tensor > size
-            or self._tensor_bytes > _MAX_TIMES * size
-            or self._read_bytes > _MAX_TIMES * self.source.size
+            or self._tensor_bytes > _MAX_REPEATS * size
+            or self._read_bytes > _MAX_REPEATS * self.source.size
         ):
             raise ConvertError(
                 f"{self.name}: its tensors claim more than its {self.source.size} bytes"

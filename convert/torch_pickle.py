@@ -1,9 +1,9 @@
-"""Reads the pickle of a PyTorch file without running anything that it names.
+"""Read the pickle of a PyTorch file without running anything that it names.
 
-A pickle is a program for a machine with a stack. The standard library's machine calls what
-the program names; this one knows tensors and plain containers, and leaves a `Foreign` in place of
-anything else that training code puts beside them. It refuses programs that name functions of
-the standard library, which are attacks.
+A pickle is a program for a stack machine. The standard library's machine calls the functions that
+the program names; this one builds only tensors and plain containers, and puts a `Foreign` in place
+of every other object that training code stores with them. It refuses programs that name functions
+of the standard library, which are attacks.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any
 
 from convert.errors import ConvertError
 
-# Of the standard library, the modules whose objects are data: those of Python 2 have other names.
+# Modules of the standard library whose objects are data; Python 2 has other names for some.
 _DATA_MODULES = frozenset({
     "_codecs", "_decimal", "_random", "argparse", "array", "collections", "copyreg", "datetime",
     "decimal", "enum", "fractions", "functools", "ipaddress", "itertools", "logging", "numbers",
@@ -27,7 +27,7 @@ _DATA_BUILTINS = frozenset({
     "unicode", "xrange",
 })  # fmt: skip
 _STANDARD_LIBRARY = sys.stdlib_module_names | {"__builtin__", "commands", "urllib2"}
-# Of dictionaries, how many arguments come before the pairs.
+# Classes of dictionaries, with the number of arguments before the pairs.
 _DICTIONARIES = {"OrderedDict": 0, "defaultdict": 1}
 _MAX_NAME = 1000  # characters
 _MAX_KEY = 1 << 12  # characters of text, bits of a number: a key is hashed and compared
@@ -37,7 +37,7 @@ _MARK = object()
 
 @dataclasses.dataclass(frozen=True)
 class Global:
-    """A name of a module, as a pickle gives it; never imported."""
+    """A name in a module, from a pickle; never imported."""
 
     module: str
     name: str
@@ -48,7 +48,7 @@ _TENSOR_CLASSES = (Global("torch", "Tensor"), Global("torch.nn.parameter", "Para
 
 @dataclasses.dataclass(frozen=True)
 class Foreign:
-    """An object that was not built: an instance or a result of what `name` says."""
+    """An object that was not built: an instance of a class, or a function's result, by its name."""
 
     name: str
 
@@ -58,25 +58,25 @@ def load(
     where: str,
     rebuild: Callable[..., Any],
     open_storage: Callable[[Any], Any],
-    most_steps: int,
+    max_steps: int,
 ) -> Any:
-    """The object that a pickle describes.
+    """Return the object that a pickle describes.
 
     Args:
-      where: what messages call the file.
+      where: name of the file, for messages.
       rebuild: builds a tensor from the arguments of PyTorch's `_rebuild_tensor_v2`.
-      open_storage: gives the storage of a persistent id.
-      most_steps: of the program, and as many items of pairs that it names again and again;
-        above that it is refused.
+      open_storage: returns the storage of a persistent id.
+      max_steps: of the program; also the maximum of items in dictionaries that are built from
+        pairs, which a program can use again.
 
     Raises:
-      ConvertError: the pickle is broken, asks for what no checkpoint needs, or is too long.
+      ConvertError: the pickle is broken, names what no checkpoint needs, or is too long.
     """
-    machine = _Machine(where, rebuild, open_storage, most_steps)
+    machine = _Machine(where, rebuild, open_storage, max_steps)
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            if count >= most_steps:
-                raise ConvertError(f"{where}: its pickle has more than {most_steps} steps")
+            if count >= max_steps:
+                raise ConvertError(f"{where}: its pickle has more than {max_steps} steps")
             if opcode.name == "STOP":
                 return machine.stack.pop()
             machine.step(opcode.name, argument)
@@ -88,10 +88,10 @@ def load(
 
 
 class _Machine:
-    def __init__(self, where: str, rebuild: Any, open_storage: Any, most_items: int):
+    def __init__(self, where: str, rebuild: Any, open_storage: Any, max_items: int):
         self.stack: list[Any] = []
         self._memo: dict[int, Any] = {}
-        self._left = most_items
+        self._remaining_items = max_items
         self._where, self._rebuild, self._open_storage = where, rebuild, open_storage
 
     def step(self, name: str, argument: Any) -> None:
@@ -120,9 +120,9 @@ class _Machine:
 
     def _to_mark(self) -> list[Any]:
         stack = self.stack
-        place = next(i for i in range(len(stack) - 1, -1, -1) if stack[i] is _MARK)
-        items = stack[place + 1 :]
-        del stack[place:]
+        mark = next(i for i in range(len(stack) - 1, -1, -1) if stack[i] is _MARK)
+        items = stack[mark + 1 :]
+        del stack[mark:]
         return items
 
     def _mark(self, _: Any) -> None:
@@ -207,7 +207,7 @@ class _Machine:
 
     def _reduce(self, _: Any) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        self.stack.append(self._called(function, arguments))
+        self.stack.append(self._call(function, arguments))
 
     _newobj = _reduce
 
@@ -217,11 +217,11 @@ class _Machine:
 
     def _obj(self, _: Any) -> None:
         function, *arguments = self._to_mark()
-        self.stack.append(self._called(function, tuple(arguments)))
+        self.stack.append(self._call(function, tuple(arguments)))
 
     def _inst(self, argument: str) -> None:
         function = self._named(*argument.split(" ", 1))
-        self.stack.append(self._called(function, tuple(self._to_mark())))
+        self.stack.append(self._call(function, tuple(self._to_mark())))
 
     def _build(self, _: Any) -> None:
         self.stack.pop()  # attributes of an object that is not built, or that needs none
@@ -229,45 +229,45 @@ class _Machine:
     def _binpersid(self, _: Any) -> None:
         self.stack.append(self._open_storage(self.stack.pop()))
 
-    def _called(self, function: Any, arguments: Any) -> Any:
-        """What a call gives where that is a tensor or a dictionary; else a `Foreign`."""
+    def _call(self, function: Any, arguments: Any) -> Any:
+        """Return the result of a call if it is a tensor or a dictionary, else a `Foreign`."""
         if isinstance(function, Foreign):
             return function
         if not isinstance(function, Global):
             raise ConvertError(f"{self._where}: its pickle calls a {type(function).__name__}")
         name = function.name
         if not isinstance(arguments, tuple):
-            arguments = ()  # something that was not built
+            arguments = ()  # an object that was not built
         if function.module == "torch._utils" and len(arguments) <= _MAX_ARGUMENTS:
             if name == "_rebuild_tensor_v2":
                 return self._rebuild(*arguments)
             if name in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
                 return arguments[0]
-        # A tensor that has attributes besides.
+        # A tensor with attributes.
         if function == Global("torch._tensor", "_rebuild_from_type_v2"):
             rebuild, kind, inner, _ = arguments
             if kind in _TENSOR_CLASSES and rebuild != function:
-                return self._called(rebuild, inner)
+                return self._call(rebuild, inner)
         if function.module == "collections" and name in _DICTIONARIES:
             return self._dictionary(arguments[_DICTIONARIES[name] :])
         return Foreign(f"{function.module}.{name}")
 
     def _dictionary(self, arguments: Any) -> dict[Any, Any]:
-        made: dict[Any, Any] = {}
+        result: dict[Any, Any] = {}
         for pairs in arguments:
             items = list(pairs.items()) if isinstance(pairs, dict) else pairs
-            # The same pairs can be given to one call after another.
-            self._left -= 1 + len(items)
-            if self._left < 0:
+            # Many calls can use the same pairs.
+            self._remaining_items -= 1 + len(items)
+            if self._remaining_items < 0:
                 raise ConvertError(f"{self._where}: its pickle fills dictionaries without an end")
             for key, value in items:
-                self._set(made, [key, value])
-        return made
+                self._set(result, [key, value])
+        return result
 
 
 def _is_key(key: Any) -> bool:
-    """Whether a dictionary keeps an item: what has another key is no weight, and to hash it (nested
-    tuples, long numbers) can take longer than anyone lives."""
+    """Return whether an item with this key is stored: others are no weights, and to hash their keys
+    (nested tuples, long numbers) could take years."""
     if isinstance(key, int):
         return key.bit_length() <= _MAX_KEY
     if isinstance(key, str | bytes):
@@ -287,6 +287,6 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_TUPLE": tuple,
     "EMPTY_LIST": list,
     "EMPTY_DICT": dict,
-    "EMPTY_SET": list,  # of what stands beside the weights; items need not be hashable
+    "EMPTY_SET": list,  # contains no weights; items need not be hashable
 }
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}

@@ -1,4 +1,4 @@
-"""Writes PyTorch's zip files of tensors without PyTorch, tensor after tensor."""
+"""Write PyTorch's zip files of tensors without PyTorch, tensor by tensor."""
 
 import contextlib
 import math
@@ -23,32 +23,32 @@ _TORCH_STORAGE = {dtype: name for name, dtype in STORAGES.items()}
 class TorchWriter:
     """A `torch.save` file of `{"module": {name: tensor}}`, for `torch.load`.
 
-    Used in a `with`: at its end the file is whole, or not there where that failed.
+    A context manager: at its end the file is whole, or after an error does not exist.
 
     Raises:
-      ConvertError: a dtype that PyTorch has no storage for.
+      ConvertError: PyTorch has no storage of a dtype.
     """
 
     def __init__(self, path: Path, module: Mapping[str, tuple[tuple[int, ...], Any]]):
         """Args:
-        module: shape and dtype of each tensor, in the order in which they are written.
+        module: shape and dtype of each tensor, in the order of writing.
         """
         self._root = path.name.removesuffix(".pt")
-        self._left = list(module.items())
+        self._remaining = list(module.items())
         self._written = 0
         pickled = _pickle_module(module)
-        self._place = contextlib.ExitStack()
-        partial = self._place.enter_context(replacing(path))
+        self._contexts = contextlib.ExitStack()
+        partial = self._contexts.enter_context(replacing(path))
         self._archive = zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED)
-        self._place.push(self._close)
+        self._contexts.push(self._close)
         self._add("data.pkl", pickled)
         self._add(".format_version", b"1")
         self._add(".storage_alignment", str(_ALIGNMENT).encode())
         self._add("byteorder", b"little")
 
     def write(self, name: str, tensor: np.ndarray) -> None:
-        """The next tensor."""
-        expected, (shape, dtype) = self._left.pop(0)
+        """Write the next tensor."""
+        expected, (shape, dtype) = self._remaining.pop(0)
         if (name, tensor.shape, tensor.dtype) != (expected, shape, np.dtype(dtype)):
             raise ValueError(f"{name} {tensor.shape} {tensor.dtype}: {expected} was announced")
         contiguous = np.ascontiguousarray(tensor).reshape(-1)
@@ -64,11 +64,11 @@ class TorchWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._place.__exit__(kind, error, trace)
+        self._contexts.__exit__(kind, error, trace)
 
     def _close(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None and self._left:
-            raise ValueError(f"{self._left[0][0]} was announced and not written")
+        if kind is None and self._remaining:
+            raise ValueError(f"{self._remaining[0][0]} was announced and not written")
         if kind is None:
             self._add("version", b"3\n")
         self._archive.close()
@@ -80,14 +80,14 @@ class TorchWriter:
 
 
 def _padding(header_offset: int, name: str) -> bytes:
-    """A zip extra field that puts the entry's data on a multiple of the alignment."""
+    """Return a zip extra field that aligns the entry's data."""
     start = header_offset + LOCAL_HEADER.size + len(name.encode()) + 4
     size = -start % _ALIGNMENT
     return struct.pack("<2sH", b"FB", size) + b"Z" * size
 
 
 def _pickle_module(module: Mapping[str, tuple[tuple[int, ...], Any]]) -> bytes:
-    """Pickle protocol 2, by its opcodes: the classes that it names need not be here."""
+    """Pickle with protocol 2, by opcodes: the classes that it names need not be installed."""
 
     def text(value: str) -> bytes:
         data = value.encode()

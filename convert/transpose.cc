@@ -6,7 +6,7 @@
 
 namespace {
 
-// Rows that are turned one after another: a cache line of the result.
+// Sizes of a tile, and of the rows of tiles that fill a cache line of the result.
 constexpr int64_t kTile = 8;
 constexpr int64_t kLineBytes = 64;
 
@@ -25,15 +25,15 @@ void Transpose(const T* from, int64_t rows, int64_t columns, int64_t from_stride
         continue;
       }
       for (int64_t r = first; r < end; r += kTile) {
-        T tile[kTile][kTile], turned[kTile][kTile];
+        T tile[kTile][kTile], transposed[kTile][kTile];
         for (int64_t i = 0; i < kTile; ++i) {
           std::memcpy(tile[i], from + (r + i) * from_stride + column, sizeof(tile[i]));
         }
         for (int64_t j = 0; j < kTile; ++j) {
-          for (int64_t i = 0; i < kTile; ++i) turned[j][i] = tile[i][j];
+          for (int64_t i = 0; i < kTile; ++i) transposed[j][i] = tile[i][j];
         }
         for (int64_t j = 0; j < kTile; ++j) {
-          std::memcpy(to + (column + j) * to_stride + r, turned[j], sizeof(turned[j]));
+          std::memcpy(to + (column + j) * to_stride + r, transposed[j], sizeof(transposed[j]));
         }
       }
     }

@@ -1,4 +1,4 @@
-"""to[:] = source.T for large matrices: half of a conversion's work.
+"""Transpose large matrices: half of a conversion's work.
 
 numpy moves single elements, some 0.3 GB a second, or 1 in strips. The C++ function, three
 times as fast, is called without Python's lock.
@@ -17,7 +17,7 @@ _ROWS = 32  # of a strip
 
 @functools.cache
 def _functions() -> dict[int, Any]:
-    """By bytes of an element; none where there was no compiler at installation."""
+    """Return the functions by bytes of an element; none without a compiler at installation."""
     if not _LIBRARY.exists():
         return {}
     library = ctypes.CDLL(str(_LIBRARY))
@@ -30,7 +30,7 @@ def _functions() -> dict[int, Any]:
 
 
 def transpose(source: np.ndarray, to: np.ndarray) -> None:
-    """Writes source [m, n], rows contiguous, to `to` [n, m], rows contiguous, same dtype."""
+    """Set to [n, m] to source [m, n] transposed; both have contiguous rows and one dtype."""
     item = source.itemsize
     function = _functions().get(item)
     rows, columns = source.shape

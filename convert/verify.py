@@ -1,5 +1,6 @@
-"""Compares two models tensor by tensor, in whatever forms they are, or one with its checksums.
-Released tensors are read here by code that is not the converter's.
+"""Compares two models tensor by tensor, in any of their forms, or one with its checksums.
+
+Released tensors are read by other code than the converter's.
 
 python -m convert.verify A B        exit status 1 if any tensor differs
 python -m convert.verify A          exit status 1 if anything is not what was written
@@ -29,7 +30,7 @@ _SIZES = ("num_layers", "hidden_size", "inner_hidden_size", "num_heads", "vocab_
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Of one tensor: the greatest absolute difference, and of how many numbers."""
+    """Of a tensor: the greatest absolute difference, and the count of numbers that differ."""
 
     name: str
     greatest: float
@@ -37,13 +38,13 @@ class Difference:
 
 
 def compare(a: OpenModel, b: OpenModel) -> Iterator[Difference | None]:
-    """For each tensor its difference, None where both are equal. NaN equals NaN.
+    """Yield each tensor's difference, None where both are equal. NaN equals NaN.
 
-    Quantised kernels are compared by the numbers that they stand for. Floats of another dtype
-    than their model's are equal, too, where they are once cast to it, as a conversion casts them.
+    Quantised kernels are compared dequantised. Floats of another dtype than their model's also
+    count as equal if they are so after a cast to it, which a conversion does.
 
     Raises:
-      ConvertError: models of different architectures.
+      ConvertError: the models have different architectures.
     """
     for name in _SIZES:
         first, second = getattr(a.config, name), getattr(b.config, name)
@@ -85,7 +86,7 @@ def _difference(
     if x.shape != y.shape:
         raise ConvertError(f"{name} is {x.shape} in one model and {y.shape} in the other")
     rows = max(1, _BLOCK * len(x) // max(x.size, 1))
-    for i in range(0, len(x), rows):  # some rows at a time: they may lie apart, and be copied
+    for i in range(0, len(x), rows):  # in blocks: views are copied
         p, q = (np.ascontiguousarray(array[i : i + rows]) for array in (x, y))
         if p.dtype == q.dtype and np.array_equal(p.view(np.uint8), q.view(np.uint8)):
             continue
@@ -106,13 +107,13 @@ def _in_dtype_of(model: OpenModel, name: str, values: np.ndarray) -> np.ndarray:
 
 
 def check(model: OpenModel) -> int:
-    """Reads all of a model, which compares it with its checksums.
+    """Read all of a model, which compares it with its checksums.
 
     Returns:
-      How many tensors it has.
+      The number of its tensors.
 
     Raises:
-      UserError: one is damaged.
+      UserError: a tensor is damaged.
     """
     trees = itertools.chain(((model.embedding(), model.final_layernorm()),), model.layers())
     return sum(len(jax.tree.leaves(tree)) for tree in trees)
@@ -120,7 +121,7 @@ def check(model: OpenModel) -> int:
 
 def main(paths: list[str]) -> None:
     if len(paths) == 1:
-        # The reader of released shards that compares all it reads is the converter's.
+        # Of the two readers of released shards only the converter's checks checksums.
         model = open_model(paths[0], FLAGS.num_heads, FLAGS.allow_differing_copies)
         print(f"{paths[0]}: {model.kind}")
         print(f"all {check(model)} tensors are whole")

@@ -23,10 +23,10 @@ class ProcessesError(UserError):
     """Processes that cannot find each other; the message says what to set."""
 
 
-def place(
+def resolve(
     coordinator: str | None = None,
     count: int | None = None,
-    number: int | None = None,
+    index: int | None = None,
     may_be_apart: bool = False,
 ) -> tuple[str | None, int, int]:
     """Return the coordinator, this process's index and the number of processes.
@@ -38,7 +38,7 @@ def place(
     Args:
       coordinator: host:port of process 0.
       count: number of processes.
-      number: index of this process, from 0.
+      index: of this process, from 0.
       may_be_apart: allow several processes without a coordinator, which share work alone.
 
     Raises:
@@ -47,28 +47,28 @@ def place(
     coordinator = coordinator or os.environ.get(_COORDINATOR)
     count = count if count is not None else _number(_COUNT)
     for name in _INDICES:
-        number = number if number is not None else _number(name)
+        index = index if index is not None else _number(name)
     if coordinator is None:
         if count is None or count == 1:
             return None, 0, 1
-        if may_be_apart and number is not None and number < count:
-            return None, number, count
+        if may_be_apart and index is not None and index < count:
+            return None, index, count
         missing = "its index below that by --process_id, or " if may_be_apart else ""
         raise ProcessesError(
             f"{count} processes and no coordinator: give {missing}host:port of process 0 by "
             f"--coordinator or {_COORDINATOR}"
         )
-    if count is None or number is None:
+    if count is None or index is None:
         raise ProcessesError(
             f"coordinator {coordinator} without the number of processes and this one's index: "
             f"--num_processes and --process_id, or {_COUNT} and {_INDICES[0]}"
         )
-    return coordinator, number, count
+    return coordinator, index, count
 
 
 def join(
     coordinator: str,
-    number: int,
+    index: int,
     count: int,
     heartbeat_seconds: int = HEARTBEAT_SECONDS,
     saves_at_sigterm: bool = False,
@@ -76,7 +76,7 @@ def join(
     """Join the other processes of a run, before any other use of jax.
 
     Args:
-      coordinator, number, count: see `place`.
+      coordinator, index, count: see `resolve`.
       heartbeat_seconds: without a heartbeat for this time a process counts as dead, and the
         others end.
       saves_at_sigterm: `multihost_utils.reached_preemption_sync_point` reports SIGTERM, which
@@ -88,10 +88,10 @@ def join(
     jax.config.update("jax_enable_preemption_service", saves_at_sigterm)
     try:
         jax.distributed.initialize(
-            coordinator, count, number, heartbeat_timeout_seconds=heartbeat_seconds
+            coordinator, count, index, heartbeat_timeout_seconds=heartbeat_seconds
         )
     except (ValueError, RuntimeError) as error:
-        raise ProcessesError(f"process {number} of {count} at {coordinator}: {error}") from error
+        raise ProcessesError(f"process {index} of {count} at {coordinator}: {error}") from error
 
 
 def are_joined() -> bool:

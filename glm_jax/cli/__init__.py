@@ -234,15 +234,15 @@ def join_processes(may_be_apart: bool = False) -> tuple[int, int]:
     goes on as a supervised child.
 
     Returns:
-      This process's number, and how many there are; see `processes.place`.
+      This process's index and the number of processes; see `processes.resolve`.
     """
     chosen = flags.FLAGS
-    coordinator, number, count = processes.place(
+    coordinator, index, count = processes.resolve(
         chosen.coordinator, chosen.num_processes, chosen.process_id, may_be_apart
     )
     if coordinator is not None:
-        supervision.go_on_supervised(f"process {number} of {count}")
+        supervision.go_on_supervised(f"process {index} of {count}")
         # What may run apart has saved each answer; what may not saves when it is asked to end.
         saves = not may_be_apart
-        processes.join(coordinator, number, count, chosen.heartbeat_seconds, saves)
-    return number, count
+        processes.join(coordinator, index, count, chosen.heartbeat_seconds, saves)
+    return index, count

@@ -184,7 +184,7 @@ def _label_number(prompts: PromptFile, where: str, label: Any) -> int:
 def _shots(
     prompts: PromptFile, rows: list[tuple[str, Row]], examples: Path | None
 ) -> tuple[list[tuple[str, Row]], list[tuple[str, Row]]]:
-    """Answered examples, labels in turn, and the rows that are left."""
+    """Return answered examples, labels in turn, and the other rows."""
     if not prompts.shots:
         return [], rows
     pool = rows if examples is None else list(_rows(prompts, examples))
@@ -306,7 +306,7 @@ def prepare_mmlu(file: Path, source: Path, output: Path) -> dict[Path, int]:
     except TextFileError as error:
         raise PromptFileError(str(error)) from error
     if set(content) != {"groups", "shots"}:
-        raise PromptFileError(f"{file}: the fields 'groups' and 'shots' are due")
+        raise PromptFileError(f"{file}: expected the fields 'groups' and 'shots'")
     shots, groups = content["shots"], content["groups"]
     if type(shots) is not int or shots < 0 or not isinstance(groups, dict):
         raise PromptFileError(f"{file}: shots is a number, groups are lists of subjects by name")
@@ -338,15 +338,15 @@ def prepare_mmlu(file: Path, source: Path, output: Path) -> dict[Path, int]:
 
 def _mmlu_questions(path: Path) -> list[tuple[str, int]]:
     columns = ["question", *_LETTERS, "answer"]
-    found = []
+    questions = []
     for where, row in read_file(path, "csv", columns):
         if row["answer"] not in tuple(_LETTERS):
             raise SourceError(f"{where}: answer {row['answer']!r}: one of {', '.join(_LETTERS)}")
         options = "\n".join(f"{letter}. {row[letter]}" for letter in _LETTERS)
-        found.append((f"{row['question']}\n{options}\nAnswer:", _LETTERS.index(row["answer"])))
-    if not found:
+        questions.append((f"{row['question']}\n{options}\nAnswer:", _LETTERS.index(row["answer"])))
+    if not questions:
         raise SourceError(f"{path}: no question in it")
-    return found
+    return questions
 
 
 def prepare_crows_pairs(source: Path, output: Path, tokenizer: TextCodec) -> dict[Path, int]:

@@ -200,12 +200,12 @@ class _Fields:
 
     def ids(self, name: str, control_words: tuple[str, ...] = ()) -> tuple[int, ...]:
         """Of a text or list of ids; for `control_words` see `Tokenizer.encode`."""
-        found, value = self._find(name)
-        return self._of(found, value, control_words)
+        source, value = self._find(name)
+        return self._of(source, value, control_words)
 
     def lists(self, name: str) -> tuple[tuple[int, ...], ...]:
         """Of a list of those."""
-        found, value = self._find(name)
+        _, value = self._find(name)
         is_ids = isinstance(value, list) and value and not isinstance(value[0], (list, str))
         if name == "targets" and (is_ids or isinstance(value, str)):
             value = [value]  # one answer, not a list of them

@@ -80,13 +80,13 @@ class HarnessModel(LM):
         )
 
     def _pair(self, context: str, text: str) -> tuple[list[int], list[int]]:
-        """Ids of both, as they are where the second follows the first."""
+        """Return the ids of both, where `text` follows `context`."""
         if not text:
             return [], []
-        kept = context.rstrip()
-        text = context[len(kept) :] + text
-        prompt = self._encode(kept) if kept else []
-        whole = self._encode(kept + text)
+        stripped = context.rstrip()
+        text = context[len(stripped) :] + text
+        prompt = self._encode(stripped) if stripped else []
+        whole = self._encode(stripped + text)
         if whole[: len(prompt)] == prompt and len(whole) > len(prompt):
             return prompt, whole[len(prompt) :]
         return prompt, self._encode(text)
@@ -95,24 +95,24 @@ class HarnessModel(LM):
         return self._model.tokenizer.encode(text, ())
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Log-probability of each second text after the first, and whether greedy gives it.
+        """Return the log-probability of each second text after the first, and if it is greedy's.
 
         An empty second text is certain: (0.0, True).
 
         Raises:
-          UserError: a second text that is longer than the model's positions.
+          UserError: a second text is longer than the model's positions.
         """
         pairs = [self._pair(*request.args) for request in requests]
-        asked = [number for number, (_, text) in enumerate(pairs) if text]
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        sequences = [self._continuation(*pairs[number]) for number in asked]
+        scored = [number for number, (_, text) in enumerate(pairs) if text]
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        sequences = [self._continuation(*pairs[number]) for number in scored]
         for score in self._model.scorer.score(sequences):
             greedy = bool(score.are_argmax.all())
-            found[asked[score.number]] = float(score.sums[0]), greedy
-        return found
+            results[scored[score.number]] = float(score.sums[0]), greedy
+        return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Log-probability of each text, every token asked for once; 0.0 of an empty one.
+        """Return the log-probability of each text, every token scored once; 0.0 for an empty one.
 
         Windows move on by half the model's positions, so that each token but the first has
         seen at least the other half.
@@ -128,30 +128,29 @@ class HarnessModel(LM):
         owners, sequences, special = [], [], self._model.special
         for number, request in enumerate(requests):
             document = Document(tuple(self._encode(request.args[0])), 1, 1)
-            for place in range(count_windows(document, config) if document.tokens else 0):
+            for index in range(count_windows(document, config) if document.tokens else 0):
                 owners.append(number)
-                sequences.append(window(document, config, special, place))
+                sequences.append(window(document, config, special, index))
         totals = [0.0] * len(requests)
         for score in self._model.scorer.score(sequences):
             totals[owners[score.number]] += float(score.sums[0])
         return totals
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Each answer up to the first of its stop texts."""
+        """Return each answer up to the first of its stop texts."""
         model, special = self._model, self._model.special
         engine = Engine(model.params, model.config, EngineSettings(_SLOTS), special)
         answers = []
         for request in requests:
-            context, given = request.args
-            settings = {name: value for name, value in given.items() if value is not None}
-            most = _count("max_gen_toks", settings.get("max_gen_toks", self._max_tokens))
-            most = min(most, self._length - 4)
-            tokens = self._encode(context)[-(self._length - most - 2) :]
+            context, options = request.args
+            settings = {name: value for name, value in options.items() if value is not None}
+            max_tokens = _count("max_gen_toks", settings.get("max_gen_toks", self._max_tokens))
+            max_tokens = min(max_tokens, self._length - 4)
+            tokens = self._encode(context)[-(self._length - max_tokens - 2) :]
             prompt = Prompt((*tokens, special.gmask), None)
             stops = _texts(settings.get("until"))
-            answers.append(
-                _UntilStop(Request(prompt, _sampling(settings), most), stops, self._text)
-            )
+            request = Request(prompt, _sampling(settings), max_tokens)
+            answers.append(_UntilStop(request, stops, self._text))
         for answer in drive(engine, answers):
             answer.check()
         return [_cut(answer.text, answer.stops) for answer in answers]

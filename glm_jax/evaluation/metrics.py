@@ -19,7 +19,7 @@ from glm_jax.evaluation.examples import Document, Example
 from glm_jax.generation.blank_filling import TextCodec
 
 _RESAMPLES = 1000
-_MOST_LOG_PERPLEXITY = 20
+_MAX_LOG_PERPLEXITY = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +49,13 @@ Metric = Callable[[Sequence[Any], Sequence[Any], TextCodec], Statistics]
 
 
 def measure(statistics: Statistics, seed: int = 0) -> dict[str, Measured]:
-    """Every number of a metric with its interval."""
+    """Return every number of a metric with its interval."""
     total = statistics.finish(statistics.values.sum(axis=0))
     drawn = [statistics.finish(sums) for sums in resampled(statistics.values, seed)]
     measured = {}
     for name, value in total.items():
-        of_name = [some[name] for some in drawn if math.isfinite(some.get(name, math.nan))]
-        low, high = np.percentile(of_name, (2.5, 97.5)) if of_name else (math.nan, math.nan)
+        samples = [sample[name] for sample in drawn if math.isfinite(sample.get(name, math.nan))]
+        low, high = np.percentile(samples, (2.5, 97.5)) if samples else (math.nan, math.nan)
         measured[name] = Measured(value, float(low), float(high))
     return measured
 
@@ -104,9 +104,9 @@ def _binary(numerator: Callable[..., float], denominator: Callable[..., float]) 
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without ASCII punctuation and English articles, single blanks."""
-    kept = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
+    """Return text in lower case, without ASCII punctuation and English articles."""
+    words = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", words).split())
 
 
 _CHINESE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -114,11 +114,11 @@ _CHINESE_PUNCTUATION = "，。：？！“”；’‘《》…·、「」（）
 
 
 def normalize_chinese_answer(text: str) -> str:
-    """Every Chinese character by itself between blanks; without punctuation."""
-    kept = "".join(
+    """Return text with every Chinese character as a word of its own, without punctuation."""
+    words = "".join(
         c for c in text.lower() if c not in string.punctuation and c not in _CHINESE_PUNCTUATION
     )
-    return " ".join(re.sub(f"([{_CHINESE}])", r" \1 ", kept).split())
+    return " ".join(re.sub(f"([{_CHINESE}])", r" \1 ", words).split())
 
 
 def exact_match(prediction: str, target: str, normalize: Callable[[str], str]) -> float:
@@ -127,13 +127,13 @@ def exact_match(prediction: str, target: str, normalize: Callable[[str], str]) -
 
 def f1(prediction: str, target: str, normalize: Callable[[str], str]) -> float:
     """Harmonic mean of precision and recall of words (of characters, in Chinese)."""
-    given, wanted = normalize(prediction).split(), normalize(target).split()
-    shared = sum((collections.Counter(given) & collections.Counter(wanted)).values())
-    return 2 * shared / (len(given) + len(wanted)) if shared else 0.0
+    predicted, expected = normalize(prediction).split(), normalize(target).split()
+    shared = sum((collections.Counter(predicted) & collections.Counter(expected)).values())
+    return 2 * shared / (len(predicted) + len(expected)) if shared else 0.0
 
 
 def best_of_targets(score: Callable[[str, str], float]) -> Metric:
-    """Percentage of a score of decoded answers, each held against the target it is next to."""
+    """Return the mean of a score as a percentage, each answer with its best target."""
 
     def metric(
         predictions: Sequence[Sequence[int]], examples: Sequence[Example], tokenizer: TextCodec
@@ -141,8 +141,8 @@ def best_of_targets(score: Callable[[str, str], float]) -> Metric:
         scores = []
         for tokens, example in zip(predictions, examples, strict=True):
             answer = tokenizer.decode(tokens)
-            held = [score(answer, tokenizer.decode(target)) for target in example.targets]
-            scores.append(max(held, default=0.0))
+            of_targets = [score(answer, tokenizer.decode(target)) for target in example.targets]
+            scores.append(max(of_targets, default=0.0))
         return _mean(scores)
 
     return metric
@@ -164,7 +164,7 @@ def perplexity(
         for windows, document in zip(losses, documents, strict=True)
         for loss in windows
     ]
-    finish = lambda sums: {"": math.exp(min(_MOST_LOG_PERPLEXITY, sums[0] / sums[1]))}
+    finish = lambda sums: {"": math.exp(min(_MAX_LOG_PERPLEXITY, sums[0] / sums[1]))}
     return Statistics(np.array(rows, np.float64), finish)
 
 

@@ -42,15 +42,15 @@ def import_task(config: TaskConfig) -> Any:
 def _source(module: str) -> Path | None:
     """The file of a module, found without running anything."""
     spec: ModuleSpec | None = None
-    places: Any = None
+    locations: Any = None
     parts = module.split(".")
     for end in range(1, len(parts) + 1):
         path = ".".join(parts[:end])
-        found = (finder.find_spec(path, places) for finder in sys.meta_path)
+        found = (finder.find_spec(path, locations) for finder in sys.meta_path)
         spec = next(filter(None, found), None)
         if spec is None:
             return None
-        places = spec.submodule_search_locations or []
+        locations = spec.submodule_search_locations or []
     file = None if spec is None else spec.origin
     return Path(file) if file is not None and file.endswith(".py") else None
 

@@ -30,21 +30,21 @@ class ResultsError(UserError):
 def file_results(
     metrics: dict[str, Metric], predictions: list[Any], examples: list[Any], tokenizer: Any
 ) -> dict[str, Any]:
-    """Every number of a data file: value and interval, and its units' statistics.
+    """Return every number of a data file, with its interval, and its units' values.
 
     A metric of several numbers gives "METRIC/NAME" for each.
     """
-    measured, kept = {}, {}
+    measured, units = {}, {}
     for name, metric in metrics.items():
         statistics = metric(predictions, examples, tokenizer)
         for part, number in measure(statistics).items():
             measured[f"{name}/{part}" if part else name] = _plain(number)
-        kept[name] = unit_values(statistics)
-    return {"examples": len(examples), "metrics": measured, "units": kept}
+        units[name] = unit_values(statistics)
+    return {"examples": len(examples), "metrics": measured, "units": units}
 
 
 def unit_values(statistics: Statistics) -> list[float | None]:
-    """What each unit alone comes to, by the metric's first number; None where it has none."""
+    """Return the metric's first number for each unit alone; None if it has none."""
     first = next(iter(statistics.finish(statistics.values.sum(axis=0))))
     values: list[float | None] = []
     for row in statistics.values:
@@ -62,17 +62,17 @@ def _plain(number: Measured) -> dict[str, float | None]:
 
 
 def group_results(files: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Largest, median and example-weighted mean of each number over a group's files."""
+    """Return the maximum, median and example-weighted mean of each number over a group's files."""
     names = dict.fromkeys(name for result in files.values() for name in result["metrics"])
     summary = {}
     for name in names:
-        found = [
+        pairs = [
             (result["metrics"][name]["value"], result["examples"])
             for result in files.values()
             if result["metrics"].get(name, {}).get("value") is not None
         ]
-        if found:
-            values, weights = zip(*found, strict=True)
+        if pairs:
+            values, weights = zip(*pairs, strict=True)
             summary[name] = {
                 "max": max(values),
                 "median": float(np.median(values)),

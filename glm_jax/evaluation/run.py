@@ -1,4 +1,4 @@
-"""Evaluates tasks: what is answered already is kept, what is missing is asked.
+"""Evaluates tasks; examples that an earlier run answered are not asked again.
 
 OUTPUT/records/TASK/GROUP/FILE/   records of one data file, as `jobs.record_store` keeps them
 OUTPUT/results.json               once all records are there
@@ -72,13 +72,13 @@ def with_data(configs: Sequence[TaskConfig], data: Path, skips_others: bool) -> 
             config.files(data)
         except TaskError as error:
             missing[config.name] = str(error)
-    found = [config for config in configs if config.name not in missing]
+    present = [config for config in configs if config.name not in missing]
     if not missing:
-        return found
+        return present
     names = f"{len(missing)} of {len(configs)} tasks have no data in {data}: {', '.join(missing)}"
-    if found and skips_others:
+    if present and skips_others:
         print(f"{names}; they are left out", file=sys.stderr)
-        return found
+        return present
     first = next(iter(missing.values()))
     if len(configs) == 1:
         raise TaskError(first)
@@ -136,18 +136,18 @@ def evaluate(
         task.metrics()  # before anything is run
         for group in task.config.groups_without_files(data):
             print(f"task {task.config.name}: group {group} has no file", file=sys.stderr)
-    found: dict[DataFile, dict[str, Any] | None] = {}
+    results_of: dict[DataFile, dict[str, Any] | None] = {}
     for task, of_task in files.items():
         for file in of_task:
             examples = task.read(file.path)
             _answer_file(task, file, examples, share, identity)
-            found[file] = _file_results(task, file, examples)
+            results_of[file] = _file_results(task, file, examples)
     results = {}
     for task, of_task in files.items():
         groups: dict[str, dict[str, Any]] = {}
         for file in of_task:
             # Another process may have ended with it since.
-            result = found[file] or _file_results(task, file, task.read(file.path))
+            result = results_of[file] or _file_results(task, file, task.read(file.path))
             if result is None:
                 return None
             groups.setdefault(file.group, {})[file.name] = result

@@ -89,7 +89,7 @@ def _table(path: Path, columns: list[str] | None, delimiter: str) -> Iterator[tu
         if cells:
             if len(cells) != len(names):
                 raise SourceError(
-                    f"{path}:{reader.line_num}: {len(cells)} columns where {len(names)} are due"
+                    f"{path}:{reader.line_num}: expected {len(names)} columns, found {len(cells)}"
                 )
             yield f"{path}:{reader.line_num}", dict(zip(names, cells, strict=True))
 

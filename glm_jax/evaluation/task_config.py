@@ -63,10 +63,10 @@ class TaskConfig:
       use_task_mask: [gMASK] instead of [MASK].
       use_multitask_encoding: tokens of a choice have positions of their own.
       unidirectional: the context is seen from left to right; takes use_task_mask.
-      max_seq_length: tokens; a context too long loses its first.
+      max_seq_length: in tokens; a longer context loses its first ones.
       file_pattern: names of groups, and which files are in each.
       micro_batch_size: the original's; here batches are filled with tokens instead.
-      save_prediction: the original's; here predictions are always kept.
+      save_prediction: the original's; here predictions are always saved.
       no_tokenized: texts count, ids beside them do not.
       length_normalized: a choice's log-probability is divided by its number of tokens.
       sampling_strategy: greedy ("BaseStrategy") or a beam search, which takes num_beams,
@@ -149,23 +149,23 @@ class TaskConfig:
         """
         folder = data / self.path
         try:
-            for _ in os.walk(folder, onerror=_raise):  # glob passes over what it cannot read
+            for _ in os.walk(folder, onerror=_raise):  # glob skips folders that it cannot read
                 pass
-            found = {name: sorted(folder.glob(pattern)) for name, pattern in self.file_pattern}
+            groups = {name: sorted(folder.glob(pattern)) for name, pattern in self.file_pattern}
         except OSError as error:
             where = error.filename or folder
             raise TaskError(f"task {self.name}: {where}: {error.strerror}") from error
         except ValueError as error:
             raise TaskError(f"task {self.name}: files of {folder}: {error}") from error
-        if not any(found.values()):
+        if not any(groups.values()):
             patterns = ", ".join(str(folder / pattern) for _, pattern in self.file_pattern)
             raise TaskError(f"task {self.name}: no file is {patterns}")
-        return {name: files for name, files in found.items() if files}
+        return {name: files for name, files in groups.items() if files}
 
     def groups_without_files(self, data: Path) -> list[str]:
-        """Names of groups of which no file is there."""
-        found = self.files(data)
-        return [name for name, _ in self.file_pattern if name not in found]
+        """Return the names of groups without any file."""
+        groups = self.files(data)
+        return [name for name, _ in self.file_pattern if name not in groups]
 
 
 def _raise(error: OSError) -> None:
@@ -190,29 +190,29 @@ def load_task(path: Path) -> TaskConfig:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a folder or file of this name lies where it is put."""
+    """Return whether a name of a folder or file is a name alone, not a path."""
     return name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
 
 
 def _parse(content: dict[str, Any]) -> TaskConfig:
     known = {field.name: field for field in dataclasses.fields(TaskConfig)}
-    given: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for spelled, value in content.items():
         name = spelled.replace("-", "_")
         if name not in known:
             raise TaskError(f"unknown field {shown(spelled)}; known are {', '.join(sorted(known))}")
-        if name in given:
+        if name in fields:
             raise TaskError(f"{spelled} is given twice")
-        given[name] = value
+        fields[name] = value
     for name in ("name", "type", "path"):
-        if name not in given:
+        if name not in fields:
             raise TaskError(f"the field {name!r} is missing")
-    if given["type"] not in TYPES:
-        raise TaskError(f"type={shown(given['type'])}: one of {', '.join(TYPES)}")
-    for name in given:
-        if given["type"] not in _OF_TYPE.get(name, TYPES):
-            raise TaskError(f"{name} is not for tasks of type {given['type']!r}")
-    values = {name: _value(name, known[name].type, value) for name, value in given.items()}
+    if fields["type"] not in TYPES:
+        raise TaskError(f"type={shown(fields['type'])}: one of {', '.join(TYPES)}")
+    for name in fields:
+        if fields["type"] not in _OF_TYPE.get(name, TYPES):
+            raise TaskError(f"{name} is not for tasks of type {fields['type']!r}")
+    values = {name: _value(name, known[name].type, value) for name, value in fields.items()}
     if values.get("sampling_strategy", STRATEGIES[0]) not in STRATEGIES:
         raise TaskError(
             f"sampling_strategy={shown(values['sampling_strategy'])}: {' or '.join(STRATEGIES)}"
@@ -253,8 +253,8 @@ def find_tasks(paths: Iterable[Path]) -> list[Path]:
     """
     files: list[Path] = []
     for path in paths:
-        found = sorted(path.rglob("*.yaml")) if path.is_dir() else [path]
-        if not found or not all(file.is_file() for file in found):
+        inside = sorted(path.rglob("*.yaml")) if path.is_dir() else [path]
+        if not inside or not all(file.is_file() for file in inside):
             raise TaskError(f"{path} is no task file, and no folder that holds any")
-        files += found
+        files += inside
     return files

@@ -195,25 +195,25 @@ class Generation(Task):
         else:
             answers = self._by_beams(prompts)
         for number, tokens in answers:
-            kept = [int(token) for token in tokens]
-            text = self.model.tokenizer.decode(kept)
-            yield wanted[number], {"prediction": kept, "text": text}
+            prediction = [int(token) for token in tokens]
+            text = self.model.tokenizer.decode(prediction)
+            yield wanted[number], {"prediction": prediction, "text": text}
 
     def _greedy(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Sequence[int]]]:
-        model, most, ends = self.model, self.config.max_gen_length, self.end_tokens
+        model, max_tokens, ends = self.model, self.config.max_gen_length, self.end_tokens
         # Sizes that many files have in common: a program serves them all.
-        room = bucket(max(map(len, prompts)) + most)
+        length = bucket(max(map(len, prompts)) + max_tokens)
         slots = min(_SLOTS, bucket(len(prompts), 1))
-        settings = EngineSettings(slots, min(room, model.config.max_sequence_length))
+        settings = EngineSettings(slots, min(length, model.config.max_sequence_length))
         engine = Engine(model.params, model.config, settings, model.special)
-        requests = (Request(prompt, max_tokens=most, end_tokens=ends) for prompt in prompts)
+        requests = (Request(prompt, max_tokens=max_tokens, end_tokens=ends) for prompt in prompts)
         for completion in complete_all(engine, requests):
             yield completion.request_id, self._without_end(completion.tokens)
 
     def _by_beams(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Sequence[int]]]:
         model, search, ends = self.model, self.search(), self.end_tokens
         for number, prompt in enumerate(prompts):
-            found = beam_search(
+            beams = beam_search(
                 model.params,
                 model.config,
                 prompt,
@@ -222,7 +222,7 @@ class Generation(Task):
                 end_tokens=ends,
                 special_tokens=model.special,
             )
-            yield number, self.choose([self._without_end(best.tokens) for best in found])
+            yield number, self.choose([self._without_end(best.tokens) for best in beams])
 
     def _without_end(self, tokens: Sequence[int]) -> tuple[int, ...]:
         return self.model.special.without_end(tokens, self.end_tokens)
@@ -371,7 +371,7 @@ def task_class(config: TaskConfig) -> type[Task]:
         return _OF_TYPE[config.type]
     if config.module in _ORIGINAL:
         return _ORIGINAL[config.module]
-    found = import_task(config)
-    if not (isinstance(found, type) and issubclass(found, Task)):
+    imported = import_task(config)
+    if not (isinstance(imported, type) and issubclass(imported, Task)):
         raise TaskError(f"task {config.name}: {config.module} is no {Task.__module__}.Task")
-    return found
+    return imported

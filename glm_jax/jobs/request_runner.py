@@ -165,7 +165,7 @@ def _seed_of(seed: int, index: int) -> int:
 def share(lines: Iterable[Line], done: np.ndarray, process: int, count: int) -> Iterator[Line]:
     """The lines that a process of `count` has to answer.
 
-    It is every count-th, whatever was done before by how many, so that processes that start
+    It is every count-th, however many processes answered before, so that processes that start
     at different moments agree.
     """
     for line in lines:

@@ -46,7 +46,7 @@ class Layers(Protocol):
         """Run `step` over the layers from the first bound up to the second, by default all.
 
         Args:
-          cache: of all layers, a tuple where they are apart; None where nothing is kept.
+          cache: of all layers, a tuple where they are apart; None without a cache.
 
         Returns:
           The last layer's x, and the cache with what the layers wrote.

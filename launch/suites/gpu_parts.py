@@ -106,7 +106,7 @@ REPEATS = 5
 _COMPILERS = 8  # programs that are compiled at once
 _PAGE = 64  # tokens
 _SPARE = 6 << 30  # bytes that programs need beside weights and cache
-_MOST_TORCH_ROWS = 128
+_MAX_TORCH_ROWS = 128
 
 
 def seconds(run: Callable[[], object], repeats: int = 1) -> float:
@@ -169,7 +169,7 @@ def products(shapes: Shapes) -> Iterator[Result]:
                 program = compiled[(inputs, outputs), form]
                 run = functools.partial(program, x, weights)
                 runs[form], counts[form] = often(run), count * REPEATS
-            if rows <= _MOST_TORCH_ROWS:
+            if rows <= _MAX_TORCH_ROWS:
                 peer = _torch_product(shapes, rows, inputs, outputs)
                 if peer is not None:
                     runs["torch_int4"], counts["torch_int4"] = peer
@@ -355,23 +355,23 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--checkpoint", default="random:130b")
     parser.add_argument("--quantization", default=None)
     parser.add_argument("--dropout", type=float, default=0.0)
-    given = parser.parse_args(arguments)
-    shapes = SHAPES[given.shapes]
-    if given.shapes == "full" and jax.default_backend() != "gpu":
+    options = parser.parse_args(arguments)
+    shapes = SHAPES[options.shapes]
+    if options.shapes == "full" and jax.default_backend() != "gpu":
         raise SystemExit(
             "--suite=gpu needs a GPU that JAX can use; --shapes=tiny tries it on a CPU"
         )
     parts: dict[str, Callable[[], Iterator[Result]]] = {
         "rates": lambda: rates(shapes),
         "products": lambda: products(shapes),
-        "decode": lambda: decode(shapes, given.checkpoint, given.quantization),
-        "train": lambda: train(shapes, given.dropout),
-        "torch_train": lambda: torch_train(shapes, given.dropout),
+        "decode": lambda: decode(shapes, options.checkpoint, options.quantization),
+        "train": lambda: train(shapes, options.dropout),
+        "torch_train": lambda: torch_train(shapes, options.dropout),
     }
-    with given.output.open("a", encoding="utf-8") as file:
-        if given.part != "torch_train":  # which has the device to itself
+    with options.output.open("a", encoding="utf-8") as file:
+        if options.part != "torch_train":  # which has the device to itself
             print(json.dumps(about()), file=file, flush=True)
-        for result in parts[given.part]():
+        for result in parts[options.part]():
             print(json.dumps(result), file=file, flush=True)
 
 

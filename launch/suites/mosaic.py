@@ -120,10 +120,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shapes", choices=list(SHAPES), default="full")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--candidates", action="store_true")
-    given = parser.parse_args(arguments)
-    with given.output.open("a", encoding="utf-8") as file:
+    options = parser.parse_args(arguments)
+    with options.output.open("a", encoding="utf-8") as file:
         print(json.dumps(about()), file=file, flush=True)
-        for result in mosaic_products(SHAPES[given.shapes], given.candidates):
+        for result in mosaic_products(SHAPES[options.shapes], options.candidates):
             print(json.dumps(result), file=file, flush=True)
             print({name: value for name, value in result.items() if name != "us"}, result["us"])
 

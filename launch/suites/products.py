@@ -24,7 +24,7 @@ from glm_jax.quantization import Scheme, quantize
 from launch.suites.case import Case, find_torch
 
 ROWS = (1, 4, 8, 32, 128)
-MOST_ROWS_OF_COPIES = 8
+MAX_ROWS_OF_COPIES = 8
 SHAPES = ((4096, 16384), (16384, 4096))
 
 
@@ -45,10 +45,10 @@ def decode_step_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     del params  # 4.5 GB
     forms["float32 tiled"] = prepare(forms["float32"])
     for bits in (8, 4):
-        name, held = f"int{bits}", prepare(quantized.pop(bits), embedding_bits=bits)
+        name, prepared = f"int{bits}", prepare(quantized.pop(bits), embedding_bits=bits)
         table = forms["float32 tiled"].word_embeddings
-        forms[f"{name} float32 embedding"] = dataclasses.replace(held, word_embeddings=table)
-        forms[name], forms[f"{name} a8"] = held, with_integer_activations(held)
+        forms[f"{name} float32 embedding"] = dataclasses.replace(prepared, word_embeddings=table)
+        forms[name], forms[f"{name} a8"] = prepared, with_integer_activations(prepared)
     peers = _torch_steps(config)
     for batch in (1, 8):
         cases = {name: _step_case(config, form, batch) for name, form in forms.items()}
@@ -68,18 +68,18 @@ def kernels_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     """
     for inputs, outputs in SHAPES:
         weight = jax.random.normal(jax.random.key(0), (inputs, outputs))
-        narrow = weight.astype(jnp.bfloat16)
-        held: dict[str, tuple[int, Any]] = {  # bits and weight
+        bfloat16 = weight.astype(jnp.bfloat16)
+        prepared: dict[str, tuple[int, Any]] = {  # bits and weight
             "float32": (32, weight),
-            "bfloat16": (16, narrow),
+            "bfloat16": (16, bfloat16),
             "float32 tiled": (32, prepare_weight(weight)),
-            "bfloat16 tiled": (16, prepare_weight(narrow)),
+            "bfloat16 tiled": (16, prepare_weight(bfloat16)),
         }
         for bits in (8, 4):
             quantized = quantize(weight, Scheme(bits, search=False), -2)
-            held[f"int{bits}"] = bits, prepare_weight(quantized)
-            held[f"int{bits} a8"] = bits, prepare_weight(quantized, activation_bits=8)
-        weights = {name: _copies(bits, array) for name, (bits, array) in held.items()}
+            prepared[f"int{bits}"] = bits, prepare_weight(quantized)
+            prepared[f"int{bits} a8"] = bits, prepare_weight(quantized, activation_bits=8)
+        weights = {name: _copies(bits, array) for name, (bits, array) in prepared.items()}
         peers = _torch_products(inputs, outputs)
         for rows in ROWS:
             x = jax.random.normal(jax.random.key(1), (rows, inputs))
@@ -105,7 +105,7 @@ def _products(x: jax.Array, weights: list[Any], rows: int) -> Case:
 
 def _few(weights: list[Any], rows: int) -> list[Any]:
     """All of them where reading weights is the work, one where multiplying is."""
-    return weights if rows <= MOST_ROWS_OF_COPIES else weights[:1]
+    return weights if rows <= MAX_ROWS_OF_COPIES else weights[:1]
 
 
 def with_integer_activations(params: GLMParams) -> GLMParams:
@@ -185,7 +185,7 @@ def _torch_products(inputs: int, outputs: int) -> dict[str, Callable[[int], Case
         return {}
     x = torch.randn(max(ROWS), inputs)
     weight = torch.randn(outputs, inputs)
-    narrow_x, narrow = x.bfloat16(), weight.bfloat16()
+    x_bfloat16, bfloat16 = x.bfloat16(), weight.bfloat16()
     int8 = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8)
     int8_scales = torch.rand(outputs, dtype=torch.bfloat16)
     nibbles = torch.randint(0, 16, (outputs, inputs), dtype=torch.int32)
@@ -194,16 +194,16 @@ def _torch_products(inputs: int, outputs: int) -> dict[str, Callable[[int], Case
     linear, ops = torch.nn.functional.linear, torch.ops.aten
     products = {
         "torch float32": (32, weight, lambda m, w: linear(x[:m], w)),
-        "torch bfloat16": (16, narrow, lambda m, w: linear(narrow_x[:m], w)),
+        "torch bfloat16": (16, bfloat16, lambda m, w: linear(x_bfloat16[:m], w)),
         "torch int8": (
             8,
             int8,
-            lambda m, w: ops._weight_int8pack_mm(narrow_x[:m], w, int8_scales),
+            lambda m, w: ops._weight_int8pack_mm(x_bfloat16[:m], w, int8_scales),
         ),
         "torch int4": (
             4,
             int4,
-            lambda m, w: ops._weight_int4pack_mm_for_cpu(narrow_x[:m], w, 128, int4_scales),
+            lambda m, w: ops._weight_int4pack_mm_for_cpu(x_bfloat16[:m], w, 128, int4_scales),
         ),
     }
 

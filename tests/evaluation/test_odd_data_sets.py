@@ -101,7 +101,7 @@ def test_a_row_with_a_cell_too_many_or_too_few_is_named(tmp_path, form):
         (tmp_path / "x").write_bytes(f"\ufeffs{tab}label\r\n{good}\r\n{bad}\n".encode())
         rows = read_file(tmp_path / "x", form)
         assert next(rows)[1] == {"s": "a\u2028b", "label": "1"}
-        with pytest.raises(SourceError, match=r"x:3: \d columns where 2"):
+        with pytest.raises(SourceError, match=r"x:3: expected 2 columns, found \d"):
             next(rows)
 
 

@@ -66,7 +66,7 @@ def masked_attention(
     weights = weights / jnp.where(total == 0, 1, total)
     if dropout is not None:
         batch, heads, queries, keys = weights.shape
-        kept = factors(dropout, batch, heads, jnp.arange(queries), jnp.arange(keys))
-        weights = weights * kept.astype(weights.dtype)
+        drop = factors(dropout, batch, heads, jnp.arange(queries), jnp.arange(keys))
+        weights = weights * drop.astype(weights.dtype)
     attended = einsum("bhqk,bhkd->bqhd", weights.astype(value.dtype), value)
     return attended.astype(query.dtype)

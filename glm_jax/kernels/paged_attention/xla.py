@@ -41,9 +41,9 @@ def _attention(arguments: Arguments) -> Array:
         """[heads, batch, width, ..] of a block of each row's pages."""
         if pages is None:
             return None
-        some = jax.lax.dynamic_slice_in_dim(tables, block * count, count, 1)
+        block_tables = jax.lax.dynamic_slice_in_dim(tables, block * count, count, 1)
         # The barrier keeps a conversion of what is taken from becoming one of all pages.
-        taken = jax.lax.optimization_barrier(pages[:, some])
+        taken = jax.lax.optimization_barrier(pages[:, block_tables])
         return taken.reshape(*taken.shape[:2], width, *taken.shape[4:])
 
     def step(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
