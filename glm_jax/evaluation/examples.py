@@ -205,13 +205,13 @@ class _Fields:
 
     def lists(self, name: str) -> tuple[tuple[int, ...], ...]:
         """Of a list of those."""
-        _, value = self._find(name)
+        source, value = self._find(name)
         is_ids = isinstance(value, list) and value and not isinstance(value[0], (list, str))
         if name == "targets" and (is_ids or isinstance(value, str)):
             value = [value]  # one answer, not a list of them
         if not isinstance(value, list):
-            raise DatasetError(f"{found}: expected a list, got {shown(value)}")
-        return tuple(self._of(f"{found}[{i}]", item) for i, item in enumerate(value))
+            raise DatasetError(f"{source}: expected a list, got {shown(value)}")
+        return tuple(self._of(f"{source}[{i}]", item) for i, item in enumerate(value))
 
     def _of(self, name: str, value: Any, control_words: tuple[str, ...] = ()) -> tuple[int, ...]:
         if isinstance(value, str):

@@ -110,4 +110,4 @@ def _padded(sequences: Sequence[ScoredSequence]) -> tuple[np.ndarray, ...]:
         ranges[row, :length] = sequence.key_ranges
         places[row, :asked] = sequence.indices
         targets[row, :asked] = sequence.targets
-    return tokens, positions, ranges, places[:, :_MAX_TARGETS], targets[:, :_MOST_ASKED]
+    return tokens, positions, ranges, places[:, :_MAX_TARGETS], targets[:, :_MAX_TARGETS]

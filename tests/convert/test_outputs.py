@@ -125,7 +125,7 @@ def test_a_disk_that_fills_up_in_a_conversion_is_seen_before_orbax_sees_it(tmp_p
 
 def test_a_source_that_cannot_be_read_this_time_costs_nothing(tmp_path, monkeypatch):
     """The disk or network it lies on fails: what is converted stays, and is gone on with."""
-    read, count = FileBytes._read_some, [0]
+    read, count = FileBytes._read_part, [0]
 
     def failing(self, offset, buffer):
         count[0] += len(buffer) > 4000
@@ -133,7 +133,7 @@ def test_a_source_that_cannot_be_read_this_time_costs_nothing(tmp_path, monkeypa
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return read(self, offset, buffer)
 
-    monkeypatch.setattr(FileBytes, "_read_some", failing)
+    monkeypatch.setattr(FileBytes, "_read_part", failing)
     with pytest.raises(SourceError, match=r"mp_rank_0\d.* cannot be read at byte .* Input/output"):
         convert_shards(SHARDS, tmp_path / "out", OPTIONS)
     assert (tmp_path / "out.partial" / "params" / parameter_files.EMBEDDING).is_dir()
