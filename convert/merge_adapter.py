@@ -13,7 +13,7 @@ from glm_jax import cli
 FLAGS = flags.FLAGS
 flags.DEFINE_string("input", None, "float model that was fine-tuned", required=True)
 flags.DEFINE_string("adapter", None, "folder of adapters, of the run's workdir", required=True)
-flags.DEFINE_string("output", None, "folder to write; must not hold anything", required=True)
+flags.DEFINE_string("output", None, "folder to write; must be missing or empty", required=True)
 
 
 def main() -> None:

@@ -108,7 +108,7 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "input", None, "model to write: a model folder or released shards", required=True
     )
-    flags.DEFINE_string("output", None, "folder to write; must not hold anything", required=True)
+    flags.DEFINE_string("output", None, "folder to write; must be missing or empty", required=True)
     flags.DEFINE_float("file_gigabytes", 5.0, "maximum size of a file", lower_bound=1e-6)
     flags.register_validator("file_gigabytes", math.isfinite, "a number")
     cli.run(main)

@@ -14,7 +14,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string(
     "input", None, "model to write: a model folder, safetensors or released shards", required=True
 )
-flags.DEFINE_string("output", None, "folder to write; must not hold anything", required=True)
+flags.DEFINE_string("output", None, "folder to write; must be missing or empty", required=True)
 flags.DEFINE_integer("shards", 8, "number of tensor-parallel shards to write", lower_bound=1)
 flags.DEFINE_string("iteration", "49300", "name of the iteration's folder, which `latest` holds")
 flags.register_validator("iteration", is_iteration, ITERATION_RULE)

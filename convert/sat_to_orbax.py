@@ -20,7 +20,7 @@ flags.DEFINE_string(
     "released shards: a folder with `latest`, an iteration's folder, a .tar, or its parts",
     required=True,
 )
-flags.DEFINE_string("output", None, "folder to write; must not hold anything", required=True)
+flags.DEFINE_string("output", None, "folder to write; must be missing or empty", required=True)
 flags.DEFINE_integer(
     "num_heads", None, "number of attention heads, where the shards do not say", lower_bound=1
 )

@@ -11,8 +11,10 @@ def _end_at_once(*_: object) -> None:
 
 
 def end_by_interrupt() -> None:
-    """Has Ctrl-C end the process with a line while a command line imports, which takes seconds and
-    would be a traceback; `cli.run` takes over then."""
+    """Make Ctrl-C end the process with one line, not a traceback, during seconds of imports.
+
+    Afterwards `cli.run` handles it.
+    """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end_at_once)
 

@@ -64,7 +64,7 @@ def interleaved(cases: dict[str, Case], rounds: int) -> dict[str, list[float]]:
     for number in range(rounds + 1):
         counted = number > 0
         for name, case in cases.items():
-            if (case.is_long and not counted) or number > case.most_rounds:
+            if (case.is_long and not counted) or number > case.max_rounds:
                 continue
             time.sleep(_PAUSE)
             if not case.is_long:

@@ -42,8 +42,7 @@ flags.DEFINE_enum(
     "too_long",
     "error",
     ["error", "truncate"],
-    "what to do with a text that leaves no room for an answer: report it, or leave out its "
-    "first tokens",
+    "a text that leaves no room for an answer is an error, or loses its first tokens",
 )
 cli.require(("checkpoint", "input"), instead=("merge",))
 

@@ -37,8 +37,8 @@ flags.DEFINE_string(
     "published", "configs/published.yaml", "published numbers to print beside the measured ones"
 )
 flags.DEFINE_integer("batch_tokens", 4096, "maximum tokens of a batch to score", lower_bound=64)
-flags.DEFINE_bool("skip_missing", False, "leave out tasks without data, and name them")
-flags.DEFINE_bool("check", False, "check the tasks' data and print what is wrong, without a run")
+flags.DEFINE_bool("skip_missing", False, "leave out tasks without data, with a warning")
+flags.DEFINE_bool("check", False, "check the tasks' data and print errors, without a run")
 flags.DEFINE_list(
     "compare", None, "two results.json to compare, with the significance of each difference"
 )

@@ -24,13 +24,13 @@ define_model_flags()
 define_strategy_flags()
 flags.mark_flag_as_required("checkpoint")
 flags.DEFINE_string(
-    "input", None, "file with a text a line; without it texts are asked for in the terminal"
+    "input", None, "file with one text a line; without it, texts are typed in the terminal"
 )
 flags.DEFINE_bool("with_id", False, "read and write lines of ID<tab>TEXT")
 flags.DEFINE_string(
     "history",
     "~/.glm_jax_history",
-    "file of lines typed before, for the arrow keys; empty for none",
+    "file with the lines typed before, for the arrow keys; empty for none",
 )
 
 

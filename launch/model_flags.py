@@ -1,4 +1,4 @@
-"""Flags that launchers share which give a model texts to fill."""
+"""Flags of the launchers that give a model texts to fill."""
 
 import functools
 import sys
@@ -41,7 +41,7 @@ _DEFINE: dict[type, Any] = {
 
 
 def define_model_flags() -> None:
-    """Which model, in which precision, and where."""
+    """Define which model, in which precision, and where."""
     flags.DEFINE_string(
         "checkpoint",
         None,
@@ -79,18 +79,7 @@ def define_model_flags() -> None:
         "embedding_bits", None, "8 or 4 quantises embedding and output projection; on one CPU"
     )
     flags.register_validator("embedding_bits", lambda bits: bits in (None, 8, 4), "8 or 4")
-    flags.DEFINE_enum(
-        "cache_dtype",
-        None,
-        CACHE_DTYPES,
-        "dtype of cached keys and values; that of the computation by default",
-    )
-    flags.DEFINE_float(
-        "weight_memory_limit",
-        None,
-        "GiB of weights on each device; blocks beyond it are streamed from the host's memory",
-        lower_bound=0,
-    )
+    define_memory_flags()
     flags.DEFINE_integer(
         "max_length",
         None,
@@ -100,8 +89,24 @@ def define_model_flags() -> None:
     flags.register_validator("quantization", is_scheme)
 
 
+def define_memory_flags() -> None:
+    """Define the cache's dtype and how much of the weights each device holds."""
+    flags.DEFINE_enum(
+        "cache_dtype",
+        None,
+        CACHE_DTYPES,
+        "dtype of cached keys and values; that of the computation by default",
+    )
+    flags.DEFINE_float(
+        "weight_memory_limit",
+        None,
+        "GiB of weights on each device; layers beyond it are streamed from the host's memory",
+        lower_bound=0,
+    )
+
+
 def is_scheme(text: str | None) -> bool:
-    """Whether a flag says how to quantise; raises ValidationError where it does not."""
+    """Return whether a flag says how to quantise; raise ValidationError if not."""
     try:
         return text is None or bool(Scheme.parse(text))
     except QuantizationError as error:
@@ -109,7 +114,7 @@ def is_scheme(text: str | None) -> bool:
 
 
 def define_engine_flags() -> None:
-    """How much is done at once."""
+    """Define how much an engine computes at once."""
     flags.DEFINE_integer("slots", 16, "maximum requests in the running batch", lower_bound=1)
     flags.DEFINE_integer(
         "cache_tokens",
@@ -121,7 +126,7 @@ def define_engine_flags() -> None:
 
 
 def engine_settings(prefill_budget: int | None = None) -> EngineSettings:
-    """An engine's settings by the flags.
+    """Return an engine's settings from the flags.
 
     Args:
       prefill_budget: see `EngineSettings`.
@@ -136,7 +141,7 @@ def engine_settings(prefill_budget: int | None = None) -> EngineSettings:
 
 
 def define_strategy_flags() -> None:
-    """How tokens are chosen: the table of `GenerationSettings` as flags."""
+    """Define how tokens are chosen: the table of `GenerationSettings` as flags."""
     for name, setting in SETTINGS.items():
         if name not in _WITHOUT_FLAG:
             default = 0 if name == "seed" else setting.default
@@ -158,10 +163,10 @@ def _is_setting(name: str, value: Any) -> bool:
 
 
 def strategy() -> TextRequest:
-    """A request with the flags' settings, and no text.
+    """Return a request with the flags' settings and no text.
 
     Raises:
-      UserError: settings that do not go together.
+      UserError: settings contradict each other.
     """
     named = [name for name in SETTINGS if name not in (*_WITHOUT_FLAG, "seed")]
     settings = {name: getattr(FLAGS, name) for name in named}
@@ -171,7 +176,7 @@ def strategy() -> TextRequest:
 
 
 def model_config() -> GLMConfig:
-    """The config of the flags' model, which is not read.
+    """Return the config of the flags' model, without its weights.
 
     Raises:
       UserError: there is no such model.
@@ -180,11 +185,10 @@ def model_config() -> GLMConfig:
 
 
 def load_tokenizer() -> Tokenizer:
-    """The tokenizer of the flags, before the model's weights are read: of random weights one
-    whose tokens are bytes by default.
+    """Return the flags' tokenizer; by default, for random weights, one whose tokens are bytes.
 
     Raises:
-      UserError: there is none, it is not the model's, or there is no such model.
+      UserError: there is no tokenizer, it is another model's, or there is no such model.
     """
     config = model_config()
     if is_random(FLAGS.checkpoint):
@@ -192,17 +196,17 @@ def load_tokenizer() -> Tokenizer:
             assert config.special_tokens is not None
             print("no --tokenizer: each byte of a text is a token", file=sys.stderr)
             return byte_tokenizer(config.special_tokens, config.vocab_size)
-        config = config.replace(special_tokens=None)  # it has learnt none
+        config = config.replace(special_tokens=None)  # random weights know none
     tokenizer = Tokenizer(FLAGS.tokenizer or FLAGS.checkpoint)
     check_fits(tokenizer, config)
     return tokenizer
 
 
 def load_model(mesh: Mesh | None) -> tuple[GLMConfig, GLMParams]:
-    """The model of the flags, prepared for decoding.
+    """Return the flags' model, prepared for decoding.
 
     Raises:
-      UserError: there is none, or it is not to be had so.
+      UserError: there is no such model, or it does not fit the flags.
     """
     form = mesh, FLAGS.dtype, FLAGS.quantization, FLAGS.weight_memory_limit
     if not is_random(FLAGS.checkpoint):

@@ -1,4 +1,4 @@
-"""Will a job fit, and how fast can it be at best: its own programs compiled without a device.
+"""Plans a job: whether it fits, and how fast it can be; compiles its programs without a device.
 
     python -m launch.plan --config=configs/glm_130b.py --job=decode --hardware=a100_40gb \\
         --devices=8 --precision=float16 --batch=2 --length=2048 [--sweep]
@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from glm_jax import cli
-from glm_jax.config import CACHE_DTYPES, GLMConfig, glm_130b
+from glm_jax.config import GLMConfig, glm_130b
 from glm_jax.files import write_text
 from glm_jax.planning import finetuning_table, hardware_table
 from glm_jax.planning.plan import JOBS, PRECISIONS, PlanError, PlanRequest, check_hardware
@@ -27,7 +27,7 @@ from glm_jax.planning.sweep import PlanResult, attempt, smallest, sweep
 from glm_jax.sharding import MeshError
 from glm_jax.text_files import to_json
 from glm_jax.training import config as train_config
-from launch.model_flags import is_scheme, model_config
+from launch.model_flags import define_memory_flags, is_scheme, model_config
 
 FLAGS = flags.FLAGS
 _TABLES = {"hardware": hardware_table.TABLE, "finetuning": finetuning_table.TABLE}
@@ -48,51 +48,43 @@ flags.DEFINE_string(
     "quantization instead of --precision: int8, int4, or such as int4,group=128",
 )
 flags.register_validator("quantization", is_scheme)
-flags.DEFINE_enum(
-    "cache_dtype",
-    None,
-    CACHE_DTYPES,
-    "dtype of cached keys and values; that of the computation by default",
-)
 flags.DEFINE_integer(
     "batch", 1, "requests that decode together, or rows of a training step", lower_bound=1
 )
 flags.DEFINE_integer(
     "length", None, "tokens of each request or row; the model's positions by default", lower_bound=1
 )
-flags.DEFINE_float(
-    "weight_memory_limit",
-    None,
-    "GiB of weights on each device; blocks beyond it are streamed from the host's memory",
-    lower_bound=0,
-)
-flags.DEFINE_bool("sweep", False, "tries every mesh, and batches as large as fit")
+define_memory_flags()
+flags.DEFINE_bool("sweep", False, "try every mesh, with batches as large as fit")
 flags.DEFINE_enum(
-    "table", None, list(_TABLES), "prints the table of docs/hardware.md, or docs/finetuning.md"
+    "table", None, list(_TABLES), "print the table of docs/hardware.md or docs/finetuning.md"
 )
 flags.DEFINE_string("output", None, "folder for plan.json and plan.png")
 cli.require(("hardware",), instead=("table",))
 
 
 def hardware(name: str) -> ConfigDict:
-    """The one file of configs/hardware whose name begins so, hyphens or underscores in it.
+    """Return the one file of configs/hardware whose name begins with `name`.
+
+    Args:
+      name: hyphens count as underscores.
 
     Raises:
-      PlanError: there is none of that name, or a number in it is not above 0.
+      PlanError: there is no such file, or a number in it is not above 0.
     """
     folder = Path(__file__).parent.parent / "configs" / "hardware"
     known = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
-    begun = [file for file in known if file.startswith(name.replace("-", "_"))]
-    if len(begun) != 1:
+    matching = [file for file in known if file.startswith(name.replace("-", "_"))]
+    if len(matching) != 1:
         raise PlanError(f"--hardware={name}: one of {', '.join(known)}")
-    module = importlib.import_module(f"configs.hardware.{begun[0]}")
+    module = importlib.import_module(f"configs.hardware.{matching[0]}")
     config: ConfigDict = module.get_config()
-    check_hardware(begun[0], config)
+    check_hardware(matching[0], config)
     return config
 
 
-def question(described: ConfigDict) -> PlanRequest:
-    """What the flags ask."""
+def plan_request() -> PlanRequest:
+    """Return the request of the flags."""
     model = _model()
     sizes = FLAGS.mesh or f"1,1,{FLAGS.devices}"
     try:
@@ -130,7 +122,7 @@ def main() -> None:
             print(text, flush=True)
         return
     described = hardware(FLAGS.hardware)
-    asked = question(described)
+    request = plan_request()
     if FLAGS.sweep:
         errors = set()
 
@@ -138,35 +130,35 @@ def main() -> None:
             errors.add(tried.error)
             print(line(tried), flush=True)
 
-        found = sweep(asked, described, show)
-        if not found and "" in errors:
+        results = sweep(request, described, show)
+        if not results and "" in errors:
             raise PlanError("nothing that was tried fits: more devices, or fewer bits")
-        if not found:
+        if not results:
             raise PlanError(f"nothing could be planned: {'; '.join(sorted(errors)[:3])}")
-        print(f"\nfastest: {line(found[0])}")
-        write(found, described)
+        print(f"\nfastest: {line(results[0])}")
+        write(results, described)
         return
-    tried = attempt(asked, described)
+    tried = attempt(request, described)
     if tried.plan is None:
         raise PlanError(tried.error)
     print(table(tried, described))
     if not tried.plan.fits:
-        least = smallest(asked, described)
-        wanted = "no number up to 1024" if least is None else str(least.request.devices)
-        print(f"smallest that does: {wanted} x {described.device_kind}")
+        least = smallest(request, described)
+        count = "no number up to 1024" if least is None else str(least.request.devices)
+        print(f"smallest that does: {count} x {described.device_kind}")
     write([tried], described)
 
 
-def write(found: list[PlanResult], described: ConfigDict) -> None:
-    """plan.json and plan.png, where --output says so."""
+def write(results: list[PlanResult], described: ConfigDict) -> None:
+    """Write plan.json and plan.png if there is --output."""
     if FLAGS.output is None:
         return
     folder = Path(FLAGS.output)
-    records = [record(tried) for tried in found]
+    records = [record(tried) for tried in results]
     content = {"hardware": described.device_kind, "plans": records}
     text = to_json(content, indent=1)
     write_text(folder / "plan.json", text + "\n")
-    draw([tried for tried in found if tried.plan is not None][:20], folder / "plan.png")
+    draw([tried for tried in results if tried.plan is not None][:20], folder / "plan.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tokenises text once, into shards that training reads; broken off, it goes on.
+"""Tokenises text into shards for training; the same command goes on where an earlier one stopped.
 
     python -m launch.prepare_data --input='english/*.jsonl.zst' --output=data/en \\
         --tokenizer=DIR --language=en
@@ -29,7 +29,7 @@ flags.DEFINE_integer(
     "processes", os.cpu_count(), "number of processes that tokenise", lower_bound=1
 )
 flags.DEFINE_integer(
-    "most_bad_lines", 100, "maximum lines that cannot be used, which are left out and listed", 0
+    "max_bad_lines", 100, "maximum lines that cannot be used; they are left out and listed", 0
 )
 
 
@@ -44,7 +44,7 @@ def main() -> None:
             language=FLAGS.language,
             window=pipeline.window_length(FLAGS.sequence_length),
             processes=FLAGS.processes,
-            max_bad_lines=FLAGS.most_bad_lines,
+            max_bad_lines=FLAGS.max_bad_lines,
         )
     print(
         f"wrote {FLAGS.output}: {about['records']} records, {about['tokens']} tokens, "

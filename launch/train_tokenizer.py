@@ -16,7 +16,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string(
     "input", None, "comma-separated text or .jsonl files and patterns", required=True
 )
-flags.DEFINE_string("output", None, "folder to write; must not hold anything", required=True)
+flags.DEFINE_string("output", None, "folder to write; must be missing or empty", required=True)
 flags.DEFINE_integer(
     "num_text_tokens", 8000, "pieces of text, bytes included", lower_bound=300, upper_bound=10**6
 )

@@ -1,4 +1,4 @@
-"""Flags that launchers share which train."""
+"""Flags of the launchers that train."""
 
 from absl import flags
 
@@ -8,7 +8,7 @@ FLAGS = flags.FLAGS
 
 
 def define_training_flags(example: str) -> None:
-    """Defines the flags of an experiment and of its run's folder.
+    """Define the flags of an experiment and of its run's folder.
 
     Args:
       example: a file of configs/ to name and to show in help.
@@ -17,7 +17,7 @@ def define_training_flags(example: str) -> None:
     flags.DEFINE_string(
         "workdir", None, "folder of the run: checkpoints, metrics and the result", required=True
     )
-    flags.DEFINE_list("profile_steps", [], "FIRST,LAST: steps of which the workdir gets a trace")
+    flags.DEFINE_list("profile_steps", [], "FIRST,LAST: steps to profile, into the workdir")
     cli.define_process_flags()
     flags.register_validator(
         "profile_steps",
@@ -34,12 +34,12 @@ def define_training_flags(example: str) -> None:
 
 
 def profiled_steps() -> range:
-    """The steps that `--profile_steps` names."""
+    """Return the steps of `--profile_steps`."""
     first, last = map(int, FLAGS.profile_steps or (0, -1))
     return range(first, last + 1)
 
 
 def last_step(history: list[dict[str, float]]) -> str:
-    """How a run ended, in words."""
+    """Describe the last logged step of a run."""
     logged = [line for line in history if "loss" in line]
     return f"step {logged[-1]['step']}, loss {logged[-1]['loss']:.3f}; " if logged else ""

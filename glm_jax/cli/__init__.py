@@ -1,4 +1,4 @@
-"""What every command line here has in common: how it starts and how it says no."""
+"""What all commands share: parsing flags, set-up, errors as one line, exit statuses."""
 
 import contextlib
 import os
@@ -32,23 +32,22 @@ __all__ = [
     "set_up_compiler",
 ]
 _OVERLAP = "xla_gpu_enable_latency_hiding_scheduler"
-_GREATEST = 2**63 - 1  # of a flag's number
+_MAX_NUMBER = 2**63 - 1  # of a flag's number
 _OUTPUTS = ("output", "workdir")  # flags
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command-line tool whose input is all by flags, and ends the process.
+    """Run a command whose input is all by flags, and end the process.
 
-    Exit status 2 for wrong flags, 1 for input that cannot be used and for what the operating
-    system refuses, 130 for Ctrl-C; each is one line on stderr. Output that nobody reads any more
-    ends it without a word, with status 141. Any other error is a bug, and keeps its traceback.
+    Errors are one line on stderr. Exit status 2 for wrong flags, 1 for unusable input and errors
+    of the operating system, 130 for Ctrl-C; 141, without a line, when the reader of its output is
+    gone. Any other error is a bug, and keeps its traceback.
     """
     _run(lambda _: main(), _parse_flags)
 
 
 def run_with_paths(main: Callable[[list[str]], None], *names: str) -> None:
-    """`run` for a tool that takes the paths that `names` says, besides flags: "[B]" may be left
-    out."""
+    """Run a command that takes paths as well as flags; a name such as "[B]" is optional."""
     required = [name for name in names if not name.startswith("[")]
 
     def parse(argv: list[str]) -> list[str]:
@@ -88,14 +87,14 @@ def _with_settings(main: Callable[[list[str]], None], argv: list[str]) -> None:
 
 
 def _hide_traces_of_threads() -> None:
-    """Hides what Orbax's threads print of an error, of a full disk say, that it raises as well."""
+    """Hide errors, such as a full disk, that Orbax's threads print although it raises them."""
     logging.get_absl_logger().addFilter(
         lambda record: record.exc_info is None or "orbax" not in Path(record.pathname).parts
     )
     shown = sys.unraisablehook
 
     def show(unraisable: Any) -> None:
-        # What it still reads or writes then ends in an event loop that is closed.
+        # Its pending reads and writes then fail in a closed event loop.
         if str(unraisable.exc_value) != "Event loop is closed":
             shown(unraisable)
 
@@ -103,7 +102,7 @@ def _hide_traces_of_threads() -> None:
 
 
 def _fail_by_system(error: Exception) -> NoReturn:
-    """Ends with a line where the cause lies outside of the program, else with a traceback."""
+    """End with one line if the cause is outside of the program, else with a traceback."""
     _drop_broken_output()
     if isinstance(error, BrokenPipeError):  # as any command before `| head`
         _leave(128 + signal.SIGPIPE)
@@ -112,7 +111,7 @@ def _fail_by_system(error: Exception) -> NoReturn:
         _fail(refused, status=1)
     is_joined = processes.are_joined()
     if is_joined and isinstance(error, jax.errors.JaxRuntimeError):
-        # A collective that broke off, mostly.
+        # Usually an interrupted collective.
         _fail(f"{error}; {supervision.ADVICE}", status=1)
     if not is_joined:
         raise error
@@ -121,14 +120,14 @@ def _fail_by_system(error: Exception) -> NoReturn:
 
 
 def _written() -> str:
-    """Where a tool writes, for an error that names no file."""
-    given = [f"--{name}={flags.FLAGS[name].value}" for name in _OUTPUTS if name in flags.FLAGS]
-    return " or ".join([*given, "standard output"])
+    """Return where a command writes, for an error that names no file."""
+    names = [f"--{name}={flags.FLAGS[name].value}" for name in _OUTPUTS if name in flags.FLAGS]
+    return " or ".join([*names, "standard output"])
 
 
 def _drop_broken_output() -> None:
-    """Throws the rest of standard output away where it cannot be written: flushing it at the
-    exit would be a trace."""
+    """Discard buffered standard output that cannot be written: its flush at exit would be a
+    traceback."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -136,23 +135,23 @@ def _drop_broken_output() -> None:
 
 
 def set_up_compiler() -> None:
-    """Keeps compiled programs for the next start, and lets GPUs copy and exchange while they
-    compute. Before jax is used; what the environment says already stays.
+    """Enable jax's cache of compiled programs, and overlap of GPUs' collectives and computation.
 
-    Programs lie in JAX_COMPILATION_CACHE_DIR, or else in the user's cache folder, by kind of
-    processor: those for a CPU run on no other kind.
+    Called before jax is used; settings of the environment win. The cache is in
+    JAX_COMPILATION_CACHE_DIR, else in the user's cache folder by kind of processor: a CPU's
+    programs run on no other kind.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder = home / "glm_jax" / f"programs_{_processor()}"
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    given = os.environ.get("XLA_FLAGS", "")
-    if _OVERLAP not in given:
-        os.environ["XLA_FLAGS"] = f"{given} --{_OVERLAP}=true".strip()
+    existing = os.environ.get("XLA_FLAGS", "")
+    if _OVERLAP not in existing:
+        os.environ["XLA_FLAGS"] = f"{existing} --{_OVERLAP}=true".strip()
 
 
 def _processor() -> str:
-    """A name for what a processor can do."""
+    """Return a name of the processor's set of instructions."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -182,19 +181,18 @@ def _parse_known(argv: list[str]) -> list[str]:
 
 
 def _check_values() -> None:
-    """Refuses what no flag takes: outputs without a name, and numbers such as NaN, which
-    bounds of a flag let pass.
+    """Refuse empty outputs, and numbers such as NaN, which pass a flag's bounds.
 
     Raises:
-      flags.IllegalFlagValueError: names the flag.
+      flags.IllegalFlagValueError: a flag has such a value.
     """
     for name in flags.FLAGS:
         value = flags.FLAGS[name].value
         if name in _OUTPUTS and value == "":
             raise flags.IllegalFlagValueError(f"flag --{name}=: expected a path")
-        if isinstance(value, int | float) and not abs(value) <= _GREATEST:
+        if isinstance(value, int | float) and not abs(value) <= _MAX_NUMBER:
             raise flags.IllegalFlagValueError(
-                f"flag --{name}={value}: expected a number from {-_GREATEST} to {_GREATEST}"
+                f"flag --{name}={value}: expected a number from {-_MAX_NUMBER} to {_MAX_NUMBER}"
             )
 
 
@@ -206,8 +204,8 @@ def _fail(message: object, status: int, at_once: bool = False) -> NoReturn:
 
 
 def _leave(status: int, at_once: bool = False) -> NoReturn:
-    # Leaving as usual waits for other processes, which may be gone or wait for this one, and for
-    # threads; those that it does not wait for abort the process where they are compiling.
+    # A usual exit waits for other processes, which may be gone or wait for this one, and for
+    # threads; threads that it does not wait for abort the process if they are compiling.
     if at_once or processes.are_joined():
         with contextlib.suppress(OSError):
             sys.stdout.flush()
@@ -217,7 +215,7 @@ def _leave(status: int, at_once: bool = False) -> NoReturn:
 
 
 def define_process_flags() -> None:
-    """Flags of a launcher that several processes can run together."""
+    """Define the flags of a command that several processes can run together."""
     flags.DEFINE_string("coordinator", None, "host:port of process 0, to join several processes")
     flags.DEFINE_integer("num_processes", None, "number of processes", lower_bound=1)
     flags.DEFINE_integer("process_id", None, "index of this process, from 0", lower_bound=0)
@@ -230,8 +228,7 @@ def define_process_flags() -> None:
 
 
 def join_processes(may_be_apart: bool = False) -> tuple[int, int]:
-    """Joins the processes that the flags, or the scheduler's environment, speak of; this one
-    goes on as a supervised child.
+    """Join the processes of the flags, or of the scheduler's environment, as a supervised child.
 
     Returns:
       This process's index and the number of processes; see `processes.resolve`.
@@ -242,7 +239,7 @@ def join_processes(may_be_apart: bool = False) -> tuple[int, int]:
     )
     if coordinator is not None:
         supervision.go_on_supervised(f"process {index} of {count}")
-        # What may run apart has saved each answer; what may not saves when it is asked to end.
+        # Independent processes have saved each answer; others save their state at SIGTERM.
         saves = not may_be_apart
         processes.join(coordinator, index, count, chosen.heartbeat_seconds, saves)
     return index, count

@@ -1,4 +1,4 @@
-"""What a report of a failure needs to say of the machine: versions, devices, memory, libraries."""
+"""Describe the machine for a bug report: versions, devices, memory, libraries."""
 
 import ctypes
 import importlib.metadata
@@ -32,17 +32,17 @@ _PACKAGES = (
     "uvicorn",
     "lm_eval",
 )
-# Of the environment's variables these alone are shown: others may be secret.
+# Only these environment variables are shown: others may be secret.
 _VARIABLES = ("JAX_", "XLA_", "GLM_JAX_", "CUDA_VISIBLE_DEVICES", "LIBTPU_", "SLURM_NTASKS")
 
 
 def version() -> str:
-    """The version of this package, as it is installed; "not installed" in a bare checkout."""
+    """Return the version of this package; "not installed" in a bare checkout."""
     return package_version("glm_jax") or "not installed"
 
 
 def package_version(name: str) -> str | None:
-    """The version of an installed package, None where it is not installed."""
+    """Return the version of a package, None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -50,8 +50,7 @@ def package_version(name: str) -> str | None:
 
 
 def report(mesh: str | None) -> Iterator[str]:
-    """Lines on this machine, for the report of a failure. What cannot be found out is said, and
-    is no error: this runs where something is broken.
+    """Yield lines that describe this machine, which may be broken: an error is a line, too.
 
     Args:
       mesh: sizes of data,fsdp,tensor to try; all devices along tensor by default.
@@ -98,15 +97,15 @@ def _host_memory() -> str:
 
 
 def _libraries() -> Iterator[str]:
-    """The shared libraries of the kernels, and whether the system loads them."""
+    """Yield the kernels' shared libraries, and whether they load."""
     folder = Path(glm_jax.__file__).parent / "kernels"
-    found = sorted(folder.glob("*/*.so"))
-    for path in found:
+    libraries = sorted(folder.glob("*/*.so"))
+    for path in libraries:
         try:
             ctypes.CDLL(str(path))
             state = "loads"
         except OSError as error:
             state = f"does not load: {error}"
         yield f"kernels' library: {path.relative_to(folder)} {state}"
-    if not found:
+    if not libraries:
         yield "kernels' library: none built (no C++ compiler at installation?): slow on CPUs"

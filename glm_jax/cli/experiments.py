@@ -1,4 +1,4 @@
-"""The flag `--config`: an experiment's Python file, each of whose fields is a flag too."""
+"""The flag `--config`: an experiment's Python file, whose fields are flags, too."""
 
 import difflib
 import re
@@ -16,11 +16,11 @@ _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 
 
 class ExperimentParser(flags.ArgumentParser):
-    """Loads an experiment's file, and refuses in words what is no such file and no such field.
+    """Loads an experiment's file; errors name the file or the unknown field.
 
     Attributes:
-      example: a file to show where none is given.
-      is_default: the example is taken where none is given.
+      example: a file for help and errors.
+      is_default: use the example if the flag is missing.
     """
 
     def __init__(self, example: str, is_default: bool):
@@ -29,9 +29,9 @@ class ExperimentParser(flags.ArgumentParser):
     def parse(self, path: str) -> Any:
         config = load_experiment(path)
         for argument in sys.argv[1:]:
-            given = _OVERRIDE.match(argument)
-            if given is not None:
-                _check_field(path, config, given[1])
+            override = _OVERRIDE.match(argument)
+            if override is not None:
+                _check_field(path, config, override[1])
         return config
 
     def flag_type(self) -> str:
@@ -39,11 +39,11 @@ class ExperimentParser(flags.ArgumentParser):
 
 
 def define_experiment_flag(example: str, is_default: bool = False) -> None:
-    """Defines `--config`, and `--config.FIELD` of each field of the file that it names.
+    """Define `--config`, and `--config.FIELD` for each field of the file that it names.
 
     Args:
       example: a file of configs/.
-      is_default: it is taken where none is given; else the flag is required.
+      is_default: use the example if the flag is missing; else the flag is required.
     """
     text = f"an experiment, a file of configs/ or of your own, such as {example}"
     from ml_collections import config_flags
@@ -55,8 +55,10 @@ def define_experiment_flag(example: str, is_default: bool = False) -> None:
 
 
 def with_default_experiment(arguments: list[str]) -> list[str]:
-    """A command line with the program first, to which `--config` is added where there is a
-    default and the command line has none. Absl would load it before it knows the fields."""
+    """Add a default `--config` to a command line that has none.
+
+    An absl default would be loaded before absl knows the fields.
+    """
     parser = flags.FLAGS["config"].parser if "config" in flags.FLAGS else None
     if not isinstance(parser, ExperimentParser) or not parser.is_default:
         return arguments
@@ -66,14 +68,13 @@ def with_default_experiment(arguments: list[str]) -> list[str]:
 
 
 def load_experiment(path: str) -> Any:
-    """What `get_config()` of an experiment's file returns, locked: it takes no new fields.
+    """Return the locked result of `get_config()` of an experiment's file.
 
     Args:
-      path: of the file; one of `configs/` may be the installed package's. What follows a colon is
-        handed to `get_config`.
+      path: of the file, see `packaged`; text after a colon is `get_config`'s argument.
 
     Raises:
-      flags.IllegalFlagValueError: there is no such file, or it gives no experiment.
+      flags.IllegalFlagValueError: there is no such file, or it returns no experiment.
     """
     file, *options = packaged(path).split(":", 1)
     if not Path(file).is_file():
@@ -98,16 +99,16 @@ def load_experiment(path: str) -> Any:
 
 
 def fields(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{"data.batch_size": value} of every field of an experiment."""
-    found: dict[str, Any] = {}
+    """Return {"data.batch_size": value} of every field of an experiment."""
+    values: dict[str, Any] = {}
     for name, value in config.items():
         is_inner = _is_config(value)
-        found |= fields(value, f"{prefix}{name}.") if is_inner else {prefix + name: value}
-    return found
+        values |= fields(value, f"{prefix}{name}.") if is_inner else {prefix + name: value}
+    return values
 
 
 def _is_config(value: Any) -> bool:
-    # Imported late: images for GPUs may lack it, and every command comes by this module.
+    # Imported late: images for GPUs may lack it, and every command imports this module.
     from ml_collections import ConfigDict
 
     return isinstance(value, ConfigDict)

@@ -1,4 +1,4 @@
-"""Wrong flags in words: absl's messages say what its code has found, these what to give."""
+"""Messages for wrong flags that say what to give, from absl's."""
 
 import difflib
 import itertools
@@ -16,7 +16,7 @@ _KINDS = {"bool": "true or false", "int": "an integer", "float": "a number"}
 
 
 def explained(error: Exception) -> str:
-    """A line for an error that parsing a command line gave."""
+    """Return a line for an error of parsing a command line."""
     if isinstance(error, flags.UnrecognizedFlagError):
         return _unknown(error.flagname)
     message = str(error)
@@ -33,21 +33,21 @@ def explained(error: Exception) -> str:
 
 
 def require(names: tuple[str, ...], instead: tuple[str, ...]) -> None:
-    """Has a command line refused that has not all of some flags, nor one of others.
+    """Refuse command lines without these flags.
 
     Args:
-      names: flags that are needed together; of "a|b" either.
-      instead: flags each of which does without them.
+      names: required flags; "a|b" requires one of the two.
+      instead: flags that each make the others optional.
     """
     choices = [name.split("|") for name in names]
 
-    def check(given: dict[str, object]) -> bool:
+    def check(values: dict[str, object]) -> bool:
         missing = [
             " (or ".join(f"--{name}" for name in either) + ")" * (len(either) - 1)
             for either in choices
-            if not any(given[name] for name in either)
+            if not any(values[name] for name in either)
         ]
-        if not missing or any(given[name] for name in instead):
+        if not missing or any(values[name] for name in instead):
             return True
         others = "".join(f", or --{name}" for name in instead)
         raise flags.ValidationError(f"give {_listed(missing)}{others}")
@@ -56,8 +56,7 @@ def require(names: tuple[str, ...], instead: tuple[str, ...]) -> None:
 
 
 def _in_words(line: str) -> tuple[str, str]:
-    """The flag that a line of absl's is about, and what to say of it: nothing where the flag is
-    missing."""
+    """Return a flag's name and message from absl's line; an empty message if it is missing."""
     line = line if line.startswith(("flag", "-")) else f"flag{line}"
     several = _OF_SEVERAL.fullmatch(line)
     if several:
@@ -105,5 +104,5 @@ def _with_meaning(name: str) -> str:
 
 
 def _listed(parts: list[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+    """Return "a", "a and b" or "a, b and c"."""
     return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))

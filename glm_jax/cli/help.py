@@ -1,4 +1,4 @@
-"""What `--help` prints: a command line's own flags, and the fields of its experiment."""
+"""The text of `--help`: a command's own flags, and the fields of its experiment."""
 
 import inspect
 import shutil
@@ -19,10 +19,10 @@ _MAX_WIDTH = 100
 
 
 def asked_for(arguments: Sequence[str]) -> str | None:
-    """The help that a command line asks for, None where it asks for none.
+    """Return the help that a command line asks for; None if it asks for none.
 
     Raises:
-      flags.Error: the experiment whose fields it asks for cannot be loaded.
+      flags.Error: its experiment cannot be loaded.
     """
     ours = list(arguments)
     ours = ours[: ours.index("--")] if "--" in ours else ours
@@ -34,8 +34,10 @@ def asked_for(arguments: Sequence[str]) -> str | None:
 
 
 def own_flags() -> list[flags.Flag]:
-    """The flags that the program and the project's modules define, none of other libraries', in
-    the order of their definition; fields of an experiment are not among them."""
+    """Return the flags that the program and the project's modules define, in that order.
+
+    Neither other libraries' flags nor the fields of an experiment are among them.
+    """
     by_module = flags.FLAGS.flags_by_module_dict()
     return [
         flag
@@ -47,7 +49,7 @@ def own_flags() -> list[flags.Flag]:
 
 
 def is_required(flag: flags.Flag) -> bool:
-    """True where a command line without the flag is refused."""
+    """Return whether a command line without the flag is refused."""
     return any(_REQUIRED in validator.message for validator in flag.validators)
 
 
@@ -56,7 +58,7 @@ def _documentation() -> str:
 
 
 def _text(arguments: Sequence[str]) -> str:
-    """The whole help of the program that runs; of a `--config` its fields are shown."""
+    """Return the running program's help, with the fields of its `--config`."""
     known = sorted(own_flags(), key=lambda flag: not is_required(flag))
     lines = [_documentation(), "", "Flags:", *(line for flag in known for line in _entry(flag))]
     for flag in known:
@@ -68,7 +70,7 @@ def _text(arguments: Sequence[str]) -> str:
 
 
 def _experiment_of(arguments: Sequence[str]) -> str | None:
-    """The file that the arguments name."""
+    """Return the experiment that the arguments name."""
     for number, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name in ("--config", "-config"):
@@ -77,7 +79,7 @@ def _experiment_of(arguments: Sequence[str]) -> str | None:
 
 
 def _entry(flag: flags.Flag) -> Iterator[str]:
-    """A flag's lines: its name and kind of value, then its help."""
+    """Yield a flag's lines: its name and kind of value, then its help."""
     kinds = {"bool": "", "string": "=TEXT", "int": "=INTEGER", "float": "=NUMBER"}
     choices = getattr(flag.parser, "enum_values", None)
     described = flag.help.removesuffix(_REPEATED)
@@ -103,7 +105,7 @@ def _entry(flag: flags.Flag) -> Iterator[str]:
 
 
 def _fields_of(file: str) -> Iterator[str]:
-    # Here, since command lines that train nothing do without it.
+    # Imported late: commands without training do not need it.
     from glm_jax.training.field_help import field_help
 
     for name, value in fields(load_experiment(file)).items():

@@ -1,7 +1,7 @@
-"""Files that come with the project: experiments, tasks, prompts, figures of hardware.
+"""Find files of `configs/` in a checkout or in the installed package.
 
-Documentation names them as they lie in a checkout, `configs/train_tiny.py`; an installed
-package has the same folder beside its modules.
+Documentation names experiments, tasks, prompts and hardware as in a checkout, such as
+`configs/train_tiny.py`; an installed package has the same folder beside its modules.
 """
 
 import importlib.util
@@ -11,17 +11,17 @@ _FOLDER = "configs"
 
 
 def packaged(path: str) -> str:
-    """The path where it exists; else, of one below `configs/`, that of the installed package.
+    """Return a path that exists; else, if it is below `configs/`, the installed package's.
 
-    A path that exists nowhere comes back unchanged, for its reader to refuse.
+    A path that exists nowhere is returned unchanged, for its reader to refuse.
     """
-    given = Path(path)
-    if given.exists() or given.is_absolute() or given.parts[:1] != (_FOLDER,):
+    parts = Path(path).parts
+    if parts[:1] != (_FOLDER,) or Path(path).exists():
         return path
-    found = importlib.util.find_spec(_FOLDER)
-    places = found.submodule_search_locations if found is not None else None
-    for place in places or ():
-        installed = Path(place).joinpath(*given.parts[1:])
+    spec = importlib.util.find_spec(_FOLDER)
+    folders = spec.submodule_search_locations if spec is not None else None
+    for folder in folders or ():
+        installed = Path(folder).joinpath(*parts[1:])
         if installed.exists():
             return str(installed)
     return path

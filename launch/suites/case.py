@@ -15,14 +15,14 @@ class Case:
       count: its time is divided by this.
       prepare: is done before each run, and not timed.
       is_long: takes so long that it needs no run before that does not count.
-      most_rounds: after so many it is left out.
+      max_rounds: number of rounds that run it.
     """
 
     run: Callable[[], object]
     count: float = 1
     prepare: Callable[[], object] = lambda: None
     is_long: bool = False
-    most_rounds: int = 10**6
+    max_rounds: int = 10**6
 
 
 def find_torch() -> Any:

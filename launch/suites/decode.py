@@ -44,10 +44,10 @@ def decode_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     a8 = with_integer_activations(int4)
     yield "one prompt: a token after the first", _one_prompt(config, int4, a8)
     yield "one prompt: a token of prompt and answer together", _whole(config, a8)
-    narrow = config.replace(cache_dtype="int8")
+    int8_cache = config.replace(cache_dtype="int8")
     cases = {
         f"{name}, batch {batch}": _answers_case(changed, a8, batch)
-        for name, changed in (("a8", config), ("a8, int8 cache", narrow))
+        for name, changed in (("a8", config), ("a8, int8 cache", int8_cache))
         for batch in (1, BATCH)
     }
     yield "continuous batching: a token after the first", cases
@@ -227,9 +227,9 @@ def _mixed(config: GLMConfig, params: GLMParams) -> dict[str, Case]:
 
     static = functools.partial(_static_batches, engine(BATCH), requests)
     return {
-        "static": Case(static, count, is_long=True, most_rounds=1),
-        "continuous": Case(continuous(BATCH), count, is_long=True, most_rounds=1),
-        "continuous, same memory": Case(continuous(2 * BATCH), count, is_long=True, most_rounds=1),
+        "static": Case(static, count, is_long=True, max_rounds=1),
+        "continuous": Case(continuous(BATCH), count, is_long=True, max_rounds=1),
+        "continuous, same memory": Case(continuous(2 * BATCH), count, is_long=True, max_rounds=1),
     }
 
 

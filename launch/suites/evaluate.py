@@ -40,7 +40,7 @@ def evaluate_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     packed = lambda some: sum(1 for _ in scorer.score(some))
     packed(sequences[:_WARM])
     cases = {
-        "packed": Case(lambda: packed(sequences), _EXAMPLES, is_long=True, most_rounds=2),
+        "packed": Case(lambda: packed(sequences), _EXAMPLES, is_long=True, max_rounds=2),
         "micro-batches": _micro_batches(params, config, sequences, everywhere=True),
         "micro-batches at places": _micro_batches(params, config, sequences, everywhere=False),
     }
@@ -94,7 +94,7 @@ def _micro_batches(
             np.asarray(run(params, *batch))
 
     every(list({batch[0].shape: batch for batch in batches}.values()))  # compiles
-    return Case(lambda: every(batches), _EXAMPLES, is_long=True, most_rounds=2)
+    return Case(lambda: every(batches), _EXAMPLES, is_long=True, max_rounds=2)
 
 
 def _padded(sequences: Sequence[ScoredSequence]) -> tuple[np.ndarray, ...]:
