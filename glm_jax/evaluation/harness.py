@@ -19,10 +19,11 @@ from glm_jax.engine.sampling import Sampling
 from glm_jax.engine.scoring_batch import ScoredSequence
 from glm_jax.errors import UserError
 from glm_jax.evaluation.examples import Document
-from glm_jax.evaluation.sequences import continuation, count_windows, window
+from glm_jax.evaluation.sequences import count_windows, window
 from glm_jax.evaluation.task_config import TaskConfig
 from glm_jax.evaluation.tasks import Model
 from glm_jax.generation.driver import SingleRequest, drive
+from glm_jax.generation.scored_texts import continuation
 from glm_jax.model.device_layout import prepare
 from glm_jax.sharding import parse_mesh
 from glm_jax.tokenizer import Tokenizer
@@ -35,7 +36,8 @@ class HarnessModel(LM):
     """A model folder behind the harness's interface.
 
     Args of `--model_args`: checkpoint, and tokenizer, mesh, dtype, quantization, adapter as the
-    flags of `launch.evaluate`; batch_tokens (4096) scored at once; max_gen_toks (256) of an answer.
+    flags of `launch.evaluate`; batch_tokens (4096) scored at once; max_gen_toks (256) of an answer;
+    unidirectional (False): each token of a context sees only those before it.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class HarnessModel(LM):
         adapter: str | None = None,
         batch_tokens: int = 4096,
         max_gen_toks: int = 256,
+        unidirectional: bool = False,
         **harness: Any,
     ):
         super().__init__()
@@ -60,6 +63,7 @@ class HarnessModel(LM):
         codec = Tokenizer(tokenizer or checkpoint)
         self._model = Model(params, config, codec, _count("batch_tokens", batch_tokens))
         self._max_tokens = _count("max_gen_toks", max_gen_toks)
+        self._is_unidirectional = unidirectional
 
     @property
     def _length(self) -> int:
@@ -72,12 +76,8 @@ class HarnessModel(LM):
             raise UserError(
                 f"a continuation of {len(text)} tokens is past the model's {self._length} positions"
             )
-        return continuation(
-            prompt[len(prompt) - room :] if room < len(prompt) else prompt,
-            text,
-            special.gmask,
-            special.sop,
-        )
+        prompt = prompt[len(prompt) - room :] if room < len(prompt) else prompt
+        return continuation(prompt, text, special, is_unidirectional=self._is_unidirectional)
 
     def _pair(self, context: str, text: str) -> tuple[list[int], list[int]]:
         """Return the ids of both, where `text` follows `context`."""

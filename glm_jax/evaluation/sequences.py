@@ -1,9 +1,6 @@
-"""Token sequences of which some tokens' log-probabilities are asked for.
+"""Token sequences of a task's examples and documents, to be scored."""
 
-As the original's `evaluation/dataset.py` builds them, without its padding and without masks
-of seq x seq: who sees whom is two ranges of keys a row, as in `model.visibility`.
-"""
-
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -14,6 +11,7 @@ from glm_jax.engine.scoring_batch import ScoredSequence
 from glm_jax.errors import UserError
 from glm_jax.evaluation.examples import Document, Example
 from glm_jax.evaluation.task_config import TaskConfig
+from glm_jax.generation.scored_texts import choices_sequence, continuation
 
 
 class SequenceError(UserError):
@@ -53,53 +51,22 @@ def choice_sequence(
         context.append(mask)
     blank = context.index(mask)
     moves = config.use_task_mask or (config.use_multitask_encoding and not has_mask)
-    pieces = [choices[0][:1]] if single_tokens else choices
-    inputs = [(first, *piece[:-1]) for piece in pieces]
-    steps = [np.arange(len(piece)) for piece in pieces]
-    positions = [len(context) + step if moves else np.full(len(step), blank) for step in steps]
-    starts = len(context) + np.cumsum([0, *map(len, pieces[:-1])])
-    if single_tokens:
-        places = np.full(len(choices), len(context))
-        targets = np.array([choice[0] for choice in choices])
-        groups = np.arange(len(choices))
-    else:
-        places = np.concatenate([start + step for start, step in zip(starts, steps, strict=True)])
-        targets = np.concatenate(choices)
-        groups = np.repeat(np.arange(len(choices)), [len(choice) for choice in choices])
-    return ScoredSequence(
-        tokens=np.concatenate([context, *inputs]).astype(np.int32),
-        position_ids=np.concatenate([np.arange(len(context)), *positions]).astype(np.int32),
-        key_ranges=_key_ranges(len(context), [len(p) for p in pieces], config.unidirectional),
-        indices=places.astype(np.int32),
-        targets=targets.astype(np.int32),
-        groups=groups.astype(np.int32),
+    sequence = choices_sequence(
+        context,
+        first,
+        [choices[0][:1]] if single_tokens else choices,
+        whole=0 if config.unidirectional else len(context),
+        position=len(context) if moves else blank,
+        position_step=int(moves),
     )
-
-
-def _key_ranges(context: int, pieces: Sequence[int], is_causal: bool) -> np.ndarray:
-    """int32 [length, 4]: the context, then the row's own piece up to itself."""
-    length = context + sum(pieces)
-    index = np.arange(length)
-    ranges = np.zeros((length, 4), np.int32)
-    ranges[:, 1] = np.minimum(index + 1, context) if is_causal else context
-    starts = context + np.cumsum([0, *pieces[:-1]])
-    ranges[context:, 2] = np.repeat(starts, pieces)
-    ranges[context:, 3] = index[context:] + 1
-    return ranges
-
-
-def continuation(prompt: Sequence[int], text: Sequence[int], mask: int, sop: int) -> ScoredSequence:
-    """A prompt seen whole, and a text after it of which every token is asked for."""
-    tokens = [*prompt, mask, sop, *text[:-1]]
-    context = len(prompt) + 1
-    asked = np.arange(context, len(tokens))
-    return ScoredSequence(
-        tokens=np.array(tokens, np.int32),
-        position_ids=np.arange(len(tokens), dtype=np.int32),
-        key_ranges=_key_ranges(context, [len(tokens) - context], False),
-        indices=asked.astype(np.int32),
-        targets=np.array(text, np.int32),
-        groups=np.zeros(len(asked), np.int32),
+    if not single_tokens:
+        return sequence
+    count = len(choices)
+    return dataclasses.replace(
+        sequence,
+        indices=np.full(count, len(context), np.int32),
+        targets=np.array([choice[0] for choice in choices], np.int32),
+        groups=np.arange(count, dtype=np.int32),
     )
 
 
@@ -122,4 +89,4 @@ def window(
     old = config.max_seq_length - 1 - config.generation_length
     split = 0 if number == 0 or config.unidirectional else old
     mask = special.gmask if config.use_task_mask else special.mask
-    return continuation(tokens[:split], tokens[split:], mask, special.sop)
+    return continuation(tokens[:split], tokens[split:], special, mask)

@@ -21,10 +21,10 @@ from glm_jax.engine.request import Request
 from glm_jax.engine.sampling import LogitsError, Sampling
 from glm_jax.engine.scoring import Scorer
 from glm_jax.errors import UserError
-from glm_jax.evaluation.sequences import continuation
 from glm_jax.generation.blank_filling import fill_blanks
 from glm_jax.generation.driver import complete_all
 from glm_jax.generation.generate import generate
+from glm_jax.generation.scored_texts import continuation
 from glm_jax.generation.text_request import TextRequest
 from glm_jax.jobs.request_files import read_lines
 from glm_jax.jobs.request_runner import RequestRunner
@@ -102,7 +102,7 @@ def test_broken_weights_are_said_everywhere(tiny_model):
             generate(broken, config, [PROMPT], sampling=sampling)
     with pytest.raises(LogitsError, match="token 1 of the answer"):
         beam_search(broken, config, PROMPT, BeamSearch(2))
-    sequence = continuation([5, 6], [7, 8], 241, 244)
+    sequence = continuation([5, 6], [7, 8], config.special_tokens)
     with pytest.raises(UserError, match="not finite"):
         list(Scorer(broken, config).score([sequence]))
 

@@ -27,7 +27,7 @@ def harness(monkeypatch, golden_float32, golden_special):
     config, params = golden_float32
     model = module.HarnessModel.__new__(module.HarnessModel)
     model._model = Model(params, config, WordTokenizer(golden_special), 256)
-    model._max_tokens = 4
+    model._max_tokens, model._is_unidirectional = 4, False
     yield module, model
     sys.modules.pop("glm_jax.evaluation.harness", None)
 

@@ -19,9 +19,10 @@ from glm_jax.evaluation import reports
 from glm_jax.evaluation.examples import Example
 from glm_jax.evaluation.results import ResultsError, read_results
 from glm_jax.evaluation.run import data_files, evaluate, with_data
-from glm_jax.evaluation.sequences import choice_sequence, continuation
+from glm_jax.evaluation.sequences import choice_sequence
 from glm_jax.evaluation.task_config import TaskConfig, TaskError, find_tasks, load_task
 from glm_jax.evaluation.tasks import Model, MultipleChoice
+from glm_jax.generation.scored_texts import continuation
 from glm_jax.jobs.batch_job import Share
 from glm_jax.jobs.record_store import AnswerWriter, JobError
 from glm_jax.model import params as glm_params
@@ -36,9 +37,7 @@ ALONE = Share(0, 1, None)
 def _sequences(count, low, high, special):
     lengths = RNG.integers(low, high, count)
     make = lambda n: RNG.integers(3, 490, n).tolist()
-    return [
-        continuation(make(n - n // 3), make(n // 3), special.gmask, special.sop) for n in lengths
-    ]
+    return [continuation(make(n - n // 3), make(n // 3), special) for n in lengths]
 
 
 def _scores(scorer, sequences):
