@@ -110,12 +110,19 @@ def block(
     cache: PagedCache | None = None,
     paging: Paging | None = None,
     dropout: Dropout | None = None,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "batch seq embed"], PagedCache | None]:
-    """One transformer block with DeepNorm residuals (arXiv:2210.02414, section 2.1)."""
+    """One transformer block with DeepNorm residuals (arXiv:2210.02414, section 2.1).
+
+    Args:
+      implementation: of attention without a cache; see `attention`.
+    """
     with products_as(config.compute_dtype):
         alpha = jnp.asarray(config.residual_scale, x.dtype)
         h = layer_norm(x, layer.input_layernorm, config.layernorm_epsilon)
-        attended, cache = _self_attention(h, layer, config, rotary, visible, cache, paging, dropout)
+        attended, cache = _self_attention(
+            h, layer, config, rotary, visible, cache, paging, dropout, implementation
+        )
         x = constrain(h * alpha + drop(attended, dropout, 0), HIDDEN_AXES)
         h = layer_norm(x, layer.post_attention_layernorm, config.layernorm_epsilon)
         fed_forward = _feed_forward(h, layer, dropout)
@@ -144,6 +151,7 @@ def _self_attention(
     cache: PagedCache | None,
     paging: Paging | None,
     dropout: Dropout | None,
+    implementation: str | None,
 ) -> tuple[Float[Array, "batch seq embed"], PagedCache | None]:
     fused = linear(h, layer.query_key_value, dropout, 3)
     fused = constrain(fused, ("batch", "seq", "heads", None, "head_dim"))
@@ -169,8 +177,15 @@ def _self_attention(
         if paging is not None:  # prompts of different requests share a row
             attended = isolated_attention(query, key, value, visible, config.softmax_dtype)
         else:
-            dropped = weight_dropout(dropout, 2)
-            attended = attention(query, key, value, visible, config.softmax_dtype, dropout=dropped)
+            attended = attention(
+                query,
+                key,
+                value,
+                visible,
+                config.softmax_dtype,
+                weight_dropout(dropout, 2),
+                implementation,
+            )
     merged = attended.reshape(*attended.shape[:2], math.prod(attended.shape[2:]))
     return linear(merged, layer.dense, dropout, 4), cache
 

@@ -6,17 +6,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from glm_jax.config import GLMConfig
+from glm_jax.kernels.attention.arguments import SAVED as ATTENDED
 from glm_jax.model import glm
 from glm_jax.model.glm import HIDDEN_AXES
 from glm_jax.model.layer_stacks import as_layers
-from glm_jax.model.layers import Dropout, drop, layer_norm, rotary_factors
+from glm_jax.model.layers import PRODUCT, Dropout, drop, layer_norm, rotary_factors
 from glm_jax.model.params import GLMParams, LayerParams
 from glm_jax.model.visibility import Visibility
 from glm_jax.sharding import constrain
 
-# What the backward pass finds saved: all that the forward pass made, a block's input alone,
-# or the results of matrix products.
-REMAT_POLICIES = ("none", "blocks", "dots")
+# What the backward pass finds saved of a block: all that it needs, or the block's input and the
+# results with these names. Not JAX's `dots_saveable`: that saves products in float32, before they
+# are rounded, and none of those that have a gradient of their own.
+_NAMES = {"dots": (PRODUCT, ATTENDED), "attention": (ATTENDED,), "blocks": ()}
+REMAT_POLICIES = ("none", *_NAMES)
 _EMBEDDING = 2**30  # no layer's number
 
 
@@ -28,17 +31,21 @@ def training_hidden(
     visibility: Visibility,
     remat: str = "none",
     dropout: Dropout | None = None,
+    attention: str | None = None,
 ) -> tuple[Float[Array, "batch seq embed"], Float[Array, " layers"]]:
     """Final hidden states, and the root mean square of each block's output.
 
     Args:
       remat: one of `REMAT_POLICIES`.
       dropout: of the embedding, attention's weights and output, the feed-forward's output.
+      attention: name of its implementation; None for the preferred one.
     """
     rotary = rotary_factors(config, position_ids)
 
     def run(x: Array, layer: LayerParams, own: Dropout | None) -> tuple[Array, Array]:
-        x, _ = glm.block(x, layer, config, rotary, visibility.key_ranges, dropout=own)
+        x, _ = glm.block(
+            x, layer, config, rotary, visibility.key_ranges, dropout=own, implementation=attention
+        )
         return x, jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
 
     def of_layer(index: Array | int) -> Dropout | None:
@@ -46,8 +53,8 @@ def training_hidden(
 
     layers = as_layers(params.layers)
     if remat != "none":
-        saved = jax.checkpoint_policies.dots_saveable if remat == "dots" else None
-        run = jax.checkpoint(run, policy=saved, prevent_cse=layers.is_apart)
+        policy = jax.checkpoint_policies.save_only_these_names(*_NAMES[remat])
+        run = jax.checkpoint(run, policy=policy, prevent_cse=layers.is_apart)
     x = constrain(glm.embed(params, tokens).astype(config.activation_dtype), HIDDEN_AXES)
     x = drop(x, None if dropout is None else dropout.of_layer(_EMBEDDING), 0)
     x, scales = layers.scan(run, x, of_layer)

@@ -28,6 +28,7 @@ _OPTIMIZER = (
     "gradient_clip",
     "dropout",
     "attention_dropout",
+    "attention",
     "remat",
     "loss_chunk",
 )

@@ -29,7 +29,7 @@ from glm_jax.training.metrics import MetricsLogger
 from glm_jax.training.recipe import BatchSchedule, Recipe
 from glm_jax.training.results import MODEL_FOLDER, refuse_result_of_others, save_trained
 from glm_jax.training.state import TrainBatch, TrainState, init_state
-from glm_jax.training.step import compiled_train_step, evaluation_step
+from glm_jax.training.step import check_attention, compiled_train_step, evaluation_step
 from glm_jax.training.stopping import InterruptedRunError, stop_requests
 from glm_jax.training.summary import run_summary
 
@@ -141,6 +141,7 @@ def run_job(job: TrainingJob, workdir: Path, profiled: range = range(0)) -> list
     """
     config, model, recipe, mesh = job.config, job.model, job.recipe, job.mesh
     schedule = train_config.batch_schedule(config)
+    check_attention(model, recipe, mesh, schedule.micro_batch, config.data.sequence_length)
     mixture = open_mixture(config.data, config, job.tokenizer, schedule.micro_batch)
     evaluation = None
     if config.evaluation.every:

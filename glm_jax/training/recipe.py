@@ -3,12 +3,14 @@
 import dataclasses
 
 from glm_jax.config import ConfigError, Range, check_ranges
+from glm_jax.kernels.attention.api import IMPLEMENTATIONS
 from glm_jax.model.adapters import AdapterConfig
 from glm_jax.model.training import REMAT_POLICIES
 
 # How the optimiser stores moments: as floats, as 8-bit integers with scales, or the second moment
 # alone, factored into rows and columns.
 MOMENTS = ("float32", "int8", "factored")
+ATTENTION = ("auto", *IMPLEMENTATIONS)
 _FRACTION = Range(float, 0, 1)
 _FRACTION_BELOW_1 = Range(float, 0, 1, without_high=True)
 MAX_COUNT = 2**31 - 1  # of rows and steps: programs count them as int32
@@ -53,8 +55,11 @@ class Recipe:
       gradient_clip: maximum global norm of gradients.
       dropout: share of activations: of the embedding's and both outputs of a block.
       attention_dropout: share of attention probabilities.
-      remat: what the backward pass recomputes: "none" nothing, "blocks" all but a block's
-        input, "dots" all but the results of matrix products.
+      attention: which kernel computes it: "auto" the preferred one that takes the arguments, or
+        one of `IMPLEMENTATIONS`.
+      remat: what the backward pass recomputes: "none" nothing, "dots" all but the results of
+        linears and of attention, "attention" all but attention's, "blocks" all but a block's
+        input.
       loss_chunk: positions whose logits exist at a time.
       z_loss: factor of the squared log-sum-exp of the logits; 0 for none.
       embedding_gradient: factor of the embedding's gradient.
@@ -82,6 +87,7 @@ class Recipe:
     gradient_clip: float = 1.0
     dropout: float = 0.1
     attention_dropout: float = 0.1
+    attention: str = "auto"
     remat: str = "none"
     loss_chunk: int = 256
     z_loss: float = 0.0
@@ -98,12 +104,19 @@ class Recipe:
         check_ranges(self, RANGES)
         if self.remat not in REMAT_POLICIES:
             raise ConfigError(f"optimizer.remat={self.remat!r}: one of {REMAT_POLICIES}")
+        if self.attention not in ATTENTION:
+            raise ConfigError(f"optimizer.attention={self.attention!r}: one of {ATTENTION}")
         if self.moments not in MOMENTS:
             raise ConfigError(f"optimizer.moments={self.moments!r}: one of {MOMENTS}")
         if self.offload_moments and self.adapter is not None:
             raise ConfigError(
                 "optimizer.offload_moments is for all parameters; those of adapters are small"
             )
+
+    @property
+    def attention_implementation(self) -> str | None:
+        """The name that `attention` takes."""
+        return None if self.attention == "auto" else self.attention
 
     @property
     def updates_by_block(self) -> bool:

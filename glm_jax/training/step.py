@@ -11,9 +11,11 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from glm_jax.config import GLMConfig
+from glm_jax.config import ConfigError, GLMConfig
+from glm_jax.kernels.attention.api import attention
+from glm_jax.kernels.dispatch import BackendError
 from glm_jax.model.layer_stacks import unstack_layers
-from glm_jax.model.layers import Dropout
+from glm_jax.model.layers import Dropout, weight_dropout
 from glm_jax.model.params import GLMParams
 from glm_jax.model.training import training_hidden
 from glm_jax.model.visibility import Visibility
@@ -61,7 +63,14 @@ def loss_sums(
     params = dataclasses.replace(params, word_embeddings=table)
     visibility = Visibility.packed(batch.segment_ids, batch.context_length)
     hidden, scales = training_hidden(
-        params, config, batch.tokens, batch.position_ids, visibility, recipe.remat, dropout
+        params,
+        config,
+        batch.tokens,
+        batch.position_ids,
+        visibility,
+        recipe.remat,
+        dropout,
+        recipe.attention_implementation,
     )
     weights = batch.loss_weights
     total, (losses, hits) = cross_entropy(
@@ -127,6 +136,35 @@ def _dropout(recipe: Recipe, key: PRNGKeyArray) -> Dropout | None:
     if not (recipe.dropout or recipe.attention_dropout or of_adapters):
         return None
     return Dropout(key, recipe.dropout, recipe.attention_dropout, of_adapters)
+
+
+def check_attention(
+    config: GLMConfig, recipe: Recipe, mesh: Mesh, rows: int, sequence_length: int
+) -> None:
+    """Refuse an attention that these devices cannot compute, before a step is compiled.
+
+    Args:
+      rows: of a micro-batch.
+
+    Raises:
+      ConfigError: the recipe names a backend that does not take what the step gives it; says why.
+    """
+    heads, size, dtype = config.num_heads, config.head_dim, config.activation_dtype
+    query = jax.ShapeDtypeStruct((rows, sequence_length, heads, size), dtype)
+    key = jax.ShapeDtypeStruct((rows, heads, sequence_length, size), dtype)
+    ranges = jax.ShapeDtypeStruct((rows, sequence_length, 2), jnp.int32)
+    described = Dropout(jax.random.key(0), 0.0, recipe.attention_dropout)
+
+    def attend(query: Array, key: Array, ranges: Array) -> Array:
+        dropout = weight_dropout(described, 0)
+        implementation = recipe.attention_implementation
+        return attention(query, key, key, ranges, config.softmax_dtype, dropout, implementation)
+
+    try:
+        with jax.set_mesh(mesh):
+            jax.eval_shape(attend, query, key, ranges)
+    except BackendError as error:
+        raise ConfigError(f"optimizer.attention={recipe.attention!r}: {error}") from error
 
 
 @functools.cache

@@ -1,6 +1,8 @@
 """One step: its loss and gradient equal the formula's, and what is not to be trusted is
 skipped."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ from glm_jax.model.layers import Dropout, drop
 from glm_jax.model.streamed_layers import HOST_MEMORY
 from glm_jax.model.training import REMAT_POLICIES
 from glm_jax.model.visibility import Visibility
-from glm_jax.sharding import make_mesh
+from glm_jax.sharding import activation_sharding, make_mesh
 from glm_jax.training import state as training_state
 from glm_jax.training.loss import cross_entropy
 from glm_jax.training.recipe import Recipe
@@ -129,6 +131,28 @@ def test_gradients_equal_the_formula_whatever_is_rematerialised(params, remat):
     assert sums["group_counts"].sum() == batch.loss_weights.sum()
 
 
+def test_the_backward_pass_runs_no_product_again_whose_result_is_saved(params):
+    """Results are saved once rounded, half of their size in float32."""
+    batch = _part(_batch())
+    config = CONFIG.replace(compute_dtype="bfloat16")
+
+    def products(remat):
+        recipe = Recipe(total_samples=1, loss_chunk=8, attention="blockwise", remat=remat)
+        loss = lambda params: loss_sums(params, config, batch, recipe, 3)[0]
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general[")
+
+    counts = {remat: products(remat) for remat in REMAT_POLICIES}
+    once = counts["none"]
+    # Again: three linears and two products of attention, in the one function of all layers.
+    assert counts == {"none": once, "dots": once, "attention": once + 3, "blocks": once + 5}
+
+    recipe = dataclasses.replace(PLAIN, remat="dots", attention="blockwise")
+    loss = lambda params: loss_sums(params, config, batch, recipe, 3)[0]
+    saved = jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params))
+    of_block = lambda shape: [x.dtype.name for x in saved if x.shape == shape]
+    assert set(of_block((2, 32, 2, CONFIG.inner_hidden_size))) == {"bfloat16"}
+
+
 def test_packed_equals_alone(params):
     """Two texts in a row give the losses that each gives in a row of its own."""
     batch = _part(_batch(rows=1))
@@ -192,6 +216,25 @@ def test_the_embeddings_gradient_shrinks_and_its_forward_pass_does_not():
     rising = Recipe(total_samples=1, embedding_gradient=0.1, embedding_gradient_samples=100)
     factors = [float(embedding_factor(rising, jnp.int32(n))) for n in (0, 50, 100, 500)]
     np.testing.assert_allclose(factors, [0.1, 0.55, 1.0, 1.0])
+
+
+def test_dropout_is_the_same_on_any_mesh_and_in_the_gradient():
+    x = jax.random.normal(jax.random.key(1), (8, 6, 512), jnp.bfloat16)
+    dropout = Dropout(jax.random.key(0), 0.25)
+    alone = np.asarray(drop(x, dropout, 0))
+    assert (alone == 0).mean() == pytest.approx(0.25, abs=0.01)
+    kept = alone != 0
+    np.testing.assert_array_equal(
+        alone, np.where(kept, np.float32(x) * np.float32(1 / 0.75), 0).astype(alone.dtype)
+    )
+    assert (alone != np.asarray(drop(x, dropout, 1))).any()
+    mesh = make_mesh((2, 2, 2))
+    run = lambda x: drop(x, dropout, 0)
+    with jax.set_mesh(mesh):
+        divided = jax.device_put(x, activation_sharding(mesh, ("batch", "seq", "mlp")))
+        np.testing.assert_array_equal(jax.jit(run)(divided), alone)
+        gradient = jax.grad(lambda x: jnp.sum(run(x).astype(jnp.float32)))(divided)
+    np.testing.assert_array_equal(np.asarray(gradient) != 0, kept)
 
 
 @pytest.mark.slow

@@ -65,6 +65,13 @@ def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(experiment, tmp_path, m
     assert train(experiment, tmp_path / "broken") == []
 
 
+def test_an_attention_that_these_devices_have_not_is_refused_at_the_start(experiment, tmp_path):
+    experiment.optimizer.attention = "mosaic"
+    with pytest.raises(ConfigError, match=r"optimizer\.attention='mosaic': .* runs on cuda"):
+        train(experiment, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_the_batch_grows_and_is_accumulated(experiment, tmp_path):
     """The same rows give the same losses, however many of them the devices take at once."""
@@ -295,6 +302,7 @@ def test_initial_values_are_deepnorms(tiny_model):
         ("data.micro_batch_size", 3, "no multiple of micro_batch_size=3"),
         ("data.initial_batch_size", 8, "initial_batch_size=8 is more than batch_size=4"),
         ("optimizer.remat", "all", "remat='all'"),
+        ("optimizer.attention", "flash", "attention='flash': one of"),
         ("optimizer.dropout", 1.5, "dropout=1.5"),
         ("evaluation.every", 5, "evaluation.every is set"),
     ],

@@ -16,6 +16,7 @@ from glm_jax.kernels.dispatch import dispatch
 _FEW_KEYS = 128
 _IN_BLOCKS = (Library(), Blockwise())
 _BY_NAME = (Mosaic(),)  # by its name alone, until it has been measured
+IMPLEMENTATIONS = ("cpu", "library", "mosaic", "blockwise", "reference")
 
 
 def attention(
@@ -38,8 +39,8 @@ def attention(
         the query may see the key.
       softmax_dtype: dtype of the scores and their softmax.
       dropout: of the softmax's weights, in training.
-      implementation: "cpu", "library", "blockwise", "mosaic" or "reference"; None for the
-        fastest that takes the arguments on the platform that is compiled for, "mosaic" apart.
+      implementation: one of `IMPLEMENTATIONS`; None for the fastest that takes the arguments on
+        the platform that is compiled for, "mosaic" apart.
 
     Returns:
       [batch, query, heads, head_dim] in the query's dtype; zeros for queries that see nothing.

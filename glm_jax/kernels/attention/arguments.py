@@ -4,11 +4,22 @@ from collections.abc import Callable
 from typing import Any
 
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from glm_jax.kernels.attention.dropout import WeightDropout
 from glm_jax.sharding import fitting_activation_spec, mesh_to_divide, per_device
+
+SAVED = "attention"
+
+
+def saved(*results: Array) -> tuple[Array, ...]:
+    """Name results of a forward rule `SAVED`, for policies of `jax.checkpoint`.
+
+    Where these are saved, the backward pass does not run the forward kernel again.
+    """
+    return tuple(checkpoint_name(x, SAVED) for x in results)
 
 
 class Arguments(struct.PyTreeNode):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from glm_jax.kernels.attention.arguments import Arguments
+from glm_jax.kernels.attention.arguments import Arguments, saved
 from glm_jax.kernels.attention.dropout import WeightDropout, factors
 from glm_jax.kernels.attention.reference import ranges_to_mask
 from glm_jax.kernels.dispatch import unmet
@@ -86,12 +86,14 @@ def _forward(arguments: Arguments, query_block: int, key_block: int) -> tuple[Ar
     by_query = (scaled, key_ranges, jnp.arange(num_queries)[None])
     outputs, log_sums = _map(of_queries, by_query, query_block)
     output = jnp.moveaxis(_join(outputs, 2)[:, :, :num_queries], 1, 2)
-    log_sums = _join(log_sums, 2)[:, :, :num_queries]
+    output, log_sums = saved(output, _join(log_sums, 2)[:, :, :num_queries])
     return output, (arguments, output, log_sums)
 
 
-def _backward(query_block: int, key_block: int, saved: Any, gradient: Array) -> tuple[Arguments]:
-    arguments, output, log_sums = saved
+def _backward(
+    query_block: int, key_block: int, residuals: Any, gradient: Array
+) -> tuple[Arguments]:
+    arguments, output, log_sums = residuals
     query, key, value = arguments.query, arguments.key, arguments.value
     key_ranges, dropout = arguments.visible, arguments.dropout
     factor = query.shape[-1] ** -0.5

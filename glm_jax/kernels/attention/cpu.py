@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from glm_jax.kernels import cpu_library
-from glm_jax.kernels.attention.arguments import Arguments
+from glm_jax.kernels.attention.arguments import Arguments, saved
 from glm_jax.kernels.attention.dropout import WeightDropout
 
 _LIBRARY = "libglm_jax_attention"
@@ -59,12 +59,13 @@ def _forward(arguments: Arguments, max_vector_bits: int) -> tuple[Array, Any]:
         jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
     )
     call = jax.ffi.ffi_call(_FORWARD, results, vmap_method="sequential")
-    out, log_sums = call(*_inputs(arguments), **_attributes(arguments.dropout, max_vector_bits))
+    attributes = _attributes(arguments.dropout, max_vector_bits)
+    out, log_sums = saved(*call(*_inputs(arguments), **attributes))
     return out, (arguments, out, log_sums)
 
 
-def _backward(max_vector_bits: int, saved: Any, gradient: Array) -> tuple[Arguments]:
-    arguments, out, log_sums = saved
+def _backward(max_vector_bits: int, residuals: Any, gradient: Array) -> tuple[Arguments]:
+    arguments, out, log_sums = residuals
     inputs = _inputs(arguments)
     results = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in inputs[:3]]
     call = jax.ffi.ffi_call(_BACKWARD, results, vmap_method="sequential")

@@ -11,6 +11,7 @@ import functools
 import importlib
 import logging
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from glm_jax.kernels import target
-from glm_jax.kernels.attention.arguments import Arguments, on_each_device
+from glm_jax.kernels.attention.arguments import Arguments, on_each_device, saved
 from glm_jax.kernels.dispatch import unmet
 
 _HEAD_DIMS = (64, 128)
@@ -97,11 +98,29 @@ def _trace_small_call(make_mask: Any, make_kernel: Any) -> None:
 def _call(make_mask: Any, make_kernel: Any, arguments: Arguments) -> Array:
     query = arguments.query
     start, end = (arguments.visible[:, None, None, :, i] for i in (0, 1))
+    attend = lambda start, end, *qkv: make_kernel()(*qkv, mask=make_mask(k_start=start, k_end=end))
     # Heads count as batch: keys are then taken as they lie.
-    out = make_kernel()(
+    out = _with_saved_results(attend)(
+        start,
+        end,
         jnp.moveaxis(query, 2, 1)[..., None, :],
         arguments.key[..., None, :].astype(query.dtype),
         arguments.value[..., None, :].astype(query.dtype),
-        mask=make_mask(k_start=start, k_end=end),
     )
     return jnp.moveaxis(out[..., 0, :], 1, 2)
+
+
+def _with_saved_results(attend: Callable[..., Array]) -> Callable[..., Array]:
+    """Return `attend(start, end, query, key, value)` whose forward rule names what it saves."""
+
+    def forward(start: Array, end: Array, *qkv: Array) -> tuple[Array, Any]:
+        out, pull_back = jax.vjp(functools.partial(attend, start, end), *qkv)
+        leaves, structure = jax.tree.flatten(pull_back)
+        return out, jax.tree.unflatten(structure, saved(*leaves))
+
+    def backward(pull_back: Any, gradient: Array) -> tuple[Any, ...]:
+        return (None, None, *pull_back(gradient))
+
+    named = jax.custom_vjp(attend)
+    named.defvjp(forward, backward)
+    return named

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from glm_jax.kernels.attention.arguments import Arguments
+from glm_jax.kernels.attention.arguments import Arguments, saved
 from glm_jax.kernels.attention.mosaic_tiles import (
     COLUMN,
     ROWS,
@@ -106,11 +106,12 @@ def _forward(
         (batch, heads, queries // TILE),
         static,
     )(*inputs, visited_blocks(ranges, inputs.key.shape[1], TILE, block), *_of_rows(ranges, lines))
+    out, sums = saved(out, sums)
     return out, (inputs, ranges, lines, out, sums)
 
 
-def _backward(static: Static, saved: Any, gradient: Array) -> tuple[Any, ...]:
-    inputs, ranges, lines, out, sums = saved
+def _backward(static: Static, residuals: Any, gradient: Array) -> tuple[Any, ...]:
+    inputs, ranges, lines, out, sums = residuals
     wide = gradient.astype(jnp.float32) * out.astype(jnp.float32)
     shifts = jnp.moveaxis(jnp.sum(wide, axis=-1), 1, 2)  # [batch, heads, query]
     of_rows = (sums, shifts, *_of_rows(ranges, lines))
