@@ -141,10 +141,7 @@ class LayersApart:
         step = jax.jit(step)  # traced and lowered once for all layers
         outputs = []
         for index, layer in enumerate(self.layers):
-            # Nothing else orders what `own` alone decides, such as dropout's random bits: those of
-            # all layers would be made at once.
-            x, mine = jax.lax.optimization_barrier((x, own(index)))
-            x, output = step(x, layer, mine)
+            x, output = step(x, layer, own(index))
             outputs.append(output)
         return x, jnp.stack(outputs)
 
