@@ -3,19 +3,7 @@
 import jax
 from jax.extend import backend
 
-TRITON_CAPABILITY = 8.0  # the least that Triton compiles for
-
-# Of GPUs that are compiled for without being here, under XLA's names for them; a GPU that
-# is here says its own.
-_CAPABILITIES = {
-    "V100": 7.0,
-    "2080": 7.5,
-    "T4": 7.5,
-    "A100": 8.0,
-    "3090": 8.6,
-    "H100": 9.0,
-    "H200": 9.0,
-}
+TRITON_CAPABILITY = 8.0  # the minimum of Triton
 
 
 def platform() -> str:
@@ -30,16 +18,17 @@ def platform() -> str:
 
 
 def compute_capability() -> float:
-    """Compute capability of the surrounding mesh's GPUs, else of this process's.
+    """Return the compute capability of the surrounding mesh's GPUs, else of the first GPU.
+
+    GPUs that are compiled for without being here count if `planning.topology.compiling_for` has
+    made one the default device.
 
     Returns:
-      Such as 8.6; 0 where there is no GPU or nothing is known of it.
+      Such as 8.6; 0 without a GPU.
     """
     described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    devices = [device for device in jax.devices() if device.platform == "gpu"]
-    if described is not None:
-        devices = [device for device in devices if device.device_kind == described.device_kind]
-    if devices:
-        return float(devices[0].compute_capability)
-    kind = "" if described is None else described.device_kind
-    return next((value for name, value in _CAPABILITIES.items() if name in kind), 0.0)
+    kind = getattr(described, "device_kind", None)
+    for device in (backend.get_default_device(), *jax.devices()):
+        if device.platform == "gpu" and kind in (None, device.device_kind):
+            return float(device.compute_capability)
+    return 0.0

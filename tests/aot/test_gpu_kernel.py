@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import pytest
+from aot import compiling
 from aot.compiling import abstract_weight, assembly, compile_for
 
 from glm_jax.config import glm_config
@@ -49,6 +50,15 @@ def test_the_product_compiles(gpu, problem):
     assert made.matrix_instructions > 0
     assert made.asynchronous_copies > 0
     assert made.spilled_bytes == 0
+
+
+def test_a_gpu_that_only_its_hardware_file_names_gets_the_kernel(monkeypatch):
+    described = compiling.hardware("rtx_3090")
+    described.device_kind, described.compute_capability = "NVIDIA Next", 8.9
+    monkeypatch.setattr(compiling, "hardware", lambda name: described)
+    problem = PROBLEMS[0]
+    compile_for("next", quantized_matmul, *_operands(problem, "float16"))
+    assert assembly(f"quantized_matmul_int{problem.bits}", 8.9).matrix_instructions > 0
 
 
 @pytest.mark.parametrize("gpu", ["rtx_2080_ti", "v100"])

@@ -1,11 +1,13 @@
 """The preferred backend that supports the arguments is the one that is compiled."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from glm_jax.kernels import target
 from glm_jax.kernels.dispatch import BackendError, dispatch
 
 
@@ -59,3 +61,12 @@ def test_by_name():
         forced("elsewhere", 1)
     with pytest.raises(BackendError, match="'shor'; expected one of elsewhere, short, middle, any"):
         forced("shor", 1)
+
+
+def test_the_compute_capability_is_what_the_device_says(monkeypatch):
+    assert target.compute_capability() == 0 or target.platform() == "cuda"
+    device = types.SimpleNamespace(
+        platform="gpu", device_kind="NVIDIA Next", compute_capability="8.9"
+    )
+    monkeypatch.setattr(target.backend, "get_default_device", lambda: device)
+    assert target.compute_capability() == 8.9
