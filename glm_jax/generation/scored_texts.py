@@ -1,16 +1,21 @@
-"""Token sequences to score: the log-probabilities of texts that follow another text.
+"""Scored texts: the log-probabilities of texts that follow another text, or fill its blank.
 
-As the original's `evaluation/dataset.py` builds them, without its padding and without masks
-of seq x seq: who sees whom is two ranges of keys a row, see `model.visibility`.
+Token sequences are as the original's `evaluation/dataset.py` builds them, without its padding and
+without masks of seq x seq: who sees whom is two ranges of keys a row, see `model.visibility`.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from glm_jax.config import SpecialTokens
-from glm_jax.engine.prompt import Prompt
+from glm_jax.engine.prompt import Prompt, PromptError
+from glm_jax.engine.scoring import Scorer
 from glm_jax.engine.scoring_batch import ScoredSequence
+from glm_jax.engine.stepwise import Steps
+from glm_jax.generation.blank_filling import PartlyFilled, TextCodec
+from glm_jax.tokenizer import MASK_WORDS
 
 
 def choices_sequence(
@@ -109,3 +114,88 @@ def prompt_choices(
             )
             group = []
     return sequences
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredChoice:
+    """A choice for a blank.
+
+    Attributes:
+      tokens: its token ids.
+      log_probabilities: of its tokens, in nats.
+      is_greedy: whether each of its tokens is the most likely one.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    log_probabilities: tuple[float, ...]
+    is_greedy: bool
+
+    @property
+    def log_probability(self) -> float:
+        """Of the whole choice: the sum over its tokens."""
+        return sum(self.log_probabilities)
+
+
+def score_choices(
+    scorer: Scorer, tokenizer: TextCodec, text: str, partly: PartlyFilled, choices: Sequence[str]
+) -> Steps[list[ScoredChoice]]:
+    """Check choices for the one blank of a text, and return the steps that score them, in order.
+
+    A choice is read as what stands in the place of the blank.
+
+    Args:
+      partly: the text as `PartlyFilled.begin` made it.
+
+    Raises:
+      PromptError: several blanks, or a choice that is empty or too long.
+    """
+    blanks = partly.tokens.count(partly.mask)
+    if blanks != 1:
+        raise PromptError(f"{blanks} blanks: choices are for the one blank of a text")
+    prompt = partly.prompt()
+    special = partly.special
+    names = dict(zip((special.mask, special.gmask, special.smask), MASK_WORDS, strict=True))
+    before = text.partition(names[partly.mask])[0]
+    tokens = [_choice_tokens(tokenizer, before, partly, choice) for choice in choices]
+    for number, choice in enumerate(tokens):
+        if not choice:
+            raise PromptError(f"choices[{number}]: empty: it would be the likeliest")
+        if len(prompt) + len(choice) > partly.limit:
+            raise PromptError(
+                f"choices[{number}]: {len(choice)} tokens behind {len(prompt)} of the text: "
+                f"at most {partly.limit} together"
+            )
+    sequences = prompt_choices(prompt, tokens, partly.special, partly.limit)
+    return _scoring(scorer, sequences, choices, tokens)
+
+
+def _choice_tokens(
+    tokenizer: TextCodec, before: str, partly: PartlyFilled, choice: str
+) -> list[int]:
+    """Return the tokens of a choice behind the text before its blank, or alone if the two together
+    are other tokens. Control words in a choice are text."""
+    special = set(dataclasses.astuple(partly.special))
+    start = partly.tokens[: partly.position]
+    both = tokenizer.encode(before + choice)
+    rest = both[len(start) :]
+    is_behind = tuple(both[: len(start)]) == start and rest and not special & set(rest)
+    return rest if is_behind else tokenizer.encode(choice, ())
+
+
+def _scoring(
+    scorer: Scorer,
+    sequences: Sequence[ScoredSequence],
+    choices: Sequence[str],
+    tokens: Sequence[Sequence[int]],
+) -> Steps[list[ScoredChoice]]:
+    scores = yield from scorer.steps(sequences)
+    values = [
+        (score.log_probabilities[score.groups == group], score.are_argmax[score.groups == group])
+        for score in scores
+        for group in range(score.groups[-1] + 1)
+    ]
+    return [
+        ScoredChoice(text, tuple(ids), tuple(map(float, logs)), bool(are_argmax.all()))
+        for text, ids, (logs, are_argmax) in zip(choices, tokens, values, strict=True)
+    ]

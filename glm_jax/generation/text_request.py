@@ -9,7 +9,11 @@ from glm_jax.engine.generation_settings import SETTINGS, GenerationSettings, Set
 from glm_jax.engine.sampling import Sampling
 from glm_jax.errors import UserError, shown
 
-_FIELDS = SETTINGS | {"text": Setting(str, "", 0, 0, "with blanks")}
+MAX_CHOICES = 128
+_FIELDS = SETTINGS | {
+    "text": Setting(str, "", 0, 0, "with blanks"),
+    "choices": Setting(str, (), 0, 0, "for the one blank of the text", MAX_CHOICES),
+}
 
 
 class RequestError(UserError):
@@ -18,9 +22,15 @@ class RequestError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class TextRequest(GenerationSettings):
-    """A text with blanks and how to fill them."""
+    """A text with blanks and how to fill them.
+
+    Attributes:
+      choices: for its one blank, which is then filled with the likeliest of them; settings of how
+        tokens are chosen change nothing.
+    """
 
     text: str = ""
+    choices: tuple[str, ...] = ()
 
     def choice(self, encode: Callable[[str], Sequence[int]]) -> Sampling | BeamSearch:
         """How tokens are chosen.

@@ -10,6 +10,7 @@ from glm_jax.engine.beam_search import BeamSearch, Hypothesis
 from glm_jax.engine.engine import Engine
 from glm_jax.engine.prompt import Prompt
 from glm_jax.engine.request import Request, Token
+from glm_jax.engine.scoring import Scorer
 from glm_jax.engine.stepwise import Steps
 from glm_jax.errors import UserError
 from glm_jax.generation.blank_filling import (
@@ -19,13 +20,28 @@ from glm_jax.generation.blank_filling import (
     filling_by_beams,
 )
 from glm_jax.generation.driver import Answer, Search, drive
+from glm_jax.generation.scored_texts import ScoredChoice, score_choices
 from glm_jax.jobs.request_files import Line
 from glm_jax.model.params import GLMParams
 
 _MIN_ROOM = 64  # tokens of an answer that a text is cut for, where it says nothing
 
 Record = dict[str, Any]
-_BeamFilling = Search[list[tuple[PartlyFilled, Hypothesis]]]
+
+
+class _BeamFilling(Search[list[tuple[PartlyFilled, Hypothesis]]]):
+    """A text whose blanks are filled by beam search."""
+
+
+class _ChoiceFilling(Search[list[ScoredChoice]]):
+    """A text whose one blank is filled with the likeliest of some choices."""
+
+    def __init__(self, partly: PartlyFilled, steps: Steps[list[ScoredChoice]]):
+        super().__init__(steps)
+        self.partly = partly
+
+
+_Filling = BlankFilling | _BeamFilling | _ChoiceFilling
 
 
 class _LineAnswer(Answer):
@@ -33,7 +49,7 @@ class _LineAnswer(Answer):
 
     def __init__(self, runner: "RequestRunner", line: Line):
         self._runner, self.line = runner, line
-        self.filling: BlankFilling | _BeamFilling | None = None
+        self.filling: _Filling | None = None
 
     def next_work(self) -> Request | Steps[None] | None:
         if self.filling is None:
@@ -71,6 +87,7 @@ class RequestRunner:
         """
         self._engine, self._params, self._config = engine, params, config
         self._tokenizer, self._seed, self._truncates = tokenizer, seed, truncates
+        self._scorer = Scorer(params, config)
         self.generated = 0
 
     def answer(self, lines: Iterable[Line]) -> Iterator[Record]:
@@ -79,7 +96,9 @@ class RequestRunner:
         for answer in drive(self._engine, answers, self._count):
             if answer.error is not None:
                 yield _failed(answer.line, answer.error)
-            elif isinstance(answer.filling, Search):
+            elif isinstance(answer.filling, _ChoiceFilling):
+                yield self._choice_record(answer.line, answer.filling)
+            elif isinstance(answer.filling, _BeamFilling):
                 yield self._beam_record(answer.line, answer.filling)
             elif answer.filling is not None:
                 yield self._record(answer.line, answer.filling)
@@ -87,7 +106,7 @@ class RequestRunner:
     def _count(self, tokens: list[Token]) -> None:
         self.generated += len(tokens)
 
-    def begin(self, line: Line) -> BlankFilling | _BeamFilling:
+    def begin(self, line: Line) -> _Filling:
         """What fills a line's blanks.
 
         Raises:
@@ -101,10 +120,15 @@ class RequestRunner:
         partly = PartlyFilled.begin(
             self._tokenizer, request.text, limit, request.unidirectional, room
         )
+        if request.choices:
+            text, choices = request.text, request.choices
+            steps = score_choices(self._scorer, self._tokenizer, text, partly, choices)
+            return _ChoiceFilling(partly, steps)
         choice = request.choice(self._tokenizer.encode)
         if isinstance(choice, BeamSearch):
-            steps = filling_by_beams(self._params, self._config, partly, choice, max_tokens)
-            return Search(steps)
+            return _BeamFilling(
+                filling_by_beams(self._params, self._config, partly, choice, max_tokens)
+            )
         template = Request(
             prompt=Prompt((), None),
             sampling=choice,
@@ -129,6 +153,21 @@ class RequestRunner:
                 for completion in completions
             ]
         return record
+
+    def _choice_record(self, line: Line, filling: _ChoiceFilling) -> Record:
+        scored = filling.result
+        best = max(range(len(scored)), key=lambda number: scored[number].log_probability)
+        filled = filling.partly.filled(scored[best].tokens, ()).finished(self._tokenizer)
+        return _base(line) | {
+            "text": filled.text,
+            "blanks": list(filled.blanks),
+            "finish_reason": "stop",
+            "choice": best,
+            "choices": [
+                {"text": choice.text, "log_probability": round(choice.log_probability, 6)}
+                for choice in scored
+            ],
+        }
 
     def _beam_record(self, line: Line, filling: _BeamFilling) -> Record:
         ends = self._engine.special.end_tokens

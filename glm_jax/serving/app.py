@@ -18,6 +18,7 @@ from glm_jax.serving.errors import add_handlers, refused
 from glm_jax.serving.filling import FillRun
 from glm_jax.serving.guards import Guard, Hosts
 from glm_jax.serving.responses import answer
+from glm_jax.serving.scoring import ScoreRun
 from glm_jax.serving.service import Service
 
 _PAGE = resources.files("glm_jax.serving") / "page"
@@ -137,18 +138,47 @@ async def fill(request: Request, wanted: schemas.FillRequest, service: ServiceOf
     return await answer(request, run, bool(wanted.stream))
 
 
+@asking.post("/v1/score", response_model=schemas.Scored)
+async def score(request: Request, wanted: schemas.ScoreRequest, service: ServiceOf) -> Response:
+    """Score choices for the one blank of a text."""
+    run = await _compute(request, ScoreRun, service, wanted)
+    return await answer(request, run, is_stream=False)
+
+
 @asking.post("/tokenize", response_model=schemas.Tokens)
 async def tokenize(
     request: Request, wanted: schemas.TokenizeRequest, service: ServiceOf
 ) -> Response:
     """Return the tokens of a text, including masks; no blank is added at its end."""
+    service.check_model(wanted.model)
     encode = service.worker.ready_model().tokenizer.encode
+    texts = [text for text in (wanted.text, wanted.prompt) if text is not None]
+    if len(texts) != 1:
+        raise refused(400, "expected one text, as 'text' or as 'prompt'", "text")
 
     def tokenized() -> Response:
-        tokens = encode(wanted.text)
+        tokens = encode(texts[0])
         return JSONResponse({"tokens": tokens, "count": len(tokens)})
 
     return await _compute(request, tokenized)
+
+
+@asking.post("/detokenize", response_model=schemas.Detokenized)
+async def detokenize(
+    request: Request, wanted: schemas.DetokenizeRequest, service: ServiceOf
+) -> Response:
+    """Return the text of tokens."""
+    service.check_model(wanted.model)
+    decode = service.worker.ready_model().tokenizer.decode
+    return await _compute(request, lambda: JSONResponse({"prompt": decode(wanted.tokens)}))
+
+
+@api.get("/tokenizer_info", response_model=schemas.TokenizerInfo)
+async def tokenizer_info(service: ServiceOf) -> Response:
+    """Return what clients of vLLM's interface need to tokenise by this server."""
+    tokenizer = service.worker.ready_model().tokenizer
+    eop = tokenizer.decode([tokenizer.special_tokens.eop])
+    return JSONResponse({"tokenizer_class": type(tokenizer).__name__, "eos_token": eop})
 
 
 def _described(service: Service) -> dict[str, Any]:

@@ -1,15 +1,17 @@
 """OpenAI's completion requests: from checked JSON to the choices of an answer."""
 
-import dataclasses
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from glm_jax.engine.beam_search import BeamSearch
 from glm_jax.engine.prompt import Prompt
-from glm_jax.engine.request import Request, Token
+from glm_jax.engine.request import Request
+from glm_jax.engine.sampling import Sampling
+from glm_jax.engine.scoring import Score
 from glm_jax.generation.blank_filling import PartlyFilled, filling_by_beams, next_request
 from glm_jax.generation.driver import Search, SingleRequest
-from glm_jax.generation.text_stream import Stops, TextStream
+from glm_jax.generation.scored_texts import continuation
+from glm_jax.serving.completion_choices import BlankPrompt, Choice
 from glm_jax.serving.errors import refused
 from glm_jax.serving.metrics import AnswerTimes
 from glm_jax.serving.run import Run
@@ -18,124 +20,8 @@ from glm_jax.serving.service import Service, seed_of
 from glm_jax.serving.worker import ServedModel
 
 _BLANK = "[MASK]"  # between a prompt and its suffix
-
-
-@dataclasses.dataclass(frozen=True)
-class _Prompt:
-    """A prompt with its one blank, and the text on both sides of it.
-
-    Attributes:
-      before: text before the blank, without the space that the answer begins with.
-      after: text behind the blank.
-      text: the prompt without its mask.
-    """
-
-    partly: PartlyFilled
-    before: str
-    after: str
-    text: str
-
-
-class _Choice:
-    """One choice of an answer while its tokens arrive."""
-
-    def __init__(
-        self,
-        index: int,
-        prompt: _Prompt,
-        request: CompletionRequest,
-        decode: Callable[[Iterable[int]], str],
-        times: AnswerTimes,
-    ):
-        self.index, self.prompt = index, prompt
-        self.tokens = 0
-        self._special, self._has_ended = prompt.partly.special, False
-        self._request, self._times = request, times
-        self._stops = Stops([request.stop] if isinstance(request.stop, str) else request.stop or [])
-        self._unsent: list[tuple[str, float, dict[str, float] | None]] = []
-        self._length = len(prompt.before) if request.echo else 0
-        before = prompt.partly.tokens[: prompt.partly.position]
-        self._stream = TextStream(decode, before)
-
-    def opening(self) -> dict[str, Any] | None:
-        """Return the prompt as a piece if the request has `echo`."""
-        if not self._request.echo:
-            return None
-        return self.piece(self.prompt.before, None)
-
-    def receive(self, token: Token) -> dict[str, Any] | None:
-        """Return the piece that a token adds, or None if it adds no text yet."""
-        self._times.token()
-        self.tokens += 1
-        self._has_ended |= not self._special.without_end([token.token])
-        names = self._names(token)  # before the stream goes on
-        raw = "" if self._has_ended else self._stream.add(token.token)
-        reason = token.finish_reason
-        if reason is not None:
-            raw += self._stream.finish()
-        text = self._stops.add(raw)
-        if self._request.logprobs is not None and not self._has_ended:
-            self._unsent.append((raw, token.log_probability, self._top(token, raw, names)))
-        if self._stops.has_stopped:
-            reason = "stop"
-        elif reason is not None:
-            text += self._stops.finish()
-        if reason is not None:
-            self._times.end()
-            text += self.prompt.after if self._request.echo else ""
-        return self.piece(text, reason) if text or reason or self._unsent else None
-
-    def _names(self, token: Token) -> list[str]:
-        """Return the text that each top token would add here, or its id where that is not a whole
-        character."""
-        ids = [token_id for token_id, _ in token.top_logprobs[: self._request.logprobs or 0]]
-        texts = [self._stream.peek(token_id) for token_id in ids]
-        return [
-            text if text and "\ufffd" not in text else _id_name(token_id)
-            for text, token_id in zip(texts, ids, strict=True)
-        ]
-
-    def _top(self, token: Token, chosen: str, names: Sequence[str]) -> dict[str, float] | None:
-        """Return the log-probabilities of the top tokens by name.
-
-        As in OpenAI's interface the chosen token is always among them: last, where it is none of
-        the top tokens.
-        """
-        if not self._request.logprobs:
-            return None
-        top: dict[str, float] = {}
-        for (token_id, value), text in zip(token.top_logprobs, names, strict=False):
-            is_chosen = token_id == token.token
-            name = chosen if is_chosen else text
-            if not is_chosen and (name == chosen or name in top):
-                name = _id_name(token_id)
-            top[name] = round(value, 6)
-        return top | {chosen: round(token.log_probability, 6)}
-
-    def piece(self, text: str, reason: str | None) -> dict[str, Any]:
-        """Return a part of the choice as JSON."""
-        probabilities = None
-        if self._request.logprobs is not None:
-            probabilities = self._probabilities()
-        return {
-            "text": text,
-            "index": self.index,
-            "logprobs": probabilities,
-            "finish_reason": reason,
-        }
-
-    def _probabilities(self) -> dict[str, Any]:
-        offsets = []
-        for text, _, _ in self._unsent:
-            offsets.append(self._length)
-            self._length += len(text)
-        unsent, self._unsent = self._unsent, []
-        return {
-            "tokens": [text for text, _, _ in unsent],
-            "token_logprobs": [round(value, 6) for _, value, _ in unsent],
-            "top_logprobs": [top for _, _, top in unsent] if self._request.logprobs else None,
-            "text_offset": offsets,
-        }
+_SCORES = -1  # the session's key of what scores the prompts; answers have those from 0 on
+_MAX_NAMED = 1 << 17  # tokens of prompts in one answer; each takes some 100 bytes of JSON
 
 
 class CompletionRun(Run):
@@ -164,11 +50,17 @@ class CompletionRun(Run):
         self._prompts = [self._begin_prompt(x) for x in prompts]
         decode, times = self.model.tokenizer.decode, lambda: AnswerTimes(service.metrics)
         self._choices = [
-            _Choice(i * self._count + j, prompt, request, decode, times())
+            Choice(i * self._count + j, prompt, request, decode, times())
             for i, prompt in enumerate(self._prompts)
             for j in range(self._count)
         ]
         self._prompt_tokens = sum(len(prompt.partly.tokens) for prompt in self._prompts)
+        self._names_prompts = bool(request.echo) and request.logprobs is not None
+        self._scored = [x for x in self._prompts if self._names_prompts and x.can_be_scored]
+        named = self._count * self._prompt_tokens
+        if self._names_prompts and named > _MAX_NAMED:
+            message = f"{named} tokens of prompts with logprobs: at most {_MAX_NAMED}"
+            raise refused(400, message, "prompt")
 
     def _check_beams(self) -> None:
         request = self._request
@@ -181,7 +73,7 @@ class CompletionRun(Run):
             if getattr(request, name) not in (None, False):
                 raise refused(400, f"{name} beside best_of={best_of}: leave out one", name)
 
-    def _begin_prompt(self, prompt: str | Sequence[int]) -> _Prompt:
+    def _begin_prompt(self, prompt: str | Sequence[int]) -> BlankPrompt:
         model = self.model
         limit, special = model.engine.max_length, model.tokenizer.special_tokens
         is_unidirectional = bool(self._request.unidirectional)
@@ -195,41 +87,54 @@ class CompletionRun(Run):
         blanks = partly.tokens.count(partly.mask)
         if blanks > 1:
             raise refused(400, f"{blanks} blanks: /v1/fill takes more than one", "prompt")
-        return _Prompt(partly, *_sides(model, partly, prompt))
+        return BlankPrompt(partly, *_sides(model, partly, prompt))
 
     def _submit(self) -> None:
-        request, model, choice = self._request, self.model, self._choice
-        max_tokens = request.max_tokens
-        if max_tokens == 0:
-            return
+        model, choice, max_tokens = self.model, self._choice, self._request.max_tokens
         if isinstance(choice, BeamSearch):
             self._searches = [
                 Search(filling_by_beams(model.params, model.config, x.partly, choice, max_tokens))
                 for x in self._prompts
             ]
-            for number, search in enumerate(self._searches):
+            for number, search in enumerate(self._searches if max_tokens != 0 else ()):
                 self.session.submit(number, search)
             return
-        for answer in self._choices:
-            number = answer.index % self._count
-            template = Request(
-                prompt=Prompt((), None),
-                sampling=choice,
-                max_tokens=max_tokens,
-                seed=seed_of(request.seed, number),
-                log_probabilities=request.logprobs is not None,
-                top_logprobs=bool(request.logprobs),
-            )
-            asked = next_request(answer.prompt.partly, template)
-            model.engine.check(asked)
-            self.session.submit(answer.index, SingleRequest(asked))
+        requests = [self._choice_request(each, choice) for each in self._choices]
+        for request in requests:
+            model.engine.check(request)
+        self._waiting = requests if max_tokens != 0 else []
+        if self._scored:
+            texts = [
+                continuation((), prompt.tokens, prompt.partly.special) for prompt in self._scored
+            ]
+            self._scoring = Search(model.scorer.steps(texts))
+            self.session.submit(_SCORES, self._scoring)
+        else:
+            self._submit_waiting()
+
+    def _choice_request(self, choice: Choice, sampling: Sampling) -> Request:
+        request = self._request
+        template = Request(
+            prompt=Prompt((), None),
+            sampling=sampling,
+            max_tokens=request.max_tokens or None,
+            seed=seed_of(request.seed, choice.index % self._count),
+            log_probabilities=request.logprobs is not None,
+            top_logprobs=bool(request.logprobs),
+        )
+        return next_request(choice.prompt.partly, template)
+
+    def _submit_waiting(self) -> None:
+        for index, request in enumerate(self._waiting):
+            self.session.submit(index, SingleRequest(request))
 
     async def pieces(self) -> AsyncIterator[dict[str, Any]]:
         """Yield parts of choices as they arrive."""
+        if self._names_prompts:
+            await self._add_prompts()
         if self._request.max_tokens == 0:
             for choice in self._choices:
-                opening = choice.opening()
-                yield choice.piece(choice.prompt.text if opening else "", "length")
+                yield choice.piece(choice.prompt.text if self._request.echo else "", "length")
             return
         if self._is_search:
             async for piece in self._searched():
@@ -249,6 +154,20 @@ class CompletionRun(Run):
                 running -= 1
                 self.session.cancel(index)  # the engine does not know of stop texts
             yield received
+
+    async def _add_prompts(self) -> None:
+        """Have choices name the tokens of their prompts, and submit those that had to wait."""
+        scores: dict[int, Score] = {}
+        if self._scored:
+            await self.session.next()
+            scores = dict(zip(map(id, self._scored), self._scoring.result, strict=True))
+            self._submit_waiting()
+
+        def add() -> None:
+            for choice in self._choices:
+                choice.add_prompt(scores.get(id(choice.prompt)))
+
+        await self.service.compute(add)
 
     async def _searched(self) -> AsyncIterator[dict[str, Any]]:
         """Yield the choices of beam searches."""
@@ -298,10 +217,6 @@ class CompletionRun(Run):
                     whole["logprobs"][name] += values
         choices = [choices_by_index[index] for index in sorted(choices_by_index)]
         return self.head() | {"choices": choices, "usage": self.usage(self._generated)}
-
-
-def _id_name(token: int) -> str:
-    return f"token_id:{token}"
 
 
 def _prompts(request: CompletionRequest) -> list[str | Sequence[int]]:

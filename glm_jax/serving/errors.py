@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from glm_jax.engine.sampling import LogitsError
+from glm_jax.engine.scoring import ScoringError
 from glm_jax.errors import UserError
 
 _RETRY_SECONDS = 1
@@ -49,7 +50,7 @@ def described(error: Exception) -> tuple[int, Any, dict[str, str]]:
             return 503, body(message, "server_error", code="unavailable"), headers
         case TooSlowError():
             return 504, body(message, "server_error", code="timeout"), {}
-        case LogitsError():
+        case LogitsError() | ScoringError():
             return 500, body(message, "server_error"), {}
         case UserError():
             return 400, body(message, "invalid_request_error"), {}

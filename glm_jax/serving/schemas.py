@@ -6,6 +6,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from glm_jax.engine.generation_settings import SETTINGS, Number
 from glm_jax.engine.slots import MAX_TOP_LOGPROBS
+from glm_jax.generation.text_request import MAX_CHOICES
 
 _STOPS = 4
 _PROMPTS = 4096  # in one request; a server may accept fewer
@@ -32,12 +33,14 @@ Name = Annotated[str, Field(min_length=1, max_length=256)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Token = Annotated[int, Field(ge=0, le=2**31 - 1), _WHOLE]
 Seed = Annotated[int, Field(ge=1 - 2**53, le=2**53 - 1), _WHOLE]  # exact in JSON
-Choices = Annotated[int, Field(ge=1, le=128), _WHOLE]
+Count = Annotated[int, Field(ge=1, le=128), _WHOLE]
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), _WHOLE]
 Temperature = Annotated[float, _within("temperature", le=2)]
 Probability = Annotated[float, _within("top_p")]
 Beams = Annotated[int, _within("num_beams"), _WHOLE]
 Zero = Annotated[float, Field(ge=0, le=0)]
+User = Annotated[str, Field(max_length=1024)]
+Choice = Annotated[str, Field(min_length=1)]
 
 
 # Lists may be long: their first error is enough.
@@ -105,7 +108,7 @@ class CompletionRequest(_Choosing):
     max_tokens: Annotated[int, _within("max_tokens", ge=0), _WHOLE] | None = 16
     temperature: Temperature | None = 1.0
     top_p: Probability | None = 1.0
-    n: Choices | None = 1
+    n: Count | None = 1
     best_of: Beams | None = Field(
         None, description="above 1: beam search of this width, which returns the n best answers"
     )
@@ -118,7 +121,7 @@ class CompletionRequest(_Choosing):
     presence_penalty: Zero | None = 0.0
     frequency_penalty: Zero | None = 0.0
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    user: Annotated[str, Field(max_length=1024)] | None = None
+    user: User | None = None
 
 
 class FillRequest(_Choosing):
@@ -137,8 +140,28 @@ class FillRequest(_Choosing):
     seed: Seed | None = None
 
 
+class ScoreRequest(_Strict):
+    """A text with one blank, as `CompletionRequest.prompt`, and choices to fill it with."""
+
+    context: str
+    choices: Annotated[list[Choice], Field(min_length=1, max_length=MAX_CHOICES)]
+    model: Name | None = None
+    unidirectional: bool | None = _of_table("unidirectional")
+    user: User | None = None
+
+
 class TokenizeRequest(_Strict):
-    text: str
+    """A text, as `text` or `prompt`. Words such as [MASK] are special tokens in any case."""
+
+    text: str | None = None
+    prompt: str | None = Field(None, description="another name of text")
+    model: Name | None = None
+    add_special_tokens: bool | None = Field(None, description="ignored: none are added")
+
+
+class DetokenizeRequest(_Strict):
+    tokens: _List[Token]
+    model: Name | None = None
 
 
 class Usage(BaseModel):
@@ -197,9 +220,40 @@ class Filled(BaseModel):
     usage: Usage
 
 
+class ScoredChoice(BaseModel):
+    """A choice; its log-probability is the sum of its tokens', in nats."""
+
+    index: int
+    text: str
+    logprob: float
+    token_logprobs: list[float]
+    is_greedy: bool = Field(description="whether each of its tokens is the most likely one")
+
+
+class Scored(BaseModel):
+    """Scores of choices, in the order of the request."""
+
+    id: str
+    object: Literal["score"]
+    created: int
+    model: str
+    choices: list[ScoredChoice]
+    best: int = Field(description="index of the likeliest choice")
+    usage: Usage
+
+
 class Tokens(BaseModel):
     tokens: list[int]
     count: int
+
+
+class Detokenized(BaseModel):
+    prompt: str
+
+
+class TokenizerInfo(BaseModel):
+    tokenizer_class: str
+    eos_token: str
 
 
 class Model(BaseModel):

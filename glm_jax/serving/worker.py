@@ -19,6 +19,8 @@ from glm_jax.config import GLMConfig
 from glm_jax.engine.engine import Engine
 from glm_jax.engine.fair_queue import Turn
 from glm_jax.engine.request import Token
+from glm_jax.engine.scoring import Scorer
+from glm_jax.engine.slots import MAX_TOP_LOGPROBS
 from glm_jax.errors import UserError
 from glm_jax.generation.blank_filling import TextCodec
 from glm_jax.generation.driver import Answer, Driver
@@ -27,17 +29,23 @@ from glm_jax.serving import events
 from glm_jax.serving.errors import BrokenError, BusyError, TooSlowError, UnavailableError
 from glm_jax.serving.metrics import Metrics
 
+_SCORED_TOKENS = 512  # of a batch, unless one text is longer
 _News = Sequence[tuple[Answer, Token | None]]
 
 
 @dataclasses.dataclass(frozen=True)
 class ServedModel:
-    """A model that is served: an engine, and its parameters for beam searches beside it."""
+    """A model that is served: an engine, and its parameters for searches and scores beside it."""
 
     engine: Engine
     params: GLMParams
     config: GLMConfig
     tokenizer: TextCodec
+
+    @functools.cached_property
+    def scorer(self) -> Scorer:
+        """Scores given texts, as many tokens between two steps of the engine as a batch has."""
+        return Scorer(self.params, self.config, _SCORED_TOKENS, MAX_TOP_LOGPROBS)
 
 
 class Session:

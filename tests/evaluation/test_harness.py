@@ -49,6 +49,14 @@ def test_empty_continuations_and_documents_are_certain(harness):
     assert model.loglikelihood(_requests(("a", ""))) == [(0.0, True)]
 
 
+def test_unidirectional_contexts_keep_the_chain_rule(harness):
+    _, model = harness
+    pairs = [("", "t17 t18 t20 t21"), ("", "t17 t18"), ("t17 t18", " t20 t21")]
+    for model._is_unidirectional in (True, False):
+        whole, context, text = (x for x, _ in model.loglikelihood(_requests(*pairs)))
+        assert (abs(whole - context - text) < 1e-4) is model._is_unidirectional
+
+
 def test_a_continuation_is_summed_whole_or_refused(harness):
     _, model = harness
     longest = " t20" * 63

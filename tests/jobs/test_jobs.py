@@ -1,5 +1,6 @@
 """Files of requests in, records out: each line once, whatever it holds."""
 
+import dataclasses
 import gzip
 import json
 import random
@@ -11,7 +12,11 @@ from conftest import GOLDEN
 from stub_tokenizer import WordTokenizer
 
 from glm_jax.engine.engine import Engine, EngineSettings
+from glm_jax.engine.request import Request
+from glm_jax.engine.sampling import Sampling
 from glm_jax.errors import UserError
+from glm_jax.generation.blank_filling import PartlyFilled
+from glm_jax.generation.driver import complete_all
 from glm_jax.generation.terminal import read_texts
 from glm_jax.generation.text_request import TextRequest
 from glm_jax.jobs import record_store
@@ -315,3 +320,50 @@ def test_a_search_goes_on_beside_other_lines(job, tmp_path):
         [together] = [record for record in records if record["index"] == number]
         assert together == alone | {"index": number, "id": number + 1}
     assert records[4]["beams"] == records[3]["beams"]
+
+
+def test_the_likeliest_choice_fills_a_blank(job, golden_float32, golden_special, tmp_path):
+    choices = [" t20 t21", " t30", " t40 t41 t42"]
+    texts = ["t5 [MASK] t9", "t5 t6"]
+    lines = [{"text": text, "choices": choices, "top_k": 3} for text in texts]
+    lines += [{"text": texts[1], "choices": choices[:2], "unidirectional": True}]
+    path = _write(
+        tmp_path / "in.jsonl",
+        *lines,
+        {"text": "[MASK] [MASK]", "choices": choices},
+        {"text": "t5", "choices": [" t20", " "]},
+        {"text": "t5", "choices": [" t20", " t20" * 40]},
+        {"text": "t5", "choices": "t20"},
+    )
+    *records, several, empty, long, no_list = _records(job(), path)
+    config, params = golden_float32
+    engine = Engine(params, config, EngineSettings(3, 40, page_size=16), golden_special)
+    for line, record in zip(lines, records, strict=True):
+        wanted = [_generated(engine, config, choice, **line) for choice in line["choices"]]
+        found = [choice["log_probability"] for choice in record["choices"]]
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
+        assert [choice["text"] for choice in record["choices"]] == line["choices"]
+        best = line["choices"][record["choice"]]
+        assert record["choice"] == int(np.argmax(found))
+        assert record["blanks"] == [best.strip()]
+        assert best in record["text"]
+        assert record["finish_reason"] == "stop"
+    assert "2 blanks: choices are for the one blank" in several["error"]
+    assert "choices[1]: empty" in empty["error"]
+    assert "choices[1]: 40 tokens behind 3 of the text: at most 40 together" in long["error"]
+    assert "choices='t20': expected a list" in no_list["error"]
+
+
+def _generated(engine, config, choice, text, unidirectional=False, **_):
+    """The log-probability that the engine gives a choice where nothing else may come."""
+    tokenizer = WordTokenizer(engine.special)
+    partly = PartlyFilled.begin(tokenizer, text, 40, unidirectional)
+    total, prompt = 0.0, partly.prompt()
+    for token in tokenizer.encode(choice):
+        banned = tuple(other for other in range(config.vocab_size) if other != token)
+        request = Request(prompt, Sampling(banned_tokens=banned), 1, log_probabilities=True)
+        [answer] = complete_all(engine, [request])
+        assert answer.tokens == (token,)
+        total += answer.log_probabilities[0]
+        prompt = dataclasses.replace(prompt, prefix=(*prompt.prefix, token))
+    return total
