@@ -71,6 +71,8 @@ def main() -> None:
             f"{counts.answered} prompts answered and {counts.failed} failed by this process; "
             "--merge puts all answers together"
         )
+        if FLAGS.speculate:
+            print(f"{counts.drafts.accepted} of {counts.drafts.checked} draft tokens accepted")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from glm_jax.jobs.batch_job import Share
 from launch.model_flags import (
     MODEL_IDENTITY,
     define_model_flags,
+    define_speculation_flag,
     load_model,
     load_tokenizer,
     model_config,
@@ -29,6 +30,7 @@ from launch.model_flags import (
 
 FLAGS = flags.FLAGS
 define_model_flags()
+define_speculation_flag()
 cli.define_process_flags()
 flags.DEFINE_multi_string("task", [], "a task file, or a folder of them; may be repeated")
 flags.DEFINE_string("data", None, "folder of the data of all tasks")
@@ -66,7 +68,7 @@ def main() -> None:
     output = Path(FLAGS.output)
     with locked(output, share.process, share.count):
         config, params = load_model(share.mesh)
-        model = Model(params, config, tokenizer, FLAGS.batch_tokens)
+        model = Model(params, config, tokenizer, FLAGS.batch_tokens, FLAGS.speculate)
         identity = {name: getattr(FLAGS, name) for name in MODEL_IDENTITY}
         results = evaluate(configs, Path(FLAGS.data), output, model, share, identity)
     if results is None:

@@ -13,6 +13,7 @@ from glm_jax.generation.terminal import Strategy, ask_texts, fill_all, read_text
 from glm_jax.sharding import parse_mesh
 from launch.model_flags import (
     define_model_flags,
+    define_speculation_flag,
     define_strategy_flags,
     load_model,
     load_tokenizer,
@@ -22,6 +23,7 @@ from launch.model_flags import (
 FLAGS = flags.FLAGS
 define_model_flags()
 define_strategy_flags()
+define_speculation_flag()
 flags.mark_flag_as_required("checkpoint")
 flags.DEFINE_string(
     "input", None, "file with one text a line; without it, texts are typed in the terminal"
@@ -44,6 +46,7 @@ def main() -> None:
         settings.max_tokens,
         FLAGS.seed,
         settings.unidirectional,
+        FLAGS.speculate,
     )
     config, params = load_model(None if FLAGS.mesh is None else parse_mesh(FLAGS.mesh))
     if texts is None:

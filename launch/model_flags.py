@@ -123,6 +123,18 @@ def define_engine_flags() -> None:
         lower_bound=1,
     )
     flags.DEFINE_integer("prefill_width", 512, "maximum tokens of a prefill batch", lower_bound=32)
+    define_speculation_flag()
+
+
+def define_speculation_flag() -> None:
+    """How far a step guesses ahead."""
+    flags.DEFINE_integer(
+        "speculate",
+        0,
+        "maximum draft tokens of each request, guessed from its own text, that a step checks "
+        "beside its next token; the answers stay the same",
+        lower_bound=0,
+    )
 
 
 def engine_settings(prefill_budget: int | None = None) -> EngineSettings:
@@ -137,6 +149,7 @@ def engine_settings(prefill_budget: int | None = None) -> EngineSettings:
         cache_tokens=FLAGS.cache_tokens,
         prefill_width=FLAGS.prefill_width,
         prefill_budget=prefill_budget,
+        speculate=FLAGS.speculate,
     )
 
 

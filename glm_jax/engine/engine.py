@@ -3,8 +3,9 @@
 The life of a request: `submit` checks it and puts it into the queue. When its turn has come, and a
 slot and pages are free for all of its tokens, it is admitted: it gets both, and its prompt joins a
 prefill batch. The batch runs through the layers, as many between two steps as the prefill budget
-allows. Then the request has a row in its slot, and each step gives it one token, until an end
-token, its length, a failure or `cancel` ends it, which frees slot and pages.
+allows. Then the request has a row in its slot, and each step gives it one token, or several where
+drafts are accepted, until an end token, its length, a failure or `cancel` ends it, which frees slot
+and pages.
 
 What always holds:
 - A request is in one place: in the queue, in the one prefill batch, or in a slot.
@@ -17,6 +18,7 @@ What always holds:
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -46,7 +48,6 @@ from glm_jax.engine.prompt import PromptError, check_end_tokens, check_prompt
 from glm_jax.engine.request import Request, Token
 from glm_jax.engine.request_state import Admitted, Prefill, Running
 from glm_jax.engine.slots import (
-    FAILURES,
     Emitted,
     admit,
     check_sampling,
@@ -55,6 +56,7 @@ from glm_jax.engine.slots import (
     release,
     request_row,
 )
+from glm_jax.engine.speculation import DraftCounts, Speculation
 from glm_jax.model.device_layout import prepare
 from glm_jax.model.layer_stacks import as_layers
 from glm_jax.model.params import GLMParams
@@ -76,6 +78,7 @@ class EngineSettings:
       prefill_width: tokens of prompts that are prefilled at once, unless one is longer.
       prefill_budget: tokens that are prefilled between two steps at most, in whole layers;
         None fills all slots before the next step, which is best where no one waits for tokens.
+      speculate: draft tokens of each request that a step checks at most (see `speculation`).
     """
 
     slots: int = 16
@@ -84,14 +87,13 @@ class EngineSettings:
     page_size: int = PAGE_SIZE
     prefill_width: int = 512
     prefill_budget: int | None = None
+    speculate: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("slots", "max_length", "cache_tokens", "page_size", "prefill_width"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise PromptError(f"{name}={value}: at least 1")
-        if self.prefill_budget is not None and self.prefill_budget < 1:
-            raise PromptError(f"prefill_budget={self.prefill_budget}: at least 1")
+        for name, value in vars(self).items():
+            lowest = 0 if name == "speculate" else 1
+            if value is not None and value < lowest:
+                raise PromptError(f"{name}={value}: at least {lowest}")
 
 
 class Engine:
@@ -139,6 +141,7 @@ class Engine:
         self._running: dict[int, Running] = {}  # by slot
         self._prefill: Prefill | None = None
         self._unchecked: list[PageAllocation] = []  # pages whose contents no step has looked at
+        self._speculation = Speculation(settings.speculate, self._mesh)
 
     def _widths_of_steps(self) -> list[int]:
         """Slots that a step may run: only a CPU saves by rows what more programs cost."""
@@ -178,6 +181,11 @@ class Engine:
     @property
     def slots(self) -> int:
         return self._slot_count
+
+    @property
+    def drafts(self) -> DraftCounts:
+        """Of speculative decoding, how many were checked and accepted so far."""
+        return self._speculation.counts
 
     def submit(self, request: Request, is_urgent: bool = False, turn: Turn = ALONE) -> int:
         """Takes a request; `step` gives its tokens.
@@ -225,7 +233,11 @@ class Engine:
                 self._leave(slot)
 
     def step(self) -> list[Token]:
-        """Prefills what may enter, then gives every running request a token."""
+        """Prefills what may enter, then gives every running request a token or more.
+
+        Returns:
+          The tokens, those of a request in their order.
+        """
         with on_mesh(self._mesh):
             self._prefill_some()
             if not self._running:
@@ -233,49 +245,44 @@ class Engine:
                     self._clear_failed()
                 return []
             width = next(w for w in self._step_widths if w >= len(self._running))
-            numbers = [*self._running, *self._free_slots(), *self._entering()][:width]
-            emitted = jax.device_get(self._run_step(numbers))
+            numbers = sorted([*self._running, *self._free_slots(), *self._entering()][:width])
+            rooms = {slot: running.remaining - 1 for slot, running in self._running.items()}
+            run = functools.partial(self._run_idle_step, numbers)
+            drafts = self._speculation.propose(numbers, rooms, run)
+            emitted = jax.device_get(self._run_step(numbers, drafts))
             if emitted.failures.any() or self._unchecked:
                 self._clear_failed()
-        tokens = []
-        for index, (slot, running) in enumerate(list(self._running.items())):
-            row = slot if width == self._slot_count else index
-            tokens.append(self._take_token(slot, running, emitted, row))
-        return tokens
+        self._speculation.take(numbers, drafts, emitted.tokens)
+        given = [(row, new) for row, new in np.argwhere(emitted.tokens >= 0).tolist()]
+        return [self._take_token(numbers[at[0]], emitted, at) for at in given]
 
-    def _run_step(self, numbers: Sequence[int]) -> Emitted:
+    def _run_step(self, numbers: Sequence[int], drafts: np.ndarray | None = None) -> Emitted:
         rows = None if len(numbers) == self._slot_count else np.array(numbers, np.int32)
         emitted, self._slots, self._cache = step_functions.step(
-            self._params, self._config, self._slots, self._cache, self._pages_a_layer, rows
+            self._params, self._config, self._slots, self._cache, self._pages_a_layer, rows, drafts
         )
         return emitted
+
+    def _run_idle_step(self, numbers: Sequence[int], drafts: np.ndarray | None) -> None:
+        """Runs a step to its end that changes no slot."""
+        active = self._slots.is_active
+        self._slots = dataclasses.replace(self._slots, is_active=active & False)
+        jax.block_until_ready(self._run_step(numbers, drafts))
+        self._slots = dataclasses.replace(self._slots, is_active=active)
 
     def _clear_failed(self) -> None:
         self._cache = step_functions.clear_failed(self._cache)
         while self._unchecked:
             self._pool.free(self._unchecked.pop())
 
-    def _take_token(self, slot: int, running: Running, emitted: Emitted, row: int) -> Token:
-        token, reason, error = int(emitted.tokens[row]), None, None
-        if failure := int(emitted.failures[row]):
-            reason, error = "error", FAILURES[failure](running.generated)
-        elif token in running.end_tokens:
-            reason = "stop"
-        elif running.remaining == 1:
-            reason = "length"
-        if reason is None:
-            generated, remaining = running.generated + 1, running.remaining - 1
-            self._running[slot] = dataclasses.replace(
-                running, generated=generated, remaining=remaining
-            )
+    def _take_token(self, slot: int, emitted: Emitted, at: tuple[int, int]) -> Token:
+        running = self._running[slot]
+        token = running.next_token(emitted, at)
+        if token.finish_reason is None:
+            self._running[slot] = dataclasses.replace(running, remaining=running.remaining - 1)
         else:
             self._leave(slot)
-        top: tuple[tuple[int, float], ...] = ()
-        if running.admitted.request.top_logprobs:
-            columns = emitted.top_tokens[row], emitted.top_logprobs[row]
-            top = tuple(zip(*(x.tolist() for x in columns), strict=True))
-        log_probability = float(emitted.log_probabilities[row])
-        return Token(running.admitted.request_id, token, log_probability, reason, top, error)
+        return token
 
     def _leave(self, slot: int) -> None:
         running = self._running.pop(slot)
@@ -377,6 +384,7 @@ class Engine:
             self._slots = admit(self._slots, np.int32(slot), row)
             remaining = admitted.end - len(request.prompt)
             self._running[slot] = Running(admitted, frozenset(ends), remaining)
+            self._speculation.begin(slot, request.prompt.tokens(sop))
 
     def warm_up(self) -> None:
         """Compiles all programs that requests of any kind will need."""
@@ -389,4 +397,6 @@ class Engine:
             self._slots = release(self._slots, np.int32(0))
             for width in self._step_widths:
                 self._run_step(range(width))
+                run = functools.partial(self._run_idle_step, range(width))
+                self._speculation.measure(width, run)
             self._cache = step_functions.clear_failed(self._cache)

@@ -5,7 +5,8 @@ from typing import Any
 
 from glm_jax.engine.page_pool import PageAllocation
 from glm_jax.engine.prefill_batch import PrefillBatch
-from glm_jax.engine.request import Request
+from glm_jax.engine.request import Request, Token
+from glm_jax.engine.slots import FAILURES, Emitted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +42,30 @@ class Prefill:
 
 @dataclasses.dataclass(frozen=True)
 class Running:
-    """A request whose tokens are generated: how many it may still get, and how many it has."""
+    """A request whose tokens are generated, and how many it may still get."""
 
     admitted: Admitted
     end_tokens: frozenset[int]
     remaining: int
-    generated: int = 0
+
+    def next_token(self, emitted: Emitted, at: tuple[int, int]) -> Token:
+        """The token that a step gave it, and whether that ends it.
+
+        Args:
+          at: row and position in the step, of numpy arrays.
+        """
+        request, token = self.admitted.request, int(emitted.tokens[at])
+        reason, error = None, None
+        if failure := int(emitted.failures[at]):
+            generated = self.admitted.end - len(request.prompt) - self.remaining
+            reason, error = "error", FAILURES[failure](generated)
+        elif token in self.end_tokens:
+            reason = "stop"
+        elif self.remaining == 1:
+            reason = "length"
+        top: tuple[tuple[int, float], ...] = ()
+        if request.top_logprobs:
+            columns = emitted.top_tokens[at], emitted.top_logprobs[at]
+            top = tuple(zip(*(x.tolist() for x in columns), strict=True))
+        log_probability = float(emitted.log_probabilities[at])
+        return Token(self.admitted.request_id, token, log_probability, reason, top, error)

@@ -81,21 +81,22 @@ class Slots:
 
 @struct.dataclass
 class Emitted:
-    """What a step gives each slot.
+    """What a step gives each slot, at each position that it ran.
 
     Attributes:
-      tokens: -1 where there is none.
-      failures: 0, or which of `FAILURES` ends the request instead of its token.
+      tokens: -1 where there is none, and from there on.
+      failures: 0, or which of `FAILURES` there was instead of a token. It ends the request, unless
+        drafts were run behind its token.
       log_probabilities: nats; the model's, before any logit processor or temperature. 0 where
         none were asked for.
       top_tokens, top_logprobs: the most likely tokens, best first.
     """
 
-    tokens: Int[Any, " slots"]
-    failures: Int[Any, " slots"]
-    log_probabilities: Float[Any, " slots"]
-    top_tokens: Int[Any, "slots top"]
-    top_logprobs: Float[Any, "slots top"]
+    tokens: Int[Any, "slots *new"]
+    failures: Int[Any, "slots *new"]
+    log_probabilities: Float[Any, "slots *new"]
+    top_tokens: Int[Any, "slots *new top"]
+    top_logprobs: Float[Any, "slots *new top"]
 
 
 def empty_slot(config: GLMConfig, width: int, table_size: int) -> Slots:
@@ -213,12 +214,19 @@ def release(slots: Slots, number: Int[ArrayLike, ""]) -> Slots:
 
 
 def put_back(slots: Slots, numbers: Int[Any, " rows"], some: Slots) -> Slots:
-    """Slots of which those of these numbers have done a step: what `choose` changes."""
-    changes = ("is_active", "token", "index", "position_id", "tokens")
+    """Slots of which those of these numbers have done a step."""
+    before, after = _changing(slots), _changing(some)
     return dataclasses.replace(
-        slots,
-        **{name: getattr(slots, name).at[numbers].set(getattr(some, name)) for name in changes},
+        slots, **{name: before[name].at[numbers].set(after[name]) for name in before}
     )
+
+
+def _changing(slots: Slots) -> dict[str, Array]:
+    """What `choose` changes."""
+    return {
+        name: getattr(slots, name)
+        for name in ("is_active", "token", "index", "position_id", "tokens")
+    }
 
 
 def choose(logits: Float[Array, "slots vocab"], slots: Slots) -> tuple[Emitted, Slots]:
@@ -244,7 +252,7 @@ def choose(logits: Float[Array, "slots vocab"], slots: Slots) -> tuple[Emitted, 
     changed = dataclasses.replace(
         slots,
         is_active=goes_on,
-        token=chosen,
+        token=jnp.where(active, chosen, slots.token),
         index=slots.index + moved,
         position_id=slots.position_id + slots.position_step * moved,
         tokens=slots.tokens.at[rows, at].set(latest),
@@ -253,6 +261,51 @@ def choose(logits: Float[Array, "slots vocab"], slots: Slots) -> tuple[Emitted, 
         jnp.where(active, chosen, -1), failures, *_log_probabilities(logits, chosen, slots)
     )
     return jax.tree.map(_everywhere, emitted), changed
+
+
+def choose_checked(
+    logits: Float[Array, "slots new vocab"], drafts: Int[Array, "slots drafts"], slots: Slots
+) -> tuple[Emitted, Slots]:
+    """The next tokens of each slot, by `choose` at one position after another, as long as what is
+    chosen is the draft that was run at the next one.
+
+    Where there is no token to choose, a slot with drafts stays as it is there, to be run without
+    them: they are no part of its text, and may be the reason.
+
+    Args:
+      logits: after the slot's token, then after each draft.
+      drafts: -1 where there is none.
+    """
+    has_drafts = drafts[:, 0] >= 0
+    nothing = jax.eval_shape(choose, logits[:, 0], slots)[0]
+
+    def choose_next(carry: Any, inputs: Any) -> Any:
+        changing, going = carry
+        of_position, next_draft = inputs
+        current = dataclasses.replace(slots, **changing | {"is_active": going})
+        emitted, chosen = jax.lax.cond(
+            jnp.any(going),
+            lambda: choose(of_position, current),
+            lambda: (jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nothing), current),
+        )
+        moves = going & ~(has_drafts & (emitted.failures > 0))
+        emitted = dataclasses.replace(emitted, tokens=jnp.where(moves, emitted.tokens, -1))
+        select = lambda new, old: jnp.where(moves.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+        changing = jax.tree.map(select, _changing(chosen), changing)
+        goes_on = moves & changing["is_active"] & (changing["token"] == next_draft)
+        return (changing, goes_on), emitted
+
+    ran = jnp.pad(drafts, ((0, 0), (0, 1)), constant_values=-1)
+    inputs = jnp.swapaxes(logits, 0, 1), ran.T
+    (changing, _), emitted = jax.lax.scan(choose_next, (_changing(slots), slots.is_active), inputs)
+    emitted = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), emitted)
+    # What refused drafts left in pages counts too: it is cleared as a failure's.
+    was_run = slots.is_active[:, None] & jnp.pad(
+        drafts >= 0, ((0, 0), (1, 0)), constant_values=True
+    )
+    is_broken = was_run & ~jnp.all(jnp.isfinite(logits), axis=-1)
+    failures = _everywhere(jnp.where(is_broken, _NO_NUMBERS, emitted.failures))
+    return dataclasses.replace(emitted, failures=failures), dataclasses.replace(slots, **changing)
 
 
 def _log_probabilities(logits: Array, chosen: Array, slots: Slots) -> tuple[Array, Array, Array]:

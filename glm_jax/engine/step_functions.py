@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from glm_jax.config import GLMConfig
 from glm_jax.engine.prefill_batch import PrefillBatch
-from glm_jax.engine.slots import Emitted, Slots, choose, put_back
+from glm_jax.engine.slots import Emitted, Slots, choose, choose_checked, put_back
 from glm_jax.model import glm, paged_cache
 from glm_jax.model.layer_stacks import as_layers
 from glm_jax.model.layers import rotary_factors
@@ -142,27 +142,45 @@ def step(
     cache: PagedKVCache,
     pages_a_layer: int,
     numbers: Int[Any, " rows"] | None = None,
+    drafts: Int[Any, "rows drafts"] | None = None,
 ) -> tuple[Emitted, Slots, PagedKVCache]:
-    """The next token of every active slot.
+    """The next token of every active slot, and those after it that are its drafts.
 
     Args:
       pages_a_layer: of a device where layers share an array, else 0.
       numbers: of the slots that run, each once, every active one among them; None runs all.
+      drafts: tokens that may come next in each slot that runs, -1 after the last; None for none.
+        A slot has room for all of its own and one more.
 
     Returns:
       What it gives those that ran; then slots and pages.
     """
     some: Slots = slots if numbers is None else jax.tree.map(lambda x: x[numbers], slots)
-    rows = Rows(
-        is_active=some.is_active[:, None],
-        tokens=some.token[:, None],
-        position_ids=some.position_id[:, None],
-        index=some.index,
-        table=some.table,
-    )
+    rows = _rows(some, drafts)
     logits, cache = _decode(params, config, rows, cache, pages_a_layer)
-    emitted, some = choose(logits[:, 0], some)
+    if drafts is None:
+        emitted, some = choose(logits[:, 0], some)
+        emitted = jax.tree.map(lambda x: x[:, None], emitted)
+    else:
+        emitted, some = choose_checked(logits, jnp.asarray(drafts), some)
     return emitted, some if numbers is None else put_back(slots, numbers, some), cache
+
+
+def _rows(slots: Slots, drafts: Int[Any, "rows drafts"] | None) -> Rows:
+    """The tokens that a step runs: each slot's next one, and its drafts."""
+    is_active, tokens = slots.is_active[:, None], slots.token[:, None]
+    if drafts is not None:
+        drafts = jnp.asarray(drafts)
+        tokens = jnp.concatenate([tokens, jnp.maximum(drafts, 0)], axis=1)
+        is_active &= jnp.pad(drafts >= 0, ((0, 0), (1, 0)), constant_values=True)
+    distance = slots.position_step[:, None] * jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    return Rows(
+        is_active=is_active,
+        tokens=tokens,
+        position_ids=slots.position_id[:, None] + distance,
+        index=slots.index,
+        table=slots.table,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "pages_a_layer"), donate_argnames="cache")

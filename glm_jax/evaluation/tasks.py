@@ -45,6 +45,7 @@ class Model:
 
     Attributes:
       batch_tokens: that are scored at once.
+      speculate: of generated answers, see `EngineSettings`.
 
     Raises:
       TokenizerError: the tokenizer is not the model's.
@@ -54,6 +55,7 @@ class Model:
     config: GLMConfig
     tokenizer: TextCodec
     batch_tokens: int = 4096
+    speculate: int = 0
 
     def __post_init__(self) -> None:
         check_fits(self.tokenizer, self.config)
@@ -204,7 +206,8 @@ class Generation(Task):
         # Sizes that many files have in common: a program serves them all.
         length = bucket(max(map(len, prompts)) + max_tokens)
         slots = min(_SLOTS, bucket(len(prompts), 1))
-        settings = EngineSettings(slots, min(length, model.config.max_sequence_length))
+        longest = min(length, model.config.max_sequence_length)
+        settings = EngineSettings(slots, longest, speculate=model.speculate)
         engine = Engine(model.params, model.config, settings, model.special)
         requests = (Request(prompt, max_tokens=max_tokens, end_tokens=ends) for prompt in prompts)
         for completion in complete_all(engine, requests):

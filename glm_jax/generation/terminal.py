@@ -42,6 +42,7 @@ class Strategy:
       max_length: tokens of text, sop and answer, the model's positions by default.
       max_tokens: of each blank; as many as there is room for by default.
       is_unidirectional: texts without masks are written on from, seen from left to right.
+      speculate: see `EngineSettings`.
     """
 
     choice: Sampling | BeamSearch
@@ -49,6 +50,7 @@ class Strategy:
     max_tokens: int | None = None
     seed: int = 0
     is_unidirectional: bool = False
+    speculate: int = 0
 
 
 def render(filled: FilledText, in_colour: bool) -> str:
@@ -172,7 +174,8 @@ def _filler(
         max_tokens = strategy.max_tokens
         steps = lambda text: filling_by_beams(params, config, begin(text), choice, max_tokens)
         return lambda text, _: finish(steps(text))[0][0]
-    engine = Engine(params, config, EngineSettings(1, limit), special)
+    settings = EngineSettings(1, limit, speculate=strategy.speculate)
+    engine = Engine(params, config, settings, special)
     request = Request(Prompt((), None), choice, strategy.max_tokens, strategy.seed)
     return lambda text, on_tokens: fill(engine, begin(text), request, on_tokens)
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from glm_jax import processes
 from glm_jax.config import GLMConfig
 from glm_jax.engine.engine import Engine, EngineSettings
+from glm_jax.engine.speculation import DraftCounts
 from glm_jax.generation.blank_filling import TextCodec
 from glm_jax.generation.text_request import TextRequest
 from glm_jax.jobs import record_store
@@ -97,10 +98,11 @@ class BatchJob:
 
 
 class Counts(NamedTuple):
-    """How many requests were answered, and how many failed."""
+    """How many requests were answered, how many failed, and drafts of speculative decoding."""
 
     answered: int
     failed: int
+    drafts: DraftCounts = DraftCounts(0, 0)
 
 
 def run_batch(
@@ -109,7 +111,8 @@ def run_batch(
     """Answers the remaining requests of a process's share, and shows how it goes.
 
     Returns:
-      How many requests were answered now, and how many have an error for an answer.
+      How many requests were answered now, how many have an error for an answer, and the drafts
+      of the process.
 
     Raises:
       JobError: answers cannot be written.
@@ -144,4 +147,4 @@ def run_batch(
             bar.set_postfix_str(f"{runner.generated / max(seconds, 1e-9):.0f} tokens/s", False)
     if writer is not None:
         writer.close()
-    return counts
+    return counts._replace(drafts=engine.drafts)

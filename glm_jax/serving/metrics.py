@@ -7,6 +7,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from glm_jax.engine.engine import Engine
+from glm_jax.engine.speculation import DraftCounts
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _WINDOW = 10.0  # seconds over which tokens per second are counted
@@ -28,6 +29,11 @@ class Metrics:
         self.prompt_tokens = Counter("glm_prompt_tokens", "Tokens of prompts.", **register)
         self._generated = Counter(
             "glm_generated_tokens", "Generated tokens, without beam searches.", **register
+        )
+        self._drafts = DraftCounts(0, 0)
+        self._draft_tokens = (
+            Counter("glm_draft_tokens", "Draft tokens that steps checked.", **register),
+            Counter("glm_accepted_draft_tokens", "Those of them that were accepted.", **register),
         )
         self.requests = Counter(
             "glm_requests", "Answered requests.", ["endpoint", "status"], **register
@@ -54,10 +60,15 @@ class Metrics:
         self._recent: collections.deque[tuple[float, int]] = collections.deque()
 
     def observe_load(self, engine: Engine, searches: int) -> None:
-        """Set the gauges of the engine's load."""
+        """Set the gauges of the engine's load, and count drafts."""
         self._waiting.set(engine.waiting)
         self._running.set(engine.running)
         self._slots.set(engine.slots)
+        for counter, now, before in zip(
+            self._draft_tokens, engine.drafts, self._drafts, strict=True
+        ):
+            counter.inc(now - before)
+        self._drafts = engine.drafts
         self._searches.set(searches)
 
     def count_tokens(self, count: int) -> None:
