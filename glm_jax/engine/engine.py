@@ -3,9 +3,8 @@
 The life of a request: `submit` checks it and puts it into the queue. When its turn has come, and a
 slot and pages are free for all of its tokens, it is admitted: it gets both, and its prompt joins a
 prefill batch. The batch runs through the layers, as many between two steps as the prefill budget
-allows. Then the request has a row in its slot, and each step gives it one token, or several where
-drafts are accepted, until an end token, its length, a failure or `cancel` ends it, which frees slot
-and pages.
+allows. Then the request has a row in its slot, and each step gives it a token, or several by drafts
+(`speculation`), until an end token, its length, a failure or `cancel` ends it, which frees both.
 
 What always holds:
 - A request is in one place: in the queue, in the one prefill batch, or in a slot.
@@ -233,11 +232,7 @@ class Engine:
                 self._leave(slot)
 
     def step(self) -> list[Token]:
-        """Prefills what may enter, then gives every running request a token or more.
-
-        Returns:
-          The tokens, those of a request in their order.
-        """
+        """Prefills what may enter, then gives every running request a token, or several."""
         with on_mesh(self._mesh):
             self._prefill_some()
             if not self._running:

@@ -81,7 +81,8 @@ class Slots:
 
 @struct.dataclass
 class Emitted:
-    """What a step gives each slot, at each position that it ran.
+    """What a step gives each slot: [slots, new], a column for each position that it ran, or [slots]
+    of one position.
 
     Attributes:
       tokens: -1 where there is none, and from there on.
@@ -92,11 +93,11 @@ class Emitted:
       top_tokens, top_logprobs: the most likely tokens, best first.
     """
 
-    tokens: Int[Any, "slots *new"]
-    failures: Int[Any, "slots *new"]
-    log_probabilities: Float[Any, "slots *new"]
-    top_tokens: Int[Any, "slots *new top"]
-    top_logprobs: Float[Any, "slots *new top"]
+    tokens: Int[Any, "*slots"]
+    failures: Int[Any, "*slots"]
+    log_probabilities: Float[Any, "*slots"]
+    top_tokens: Int[Any, "*slots top"]
+    top_logprobs: Float[Any, "*slots top"]
 
 
 def empty_slot(config: GLMConfig, width: int, table_size: int) -> Slots:
@@ -221,7 +222,7 @@ def put_back(slots: Slots, numbers: Int[Any, " rows"], some: Slots) -> Slots:
     )
 
 
-def _changing(slots: Slots) -> dict[str, Array]:
+def _changing(slots: Slots) -> dict[str, Any]:
     """What `choose` changes."""
     return {
         name: getattr(slots, name)
