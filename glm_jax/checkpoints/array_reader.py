@@ -1,7 +1,8 @@
 """Arrays of an Orbax checkpoint, each device's slices read straight to where they stay.
 
 Orbax's own restore copies what it reads twice more, into newly allocated memory, which takes
-several times as long as reading.
+several times as long as reading. TensorStore copies whole chunks, which have left the processor's
+cache when they are to be checked: it says only where they are.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from glm_jax.checkpoints.checksums import (
     whole_slices,
     within,
 )
+from glm_jax.checkpoints.stored_values import StoredValue, StoredValues, stored_values
 from glm_jax.errors import UserError
 
 _ARRAY = "/.zarray"  # what the store calls an array's description, after its name
@@ -93,8 +95,8 @@ def empty_buffers(leaf: Any, shape: tuple[int, ...] | None = None) -> Buffers:
 def read_into(
     folder: Path, target: dict[str, Any], into: dict[str, Any], checksums: dict[str, int]
 ) -> None:
-    """Reads the arrays of a checkpoint; each chunk is checked while it is in the processor's
-    cache and others are being read.
+    """Reads the arrays of a checkpoint; each piece of a chunk is checked while it is in the
+    processor's cache and others are being read.
 
     Args:
       folder: of an Orbax checkpoint of zarr arrays in an OCDBT store.
@@ -105,18 +107,16 @@ def read_into(
     Raises:
       DamageError: a chunk cannot be read, or is not what was written.
     """
-    limit = {"limit": _READS_AT_ONCE}
-    context = ts.Context({"file_io_concurrency": limit, "cache_pool": {"total_bytes_limit": 0}})
     described = jax.tree_util.tree_leaves_with_path(target)
-    stores = open_arrays(folder, [array_name(path) for path, _ in described], context)
-    reads = [
-        read
-        for (path, leaf), buffers, store in zip(
-            described, jax.tree.leaves(into), stores, strict=True
-        )
-        for read in _chunk_reads(folder, array_name(path), store, leaf, buffers, checksums)
-    ]
-    with futures.ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+    stores = open_arrays(folder, [array_name(path) for path, _ in described])
+    with stored_values(folder) as values, futures.ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+        reads = [
+            read
+            for (path, leaf), buffers, store in zip(
+                described, jax.tree.leaves(into), stores, strict=True
+            )
+            for read in _chunk_reads(array_name(path), store, leaf, buffers, values, checksums)
+        ]
         for _ in pool.map(_ChunkRead.run, reads):
             pass
 
@@ -151,13 +151,13 @@ def described_arrays(folder: Path) -> dict[str, Any]:
     return tree
 
 
-def open_arrays(folder: Path, names: list[str], context: ts.Context | None = None) -> list[Any]:
+def open_arrays(folder: Path, names: list[str]) -> list[Any]:
     """Opens the arrays of a checkpoint without reading them.
 
     Raises:
       DamageError: one cannot be opened.
     """
-    opening = [ts.open(_spec(folder, name), open=True, context=context) for name in names]
+    opening = [ts.open(_spec(folder, name), open=True) for name in names]
     return [_result(folder, name, store) for name, store in zip(names, opening, strict=True)]
 
 
@@ -182,13 +182,22 @@ def _result(folder: Path, name: str, future: Any) -> Any:
 
 
 def _chunk_reads(
-    folder: Path, name: str, store: Any, leaf: Any, buffers: Buffers, checksums: dict[str, int]
+    name: str,
+    store: Any,
+    leaf: Any,
+    buffers: Buffers,
+    values: StoredValues,
+    checksums: dict[str, int],
 ) -> Iterator["_ChunkRead"]:
     chunks = stored_chunks(store)
-    is_compressed = store.spec().to_json()["metadata"].get("compressor") is not None
-    if is_compressed or any(a > b for a, b in zip(chunks.chunk, chunks.shape, strict=True)):
+    metadata = store.spec().to_json()["metadata"]
+    is_plain = metadata.get("compressor") is None and metadata.get("order", "C") == "C"
+    if not is_plain or any(a > b for a, b in zip(chunks.chunk, chunks.shape, strict=True)):
         # What a compressed chunk takes in memory is known when it is too late.
-        raise damaged(f"{folder}: {name}", "it is compressed, or its chunks are larger than it is")
+        raise damaged(
+            f"{values.folder}: {name}", "it is compressed, or its chunks are larger than it is"
+        )
+    whole = jax.ShapeDtypeStruct(chunks.chunk, store.dtype.numpy_dtype)
     begun = set()
     for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
         buffer = buffers.by_device[device]
@@ -199,17 +208,22 @@ def _chunk_reads(
         for number, place in chunks.overlapping(region):
             key = chunk_key(name, number)
             if key not in checksums:
-                raise damaged(f"{folder}: {name}", f"its chunk {key} has no checksum")
-            yield _ChunkRead(folder, name, store, place, region, buffer, checksums[key])
+                raise damaged(f"{values.folder}: {name}", f"its chunk {key} has no checksum")
+            value = values.find(key, whole)
+            yield _ChunkRead(name, value, whole, place, region, buffer, checksums[key])
 
 
 @dataclasses.dataclass(frozen=True)
 class _ChunkRead:
-    """A chunk to read into the part that a buffer, which has a region of the array, has of it."""
+    """A chunk to read into the part that a buffer, which has a region of the array, has of it.
 
-    folder: Path
+    Attributes:
+      whole: describes the chunk as it is stored, also beyond the end of the array.
+    """
+
     name: str
-    store: Any
+    value: StoredValue
+    whole: jax.ShapeDtypeStruct
     place: tuple[slice, ...]
     region: tuple[slice, ...]
     buffer: np.ndarray
@@ -222,15 +236,17 @@ class _ChunkRead:
         )
         place: tuple[Any, ...] = within(shared, self.region)
         target = self.buffer[(*place, ...)]  # an array even where it has no axes
-        dtype = self.store.dtype.numpy_dtype
-        is_direct = shared == self.place and dtype == self.buffer.dtype
-        # Of a chunk that belongs to several devices all is read, to be checked.
-        chunk = target if is_direct else np.empty([s.stop - s.start for s in self.place], dtype)
-        _result(self.folder, self.name, ts.array(chunk).write(self.store[self.place]))
-        if chunk_checksum(chunk) != self.checksum:
-            raise damaged(f"{self.folder}: {self.name}", "it is not what was written")
-        if not is_direct:
-            target[...] = chunk[within(shared, self.place)]
+        if target.shape == self.whole.shape and target.dtype == self.whole.dtype:
+            checksum = self.value.read_into(target)
+        else:
+            # Of a chunk that belongs to several devices all is read, to be checked.
+            whole = np.empty(self.whole.shape, self.whole.dtype)
+            self.value.read_into(whole)
+            chunk = whole[(*(slice(part.stop - part.start) for part in self.place), ...)]
+            checksum = chunk_checksum(chunk)
+            target[...] = chunk[(*within(shared, self.place), ...)]
+        if checksum != self.checksum:
+            raise damaged(f"{self.value.folder}: {self.name}", "it is not what was written")
 
 
 def placed(leaf: Any, buffers: Buffers, shape: tuple[int, ...], kind: str | None) -> jax.Array:

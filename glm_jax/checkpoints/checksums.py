@@ -6,6 +6,7 @@ Every part of a model folder, and every folder of adapters, has a `checksums.jso
 import dataclasses
 import itertools
 import json
+import math
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,8 @@ CHECKSUMS_FILE = "checksums.json"
 # Files up to this size are checked as they are opened; what larger ones hold is arrays, whose
 # chunks are checked as they are read.
 _SMALL_BYTES = 1 << 20
-_WORDS = {8: np.uint64, 4: np.uint32, 2: np.uint16, 1: np.uint8}
+_PIECE_BYTES = 1 << 20
+_SUMMED_BYTES = 1 << 12
 
 
 class DamageError(UserError):
@@ -29,23 +31,45 @@ class DamageError(UserError):
 
 
 def chunk_checksum(chunk: np.ndarray) -> int:
-    """The checksum of an array of up to some MiB, which need not be contiguous.
+    """The checksum of an array, which need not be contiguous."""
+    checksum = 0
+    for index in pieces(chunk.shape, chunk.itemsize):
+        piece = np.ascontiguousarray(chunk[(*index, ...)])
+        checksum = piece_checksum(piece.reshape(-1).view(np.uint8), checksum)
+    return checksum
 
-    The array's words are summed modulo 2^64 for each index of its first axis that is longer
-    than 1; the result is the CRC-32 of these sums. Sums take a fifth of the time that a CRC of
-    all bytes takes (0.03 and 0.16 s a GiB on one core), and reading takes 0.3 s.
+
+def piece_checksum(content: np.ndarray, checksum: int) -> int:
+    """The checksum of a chunk up to the end of one of its `pieces`.
+
+    It is the CRC-32 of sums of 64-bit words modulo 2^64, one for each 4 KiB: an eighth of the time
+    that a CRC of all bytes takes. `np.einsum` takes 0.7 of the time of `np.sum`.
+
+    Args:
+      content: [bytes] uint8, contiguous.
+      checksum: up to the piece; 0 before the first.
     """
-    if chunk.ndim == 0:
-        chunk = chunk[None]
-    if chunk.strides[-1] != chunk.itemsize:
-        chunk = np.ascontiguousarray(chunk)
-    row = chunk.shape[-1] * chunk.itemsize
-    word = next(_WORDS[size] for size in _WORDS if row % size == 0)
-    words = chunk.view(word)
-    first = next((axis for axis, size in enumerate(words.shape) if size > 1), 0)
-    others = tuple(axis for axis in range(words.ndim) if axis != first)
-    sums = words.sum(axis=others, dtype=np.uint64)
-    return zlib.crc32(sums.astype("<u8").tobytes())
+    end = len(content) // _SUMMED_BYTES * _SUMMED_BYTES
+    words = content[:end].view("<u8").reshape(-1, _SUMMED_BYTES // 8)
+    sums = np.einsum("ij->i", words)
+    return zlib.crc32(content[end:], zlib.crc32(sums, checksum))
+
+
+def pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int | slice, ...]]:
+    """Cuts an array into pieces that are small enough for a processor's cache.
+
+    Returns:
+      The index of each piece, in the order of their bytes in a contiguous array.
+    """
+    sizes = [itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    axis = next((axis for axis, size in enumerate(sizes) if size <= _PIECE_BYTES), None)
+    if axis is None:  # no axes
+        yield ()
+        return
+    count = _PIECE_BYTES // max(sizes[axis], 1)
+    for index in np.ndindex(shape[:axis]):
+        for start in range(0, shape[axis], count):
+            yield (*index, slice(start, start + count))
 
 
 @dataclasses.dataclass(frozen=True)

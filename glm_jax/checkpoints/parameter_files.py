@@ -38,8 +38,7 @@ from glm_jax.model.params import GLMParams
 PARAMS_FOLDER = "params"  # of a model folder
 EMBEDDING = "embedding"
 _LAYERS = re.compile(r"layers_(\d{5})_(\d{5})")
-# A reader copies each chunk once more, to its position: cheap while it is in the processor's cache
-# and its buffer is reused, twice the time of the whole read where a chunk is an array.
+# Chunks are read at the same time, each by a thread.
 _CHUNK_BYTES = 16 << 20
 _OVERHEAD_BYTES = 1 << 20  # files around the arrays, and disks' blocks
 

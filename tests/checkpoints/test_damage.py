@@ -2,18 +2,21 @@
 
 import contextlib
 import json
+import math
 import random
 import shutil
 
 import jax
 import numpy as np
 import pytest
+import tensorstore as ts
 
 from glm_jax.checkpoints import checksums, parameter_files
 from glm_jax.checkpoints.adapter_folder import load_adapter, save_adapter
 from glm_jax.checkpoints.checksums import CHECKSUMS_FILE, Chunks, DamageError, chunk_checksum
 from glm_jax.checkpoints.model_folder import check_model, load_config, restore, save_model
 from glm_jax.checkpoints.parameter_files import CheckpointError
+from glm_jax.checkpoints.stored_values import stored_values
 from glm_jax.config import glm_config
 from glm_jax.errors import UserError
 from glm_jax.model import adapters
@@ -267,6 +270,33 @@ def test_a_checksum_depends_on_the_numbers_alone(shape, dtype):
         changed = values.copy()
         changed[place] += 1
         assert chunk_checksum(changed) != expected
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (40,), (5, 3), (2, 3, 7), (3, 1, 4, 9), (0, 4)])
+def test_pieces_are_a_contiguous_arrays_bytes(shape, monkeypatch):
+    monkeypatch.setattr(checksums, "_PIECE_BYTES", 32)
+    values = np.arange(math.prod(shape), dtype=np.int16).reshape(shape)
+    found = [values[(*index, ...)] for index in checksums.pieces(shape, 2)]
+    assert all(piece.flags.c_contiguous and piece.nbytes <= 32 for piece in found)
+    assert b"".join(piece.tobytes() for piece in found) == values.tobytes()
+
+
+def test_values_of_a_store_whose_index_has_several_levels(tmp_path):
+    config = {"max_decoded_node_bytes": 300, "max_inline_value_bytes": 4}
+    store = {"driver": "ocdbt", "base": tmp_path.as_uri(), "config": config}
+    arrays = {f"array.{i % 3}/{i}.0": np.arange(i % 9, dtype=np.uint8) for i in range(60)}
+    with ts.Transaction() as transaction:
+        writer = ts.KvStore.open(store).result().with_transaction(transaction)
+        for key, array in arrays.items():
+            writer[key] = array.tobytes()
+    with stored_values(tmp_path) as values:
+        for key, array in arrays.items():
+            found = np.empty((len(array), 2), np.uint8)[:, 0]
+            assert values.find(key, array).read_into(found) == chunk_checksum(array)
+            np.testing.assert_array_equal(found, array)
+        for key, size in [("array.0/0.1", 0), ("array.0/3.0", 4), ("array.2/8.0", 7)]:
+            with pytest.raises(DamageError, match="missing, or has another size"):
+                values.find(key, np.empty(size, np.uint8))
 
 
 def test_chunks_that_overlap_a_region():
