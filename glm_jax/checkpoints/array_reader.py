@@ -234,17 +234,18 @@ class _ChunkRead:
             slice(max(a.start, b.start), min(a.stop, b.stop))
             for a, b in zip(self.place, self.region, strict=True)
         )
-        place: tuple[Any, ...] = within(shared, self.region)
-        target = self.buffer[(*place, ...)]  # an array even where it has no axes
+        # With `...`, arrays even where they have no axes.
+        position: tuple[Any, ...] = (*within(shared, self.region), ...)
+        target = self.buffer[position]
         if target.shape == self.whole.shape and target.dtype == self.whole.dtype:
             checksum = self.value.read_into(target)
         else:
             # Of a chunk that belongs to several devices all is read, to be checked.
             whole = np.empty(self.whole.shape, self.whole.dtype)
             self.value.read_into(whole)
-            chunk = whole[(*(slice(part.stop - part.start) for part in self.place), ...)]
+            chunk = whole[tuple(slice(part.stop - part.start) for part in self.place)]
             checksum = chunk_checksum(chunk)
-            target[...] = chunk[(*within(shared, self.place), ...)]
+            target[...] = chunk[within(shared, self.place)]
         if checksum != self.checksum:
             raise damaged(f"{self.value.folder}: {self.name}", "it is not what was written")
 

@@ -52,7 +52,7 @@ def piece_checksum(content: np.ndarray, checksum: int) -> int:
     end = len(content) // _SUMMED_BYTES * _SUMMED_BYTES
     words = content[:end].view("<u8").reshape(-1, _SUMMED_BYTES // 8)
     sums = np.einsum("ij->i", words)
-    return zlib.crc32(content[end:], zlib.crc32(sums, checksum))
+    return zlib.crc32(content[end:].data, zlib.crc32(sums, checksum))
 
 
 def pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int | slice, ...]]:

@@ -40,12 +40,13 @@ class StoredValue:
         Raises:
           DamageError: the file ends before it.
         """
-        offset, checksum, spare = self.offset, 0, None
+        offset, checksum = self.offset, 0
+        spare = np.empty(0, np.uint8)
         for index in pieces(target.shape, target.itemsize):
             piece = target[(*index, ...)]
             is_direct = piece.flags.c_contiguous
-            if not is_direct and spare is None:
-                spare = np.empty(piece.nbytes, np.uint8)  # the first piece is the largest
+            if not is_direct and len(spare) < piece.nbytes:
+                spare = np.empty(piece.nbytes, np.uint8)
             content = piece.reshape(-1).view(np.uint8) if is_direct else spare[: piece.nbytes]
             self._fill(content, offset)
             checksum = piece_checksum(content, checksum)
@@ -60,7 +61,7 @@ class StoredValue:
             return
         done = 0
         while done < len(target):
-            count = os.preadv(self.file.fileno(), [target[done:]], offset + done)
+            count = os.preadv(self.file.fileno(), [target[done:].data], offset + done)
             if count == 0:
                 raise damaged(self.file.name, "it is cut")
             done += count
