@@ -201,7 +201,7 @@ def format_in_memory(config: GLMConfig, layers: LayerParams) -> WeightFormat:
         (kernel.shape[kernel.contraction_axis], is_row_parallel(name), kernel.groups)
         for name, kernel in zip(LINEAR_NAMES, kernels, strict=True)
     ]
-    stored = format_of(kernels[0].bits, kernels[0].zero_points is not None, sizes)
+    stored = format_of(kernels[0].stored_dtype, kernels[0].zero_points is not None, sizes)
     if stored is None:
         raise CheckpointError(
             f"the kernels' groups of inputs ({sizes}) are no format's: quantise all in one way"
@@ -296,7 +296,7 @@ def _is_on_cpu(described: GLMParams) -> bool:
 def _check_same(path: Any, stored: WeightFormat, scheme: Scheme) -> None:
     """Raises CheckpointError where a quantised model would have to become another one."""
     is_other = (
-        stored.bits != scheme.bits
+        stored.dtype != scheme.format.dtype
         or scheme.group_size not in (None, stored.group_size)
         or (scheme.zero_point and not stored.zero_point)
     )

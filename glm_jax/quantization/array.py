@@ -45,6 +45,11 @@ class QuantizedArray:
         return tuple(shape)
 
     @property
+    def stored_dtype(self) -> str:
+        """What a number is stored as, one of `formats.BITS`."""
+        return f"int{self.bits}"
+
+    @property
     def size(self) -> int:
         return math.prod(self.shape)
 

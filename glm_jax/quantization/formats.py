@@ -97,14 +97,14 @@ class WeightFormat:
 
 
 def format_of(
-    bits: int, has_zero_points: bool, kernels: Sequence[tuple[int, bool, int]]
+    dtype: str, has_zero_points: bool, kernels: Sequence[tuple[int, bool, int]]
 ) -> WeightFormat | None:
     """Return the format of quantised kernels that are in memory; None where none describes them.
 
     Args:
+      dtype: one of `BITS`.
       kernels: of each its inputs, whether it is row-parallel, and its groups.
     """
-    dtype = f"int{bits}"
     shards = (groups for _, is_row_parallel, groups in kernels if is_row_parallel)
     possible = [WeightFormat(dtype, None, count, has_zero_points) for count in (1, *shards)]
     possible += [WeightFormat(dtype, size, 1, has_zero_points) for size in GROUP_SIZES]

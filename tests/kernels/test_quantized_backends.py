@@ -9,14 +9,14 @@ import pytest
 
 from glm_jax.kernels.dispatch import BackendError
 from glm_jax.kernels.quantized_matmul import cpu, pallas_gpu
-from glm_jax.kernels.quantized_matmul.api import quantized_matmul
+from glm_jax.kernels.quantized_matmul.api import prepare, quantized_matmul
 from glm_jax.kernels.quantized_matmul.arguments import Arguments
 from glm_jax.kernels.quantized_matmul.cpu import CPUKernel, CPUTransposed
 from glm_jax.kernels.quantized_matmul.pallas_gpu import Blocks, PallasGPU
 from glm_jax.kernels.quantized_matmul.pallas_tpu import PallasTPU
 from glm_jax.kernels.quantized_matmul.reference import Reference
 from glm_jax.kernels.quantized_matmul.xla import XLA, XLATransposed
-from glm_jax.quantization import Scheme, dequantize, quantize
+from glm_jax.quantization import QuantizedArray, Scheme, dequantize, quantize
 
 INPUTS, OUTPUTS = 256, 128
 # A backend, the dtype of its activations, and the layout of its weights.
@@ -115,3 +115,21 @@ def test_by_name():
         quantized_matmul(x, weight, implementation="pallas")
     with pytest.raises(BackendError, match="'cpu' cannot be used here: it takes a weight in its"):
         quantized_matmul(x, weight, implementation="cpu")
+
+
+def test_kernels_of_integers_leave_other_numbers_to_xla():
+    """A format of 8 bits that is no integer, as another one would be."""
+
+    class OfFloats(QuantizedArray):
+        stored_dtype = "float8_e4m3fn"
+
+    integers, _ = _weight(SCHEMES[0])
+    fields = {name: getattr(integers, name) for name in ("values", "scales", "bits")}
+    weight = OfFloats(**fields, contraction_axis=-2)
+    arguments = Arguments(jnp.ones((1, INPUTS), "bfloat16"), weight)
+    for name, (backend, _, layout) in BACKENDS.items():
+        if layout is None:
+            assert (backend.supports(arguments) is None) == (name in ("reference", "xla"))
+    assert prepare(weight) is weight
+    with pytest.raises(BackendError, match="does not take the weight: it is float8_e4m3fn"):
+        prepare(weight, layout="mosaic")

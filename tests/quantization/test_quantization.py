@@ -143,7 +143,7 @@ def test_formats_have_names(name):
     kernels = [(1024, False), (1024, True), (4096, True)]
     if stored.is_quantized:
         found = [(*kernel, stored.groups(*kernel)) for kernel in kernels]
-        assert format_of(stored.bits, stored.zero_point, found) == stored
+        assert format_of(stored.dtype, stored.zero_point, found) == stored
 
 
 @pytest.mark.parametrize("name", ["int5", "int4-g7", "int4-zp-g32", "float16-zp", "int4-s0", "", 3])

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array
 
+INTEGERS = ("int8", "int4")  # the numbers that kernels unpack
+
 
 @struct.dataclass
 class Arguments:
@@ -26,6 +28,13 @@ class Arguments:
     def is_as_stored(self) -> tuple[bool, str]:
         """Whether the weight has no backend's layout, for `dispatch.unmet`."""
         return self.weight.layout == "stored", "a weight in no other backend's layout"
+
+    @property
+    def has_stored_integers(self) -> tuple[bool, str]:
+        """Whether the weight is one of integers in no backend's layout, for `dispatch.unmet`."""
+        is_as_stored, requirement = self.is_as_stored
+        is_met = is_as_stored and self.weight.stored_dtype in INTEGERS
+        return is_met, f"{requirement}, of {' or '.join(INTEGERS)}"
 
 
 def add_bias(product: Array, bias: Array | None) -> Array:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from glm_jax.kernels import cpu_library
 from glm_jax.kernels.dispatch import unmet
-from glm_jax.kernels.quantized_matmul.arguments import Arguments, add_bias
+from glm_jax.kernels.quantized_matmul.arguments import INTEGERS, Arguments, add_bias
 from glm_jax.numerics import einsum
 from glm_jax.quantization import QuantizedArray, unpack_int4
 
@@ -97,6 +97,8 @@ def can_tile(weight: Any) -> bool:
     """Whether the kernel takes a weight: whole steps of inputs, in each group."""
     if isinstance(weight, QuantizedArray):
         inputs, groups = weight.shape[weight.contraction_axis], weight.groups
+        if weight.stored_dtype not in INTEGERS:
+            return False
     else:
         inputs, groups = weight.shape[0], 1
         if str(weight.dtype) not in _FLOAT_BITS:

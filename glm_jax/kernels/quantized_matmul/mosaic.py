@@ -13,7 +13,7 @@ from jaxtyping import Array
 from glm_jax.kernels import target
 from glm_jax.kernels.dispatch import BackendError, unmet
 from glm_jax.kernels.quantized_matmul import xla
-from glm_jax.kernels.quantized_matmul.arguments import Arguments, add_bias
+from glm_jax.kernels.quantized_matmul.arguments import INTEGERS, Arguments, add_bias
 from glm_jax.kernels.quantized_matmul.mosaic_blocks import supports
 from glm_jax.kernels.quantized_matmul.mosaic_layout import restore
 from glm_jax.quantization import QuantizedArray
@@ -74,7 +74,8 @@ def check_layout(layout: str, weight: Any) -> QuantizedArray:
             f"quantized_matmul: expected a quantised weight as it is stored to lay out for "
             f"mosaic, got {type(weight).__name__}"
         )
-    reason = supports(weight, jnp.float16)
+    is_integer = weight.stored_dtype in INTEGERS
+    reason = supports(weight, jnp.float16) if is_integer else f"it is {weight.stored_dtype}"
     if reason is not None:
         raise BackendError(f"quantized_matmul: mosaic does not take the weight: {reason}")
     return weight

@@ -40,7 +40,7 @@ class PallasGPU:
     platform: str = "cuda"
 
     def supports(self, arguments: Arguments) -> str | None:
-        return unmet(arguments.is_as_stored) or unmet(
+        return unmet(arguments.has_stored_integers) or unmet(
             (arguments.x.dtype != jnp.float32, "activations in 16 bits"),
             (
                 self._capability() >= target.TRITON_CAPABILITY,

@@ -37,7 +37,7 @@ class PallasTPU:
     platform: str = "tpu"
 
     def supports(self, arguments: Arguments) -> str | None:
-        return unmet(arguments.is_as_stored) or unmet(
+        return unmet(arguments.has_stored_integers) or unmet(
             (arguments.weight.shape[1] % _LANES == 0, f"outputs in multiples of {_LANES}"),
             (_input_block(arguments.weight) is not None, "inputs that blocks of lanes divide"),
         )
