@@ -1,1 +1,1 @@
-"""Tasks that say how good a model is: their files, how they are scored, what comes out."""
+"""Evaluation: task files, examples, metrics and reports."""

@@ -1,4 +1,4 @@
-"""From a data set in its public format to a task's files, by a prompt file.
+"""Convert a data set in its public format to a task's files, by a prompt file.
 
 A prompt file (`configs/prompts/*.yaml`) says where the fields are and which texts are made of
 them. Texts are Python format strings over a row's fields.
@@ -144,14 +144,14 @@ def prepare_task(
 
 
 def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """JSON lines, all of them or none."""
+    """Write JSON lines, all of them or none."""
     with replacing(path) as beside, beside.open("w", encoding="utf-8") as file:
         for line in lines:
             file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _rows(prompts: PromptFile, source: Path) -> Iterator[tuple[str, Row]]:
-    """Rows with their right choice's number under "label"."""
+    """Yield rows with the index of the right choice as "label"."""
     for where, row in read_rows(
         source, prompts.format, prompts.rows, prompts.columns, prompts.delimiter, prompts.inside
     ):
@@ -208,7 +208,7 @@ class _Template(string.Formatter):
 
 
 def _plain(value: Any) -> str | int | float:
-    """A value that stands in a text as it is.
+    """Convert a value for a text.
 
     Raises:
       SourceError: it is null, a list, an object, or no finite number.
@@ -229,7 +229,7 @@ def _format(where: str, template: str, row: Row) -> str:
 
 
 def _texts(where: str, name: str, value: Any) -> list[str]:
-    """A field's texts, none of them empty.
+    """Return a field's texts, none of them empty.
 
     Raises:
       SourceError: it is no list, or not of texts and numbers.

@@ -1,4 +1,4 @@
-"""What a task asks: lines of a file as token ids, each checked.
+"""Examples of a task: lines of a file as token ids, each checked.
 
 Files are the original's JSON lines: `inputs`, `choices`, `targets` as ids, or the same with
 `_pretokenized` as texts, and `label`; a language-modelling file is one text, or, in a file
@@ -121,7 +121,7 @@ def checked_items(
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Place and content of each line, or why it has none."""
+    """Yield the position and content of each line, or the error of it."""
     try:
         for number, content in enumerate(raw_lines(path), 1):
             if not content.strip():
@@ -183,7 +183,7 @@ def _example(reader: "_Fields", config: TaskConfig) -> Example:
 
 @dataclasses.dataclass(frozen=True)
 class _Fields:
-    """Reads ids of a line, those given or those of its texts."""
+    """Reads token ids of a line, from its ids or its texts."""
 
     line: Mapping[str, Any]
     texts_alone: bool

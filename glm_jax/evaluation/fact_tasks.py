@@ -16,7 +16,7 @@ _ANSWER_TOKENS = 12
 
 
 def write_fact_tasks(corpus: Corpus, tokenizer: TextCodec, folder: Path) -> list[TaskConfig]:
-    """Writes the held-out questions under a folder of data, with a task file for each task.
+    """Write the held-out questions under a folder of data, with a task file for each task.
 
     Contexts are ids, closed by eos as the model's training closes them.
 

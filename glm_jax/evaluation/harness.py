@@ -160,7 +160,7 @@ class HarnessModel(LM):
 
 
 class _UntilStop(SingleRequest):
-    """An answer that needs to go no further than the first of its stop texts."""
+    """An answer that ends at the first of its stop texts."""
 
     def __init__(
         self, request: Request, stops: tuple[str, ...], decode: Callable[[Sequence[int]], str]
@@ -190,7 +190,7 @@ def _cut(text: str, stops: Sequence[str]) -> str:
 
 
 def _sampling(settings: dict[str, Any]) -> Sampling:
-    """Greedy unless `do_sample` or a temperature above 0 asks for more."""
+    """Return greedy sampling unless `do_sample` or a temperature above 0 asks for another."""
     samples = settings.get("do_sample", True)
     temperature = settings.get("temperature", 1.0 if settings.get("do_sample") else 0.0)
     return Sampling(

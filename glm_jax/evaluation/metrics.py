@@ -1,4 +1,4 @@
-"""What is made of predictions: a number, or one by category, and how sure it is.
+"""Metrics: a number of some predictions, or one by category, with its interval.
 
 A metric is a sum over units (examples, or pairs of them) of a few statistics, and a function
 of the sums. So each is computed, resampled for its confidence interval, and compared between
@@ -157,7 +157,7 @@ def perplexity(
     documents: Sequence[Document],
     _: TextCodec | None = None,
 ) -> Statistics:
-    """e to the loss by word, and no more than e**20. A document's windows are the units, each
+    """Return e to the loss by word, at most e**20. A document's windows are the units, each
     with an equal part of its words."""
     rows = [
         (loss, document.words / len(windows))
@@ -173,7 +173,7 @@ def bits_per_byte(
     documents: Sequence[Document],
     _: TextCodec | None = None,
 ) -> Statistics:
-    """Loss in bits by byte of UTF-8, of each subset of the Pile and of all."""
+    """Return the loss in bits by byte of UTF-8, of each subset of the Pile and of all."""
 
     def subset(document: Document) -> str:
         meta = document.fields.get("meta")
@@ -189,7 +189,7 @@ def bits_per_byte(
 def _by_category(
     rows: Sequence[tuple[str, float, float]], ratio: Callable[[float, float], float]
 ) -> Statistics:
-    """Two sums for each category, and for all of them together under the name ""."""
+    """Return two sums for each category, and for all together under the name ""."""
     names = sorted({name for name, _, _ in rows} - {""})
     places = {name: i for i, name in enumerate(["", *names])}
     values = np.zeros((len(rows), len(places), 2))

@@ -1,4 +1,4 @@
-"""Tasks of one's own: classes that task files name by a dotted path.
+"""User-defined tasks: classes that task files name by a dotted path.
 
 Importing a module runs it. So a name is looked up in the module's source first, and a module is
 imported only if it defines or imports that name.
@@ -15,7 +15,7 @@ from glm_jax.evaluation.task_config import TaskConfig, TaskError
 
 
 def import_task(config: TaskConfig) -> Any:
-    """What `config.module` names; runs that module and those that it is in.
+    """Import what `config.module` names, which runs that module and its packages.
 
     Raises:
       TaskError: there is no such module or no such class in it, or it cannot be imported.

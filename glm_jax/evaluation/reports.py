@@ -1,4 +1,4 @@
-"""Results for people: a table, Markdown, a picture beside published numbers."""
+"""Report results: a table, Markdown, a picture beside published numbers."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -109,7 +109,7 @@ def draw(results: dict[str, Any], published: dict[str, dict[str, float]], path: 
 
 
 def comparison_table(rows: list[dict[str, Any]]) -> str:
-    """Two models' numbers beside one another; who is better where that is no chance."""
+    """Return a table of two models' numbers, with the better one where it is significant."""
     rows_of_cells: list[Row] = [("task", "group", "file", "metric", "A", "B", "p", "better")]
     for row in rows:
         p_value = "" if row["p"] is None else f"{row['p']:.3f}"
@@ -121,7 +121,7 @@ def comparison_table(rows: list[dict[str, Any]]) -> str:
 def write_report(
     results: dict[str, Any], published: dict[str, dict[str, float]], folder: Path
 ) -> None:
-    """results.json, results.md and results.png, each of them whole."""
+    """Write results.json, results.md and results.png."""
     write_results(results, folder / RESULTS_FILE)
     write_text(folder / "results.md", markdown(results, published))
     with replacing(folder / "results.png") as beside:

@@ -1,4 +1,4 @@
-"""From records to results: by file, group and task, with intervals; two models compared."""
+"""Make results of records, by file, group and task, with intervals; compare two models."""
 
 import json
 import math
@@ -97,13 +97,13 @@ def task_results(groups: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Any]
 
 
 def write_results(results: dict[str, Any], path: Path) -> None:
-    """All of it, or nothing."""
+    """Write the whole file, or nothing."""
     text = json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
     write_text(path, text)
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """What `write_results` wrote.
+    """Read what `write_results` wrote.
 
     Raises:
       ResultsError: it is not there or something else.
@@ -118,7 +118,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def _is_results(results: Any) -> bool:
-    """Whether everything that `compare` reads is there."""
+    """Return whether results have everything that `compare` reads."""
     try:
         files = [
             file
@@ -135,7 +135,7 @@ def _is_results(results: Any) -> bool:
 
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
-    """Two models' numbers on every file that both answered.
+    """Return two models' numbers on every file that both answered.
 
     The p-value is that of the mean difference of units, both models' drawn together (a paired
     bootstrap); where the files have other units, there is none.
@@ -181,7 +181,7 @@ def _better(metric: str, a: float, b: float, p_value: float | None) -> str:
 
 
 def paired_p_value(a: list[float | None], b: list[float | None]) -> float | None:
-    """Two-sided, of a mean difference of units being no more than chance."""
+    """Return the two-sided p-value of the mean difference of units."""
     if len(a) != len(b) or not a:
         return None
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]

@@ -113,7 +113,7 @@ def evaluate(
     share: Share,
     identity: dict[str, Any],
 ) -> dict[str, Any] | None:
-    """Answers what is missing of this process's share of each task's examples.
+    """Answer this process's share of the examples that have no record yet.
 
     Args:
       share: of several processes; each answers every n-th example.
@@ -192,7 +192,7 @@ def _description(task: Task, file: DataFile, examples: int) -> dict[str, Any]:
 
 
 def _file_results(task: Task, file: DataFile, examples: list[Any]) -> dict[str, Any] | None:
-    """None while records are missing."""
+    """Return a file's results, None while records are missing."""
     records = record_store.read_records(file.records)
     if len(records) < len(examples):
         return None

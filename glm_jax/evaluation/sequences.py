@@ -19,7 +19,7 @@ class SequenceError(UserError):
 
 
 def are_single_tokens(examples: Sequence[Example]) -> bool:
-    """Whether every choice of a file is one token: all are then read after a single sop."""
+    """Return whether every choice is one token: all can then be scored after a single sop."""
     return all(len(choice) == 1 for example in examples for choice in example.choices)
 
 

@@ -1,4 +1,4 @@
-"""Public data sets as rows: what each format keeps where, made flat for templates."""
+"""Read public data sets as flat rows for templates, whatever their format."""
 
 import csv
 import io
@@ -25,7 +25,7 @@ class SourceError(UserError):
 def read_file(
     path: Path, form: str, columns: list[str] | None = None, delimiter: str | None = None
 ) -> Iterator[tuple[str, Any]]:
-    """Place and content of every record of a file.
+    """Yield position and content of every record of a file.
 
     Args:
       form: one of `FORMATS`. A json file that holds a list, or an object, gives its items.
@@ -253,7 +253,7 @@ def read_rows(
     delimiter: str | None = None,
     inside: str | None = None,
 ) -> Iterator[tuple[str, Row]]:
-    """Place and fields of every question of a data set.
+    """Yield position and fields of every question of a data set.
 
     Args:
       shape: one of `SHAPES`: how records become rows.

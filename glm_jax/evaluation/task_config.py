@@ -121,7 +121,7 @@ class TaskConfig:
             raise TaskError(f"max_gen_length={self.max_gen_length} leaves no room for a context")
 
     def _check_names(self) -> None:
-        """Names become those of folders, and must not lead out of theirs."""
+        """Check that names can be those of folders, and are no paths out of theirs."""
         for name in (self.name.replace("/", "_"), *(group for group, _ in self.file_pattern)):
             if not is_plain_name(name):
                 raise TaskError(f"{shown(name)}: no name for a task or group of files")
@@ -131,7 +131,7 @@ class TaskConfig:
                 raise TaskError(f"file_pattern={shown(pattern)}: a pattern below path")
 
     def to_yaml(self) -> str:
-        """The content of a task file, from which `load_task` builds this."""
+        """Return the content of a task file, from which `load_task` builds this."""
         fields: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -142,7 +142,7 @@ class TaskConfig:
         return yaml.safe_dump(fields, allow_unicode=True, sort_keys=False)
 
     def files(self, data: Path) -> dict[str, list[Path]]:
-        """The data files, in order, of each group that has any.
+        """Return the data files, in order, of each group that has any.
 
         Raises:
           TaskError: no group has, or a folder cannot be read.
@@ -173,7 +173,7 @@ def _raise(error: OSError) -> None:
 
 
 def load_task(path: Path) -> TaskConfig:
-    """Reads a task file.
+    """Read a task file.
 
     Raises:
       TaskError: no file, no YAML, or a field that is unknown, missing, of the wrong kind or
@@ -223,7 +223,7 @@ def _parse(content: dict[str, Any]) -> TaskConfig:
 
 
 def _value(name: str, kind: Any, value: Any) -> Any:
-    """The value as its field wants it."""
+    """Convert a value to its field's type."""
     if name == "file_pattern":
         groups = {"all": value} if isinstance(value, str) else value
         if not isinstance(groups, dict) or not groups:

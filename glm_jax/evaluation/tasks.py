@@ -1,4 +1,4 @@
-"""How examples of each type are answered, and tasks that answer in ways of their own.
+"""Tasks: how examples of each type are answered, and the original's own tasks.
 
 A task of one's own is a class like these, named in a task file by its dotted path.
 """
@@ -108,15 +108,15 @@ class Task(abc.ABC):
     def answer(
         self, examples: Sequence[Any], wanted: Sequence[int]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The number and record of each example that is wanted, in any order."""
+        """Yield the index and record of each wanted example, in any order."""
 
     def prediction(self, record: dict[str, Any]) -> Any:
-        """What metrics take."""
+        """Return what metrics take."""
         return record["prediction"]
 
 
 def within(config: TaskConfig, positions: int) -> TaskConfig:
-    """The task for a model of so many positions.
+    """Return the task for a model of `positions` positions.
 
     Raises:
       TaskError: its answers leave no room for a context there.
@@ -133,7 +133,7 @@ def within(config: TaskConfig, positions: int) -> TaskConfig:
 
 
 class MultipleChoice(Task):
-    """Chooses what is the likeliest after the context."""
+    """Chooses the most likely of some texts after the context."""
 
     def answer(
         self, examples: Sequence[Example], wanted: Sequence[int]
@@ -153,14 +153,14 @@ class Generation(Task):
 
     @functools.cached_property
     def end_tokens(self) -> tuple[int, ...]:
-        """eop, eos, and the last token of each of the task's end texts."""
+        """Return eop, eos, and the last token of each of the task's end texts."""
         encode = self.model.tokenizer.encode
         ends = self.model.special.end_tokens
         own = (encode(text)[-1] for text in self.config.end_tokens if encode(text))
         return tuple(dict.fromkeys((*ends, *own)))
 
     def prompt(self, example: Example) -> Prompt:
-        """The context, its last tokens where there is no room for all, with its mask.
+        """Return the context with its mask; only its last tokens if it is too long.
 
         Raises:
           PromptError: a mask in a context that is seen from left to right.
@@ -175,7 +175,7 @@ class Generation(Task):
         return Prompt(context, None if self.config.use_task_mask else context.index(mask))
 
     def search(self) -> BeamSearch:
-        """The beam search that the task file asks for."""
+        """Return the beam search of the task file."""
         config = self.config
         return BeamSearch(
             num_beams=config.num_beams,
@@ -185,7 +185,7 @@ class Generation(Task):
         )
 
     def choose(self, answers: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-        """One of a beam search's answers, which come best first."""
+        """Choose one of a beam search's answers, which come best first."""
         return answers[0]
 
     def answer(
@@ -364,7 +364,7 @@ _ORIGINAL: dict[str, type[Task]] = {
 
 
 def task_class(config: TaskConfig) -> type[Task]:
-    """The class that answers a task.
+    """Return the class that answers a task.
 
     Raises:
       TaskError: its module is not there or no task, or a metric is not for its type.

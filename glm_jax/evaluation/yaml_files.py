@@ -1,4 +1,4 @@
-"""YAML of users: task files, prompt files, published numbers."""
+"""Read YAML of users: task files, prompt files, published numbers."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ _DATE = "tag:yaml.org,2002:timestamp"
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values alone: what is written is what is read, and no more."""
+    """Loads plain values only, as JSON has them; no tags, no anchors."""
 
     # A date is the text that it is written as.
     yaml_implicit_resolvers = {  # noqa: RUF012

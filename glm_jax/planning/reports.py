@@ -1,4 +1,4 @@
-"""Plans for people: a line, a table, JSON, a plot."""
+"""Report plans: a line, a table, JSON, a plot."""
 
 import dataclasses
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""`QuantizedArray`: what stands in for a float weight."""
+"""`QuantizedArray`: a quantised weight."""
 
 import dataclasses
 import math
@@ -39,7 +39,7 @@ class QuantizedArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the float array that this stands for."""
+        """Shape of the dequantised array."""
         shape = list(self.values.shape)
         shape[self.contraction_axis] *= 8 // self.bits
         return tuple(shape)
@@ -59,7 +59,7 @@ class QuantizedArray:
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self))
 
     def flattened(self) -> "QuantizedArray":
-        """A weight [K, *outputs] as [K, N], without logical axes."""
+        """Return a weight [K, *outputs] as [K, N], without logical axes."""
         outputs = math.prod(self.shape[1:])
         flat = jax.tree.map(lambda a: a.reshape(a.shape[0], outputs), self)
         return dataclasses.replace(flat, contraction_axis=-2, axes=None)
@@ -75,7 +75,7 @@ class QuantizedArray:
 
 
 def dequantize(array: QuantizedArray, dtype: jnp.dtype | type | str) -> Float[Array, "..."]:
-    """The float array that `array` stands for; products are rounded to `dtype`."""
+    """Return the float array; products are rounded to `dtype`."""
     values, axis = array.values, array.contraction_axis
     if array.bits == 4:
         values = unpack_int4(values, axis)

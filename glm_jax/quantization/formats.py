@@ -1,9 +1,8 @@
 """The named formats of a model's kernels, as `config.json` holds them.
 
-A name begins with what a number is stored as, one of `BITS`. Behind it may stand which inputs of
-an integer share a scale ("-g128": groups of 128; "-s8": an eighth of the inputs, of the linears
-that released shards divide by inputs; all of a row where neither stands) and "-zp" for zero
-points: "float16", "int8", "int4-g128-zp", "int4-s8".
+A name is a dtype of `BITS`; for integers, optionally, which inputs share a scale ("-g128": groups
+of 128; "-s8": an eighth of the inputs, in linears whose inputs released shards divide; neither: all
+of a row); and "-zp" for zero points. So "float16", "int8", "int4-g128-zp", "int4-s8".
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ _NAME = re.compile(r"(\w+?)(?:-g(\d{1,4})|-s([1-9]\d{0,3}))?(-zp)?")
 
 
 class QuantizationError(UserError):
-    """A weight that cannot be quantised the way that was asked for."""
+    """A weight that cannot be quantised in the requested way."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +64,7 @@ class WeightFormat:
 
     @classmethod
     def parse(cls, name: Any) -> "WeightFormat":
-        """Inverse of `name`.
+        """Parse a name; the inverse of `name`.
 
         Raises:
           QuantizationError: there is no such format.
@@ -80,7 +79,7 @@ class WeightFormat:
         return parsed
 
     def groups(self, inputs: int, is_row_parallel: bool) -> int:
-        """How many groups the inputs of a kernel divide into.
+        """Count the groups that the inputs of a kernel divide into.
 
         Args:
           is_row_parallel: whether released shards divide the kernel's inputs among them.

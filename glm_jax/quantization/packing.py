@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Int, Int8
 
 
 def pack_int4(values: Int8[Array, "..."], axis: int) -> Int8[Array, "..."]:
-    """Packs neighbours along `axis`: the even index goes to the high four bits.
+    """Pack neighbours along `axis`: the even index goes to the high four bits.
 
     Args:
       values: int8 in [-8, 7]; its size along `axis` is even.
@@ -28,7 +28,7 @@ def unpack_int4(packed: Int8[Array, "..."], axis: int) -> Int8[Array, "..."]:
 
 
 def split_bytes(packed: Int[Array, "..."]) -> tuple[Int[Array, "..."], Int[Array, "..."]]:
-    """The two numbers of each byte, the even index first.
+    """Return the two numbers of each byte, the even index first.
 
     Args:
       packed: int8, or the same sign-extended to a wider integer.
@@ -40,7 +40,7 @@ def split_bytes(packed: Int[Array, "..."]) -> tuple[Int[Array, "..."], Int[Array
 def interleaved_planes(
     x: Float[Array, "rows inputs"], per_byte: int
 ) -> Float[Array, "planes rows packed"]:
-    """Inputs in the order of `split_bytes`: those that come first in a byte, then second."""
+    """Return inputs in the order of `split_bytes`: all first ones of a byte, then the second."""
     return x.reshape(x.shape[0], -1, per_byte).transpose(2, 0, 1)
 
 

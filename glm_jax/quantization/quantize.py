@@ -1,4 +1,4 @@
-"""Float weights to integers and scales."""
+"""Quantise float weights to integers and scales."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def quantize(
     contraction_axis: int,
     axes: tuple[str | None, ...] | None = None,
 ) -> QuantizedArray:
-    """Rounds a weight to integers with a scale per output row and group of inputs.
+    """Quantise a weight to integers with a scale for each output and group of inputs.
 
     Scales and quotients are rounded to the weight's dtype. Without search, in float16 and
     symmetric, that gives the integers of the original's converter to the bit. With it, each
@@ -60,7 +60,7 @@ def quantize(
 
 
 def _bounds(grouped: Array, axis: int, scheme: Scheme) -> Bounds:
-    """Lowest and highest of each group, 0 included; of equal magnitude if symmetric."""
+    """Return each group's range, with 0 inside; symmetric without zero points."""
     wide = grouped.astype(jnp.float32)
     if scheme.zero_point:
         low = jnp.minimum(jnp.min(wide, axis=axis, keepdims=True), 0)
@@ -72,7 +72,7 @@ def _bounds(grouped: Array, axis: int, scheme: Scheme) -> Bounds:
 def _round_values(
     grouped: Array, bounds: Bounds, scheme: Scheme
 ) -> tuple[Array, Array, Array | None]:
-    """Integers (as float32), scales and zero points; what is out of bounds is clipped."""
+    """Return integers (as float32), scales and zero points; values out of bounds are clipped."""
     wide = grouped.astype(jnp.float32)
     low, high = bounds
     largest = 2 ** (scheme.bits - 1) - 1
@@ -89,7 +89,7 @@ def _round_values(
 
 
 def _search(grouped: Array, bounds: Bounds, axis: int, scheme: Scheme) -> Bounds:
-    """Bounds times the share that leaves the least squared error in each group."""
+    """Return bounds times the fraction that minimises each group's squared error."""
     wide = grouped.astype(jnp.float32)
     low, high = bounds
 
@@ -107,6 +107,6 @@ def _search(grouped: Array, bounds: Bounds, axis: int, scheme: Scheme) -> Bounds
 
 
 def _round_to(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
-    """float32 rounded to `dtype`'s precision, in a way that compilers don't drop."""
+    """Round float32 to `dtype`'s precision, in a way that compilers do not remove."""
     info = jnp.finfo(dtype)
     return jax.lax.reduce_precision(x, info.nexp, info.nmant)

@@ -29,17 +29,17 @@ class Scheme:
 
     @property
     def format(self) -> WeightFormat:
-        """What kernels are stored as that are quantised in this way."""
+        """The format of kernels that are quantised in this way."""
         return WeightFormat(f"int{self.bits}", self.group_size, 1, self.zero_point)
 
     @classmethod
     def parse(cls, text: str) -> "Scheme":
-        """Reads a format's name such as "int4-g128", or "int8" or "int4" with, in any order,
-        "group=64" and "zero_point"; and "max", which leaves out the search and gives the
-        original's scales.
+        """Parse a format's name such as "int4-g128", or "int8" or "int4" with options after commas.
+
+        Options: "group=64"; "zero_point"; "max", which skips the search, for the original's scales.
 
         Raises:
-          QuantizationError: the text says something else.
+          QuantizationError: the text is neither.
         """
         first, *options = (part.strip() for part in text.split(","))
         stored = WeightFormat.parse(first) if first.startswith(("int8", "int4")) else None

@@ -109,14 +109,11 @@ _SPARE = 6 << 30  # bytes that programs need beside weights and cache
 _MAX_TORCH_ROWS = 128
 
 
-def seconds(run: Callable[[], object], repeats: int = 1) -> float:
-    """Median seconds of a call."""
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+def seconds(run: Callable[[], object]) -> float:
+    """Time a call."""
+    began = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - began
 
 
 def interleaved(runs: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
