@@ -32,7 +32,7 @@ MODEL_IDENTITY = (
     "cache_dtype",
 )
 # Settings that have no flag of their name; --ban gives banned_texts.
-_WITHOUT_FLAG = ("banned_tokens", "banned_texts", "log_probabilities")
+_WITHOUT_FLAG = ("banned_tokens", "banned_texts", "log_probabilities", "logit_bias")
 _DEFINE: dict[type, Any] = {
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,

@@ -7,6 +7,7 @@ from it, and `Sampling` and `BeamSearch` check their values by it.
 import dataclasses
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 from glm_jax.errors import UserError
@@ -14,6 +15,7 @@ from glm_jax.errors import UserError
 Number = int | float
 _MAX_COUNT = 1_000_000  # far above any model's positions and vocabulary, far below 2**31
 _MAX_SHOWN = 40  # characters of a value in a message
+MAX_BIASED = 300  # tokens whose logits a request has something added to
 
 
 class SamplingError(UserError):
@@ -31,6 +33,8 @@ class Setting:
       help: one line.
       max_items: of a list; None where it is no list.
       is_for_search: whether a beam search takes it.
+      is_by_token: whether it is a mapping of token ids to numbers, which is checked into a tuple of
+        pairs; max_items is of these.
     """
 
     kind: type
@@ -40,6 +44,7 @@ class Setting:
     help: str
     max_items: int | None = None
     is_for_search: bool = False
+    is_by_token: bool = False
 
     @property
     def range(self) -> str:
@@ -56,10 +61,15 @@ class Setting:
         """
         if self.max_items is None:
             return self._checked(value, f"{name}={_shown(value)}")
-        if not isinstance(value, list | tuple):
+        if self.is_by_token:
+            value = _pairs(name, value)
+        elif not isinstance(value, list | tuple):
             raise SamplingError(f"{name}={_shown(value)}: expected a list, got {_kind(value)}")
         if len(value) > self.max_items:
             raise SamplingError(f"{name} holds {len(value)} items: at most {self.max_items}")
+        if self.is_by_token:
+            said = lambda token, x: f"{name}={{{token}: {_shown(x)}}}"
+            return tuple((token, self._checked(x, said(token, x))) for token, x in value)
         return tuple(self._checked(item, f"{name} holds {_shown(item)}") for item in value)
 
     def _checked(self, value: Any, said: str) -> Any:
@@ -78,6 +88,21 @@ class Setting:
         if not self.lowest <= value <= self.highest:  # NaN is in no range
             raise SamplingError(f"{said}: {self.range}")
         return self.kind(value)
+
+
+def _pairs(name: str, value: Any) -> list[tuple[int, Any]]:
+    """The items of a mapping by token id; JSON has ids as texts. Checked ones are pairs already."""
+    try:
+        pairs = list(value.items() if isinstance(value, Mapping) else value)
+        ids = [int(token) for token, _ in pairs]
+        are_ids = all(
+            str(token) == str(i) and i >= 0 for i, (token, _) in zip(ids, pairs, strict=True)
+        )
+    except (TypeError, ValueError):
+        are_ids = False
+    if not are_ids:
+        raise SamplingError(f"{name}={_shown(value)}: expected token ids with a number for each")
+    return [(i, x) for i, (_, x) in zip(ids, pairs, strict=True)]
 
 
 def _shown(value: Any) -> str:
@@ -114,6 +139,11 @@ def _list(kind: type, max_items: int, highest: Number, help: str) -> Any:
     return dataclasses.field(default=(), metadata={"setting": row})
 
 
+def _by_token(max_items: int, lowest: Number, highest: Number, help: str) -> Any:
+    row = Setting(float, (), lowest, highest, help, max_items, is_by_token=True)
+    return dataclasses.field(default=(), metadata={"setting": row})
+
+
 @dataclasses.dataclass(frozen=True)
 class GenerationSettings:
     """How a text's blanks are filled: the table itself. `SETTINGS` has its rows by name.
@@ -138,6 +168,15 @@ class GenerationSettings:
     )
     repetition_penalty: float = _number(
         float, 1.0, 0.01, 1e6, "above 1: tokens that were there before are less likely; 1 for none"
+    )
+    presence_penalty: float = _number(
+        float, 0.0, -2, 2, "taken off the logits of tokens that the answer has already"
+    )
+    frequency_penalty: float = _number(
+        float, 0.0, -2, 2, "taken off a token's logit as often as the answer has it already"
+    )
+    logit_bias: tuple[tuple[int, float], ...] = _by_token(
+        MAX_BIASED, -100, 100, "added to the logits of tokens, given by their ids"
     )
     no_repeat_ngram: int = _number(
         int, 0, 0, _MAX_COUNT, "n tokens in a row never come twice; 0 for no such ban", True

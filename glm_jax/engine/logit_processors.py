@@ -5,6 +5,7 @@ Settings are arrays with a row for each request, so that one program serves ever
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -21,6 +22,9 @@ class LogitProcessors:
     Attributes:
       repetition_penalty: divides scores above 0, and multiplies those below, of tokens that
         the context or the answer has already (arXiv:1909.05858, section 4.1); 1 for none.
+      presence_penalty: taken off the scores of tokens that the answer has already.
+      frequency_penalty: taken off a token's score as often as the answer has it already.
+      biased_tokens, biases: tokens, and what is added to the score of each; 0 fills up.
       no_repeat_ngram: no n tokens in a row, the last of them generated, come twice; 0 for no
         such ban.
       min_tokens: that are generated before an end token may be.
@@ -30,6 +34,10 @@ class LogitProcessors:
     """
 
     repetition_penalty: Float[Any, "*rows"]
+    presence_penalty: Float[Any, "*rows"]
+    frequency_penalty: Float[Any, "*rows"]
+    biased_tokens: Int[Any, "*rows biased"]
+    biases: Float[Any, "*rows biased"]
     no_repeat_ngram: Int[Any, "*rows"]
     min_tokens: Int[Any, "*rows"]
     banned_tokens: Bool[Any, "*rows vocab"]
@@ -44,7 +52,7 @@ def process_logits(
     is_end: Bool[Array, "rows vocab"],
     processors: LogitProcessors,
 ) -> Float[Array, "rows vocab"]:
-    """Scores with the penalty applied, and -inf for what may not come next.
+    """Scores with penalties and biases applied, and -inf for what may not come next.
 
     Args:
       tokens: of context and answer, `length` of them, those from `first` on generated.
@@ -56,6 +64,16 @@ def process_logits(
     penalty = processors.repetition_penalty[:, None]
     disfavoured = jnp.where(logits > 0, logits / penalty, logits * penalty)
     logits = jnp.where(was, disfavoured, logits)
+    presence, frequency = processors.presence_penalty, processors.frequency_penalty
+
+    def penalised() -> Array:
+        is_answer = (index >= first[:, None]) & (index < length[:, None])
+        counts = _add(jnp.zeros_like(logits), tokens, is_answer.astype(logits.dtype))
+        return logits - presence[:, None] * (counts > 0) - frequency[:, None] * counts
+
+    is_penalised = jnp.any((presence != 0) | (frequency != 0))
+    logits = jax.lax.cond(is_penalised, penalised, lambda: logits)
+    logits = _add(logits, processors.biased_tokens, processors.biases)
     may_not_end = (length - first < processors.min_tokens)[:, None]
     banned = processors.banned_tokens | (is_end & may_not_end)
     banned |= repeated(tokens, length, first, processors.no_repeat_ngram, vocab)
@@ -119,6 +137,12 @@ def _completed(
     others, last = sequences[..., :-1], sequences[..., -1]
     fits = jnp.all((others == latest[:, None]) | (others == -1), axis=-1)
     return _mark(last, fits & (last >= 0), vocab)
+
+
+def _add(to: Array, tokens: Array, values: Array) -> Array:
+    """[rows, vocab] with each token's value added in its row."""
+    rows = jnp.arange(len(tokens))[:, None]
+    return to.at[rows, jnp.clip(tokens, 0, to.shape[1] - 1)].add(values)
 
 
 def _mark(tokens: Array, which: Array, vocab: int) -> Array:

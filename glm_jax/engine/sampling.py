@@ -87,6 +87,9 @@ class Sampling:
         all.
       repetition_penalty: above 1 makes tokens that were there less likely, context included;
         1 for none. This and what follows come before temperature.
+      presence_penalty: taken off the logits of tokens that the answer has already.
+      frequency_penalty: taken off a token's logit as often as the answer has it already.
+      logit_bias: ids of tokens, each with what is added to its logit.
       no_repeat_ngram: no n tokens in a row, the last of them generated, come twice; 0 for no
         such ban.
       min_tokens: that are generated before the answer may end.
@@ -99,6 +102,9 @@ class Sampling:
     top_p: float = 0.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     no_repeat_ngram: int = 0
     min_tokens: int = 0
     banned_tokens: tuple[int, ...] = ()
@@ -129,9 +135,11 @@ class Sampling:
         """Whether logit processors change anything."""
         return (
             self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
             or self.no_repeat_ngram > 0
             or self.min_tokens > 0
-            or bool(self.banned_tokens or self.banned_sequences)
+            or bool(self.logit_bias or self.banned_tokens or self.banned_sequences)
         )
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, UInt32
 
 from glm_jax.config import GLMConfig
 from glm_jax.engine import sampling as sampling_lib
-from glm_jax.engine.generation_settings import SamplingError
+from glm_jax.engine.generation_settings import MAX_BIASED, SamplingError
 from glm_jax.engine.logit_processors import LogitProcessors, process_logits
 from glm_jax.engine.request import Request
 from glm_jax.engine.sampling import (
@@ -158,6 +158,9 @@ def check_sampling(sampling: Sampling, vocab: int) -> None:
         that is not in the vocabulary.
     """
     check_banned((*sampling.banned_tokens, *itertools.chain(*sampling.banned_sequences)), vocab)
+    for token in dict(sampling.logit_bias):
+        if token >= vocab:
+            raise SamplingError(f"logit_bias: token {token} is not in the vocabulary")
     if len(sampling.banned_sequences) > MAX_SEQUENCES or any(
         len(sequence) > MAX_SEQUENCE_LENGTH for sequence in sampling.banned_sequences
     ):
@@ -172,6 +175,9 @@ def sampling_row(sampling: Sampling, seed: int, vocab: int) -> dict[str, Any]:
     banned = np.zeros(vocab, bool)
     sequences = np.full((MAX_SEQUENCES, MAX_SEQUENCE_LENGTH), -1, np.int32)
     banned[list(sampling.banned_tokens)] = True
+    biased, biases = np.zeros(MAX_BIASED, np.int32), np.zeros(MAX_BIASED, np.float32)
+    for number, (token, bias) in enumerate(dict(sampling.logit_bias).items()):
+        biased[number], biases[number] = token, bias
     for row, sequence in zip(sequences, sampling.banned_sequences, strict=False):
         row[-len(sequence) :] = sequence
     return dict(
@@ -180,6 +186,10 @@ def sampling_row(sampling: Sampling, seed: int, vocab: int) -> dict[str, Any]:
         is_processed=np.bool_(sampling.has_processors),
         logit_processors=LogitProcessors(
             repetition_penalty=np.float32(sampling.repetition_penalty),
+            presence_penalty=np.float32(sampling.presence_penalty),
+            frequency_penalty=np.float32(sampling.frequency_penalty),
+            biased_tokens=biased,
+            biases=biases,
             no_repeat_ngram=np.int32(sampling.no_repeat_ngram),
             min_tokens=np.int32(sampling.min_tokens),
             banned_tokens=banned,

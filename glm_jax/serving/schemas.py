@@ -38,7 +38,6 @@ TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), _WHOLE]
 Temperature = Annotated[float, _within("temperature", le=2)]
 Probability = Annotated[float, _within("top_p")]
 Beams = Annotated[int, _within("num_beams"), _WHOLE]
-Zero = Annotated[float, Field(ge=0, le=0)]
 User = Annotated[str, Field(max_length=1024)]
 Choice = Annotated[str, Field(min_length=1)]
 
@@ -76,6 +75,9 @@ OUR_SETTINGS = tuple(name for name in SETTINGS if name not in _NOT_OURS)
 def _field_of_table(name: str) -> Any:
     """Return an optional field with the type, range and help of one of `SETTINGS`."""
     setting = SETTINGS[name]
+    if setting.is_by_token:
+        pairs = Field(None, max_length=setting.max_items, description=setting.help)
+        return dict[Name, Annotated[float, _within(name)]] | None, pairs
     if setting.max_items is not None:
         items = Field(None, max_length=setting.max_items, description=setting.help)
         return list[Stop] | None, items
@@ -118,9 +120,6 @@ class CompletionRequest(_Choosing):
     echo: bool | None = False
     stop: Stop | Annotated[list[Stop], Field(max_length=_STOPS)] | None = None
     seed: Seed | None = None
-    presence_penalty: Zero | None = 0.0
-    frequency_penalty: Zero | None = 0.0
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     user: User | None = None
 
 

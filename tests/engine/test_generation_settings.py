@@ -42,6 +42,17 @@ def test_every_number_has_bounds(name):
         {"banned_tokens": [True]},
         {"banned_tokens": [2**31]},
         {"banned_tokens": {"1": 2}},
+        {"logit_bias": {"1": 101}},
+        {"logit_bias": {"1": "2"}},
+        {"logit_bias": {"1": True}},
+        {"logit_bias": {"1.0": 2}},
+        {"logit_bias": {"-1": 2}},
+        {"logit_bias": {"one": 2}},
+        {"logit_bias": {"1": math.nan}},
+        {"logit_bias": [1, 2]},
+        {"logit_bias": "12"},
+        {"logit_bias": 1},
+        {"logit_bias": {str(token): 1 for token in range(301)}},
         {"banned_texts": "a"},
         {"banned_texts": [""]},
         {"banned_texts": [1]},
@@ -72,7 +83,9 @@ def test_every_setting_of_the_table_reaches_the_engine():
     for name, setting in SETTINGS.items():
         if setting.kind in (int, float) and name not in ("seed", "max_tokens"):
             lower = setting.lowest + (setting.highest - setting.lowest) // 2
-            changed[name] = (7,) if setting.max_items else setting.kind(lower)
+            changed[name] = (7,) if setting.max_items else setting.kind(lower or 1)
+            if setting.is_by_token:
+                changed[name] = ((7, 1.5), (8, -2.0))
     searched = {name for name in changed if SETTINGS[name].is_for_search}
     sampled = TextRequest(**{k: v for k, v in changed.items() if k != "num_beams"}).choice(list)
     found = TextRequest(**{name: changed[name] for name in searched}).choice(list)
@@ -86,8 +99,8 @@ def test_every_setting_of_the_table_reaches_the_engine():
 
 
 def test_unknown_fields_are_refused():
-    with pytest.raises(RequestError, match="unknown field 'choices'"):
-        TextRequest().with_fields({"choices": {"a": 1}})
+    with pytest.raises(RequestError, match="unknown field 'options'"):
+        TextRequest().with_fields({"options": {"a": 1}})
 
 
 @pytest.mark.parametrize("model", [CompletionRequest, FillRequest])
@@ -107,13 +120,15 @@ def test_the_servers_schema_has_the_tables_bounds(model):
             compared += 1
     assert compared >= 8
     assert json.dumps(properties["banned_texts"]).count('"maxItems": 32') == 1
+    assert json.dumps(properties["logit_bias"]).count('"maxProperties": 300') == 1
 
 
 def _markdown_table():
     """The table as docs/decoding.md has it."""
     lines = ["| setting | type | range | default | what it does |", "|" + " --- |" * 5]
     for name, setting in SETTINGS.items():
-        kind = setting.kind.__name__ + ("" if setting.max_items is None else " list")
+        of_items = " by token" if setting.is_by_token else " list"
+        kind = setting.kind.__name__ + ("" if setting.max_items is None else of_items)
         default = "" if setting.default in (None, ()) else f"{setting.default}".lower()
         of_range = setting.range.removeprefix("from ")
         lines.append(f"| `{name}` | {kind} | {of_range} | {default} | {setting.help} |")

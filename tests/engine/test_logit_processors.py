@@ -42,6 +42,12 @@ def _expected(logits, row, first, sampling, ends=()):
     for token in set(row):
         penalty = sampling.repetition_penalty
         scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+    for token in set(answer):
+        scores[token] -= sampling.presence_penalty + sampling.frequency_penalty * answer.count(
+            token
+        )
+    for token, bias in dict(sampling.logit_bias).items():
+        scores[token] += bias
     banned = set(sampling.banned_tokens)
     if len(answer) < sampling.min_tokens:
         banned |= set(ends)
@@ -64,6 +70,9 @@ def test_a_mixture_equals_each_alone_and_the_words():
     samplings = [
         Sampling(
             repetition_penalty=float(rng.choice([1.0, 0.7, 1.8])),
+            presence_penalty=float(rng.choice([0, 0, 0.7, -1.2])),
+            frequency_penalty=float(rng.choice([0, 0, 1.1, -0.3])),
+            logit_bias=tuple((int(t), float(rng.normal())) for t in rng.integers(0, VOCAB, 2)),
             no_repeat_ngram=int(rng.integers(0, 4)),
             min_tokens=int(rng.integers(0, 9)),
             banned_tokens=tuple(rng.integers(0, VOCAB, rng.integers(0, 3)).tolist()),
@@ -77,7 +86,7 @@ def test_a_mixture_equals_each_alone_and_the_words():
     got = _restricted(logits, rows, firsts, samplings, ends=(4, 5))
     for i, (row, first, sampling) in enumerate(zip(rows, firsts, samplings, strict=True)):
         expected = _expected(logits[i], row, first, sampling, ends=(4, 5))
-        np.testing.assert_allclose(got[i], expected, rtol=1e-6)
+        np.testing.assert_allclose(got[i], expected, rtol=1e-5, atol=1e-6)
         assert np.isinf(got[i]).any() or not np.isinf(expected).any()
     assert np.isinf(got).any(axis=1).mean() > 0.5
 
@@ -120,6 +129,8 @@ def test_answers_obey(tiny_model):
 
     free = answer()
     assert free[0] not in answer(banned_tokens=(free[0],))
+    assert answer(logit_bias=((77, 100.0),)) == [77] * 12
+    assert len(set(answer(logit_bias=((77, 15.0), (78, 14.0)), frequency_penalty=1.0))) == 2
     pair = tuple(free[:2])
     without = answer(banned_sequences=(pair,))
     assert without[0] == free[0]
