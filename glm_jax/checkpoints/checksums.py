@@ -24,6 +24,7 @@ CHECKSUMS_FILE = "checksums.json"
 _SMALL_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 20
 _SUMMED_BYTES = 1 << 12
+_CHUNK_SUMS = "CRC-32 of a 64-bit sum per 4 KiB"  # how chunks' checksums are computed
 
 
 class DamageError(UserError):
@@ -150,7 +151,7 @@ def write_checksums(folder: Path, paths: Iterable[Path], chunks: dict[str, int])
         size = path.stat().st_size
         name = path.relative_to(folder).as_posix()
         found[name] = [size, zlib.crc32(path.read_bytes()) if size <= _SMALL_BYTES else None]
-    text = json.dumps({"files": found, "chunks": chunks}, indent=0)
+    text = json.dumps({"files": found, "chunk_sums": _CHUNK_SUMS, "chunks": chunks}, indent=0)
     files.write_text(folder / CHECKSUMS_FILE, text + "\n")
 
 
@@ -165,6 +166,7 @@ def checked_files(folder: Path, may_change: tuple[str, ...] = ()) -> dict[str, i
 
     Raises:
       DamageError: a file, or the list of checksums, is missing, has another size or other content.
+      UserError: another version wrote the checksums.
       OSError: a file cannot be read.
     """
     try:
@@ -175,6 +177,7 @@ def checked_files(folder: Path, may_change: tuple[str, ...] = ()) -> dict[str, i
         content = json.loads(text)
         listed = {str(name): (int(size), crc) for name, (size, crc) in content["files"].items()}
         chunks: dict[str, int] = dict(content["chunks"])
+        has_other_sums = bool(chunks) and content.get("chunk_sums") != _CHUNK_SUMS
     except (
         ValueError,
         OverflowError,
@@ -184,6 +187,11 @@ def checked_files(folder: Path, may_change: tuple[str, ...] = ()) -> dict[str, i
         RecursionError,
     ) as error:
         raise damaged(folder / CHECKSUMS_FILE, "it lists no checksums") from error
+    if has_other_sums:
+        raise UserError(
+            f"{folder} was written by another version, whose checksums are computed otherwise: "
+            "write it again with this version"
+        )
     for name, (size, crc) in listed.items():
         path = folder / name
         if (changed := _change(path, size, crc)) is None:

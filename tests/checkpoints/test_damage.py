@@ -153,6 +153,20 @@ def test_a_list_of_checksums_of_another_kind(content, folder):
         restore(folder)
 
 
+@pytest.mark.parametrize("sums", [None, "CRC-64"])
+def test_a_folder_of_another_version_is_not_called_damaged(sums, folder, monkeypatch):
+    """Whose chunks have other checksums."""
+    for name in ("params/embedding", "."):
+        written = [path for path in (folder / name).rglob("*") if path.is_file()]
+        chunks = json.loads((folder / name / CHECKSUMS_FILE).read_text())["chunks"]
+        monkeypatch.setattr(checksums, "_CHUNK_SUMS", sums)
+        checksums.write_checksums(folder / name, written, chunks)
+        monkeypatch.undo()
+    with pytest.raises(UserError, match="embedding was written by another version") as refused:
+        restore(folder)
+    assert not isinstance(refused.value, DamageError)
+
+
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_what_cannot_be_read_is_one_line(folder, monkeypatch):
     """Of files that are too large to be checked before."""
