@@ -1,6 +1,7 @@
 """Flags of the launchers that give a model texts to fill."""
 
 import functools
+import re
 import sys
 from typing import Any
 
@@ -72,13 +73,12 @@ def define_model_flags() -> None:
         "activation_bits",
         None,
         "8 quantises activations, so that INT8 and INT4 products are of integers; on one CPU",
-        8,
-        8,
     )
+    flags.register_validator("activation_bits", lambda bits: bits in (None, 8), "expected 8")
     flags.DEFINE_integer(
         "embedding_bits", None, "8 or 4 quantises embedding and output projection; on one CPU"
     )
-    flags.register_validator("embedding_bits", lambda bits: bits in (None, 8, 4), "8 or 4")
+    flags.register_validator("embedding_bits", lambda bits: bits in (None, 8, 4), "expected 8 or 4")
     define_memory_flags()
     flags.DEFINE_integer(
         "max_length",
@@ -156,10 +156,12 @@ def engine_settings(prefill_budget: int | None = None) -> EngineSettings:
 def define_strategy_flags() -> None:
     """Define how tokens are chosen: the table of `GenerationSettings` as flags."""
     for name, setting in SETTINGS.items():
-        if name not in _WITHOUT_FLAG:
-            default = 0 if name == "seed" else setting.default
-            _DEFINE[setting.kind](name, default, _help(setting))
+        if name not in (*_WITHOUT_FLAG, "seed"):
+            _DEFINE[setting.kind](name, setting.default, _help(setting))
             flags.register_validator(name, functools.partial(_is_setting, name))
+    # A request's own seed may be missing, not a command's.
+    flags.DEFINE_integer("seed", 0, f"seed of sampling; {SETTINGS['seed'].range}")
+    flags.register_validator("seed", functools.partial(_is_setting, "seed"))
     flags.DEFINE_multi_string("ban", [], "a text that no answer contains; may be repeated")
     flags.register_validator("ban", functools.partial(_is_setting, "banned_texts"))
 
@@ -172,7 +174,8 @@ def _is_setting(name: str, value: Any) -> bool:
     try:
         return value is None or SETTINGS[name].checked(name, value) is not None
     except SamplingError as error:
-        raise flags.ValidationError(str(error)) from error
+        # absl names the flag and its value.
+        raise flags.ValidationError(re.sub(rf"^{name}=.*?: ", "", str(error))) from error
 
 
 def strategy() -> TextRequest:

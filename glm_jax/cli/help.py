@@ -96,7 +96,7 @@ def _entry(flag: flags.Flag) -> Iterator[str]:
     notes = ["required"] if is_required(flag) else []
     if isinstance(flag.parser, ExperimentParser) and flag.parser.is_default:
         notes.append(f"default: {flag.parser.example}")
-    elif flag.default not in (None, False, []):
+    elif flag.default is not None and flag.default is not False and flag.default != []:
         notes.append(f"default: {(flag.default_as_str or '').strip(chr(39)) or 'empty'}")
     bounds = getattr(flag.parser, "lower_bound", None), getattr(flag.parser, "upper_bound", None)
     if bounds != (None, None) and " to " not in described:
@@ -119,5 +119,10 @@ def _wrapped(head: str, described: str, notes: Sequence[Any]) -> Iterator[str]:
     note = f" ({'; '.join(notes)})" if notes else ""
     body = f"{described.strip().rstrip('.')}{note}"
     yield from textwrap.wrap(
-        body, width, initial_indent=" " * 6, subsequent_indent=" " * 6, break_long_words=False
+        body,
+        width,
+        initial_indent=" " * 6,
+        subsequent_indent=" " * 6,
+        break_long_words=False,
+        break_on_hyphens=False,
     )

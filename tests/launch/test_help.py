@@ -31,6 +31,8 @@ WRONG = {
         "--checkpoint": ["--checkpoint has no value: give --checkpoint=VALUE, a model folder"],
         "--checkpoint=x --slots=3": ["unknown flag --slots"],
         "--checkpoint=x --seed=many": ["--seed=many: expected an integer"],
+        "--checkpoint=x --seed=-1": ["error: --seed=-1: from 0 to"],
+        "--checkpoint=x --activation_bits=4": ["--activation_bits=4: expected 8"],
         "--checkpoint=x --with_id=3": ["--with_id=3: expected true or false"],
         "--checkpoint=x --dtype=int9": ["--dtype=int9: expected one of float32, bfloat16"],
     },
@@ -134,6 +136,12 @@ def _assert_shows_fields(shown, file):
     for name, value in expected.items():
         assert texts[name].endswith(f"(default: {value if value != '' else repr(value)})")
         assert not texts[name].startswith("(")
+
+
+def test_defaults_of_0_are_shown(answers):
+    shown = " ".join(answers["launch.generate", "--help"][1].split())
+    assert "from 0 to 100 (default: 0.0)" in shown
+    assert "seed of sampling; from 0 to 4294967295 (default: 0)" in shown
 
 
 def test_the_default_that_help_names_is_the_servers(answers):
