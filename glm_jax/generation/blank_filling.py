@@ -17,17 +17,17 @@ from glm_jax.model.device_layout import prepare
 from glm_jax.model.params import GLMParams
 from glm_jax.tokenizer import check_fits
 
-# Tokens in order, and whether they fill a blank, as soon as nothing will change them.
+# Takes tokens in the order of the text, and whether they fill a blank, as soon as they are final.
 OnTokens = Callable[[Sequence[int], bool], None]
 
-# Of text in a token, on average: far more than any vocabulary has. A longer text is refused before
-# it is tokenised, which takes some twenty times its memory.
+# Mean characters of a token: far more than any vocabulary has. A longer text is refused before it
+# is tokenised, which takes some twenty times its memory.
 _MAX_CHARACTERS = 256
 
 
 @runtime_checkable
 class TextCodec(Protocol):
-    """What blank filling asks of a tokenizer."""
+    """The interface of a tokenizer that blank filling uses."""
 
     @property
     def special_tokens(self) -> SpecialTokens: ...
@@ -42,9 +42,9 @@ class FilledText:
     """A text with its blanks filled.
 
     Attributes:
-      text: the whole of it.
-      blanks: what was put into each blank, in order.
-      pieces: the text in runs, each with whether it fills a blank.
+      text: the whole text.
+      blanks: the answer in each blank, in order.
+      pieces: the text in pieces, each with whether it fills a blank.
     """
 
     text: str
@@ -57,11 +57,12 @@ class PartlyFilled:
     """A text some of whose blanks are filled.
 
     Attributes:
-      tokens: of the whole text, `mask` where there are blanks to fill.
-      limit: tokens of text, sop and answer at most.
-      is_unidirectional: the one blank is at the end, and the text is seen from left to right.
-      pieces: tokens in runs, each with whether it fills a blank; `done` tokens are in these.
-      blanks: what was put into each.
+      tokens: of the whole text, with `mask` at each blank to fill.
+      limit: maximum tokens of text, sop and answer.
+      is_unidirectional: whether each token of the text sees only those before it; its one blank is
+        then at the end.
+      pieces: the first `done` tokens in pieces, each with whether it fills a blank.
+      blanks: the answer in each blank so far.
     """
 
     tokens: tuple[int, ...]
@@ -82,14 +83,14 @@ class PartlyFilled:
         is_unidirectional: bool = False,
         left_truncate: int = 0,
     ) -> "PartlyFilled":
-        """A text with every [MASK] to fill; one with none of them has its [sMASK]s filled;
-        else a [gMASK], put at the end where there is no mask, is written on from.
+        """Tokenise a text. Its blanks are every [MASK]; if there is none, every [sMASK]; otherwise
+        one [gMASK], which is added at the end of a text without a mask.
 
         Args:
-          is_unidirectional: the text has no mask and is written on from, each of its tokens
-            having seen only those before.
-          left_truncate: where the text leaves no room for so many tokens of an answer, its
-            first tokens are left out; 0 never does that.
+          is_unidirectional: the text has no mask; the answer continues it, and each of its tokens
+            sees only those before it.
+          left_truncate: tokens of an answer for which the first tokens of a text that is too long
+            are left out; 0 leaves out none.
 
         Raises:
           PromptError: the text is longer than `limit` leaves room for, or has a mask where it
@@ -112,10 +113,10 @@ class PartlyFilled:
         is_unidirectional: bool = False,
         left_truncate: int = 0,
     ) -> "PartlyFilled":
-        """`begin` with a text's tokens, a blank among them unless it is unidirectional.
+        """Do what `begin` does with a text's tokens, which have a blank unless unidirectional.
 
         Raises:
-          PromptError: as `begin`.
+          PromptError: see `begin`.
         """
         if is_unidirectional:
             Prompt.unidirectional(tokens, special)
@@ -133,7 +134,7 @@ class PartlyFilled:
 
     @property
     def position(self) -> int:
-        """Where the next blank is, or the end of the text."""
+        """Index of the next blank, or of the end of the text."""
         return self.tokens.index(self.mask) if self.has_blank else len(self.tokens)
 
     @property
@@ -142,13 +143,13 @@ class PartlyFilled:
         return self.mask in self.tokens and len(self.blanks) < self.limit
 
     def prompt(self) -> Prompt:
-        """Of the next blank."""
+        """Return the prompt of the next blank."""
         if self.is_unidirectional:
             return Prompt.unidirectional(self.tokens[: self.position], self.special)
         return Prompt(self.tokens, None if self.mask == self.special.gmask else self.position)
 
     def filled(self, answer: Sequence[int], end_tokens: Sequence[int]) -> "PartlyFilled":
-        """With the next blank filled, the token that ended the answer left out."""
+        """Return the text with the next blank filled, without the token that ended the answer."""
         return self._filled(self.special.without_end(answer, end_tokens))._with_room()
 
     def _filled(self, blank: tuple[int, ...]) -> "PartlyFilled":
@@ -162,14 +163,14 @@ class PartlyFilled:
         )
 
     def _with_room(self) -> "PartlyFilled":
-        """Blanks that there is no room to fill any more are left empty."""
+        """Return the text with blanks left empty that have no room for a token."""
         partly = self
         while partly.has_blank and len(partly.tokens) + 2 > partly.limit:
             partly = partly._filled(())
         return partly
 
     def finished(self, tokenizer: TextCodec) -> FilledText:
-        """The text as it is now."""
+        """Return the text as it is now, decoded."""
         tokens = list(self.tokens)
         if tokens and tokens[-1] == self.special.eos:
             tokens.pop()
@@ -194,20 +195,20 @@ def fill_blanks(
     seed: int = 0,
     on_tokens: OnTokens | None = None,
 ) -> FilledText:
-    """Fills the blanks of a text, as `PartlyFilled.begin` says which.
+    """Fill the blanks of a text; `PartlyFilled.begin` says which they are.
 
     Args:
-      max_length: tokens of text, sop and answer, the model's positions by default.
+      max_length: maximum tokens of text, sop and answer; the model's positions by default.
       sampling: greedy by default.
       end_tokens: eop and eos by default.
-      seed: of the sampled strategies; blank i uses seed + i.
-      on_tokens: called with tokens of the text and of its blanks as they come.
+      seed: of sampling; blank i uses seed + i.
+      on_tokens: called with tokens of the text and of its blanks as they become final.
 
     Raises:
       PromptError: the text is longer than max_length leaves room for.
       TokenizerError: the tokenizer is not the model's.
       SamplingError: bans leave no token.
-      LogitsError: the model gives no numbers.
+      LogitsError: the model's logits are NaN or infinite.
     """
     check_fits(tokenizer, config)
     limit = max_length or config.max_sequence_length
@@ -222,11 +223,10 @@ def fill_blanks(
 def fill(
     engine: Engine, partly: PartlyFilled, template: Request, on_tokens: OnTokens | None = None
 ) -> PartlyFilled:
-    """Fills all blanks of a text by an engine that does nothing else meanwhile.
+    """Fill all blanks of a text by an engine that does nothing else meanwhile.
 
     Args:
-      template: a request whose prompt and seed are replaced, the seed for each blank by one
-        more.
+      template: a request whose prompt and seed are replaced; each blank's seed is one more.
     """
     [filling] = drive(engine, [BlankFilling(partly, template, on_tokens)])
     filling.check()
@@ -238,7 +238,7 @@ class BlankFilling(Answer):
 
     Attributes:
       partly: the text as it is now.
-      completions: of each blank that was filled.
+      completions: the answer of each blank so far.
     """
 
     def __init__(self, partly: PartlyFilled, template: Request, on_tokens: OnTokens | None = None):
@@ -273,7 +273,7 @@ class BlankFilling(Answer):
 
 
 def next_request(partly: PartlyFilled, template: Request) -> Request:
-    """The request that fills the next blank of a text."""
+    """Return the request that fills the next blank of a text."""
     prompt = partly.prompt()
     room = partly.limit - len(prompt)
     return dataclasses.replace(
@@ -285,7 +285,7 @@ def next_request(partly: PartlyFilled, template: Request) -> Request:
 
 
 class TokenStream:
-    """Passes on tokens once, in order."""
+    """Calls `on_tokens` with each token once, in order."""
 
     def __init__(self, on_tokens: OnTokens | None):
         self._on_tokens, self._count = on_tokens, 0
@@ -293,7 +293,7 @@ class TokenStream:
     def show(self, partly: PartlyFilled, answer: Sequence[int]) -> None:
         if self._on_tokens is None:
             return
-        # What stands before a mask that is still to be filled will not change.
+        # Tokens before a mask that is still to be filled are final.
         fixed = answer[: answer.index(partly.mask)] if partly.mask in answer else answer
         position = partly.position
         self._pass_on(partly, (*partly.tokens[:position], *fixed), position)
@@ -328,14 +328,14 @@ def filling_by_beams(
     max_tokens: int | None = None,
     end_tokens: Sequence[int] | None = None,
 ) -> Steps[list[tuple[PartlyFilled, Hypothesis]]]:
-    """Fills all blanks by beam search, a token at a time; `finish` does it at once. Each takes
-    its best answer but the last, which has as many as there are beams.
+    """Fill all blanks by beam search, a token at a time; `stepwise.finish` does it at once. Every
+    blank takes its best answer, except the last, of which all beams are returned.
 
     Args:
-      max_tokens: of each blank; None for as many as there is room for.
+      max_tokens: maximum tokens of each blank; None for as many as there is room for.
 
     Returns:
-      A text and its last answer for each, best first.
+      The text and the last blank's answer for each beam, best first.
     """
     params = prepare(params)
     ends = partly.special.end_tokens if end_tokens is None else tuple(end_tokens)
@@ -351,9 +351,9 @@ def filling_by_beams(
 
 
 def encode_prompt(tokenizer: TextCodec, text: str) -> list[int]:
-    """Ids of a text with blanks; [gMASK] is put at the end of one that has none.
+    """Return the ids of a text with blanks; [gMASK] is added at the end of one without.
 
-    A text that doesn't end in a mask is closed by eos, as the original does.
+    A text that has a mask, but not at its end, is closed by eos, as in the original.
     """
     special = tokenizer.special_tokens
     tokens = tokenizer.encode(text)
@@ -367,7 +367,7 @@ def encode_prompt(tokenizer: TextCodec, text: str) -> list[int]:
 def _decode_pieces(
     tokenizer: TextCodec, pieces: list[tuple[list[int], bool]]
 ) -> tuple[tuple[str, bool], ...]:
-    """Text of each run behind those before it, so that the runs join to the whole."""
+    """Decode each piece after those before it, so that the pieces join to the whole text."""
     decoded, before, tokens = [], "", list[int]()
     for run, is_blank in pieces:
         tokens += run

@@ -27,29 +27,29 @@ def generate(
     seed: int = 0,
     on_tokens: Callable[[np.ndarray], None] | None = None,
 ) -> list[list[int]]:
-    """Completes each prompt.
+    """Complete each prompt.
 
     Args:
-      prompts: token ids of a context with a mask token in it (else [gMASK] is added), or
-        a `Prompt` that says more.
-      max_length: context, sop and generated tokens together, the model's positions by
+      prompts: token ids of a context with a mask token in it ([gMASK] is added if there is none),
+        or a `Prompt`.
+      max_length: maximum of context, sop and generated tokens together; the model's positions by
         default.
       sampling: greedy by default.
-      end_tokens: generating one ends a row; eop and eos by default.
+      end_tokens: generating one ends the answer; eop and eos by default.
       special_tokens: the config's by default.
-      seed: of the sampled strategies; prompt i uses seed + i.
+      seed: of sampling; prompt i uses seed + i.
       on_tokens: called after each step with int32 [len(prompts)], -1 for rows without a token.
 
     Returns:
-      The generated tokens of each prompt, the end token included where there was one.
+      The generated tokens of each prompt, including the end token if there was one.
 
     Raises:
       PromptError: no prompts, special tokens unknown, or a prompt that leaves no room.
       SamplingError: bans leave no token.
-      LogitsError: the model gives no numbers.
+      LogitsError: the model's logits are NaN or infinite.
     """
     rows, special, limit, ends = resolve(prompts, config, max_length, end_tokens, special_tokens)
-    # Sizes that many calls have in common: a program serves them all.
+    # Rounded, so that many calls share one program.
     longest = min(bucket(limit), config.max_sequence_length)
     slots = min(bucket(len(rows), 1), _MAX_SLOTS)
     engine = Engine(params, config, EngineSettings(slots, longest), special)

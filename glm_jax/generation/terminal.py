@@ -38,10 +38,11 @@ class Strategy:
     """How texts are filled.
 
     Attributes:
-      choice: of tokens one by one, or a search for the best answers.
-      max_length: tokens of text, sop and answer, the model's positions by default.
-      max_tokens: of each blank; as many as there is room for by default.
-      is_unidirectional: texts without masks are written on from, seen from left to right.
+      choice: how tokens are chosen: sampling or beam search.
+      max_length: maximum tokens of text, sop and answer; the model's positions by default.
+      max_tokens: maximum tokens of each blank; as many as there is room for by default.
+      is_unidirectional: texts have no masks; answers continue them, and each token of a text sees
+        only those before it.
       speculate: see `EngineSettings`.
     """
 
@@ -54,7 +55,7 @@ class Strategy:
 
 
 def render(filled: FilledText, in_colour: bool) -> str:
-    """The whole text, what was filled in green and underlined where colours show."""
+    """Return the whole text, with its blanks green and underlined if in colour."""
     if not in_colour:
         return filled.text
     return "".join(_coloured(piece, is_blank) for piece, is_blank in filled.pieces)
@@ -65,7 +66,7 @@ def _coloured(piece: str, is_blank: bool) -> str:
 
 
 def read_texts(file: str) -> list[str]:
-    """Lines of a file.
+    """Return the lines of a file.
 
     Raises:
       TextFileError: the file cannot be read.
@@ -74,14 +75,13 @@ def read_texts(file: str) -> list[str]:
 
 
 def ask_texts(history: Path | None) -> Iterator[str]:
-    """What a person types, line by line, until an empty line or the end of input.
+    """Yield the lines that a person types, until an empty line or the end of input.
 
     Args:
-      history: a file of lines that arrow keys bring back, here and another time; None for
-        none.
+      history: a file that keeps them for the arrow keys, also of later runs; None for none.
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # What is not UTF-8 is an error of its text, which the tokenizer says, and of no other.
+        # A line that is not UTF-8 is then an error of that line, which the tokenizer reports.
         sys.stdin.reconfigure(errors="surrogateescape")
     with _history(history):
         while True:
@@ -99,7 +99,7 @@ def _history(file: Path | None) -> Iterator[None]:
     if file is None or not sys.stdin.isatty():
         yield
         return
-    import readline  # takes over the terminal, so not before a person is there
+    import readline  # takes over the terminal, so only for a person
 
     with contextlib.suppress(OSError):
         readline.read_history_file(file)
@@ -120,16 +120,16 @@ def fill_all(
     with_id: bool = False,
     output: Any = None,
 ) -> int:
-    """Fills each text and prints it; one that cannot be filled gives a line on stderr.
+    """Fill and print each text; one that cannot be filled gives an error line on stderr.
 
-    On a terminal tokens are printed as they come, those of blanks in colour.
+    On a terminal tokens are printed as they arrive, those of blanks in colour.
 
     Args:
-      with_id: a text is "ID<tab>TEXT", and so is what is printed.
-      output: a text file, standard output by default.
+      with_id: lines are "ID<tab>TEXT", and are printed with their ids.
+      output: a text file; standard output by default.
 
     Returns:
-      How many could not be filled.
+      The number of texts that could not be filled.
 
     Raises:
       PromptError: a max_length past the model's positions.
@@ -181,7 +181,7 @@ def _filler(
 
 
 class _Typing:
-    """Prints a text while its tokens come."""
+    """Prints a text while its tokens arrive."""
 
     def __init__(self, tokenizer: TextCodec, output: Any, label: str):
         self._stream, self._output = TextStream(tokenizer.decode), output
@@ -194,7 +194,7 @@ class _Typing:
         self._shown += text
 
     def finish(self, filled: FilledText) -> None:
-        """Ends the line; a text that did not come out as it was typed is printed anew."""
+        """End the line; if the final text differs from what was printed, print it again."""
         if filled.text.startswith(self._shown):
             self._print(filled.text[len(self._shown) :] + "\n")
         else:

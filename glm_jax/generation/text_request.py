@@ -1,4 +1,4 @@
-"""A text with blanks and its settings: what a user asks for, wherever they ask."""
+"""A text with blanks and its settings: the request of a user, from a terminal, a file or HTTP."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ _FIELDS = SETTINGS | {
 
 
 class RequestError(UserError):
-    """A line that is no request; the message names the field."""
+    """Fields that are not a request; the message names the wrong one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +33,14 @@ class TextRequest(GenerationSettings):
     choices: tuple[str, ...] = ()
 
     def choice(self, encode: Callable[[str], Sequence[int]]) -> Sampling | BeamSearch:
-        """How tokens are chosen.
+        """Return how tokens are chosen.
 
         Args:
           encode: a tokenizer's.
 
         Raises:
-          SamplingError: a banned text that is no token.
-          RequestError: beams beside what they do not take.
+          SamplingError: a banned text without tokens.
+          RequestError: num_beams beside a setting that beam search does not take.
           UserError: a banned text that the tokenizer cannot encode.
         """
         if self.num_beams != 1:
@@ -50,7 +50,7 @@ class TextRequest(GenerationSettings):
         return Sampling(**self._settings_of(Sampling), banned_sequences=banned)
 
     def _settings_of(self, choice: type) -> dict[str, Any]:
-        """The table's settings that a dataclass takes."""
+        """Return the table's settings that a dataclass has."""
         names = (field.name for field in dataclasses.fields(choice))
         return {name: getattr(self, name) for name in names if name in SETTINGS}
 
@@ -64,7 +64,7 @@ class TextRequest(GenerationSettings):
                 )
 
     def with_fields(self, fields: Mapping[str, Any]) -> "TextRequest":
-        """The same with some settings replaced.
+        """Return the request with some settings replaced.
 
         Raises:
           RequestError: an unknown field.
@@ -73,8 +73,6 @@ class TextRequest(GenerationSettings):
         changes = {}
         for name, value in fields.items():
             if name not in _FIELDS:
-                raise RequestError(
-                    f"unknown field {shown(name)}; what is yours goes under 'metadata'"
-                )
+                raise RequestError(f"unknown field {shown(name)}; put your own under 'metadata'")
             changes[name] = _FIELDS[name].checked(name, value)
         return dataclasses.replace(self, **changes)

@@ -24,12 +24,12 @@ from glm_jax.sharding import make_mesh, parse_mesh, parse_replica_mesh
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """What a process does of a job.
+    """The share of a process in a job.
 
     Attributes:
-      process, count: it answers every count-th request, from this one on.
-      mesh: where its model lies; None for one device.
-      writes: whether it writes answers, as one of those that run a model together does.
+      process, count: it answers every count-th request, from number `process` on.
+      mesh: of its model; None for one device.
+      writes: whether it writes answers; of processes that run one model together, one does.
     """
 
     process: int
@@ -39,10 +39,10 @@ class Share:
 
     @classmethod
     def of_process(cls, mesh: str | None, process: int, count: int) -> "Share":
-        """The share of a process of `count`, given the mesh of all of them.
+        """Return the share of a process of `count`, given the mesh of all of them.
 
         Raises:
-          MeshError: the mesh does not go with the devices.
+          MeshError: the mesh does not fit the devices.
           JobError: processes that would run one model together cannot find each other.
         """
         if mesh is None:
@@ -68,7 +68,7 @@ class BatchJob:
     Attributes:
       source: the file of requests.
       folder: of the answers.
-      defaults: settings of requests that say nothing else.
+      defaults: settings that requests do not have themselves.
       seed, truncates: see `RequestRunner`.
     """
 
@@ -80,10 +80,10 @@ class BatchJob:
     settings: EngineSettings
 
     def claim(self, model: dict[str, Any]) -> None:
-        """Makes the folder this job's.
+        """Write the job's description into its folder, or check that it is this job's.
 
         Args:
-          model: what is to be the same when the job goes on, beside the requests.
+          model: what must be the same when the job goes on, beside the requests.
 
         Raises:
           JobError: the input cannot be read, or the folder is another job's.
@@ -98,7 +98,7 @@ class BatchJob:
 
 
 class Counts(NamedTuple):
-    """How many requests were answered, how many failed, and drafts of speculative decoding."""
+    """Numbers of answered and of failed requests, and drafts of speculative decoding."""
 
     answered: int
     failed: int
@@ -108,11 +108,11 @@ class Counts(NamedTuple):
 def run_batch(
     job: BatchJob, part: Share, config: GLMConfig, params: GLMParams, tokenizer: TextCodec
 ) -> Counts:
-    """Answers the remaining requests of a process's share, and shows how it goes.
+    """Answer the remaining requests of a process's share, with a progress bar.
 
     Returns:
-      How many requests were answered now, how many have an error for an answer, and the drafts
-      of the process.
+      Numbers of requests answered now and of those whose answer is an error, and the drafts of the
+      process.
 
     Raises:
       JobError: answers cannot be written.

@@ -1,4 +1,4 @@
-"""The folder of a batch job: answers in parts, none lost and none twice.
+"""The folder of a batch job: answers in parts, none of them lost or duplicated.
 
 Every process appends whole lines to parts of its own, and a process that starts again begins
 a new part; what a killed one left half-written has no line break and does not count. `job.json`
@@ -35,11 +35,11 @@ _LINE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 
 class JobError(UserError):
-    """A folder or input that this job cannot go on with."""
+    """A folder or input with which the job cannot go on."""
 
 
 def describe_input(path: Path) -> dict[str, Any]:
-    """What tells one input file from another, and how many requests it has.
+    """Return what identifies an input file, and its number of requests.
 
     Raises:
       JobError: it holds no prompt.
@@ -54,7 +54,7 @@ def describe_input(path: Path) -> dict[str, Any]:
 
 
 def claim(folder: Path, job: dict[str, Any]) -> None:
-    """Makes a folder this job's, or sees that it is.
+    """Write a job's description into a folder, or check that it is there.
 
     Raises:
       JobError: it holds another job's answers, or something else.
@@ -79,7 +79,7 @@ def claim(folder: Path, job: dict[str, Any]) -> None:
 
 
 def read_job(folder: Path) -> dict[str, Any]:
-    """What `claim` wrote.
+    """Return the description that `claim` wrote.
 
     Raises:
       JobError: the folder is no job's, or its file is damaged.
@@ -97,7 +97,7 @@ def _job_checksum(job: dict[str, Any]) -> int:
 
 
 def requests_of(folder: Path) -> int:
-    """How many requests a job has.
+    """Return a job's number of requests.
 
     Raises:
       JobError: see `read_job`.
@@ -112,7 +112,7 @@ def requests_of(folder: Path) -> int:
 
 
 def _whole_lines(folder: Path, requests: int | None) -> Iterator[tuple[Path, int, bytes, int]]:
-    """File, byte offset, content without its checksum and request index of every whole line.
+    """Yield file, byte offset, content without checksum, and request index of every whole line.
 
     A damaged one counts as not there, which a line on stderr says.
 
@@ -133,7 +133,7 @@ def _whole_lines(folder: Path, requests: int | None) -> Iterator[tuple[Path, int
 
 
 def _checked(line: bytes, requests: int | None) -> tuple[int | None, bytes]:
-    """The request index of a line, None where it is not whole, and its content."""
+    """Return the request index of a line, None if it is not whole, and its content."""
     match = _CHECKSUM.search(line)
     if match is None:
         return None, line
@@ -150,7 +150,7 @@ def _checked(line: bytes, requests: int | None) -> tuple[int | None, bytes]:
 
 
 def answered(folder: Path, requests: int) -> np.ndarray:
-    """bool [requests], true for those that have an answer."""
+    """Return bool [requests], true for those that have an answer."""
     done = np.zeros(requests, bool)
     for _, _, _, index in _whole_lines(folder, requests):
         done[index] = True
@@ -158,7 +158,7 @@ def answered(folder: Path, requests: int) -> np.ndarray:
 
 
 def read_records(folder: Path) -> dict[int, dict[str, Any]]:
-    """The first record of each index that has one."""
+    """Return the first record of each index that has one."""
     records: dict[int, dict[str, Any]] = {}
     for _, _, line, index in _whole_lines(folder, None):
         if index not in records:
@@ -167,7 +167,7 @@ def read_records(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 class AnswerWriter:
-    """Appends records to parts of one process.
+    """Appends records to the parts of one process.
 
     Raises:
       JobError: a part cannot be written; what was written before is whole.
@@ -183,7 +183,7 @@ class AnswerWriter:
         self._number = 1 + max((int(n) for n in numbers if n.isdecimal()), default=-1)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends one line, which the operating system has before this returns."""
+        """Append one line; it is handed to the operating system before this returns."""
         try:
             text = json.dumps(record, ensure_ascii=False, allow_nan=False).translate(_LINE_BREAKS)
         except ValueError as error:  # JSON has no NaN: the model's numbers are none
@@ -216,7 +216,7 @@ class AnswerWriter:
 
 
 def merge(folder: Path) -> Path:
-    """Writes all answers into one file, in the order of the input.
+    """Write all answers to one file, in the order of the input.
 
     Raises:
       JobError: answers are missing.

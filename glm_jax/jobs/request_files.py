@@ -9,18 +9,19 @@ from glm_jax.errors import UserError
 from glm_jax.generation.text_request import RequestError, TextRequest
 from glm_jax.text_files import check_characters, decode, is_json_lines, parse_json, raw_lines
 
-_FREE = ("id", "metadata")  # what may be anything, and comes back as it is
+_FREE = ("id", "metadata")  # fields of any JSON, which answers repeat unchanged
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One request of a file, or why it is none.
+    """One request of a file, or the error of its line.
 
     Attributes:
-      index: of the request, from 0; lines without anything do not count.
+      index: of the request, from 0; empty lines do not count.
       number: of the line, from 1.
-      id: the request's own, else the line's number.
-      metadata: what comes back as it was given; None for nothing.
+      id: the request's own id, or the line's number.
+      request: None if the line is not a request.
+      metadata: the request's own, which its answer repeats; None for none.
     """
 
     index: int
@@ -32,12 +33,12 @@ class Line:
 
 
 def read_lines(path: Path, defaults: TextRequest) -> Iterator[Line]:
-    """The requests of a file, one after another.
+    """Yield the requests of a file.
 
     Args:
-      path: JSON lines where it ends in .jsonl or .json (and .gz or .zst after that), else a text
-        each line.
-      defaults: settings of those that say nothing else.
+      path: JSON lines if its name ends in .jsonl or .json (then .gz or .zst), otherwise one text
+        a line.
+      defaults: settings that a line does not have.
 
     Raises:
       TextFileError: the file cannot be read.
@@ -57,7 +58,7 @@ def _parse(content: bytes, is_json: bool, index: int, number: int, defaults: Tex
         text = decode(content)
         fields: Any = parse_json(text) if is_json else {"text": text}
         if not isinstance(fields, dict):
-            raise RequestError("no JSON object")
+            raise RequestError("not a JSON object")
         own = {name: fields.pop(name) for name in _FREE if name in fields}
         if "text" not in fields:
             raise RequestError("the field 'text' is missing")

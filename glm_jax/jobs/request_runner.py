@@ -1,4 +1,4 @@
-"""Runs the requests of a file through an engine: lines in, records of answers out."""
+"""Runs the requests of a file by an engine: lines in, records of answers out."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -24,7 +24,7 @@ from glm_jax.generation.scored_texts import ScoredChoice, score_choices
 from glm_jax.jobs.request_files import Line
 from glm_jax.model.params import GLMParams
 
-_MIN_ROOM = 64  # tokens of an answer that a text is cut for, where it says nothing
+_MIN_ROOM = 64  # tokens of an answer for which a text is truncated, if it has no max_tokens
 
 Record = dict[str, Any]
 
@@ -45,7 +45,7 @@ _Filling = BlankFilling | _BeamFilling | _ChoiceFilling
 
 
 class _LineAnswer(Answer):
-    """A line, and what fills its blanks once it is begun."""
+    """The answer to a line: what fills its blanks, once its turn has come."""
 
     def __init__(self, runner: "RequestRunner", line: Line):
         self._runner, self.line = runner, line
@@ -82,8 +82,8 @@ class RequestRunner:
         Args:
           params: of the engine, prepared, for beam search.
           seed: of requests that have none; each gets its own.
-          truncates: leaves out the first tokens of texts that leave no room for an answer,
-            which are errors otherwise.
+          truncates: leave out the first tokens of texts that leave no room for an answer, which
+            are errors otherwise.
         """
         self._engine, self._params, self._config = engine, params, config
         self._tokenizer, self._seed, self._truncates = tokenizer, seed, truncates
@@ -91,7 +91,7 @@ class RequestRunner:
         self.generated = 0
 
     def answer(self, lines: Iterable[Line]) -> Iterator[Record]:
-        """Records of all lines, in the order in which they are finished."""
+        """Yield the records of all lines, in the order in which they end."""
         answers = (_LineAnswer(self, line) for line in lines)
         for answer in drive(self._engine, answers, self._count):
             if answer.error is not None:
@@ -107,10 +107,10 @@ class RequestRunner:
         self.generated += len(tokens)
 
     def begin(self, line: Line) -> _Filling:
-        """What fills a line's blanks.
+        """Return what fills a line's blanks.
 
         Raises:
-          UserError: the line is no request, or one that cannot be answered.
+          UserError: the line is not a request, or one that cannot be answered.
         """
         request = line.request
         if request is None:
@@ -202,10 +202,9 @@ def _seed_of(seed: int, index: int) -> int:
 
 
 def share(lines: Iterable[Line], done: np.ndarray, process: int, count: int) -> Iterator[Line]:
-    """The lines that a process of `count` has to answer.
+    """Yield the lines that a process of `count` has to answer: every count-th that is not done.
 
-    It is every count-th, however many processes answered before, so that processes that start
-    at different moments agree.
+    That does not depend on which are done, so that processes that start at different times agree.
     """
     for line in lines:
         if line.index % count == process and not done[line.index]:

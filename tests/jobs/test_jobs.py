@@ -100,7 +100,7 @@ def test_every_line_has_a_record(job, tmp_path):
     messages = [(record["line"], record["error"]) for record in wrong]
     expected = [
         (4, "not JSON"),
-        (5, "no JSON object"),
+        (5, "not a JSON object"),
         (6, "the field 'text' is missing"),
         (7, "unknown field 'tempreature'"),
         (8, "text=5: expected str, got int"),

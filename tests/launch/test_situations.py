@@ -170,7 +170,9 @@ def test_no_flag_takes_a_number_that_makes_no_sense(answers, case):
     statuses = json.loads(stdout)
     assert bool(statuses) == (case[0] not in WITHOUT_NUMBERS)
     taken = {given for given, status in statuses.items() if status != 2}
-    assert taken <= {"--length_penalty=-1"}  # which favours short answers
+    # These favour short answers, and repetition.
+    penalties = ("length_penalty", "presence_penalty", "frequency_penalty")
+    assert taken <= {f"--{name}=-1" for name in penalties}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case))
