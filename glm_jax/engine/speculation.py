@@ -149,7 +149,7 @@ class Speculation:
                     run(self._nothing(rows) if has_drafts else None)
                     taken.append(time.perf_counter() - began)
             plain, drafted = (min(taken[1:]) for taken in seconds.values())
-            cost = drafted / plain
+            cost = max(1.0, drafted / plain)
             self._costs[rows] = processes.agree(cost) if self._is_shared else cost
         return self._costs.get(rows, 1.0)
 

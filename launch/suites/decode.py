@@ -16,6 +16,7 @@ from glm_jax.engine import step_functions
 from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.engine.prompt import Prompt
 from glm_jax.engine.request import Request
+from glm_jax.engine.sampling import Sampling
 from glm_jax.generation.driver import complete_all
 from glm_jax.model import params as glm_params
 from glm_jax.model.device_layout import prepare
@@ -30,6 +31,7 @@ BATCH = 16
 _LENGTH = 1024  # positions: the longest prompt and answer of the mixed load
 # The whole model takes this many times as long for the mixed load: an hour on two cores.
 _MIXED_PART = 8
+_DRAFTS = 3
 SPECIAL = 9  # tokens of its model; those after them are text
 
 
@@ -51,6 +53,7 @@ def decode_suite() -> Iterator[tuple[str, dict[str, Case]]]:
         for batch in (1, BATCH)
     }
     yield "continuous batching: a token after the first", cases
+    yield "speculative decoding: a token after the first", _speculation(config, a8)
     for batch in (1, BATCH):
         yield f"overhead: a step of batch {batch}", _overhead(config, a8, batch)
     del int4, a8
@@ -85,15 +88,24 @@ def random_prompt(config: GLMConfig, length: int, seed: int = 0) -> Prompt:
     return Prompt((*tokens.tolist(), special.gmask), None)
 
 
-def _answers_case(config: GLMConfig, params: GLMParams, batch: int, whole: bool = False) -> Case:
+def _answers_case(
+    config: GLMConfig,
+    params: GLMParams,
+    batch: int,
+    whole: bool = False,
+    sampling: Sampling | None = None,
+    speculate: int = 0,
+) -> Case:
     """A step's part of `batch` answers, each token of every row counted."""
-    engine = Engine(params, config, EngineSettings(batch, PROMPT + 1 + ANSWER))
+    settings = EngineSettings(batch, PROMPT + 1 + ANSWER, speculate=speculate)
+    engine = Engine(params, config, settings)
     engine.warm_up()
 
     def begin() -> None:
         for seed in range(batch):
             prompt = random_prompt(config, PROMPT, seed)
-            engine.submit(Request(prompt, max_tokens=ANSWER, end_tokens=()))
+            choice = sampling or Sampling()
+            engine.submit(Request(prompt, choice, ANSWER, seed, end_tokens=()))
         if not whole:
             engine.step()
 
@@ -105,6 +117,24 @@ def _answers_case(config: GLMConfig, params: GLMParams, batch: int, whole: bool 
 
     tokens = batch * (ANSWER - (0 if whole else 1))
     return Case(finish, tokens, (lambda: None) if whole else begin, is_long=True)
+
+
+def _speculation(config: GLMConfig, params: GLMParams) -> dict[str, Case]:
+    """An answer that repeats itself, as greedy ones of random weights do; one of words at random;
+    and one of six words, any two of which came before, so that there are drafts, and few right."""
+    banned = tuple(t for t in range(config.vocab_size) if not SPECIAL <= t < SPECIAL + 6)
+    texts = {
+        "repeats itself": Sampling(),
+        "random": Sampling(temperature=5.0),
+        "six words": Sampling(temperature=100.0, banned_tokens=banned),
+    }
+    return {
+        f"{name}, {drafts} drafts": _answers_case(
+            config, params, 1, sampling=sampling, speculate=drafts
+        )
+        for name, sampling in texts.items()
+        for drafts in (0, _DRAFTS)
+    }
 
 
 def _one_prompt(config: GLMConfig, int4: GLMParams, a8: GLMParams) -> dict[str, Case]:

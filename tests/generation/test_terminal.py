@@ -32,13 +32,15 @@ def _plain(text):
     return text.replace(GREEN, "").replace(PLAIN, "")
 
 
-@pytest.mark.parametrize("text", ["t5 t9 [MASK] t33 [MASK] t7", "t100 t21 [gMASK]", "t12 t13"])
-def test_tokens_are_printed_as_they_come(golden_float32, golden_special, text):
+@pytest.mark.parametrize(
+    ("text", "speculate"),
+    [("t5 t9 [MASK] t33 [MASK] t7", 0), ("t100 t21 [gMASK]", 3), ("t12 t13", 0)],
+)
+def test_tokens_are_printed_as_they_come(golden_float32, golden_special, text, speculate):
     config, params = golden_float32
     tokenizer, terminal = WordTokenizer(golden_special), _Terminal()
-    assert (
-        fill_all(params, config, tokenizer, [text], Strategy(Sampling(), 30), False, terminal) == 0
-    )
+    strategy = Strategy(Sampling(), 30, speculate=speculate)
+    assert fill_all(params, config, tokenizer, [text], strategy, False, terminal) == 0
     filled = fill_blanks(params, config, tokenizer, text, max_length=30)
     printed = terminal.getvalue()
     assert _plain(printed) == filled.text + "\n"

@@ -21,6 +21,7 @@ from served import (
     wait_idle,
 )
 
+from glm_jax.engine.speculation import DraftCounts
 from glm_jax.errors import UserError
 from glm_jax.serving.connections import ConnectionLimits
 from glm_jax.serving.keys import Keys, KeysError
@@ -167,7 +168,8 @@ def test_other_pages_may_ask_only_where_they_are_named(model):
         assert "access-control-allow-origin" not in other.headers
 
 
-def test_metrics(model):
+def test_metrics(model, monkeypatch):
+    monkeypatch.setattr(model.engine._speculation, "counts", DraftCounts(12, 9))
     with running(lambda: model) as served:
         for _ in range(3):
             answered = post(served, json=ASKED | {"max_tokens": 5}).json()
@@ -176,6 +178,8 @@ def test_metrics(model):
         text = httpx2.get(served.url + "/metrics").text
         found = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(found["glm_generated_tokens_total"]) == 15
+    assert float(found["glm_draft_tokens_total"]) == 12
+    assert float(found["glm_accepted_draft_tokens_total"]) == 9
     prompt = answered["usage"]["prompt_tokens"]
     assert float(found["glm_prompt_tokens_total"]) == 3 * prompt
     completions = 'endpoint="/v1/completions"'
