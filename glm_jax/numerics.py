@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 TENSORFLOAT32 = "tensorfloat32"
 _casts = contextvars.ContextVar("casts", default=False)  # bfloat16 operands to float32
+_rounds = contextvars.ContextVar("rounds", default=False)  # see `product_dtype`
 
 
 def array_dtype(compute_dtype: str) -> str:
@@ -40,14 +41,25 @@ def trained_products(compute_dtype: str, on_cpu: bool) -> Iterator[None]:
 
     XLA folds the transposes of gradients into products, and its CPU backend has no bfloat16
     product with a transposed first operand: DotThunk reports UNIMPLEMENTED when it runs. On CPU the
-    operands are cast to float32, which does not change their products.
+    operands are cast to float32, which does not change their products. On other devices
+    `product_dtype` is the operands'.
     """
-    before = _casts.set(on_cpu)
+    before, rounded_before = _casts.set(on_cpu), _rounds.set(not on_cpu)
     try:
         with products_as(compute_dtype):
             yield
     finally:
         _casts.reset(before)
+        _rounds.reset(rounded_before)
+
+
+def product_dtype(x: Array) -> Any:
+    """Return the dtype in which a linear gives its product of activations x.
+
+    Float32 outside of `trained_products`. On a GPU a library's product in float32 that is then
+    rounded passes over memory three times instead of once; sums are in float32 in any case.
+    """
+    return x.dtype if _rounds.get() else jnp.dtype(jnp.float32)
 
 
 def _operands(x: Array, y: Array) -> tuple[Array, Array]:
@@ -67,15 +79,15 @@ def precision_of(*operands: Array) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST
 
 
-def dot_general(x: Array, y: Array, dimension_numbers: Any) -> Array:
-    """Compute `jax.lax.dot_general` with a float32 result."""
+def dot_general(x: Array, y: Array, dimension_numbers: Any, dtype: Any = jnp.float32) -> Array:
+    """Compute `jax.lax.dot_general` with sums in float32, rounded once to `dtype`."""
     x, y = _operands(x, y)
     return jax.lax.dot_general(
         x,
         y,
         dimension_numbers,
         precision=precision_of(x, y),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=dtype,
     )
 
 

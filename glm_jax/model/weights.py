@@ -21,7 +21,7 @@ from glm_jax.kernels.quantized_matmul.api import (
     take_outputs,
     transposed_matmul,
 )
-from glm_jax.numerics import dot_general
+from glm_jax.numerics import dot_general, product_dtype
 from glm_jax.quantization import QuantizedArray
 from glm_jax.sharding import LogicalAxes, surrounding_mesh
 
@@ -60,7 +60,7 @@ class Weight(Protocol):
           adapter_dropout: applied to the inputs of a low-rank pair, if there is one.
 
         Returns:
-          float32 [..., *outputs].
+          [..., *outputs], float32 but for `product_dtype`.
         """
 
     def transposed_matmul(self, y: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -104,7 +104,7 @@ class DenseWeight(_Base):
         self, x: Array, bias: Array | None = None, adapter_dropout: Dropout | None = None
     ) -> Array:
         product = _product(x, self.array.astype(x.dtype))
-        return product if bias is None else product + bias
+        return product if bias is None else product.astype(jnp.float32) + bias
 
     def transposed_matmul(self, y: Array) -> Array:
         outputs, own = _output_axes(y, self.shape)
@@ -243,19 +243,20 @@ def _output_axes(y: Array, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tup
 
 @jax.custom_vjp
 def _product(x: Array, kernel: Array) -> Array:
-    """x [..., inputs] times a kernel [inputs, *outputs], in float32.
+    """x [..., inputs] times a kernel [inputs, *outputs], in `product_dtype`.
 
     The kernel's gradient comes out in the kernel's own layout. JAX's own is transposed, and costs
     a transpose of the gradient that flows back besides.
     """
-    return dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    return dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), product_dtype(x))
 
 
 def _product_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, kernel = saved
     rounded = gradient.astype(x.dtype)
     leading, outputs = tuple(range(x.ndim - 1)), tuple(range(x.ndim - 1, gradient.ndim))
-    of_x = dot_general(rounded, kernel, ((outputs, tuple(range(1, kernel.ndim))), ((), ())))
+    axes = (outputs, tuple(range(1, kernel.ndim)))
+    of_x = dot_general(rounded, kernel, (axes, ((), ())), product_dtype(x))
     # The smaller of the two is the one that is transposed.
     is_wide = x.shape[-1] > math.prod(kernel.shape[1:])
     first, second = (rounded, x) if is_wide else (x, rounded)

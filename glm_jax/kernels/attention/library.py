@@ -115,8 +115,8 @@ def _with_saved_results(attend: Callable[..., Array]) -> Callable[..., Array]:
 
     def forward(start: Array, end: Array, *qkv: Array) -> tuple[Array, Any]:
         out, pull_back = jax.vjp(functools.partial(attend, start, end), *qkv)
-        leaves, structure = jax.tree.flatten(pull_back)
-        return out, jax.tree.unflatten(structure, saved(*leaves))
+        leaves, structure = jax.tree.flatten((out, pull_back))
+        return jax.tree.unflatten(structure, saved(*leaves))
 
     def backward(pull_back: Any, gradient: Array) -> tuple[Any, ...]:
         return (None, None, *pull_back(gradient))
