@@ -36,6 +36,7 @@ ACTIVATION_RULES = (
     ("mlp", "tensor"),
     ("embed", None),
     ("seq", None),
+    ("saved_seq", "tensor"),  # of a block's input, which the backward pass finds saved
     ("head_dim", None),
     ("layers", None),
 )
@@ -207,6 +208,13 @@ def mesh_to_divide() -> AbstractMesh | None:
     """Return `surrounding_mesh`, or None inside `jax.shard_map`, where arrays are one device's."""
     mesh = surrounding_mesh()
     return None if mesh is None or mesh.manual_axes else mesh
+
+
+def rows_of_a_device(rows: int) -> int:
+    """Return how many of a batch's rows each device has under the surrounding mesh."""
+    mesh = surrounding_mesh()
+    parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in _BATCH_AXES)
+    return rows // parts if rows % parts == 0 else rows
 
 
 def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:

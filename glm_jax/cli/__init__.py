@@ -19,6 +19,7 @@ from glm_jax.cli import help as cli_help
 from glm_jax.cli.experiments import define_experiment_flag, with_default_experiment
 from glm_jax.cli.flag_errors import explained, require
 from glm_jax.cli.packaged import packaged
+from glm_jax.compiler_settings import process_flags
 from glm_jax.errors import UserError, shortened, system_refusal
 
 __all__ = [
@@ -31,7 +32,6 @@ __all__ = [
     "run_with_paths",
     "set_up_compiler",
 ]
-_OVERLAP = "xla_gpu_enable_latency_hiding_scheduler"
 _MAX_NUMBER = 2**63 - 1  # of a flag's number
 _OUTPUTS = ("output", "workdir")  # flags
 
@@ -145,9 +145,7 @@ def set_up_compiler() -> None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder = home / "glm_jax" / f"programs_{_processor()}"
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    existing = os.environ.get("XLA_FLAGS", "")
-    if _OVERLAP not in existing:
-        os.environ["XLA_FLAGS"] = f"{existing} --{_OVERLAP}=true".strip()
+    os.environ["XLA_FLAGS"] = process_flags(os.environ.get("XLA_FLAGS", ""))
 
 
 def _processor() -> str:

@@ -24,7 +24,7 @@ def training_flops(
     tokens: int,
     keys: int,
     is_frozen: bool = False,
-    recomputes: bool = False,
+    remat: str = "none",
 ) -> float:
     """Count the operations of a forward and a backward pass.
 
@@ -33,12 +33,12 @@ def training_flops(
     Args:
       tokens, keys: see `block_flops`.
       is_frozen: weights have no gradients, as beside adapters; these are too small to count.
-      recomputes: blocks run forward once more in the backward pass. Model FLOPs utilisation
-        counts without it.
+      remat: which products the backward pass computes again; see `Recipe`. Model FLOPs
+        utilisation counts without them.
     """
-    weights = _weight_flops(config, tokens) + logit_flops(config, tokens)
-    attention = _attention_flops(config, tokens, keys)
-    again = block_flops(config, tokens, keys) if recomputes else 0.0
+    linears, attention = _weight_flops(config, tokens), _attention_flops(config, tokens, keys)
+    weights = linears + logit_flops(config, tokens)
+    again = {"blocks": linears + attention, "attention": linears}.get(remat, 0.0)
     return (2.0 if is_frozen else 3.0) * weights + 3.0 * attention + again
 
 

@@ -21,6 +21,10 @@ from glm_jax.sharding import constrain
 _NAMES = {"dots": (PRODUCT, ATTENDED), "attention": (ATTENDED,), "blocks": ()}
 REMAT_POLICIES = ("none", *_NAMES)
 _EMBEDDING = 2**30  # no layer's number
+# Between blocks each device of a tensor group has a part of every row ("Reducing Activation
+# Recomputation in Large Transformer Models", arXiv:2205.05198, section 4.2.2): what the backward
+# pass finds saved is then divided by the group's size.
+_SAVED_AXES = ("batch", "saved_seq", "embed")
 
 
 def training_hidden(
@@ -46,6 +50,7 @@ def training_hidden(
         x, _ = glm.block(
             x, layer, config, rotary, visibility.key_ranges, dropout=own, implementation=attention
         )
+        x = constrain(x, _SAVED_AXES)
         return x, jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
 
     def of_layer(index: Array | int) -> Dropout | None:
@@ -57,5 +62,6 @@ def training_hidden(
         run = jax.checkpoint(run, policy=policy, prevent_cse=layers.is_apart)
     x = constrain(glm.embed(params, tokens).astype(config.activation_dtype), HIDDEN_AXES)
     x = drop(x, None if dropout is None else dropout.of_layer(_EMBEDDING), 0)
-    x, scales = layers.scan(run, x, of_layer)
+    x, scales = layers.scan(run, constrain(x, _SAVED_AXES), of_layer)
+    x = constrain(x, HIDDEN_AXES)
     return layer_norm(x, params.final_layernorm, config.layernorm_epsilon), scales

@@ -297,9 +297,8 @@ def _flops(request: PlanRequest, model: GLMConfig) -> float:
     if request.job != "train":
         return block_flops(model, tokens, request.length) + logit_flops(model, tokens)
     assert request.recipe is not None
-    recomputes = request.recipe.remat != "none"
     return request.accumulation * training_flops(
-        model, tokens, request.length, request.has_adapter, recomputes
+        model, tokens, request.length, request.has_adapter, request.recipe.remat
     )
 
 

@@ -21,7 +21,8 @@ _MEMORY = ("weights", "cache", "optimizer", "other", "temporaries", "total", "ro
 def line(result: PlanResult) -> str:
     """Describe a plan in one line."""
     request, plan = result.request, result.plan
-    head = f"mesh {','.join(map(str, request.mesh))} batch {request.batch}: "
+    remat = "" if request.recipe is None else f" remat {request.recipe.remat}"
+    head = f"mesh {','.join(map(str, request.mesh))} batch {request.batch}{remat}: "
     if plan is None:
         return head + result.error
     fits = "fits" if plan.fits else "does not fit"

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from ml_collections import ConfigDict
 
 from glm_jax.config import GLMConfig
+from glm_jax.model.training import REMAT_POLICIES
 from glm_jax.planning.plan import Plan, PlanError, PlanRequest, make_plan
+from glm_jax.training.recipe import Recipe
 
 _DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _MAX_BATCH = 1024
@@ -50,8 +52,10 @@ def sweep(
 ) -> list[PlanResult]:
     """Plan every mesh of the devices, each with batches that double while they fit.
 
+    In training each batch is planned with the remat that recomputes least and fits.
+
     Args:
-      request: its mesh and batch are replaced.
+      request: its mesh and batch are replaced, and the recipe's remat.
       show: called with each result as soon as it is there.
 
     Returns:
@@ -60,16 +64,30 @@ def sweep(
     fitting = []
     for mesh in meshes(request.model, request.devices):
         batch = mesh[1]
+        tried = list(_remats(request))
         while batch <= _MAX_BATCH:
-            result = attempt(dataclasses.replace(request, mesh=mesh, batch=batch), hardware)
+            of_batch = dataclasses.replace(request, mesh=mesh, batch=batch)
+            result = attempt(dataclasses.replace(of_batch, recipe=tried[0]), hardware)
             show(result)
             if result.plan is None or not result.plan.fits:
-                break
+                if len(tried) == 1:
+                    break
+                tried.pop(0)  # no larger batch fits with it
+                continue
             fitting.append(result)
             if request.job == "prefill":  # runs one prompt a row, whatever the slots
                 break
             batch *= 2
     return sorted(fitting, key=lambda result: -result.rows_per_second)
+
+
+def _remats(request: PlanRequest) -> Iterator[Recipe | None]:
+    """Yield the request's recipe with every remat, the one that recomputes least first."""
+    if request.recipe is None:
+        yield None
+    else:
+        for remat in REMAT_POLICIES:
+            yield dataclasses.replace(request.recipe, remat=remat)
 
 
 def smallest(request: PlanRequest, hardware: ConfigDict) -> PlanResult | None:

@@ -30,7 +30,7 @@ def cross_entropy(
     """Return the weighted sum of -log softmax(hidden table^T)[target], in nats.
 
     Args:
-      chunk: positions at a time; all at once if it does not divide seq.
+      chunk: positions of each row at a time, at most.
       z_loss: factor of the squared log-sum-exp that is added to each loss.
 
     Returns:
@@ -81,14 +81,17 @@ def _run(
     of_table_too: bool = False,
 ) -> tuple[Sums, tuple[Array, Array | None] | None]:
     batch, length, _ = hidden.shape
-    count = length // chunk if length % chunk == 0 else 1
+    count = -(-length // chunk)
+    padding = -length % count  # positions without weight
     cast_table = table.astype(hidden.dtype)
 
     def split(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(batch, count, -1, *x.shape[2:]), 1, 0)
+        padded = jnp.pad(x, [(0, padding if axis == 1 else 0) for axis in range(x.ndim)])
+        return jnp.moveaxis(padded.reshape(batch, count, -1, *x.shape[2:]), 1, 0)
 
     def join(x: Array) -> Array:
-        return jnp.moveaxis(x, 0, 1).reshape(batch, length, *x.shape[3:])
+        joined = jnp.moveaxis(x, 0, 1).reshape(batch, length + padding, *x.shape[3:])
+        return joined[:, :length]
 
     def step(carry: Any, part: tuple[Array, ...]) -> tuple[Any, Any]:
         total, of_table = carry

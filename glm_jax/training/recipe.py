@@ -60,7 +60,8 @@ class Recipe:
       remat: what the backward pass recomputes: "none" nothing, "dots" all but the results of
         linears and of attention, "attention" all but attention's, "blocks" all but a block's
         input.
-      loss_chunk: positions whose logits exist at a time.
+      loss_chunk: tokens of a device whose logits exist at a time. Each such piece adds to the
+        table's gradient once, which takes as long as the products of some 300 tokens.
       z_loss: factor of the squared log-sum-exp of the logits; 0 for none.
       embedding_gradient: factor of the embedding's gradient.
       embedding_gradient_samples: rows over which that factor rises to 1; 0 for a constant.
@@ -89,7 +90,7 @@ class Recipe:
     attention_dropout: float = 0.1
     attention: str = "auto"
     remat: str = "none"
-    loss_chunk: int = 256
+    loss_chunk: int = 2048
     z_loss: float = 0.0
     embedding_gradient: float = 0.1
     embedding_gradient_samples: int = 0

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from glm_jax import compiler_settings
 from glm_jax.config import ConfigError, GLMConfig
 from glm_jax.kernels.attention.api import attention
 from glm_jax.kernels.dispatch import BackendError
@@ -20,7 +21,7 @@ from glm_jax.model.params import GLMParams
 from glm_jax.model.training import training_hidden
 from glm_jax.model.visibility import Visibility
 from glm_jax.numerics import trained_products
-from glm_jax.sharding import constrain, constrain_parameters, is_for_cpu
+from glm_jax.sharding import constrain, constrain_parameters, is_for_cpu, rows_of_a_device
 from glm_jax.training.loss import cross_entropy
 from glm_jax.training.optimizer import clipping, learning_rate
 from glm_jax.training.recipe import Recipe
@@ -73,8 +74,9 @@ def loss_sums(
         recipe.attention_implementation,
     )
     weights = batch.loss_weights
+    chunk = max(1, recipe.loss_chunk // rows_of_a_device(len(weights)))
     total, (losses, hits) = cross_entropy(
-        hidden, table, batch.targets, weights, recipe.loss_chunk, recipe.z_loss
+        hidden, table, batch.targets, weights, chunk, recipe.z_loss
     )
     of_groups = lambda x: jax.ops.segment_sum(x.ravel(), batch.groups.ravel(), groups)
     sums = {
@@ -178,7 +180,10 @@ def compiled_train_step(
     """
     shardings = state_shardings(config, recipe, mesh)
     step = functools.partial(train_step, config=config, recipe=recipe, groups=groups)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    options = compiler_settings.of_training(mesh.devices.flat[0].platform, mesh.size)
+    return jax.jit(
+        step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options or None
+    )
 
 
 def train_step(

@@ -1,12 +1,16 @@
 """The 130B train step at the paper's scale fits 96 hosts of 8 A100 of 40 GB."""
 
+import re
+
 import pytest
 from aot.compiling import collectives, hardware
 
 from configs import glm_130b
+from glm_jax.config import glm_config
 from glm_jax.planning import topology, training_programs
 from glm_jax.sharding import make_mesh
 from glm_jax.training import config as train_config
+from glm_jax.training.recipe import Recipe
 
 HOSTS, GPUS = 96, 8
 
@@ -57,3 +61,29 @@ def test_the_state_is_gathered_a_layer_at_a_time(compiled):
     assert "all-gather" in gathers
     count, size = gathers["all-gather"]
     assert size < 3.2 * (layer + table), (count, size)
+
+
+def test_what_a_step_on_one_gpu_writes():
+    """Two layers of the 1B, 8 rows: what is saved is rounded and is not computed twice, products
+    come out in bfloat16, and no mask of a layer's dropout is an array."""
+    model = glm_config("1b", compute_dtype="bfloat16").replace(num_layers=2)
+    recipe = Recipe(total_samples=1, attention_dropout=0.0, remat="dots")
+    rows, length = 8, 1024
+    lowered = training_programs.lower_train_step(
+        model,
+        recipe,
+        make_mesh((1, 1, 1), topology.devices(hardware("h100"))),
+        accumulation=1,
+        micro_batch=rows,
+        sequence_length=length,
+    )
+    text = lowered.compile().as_text()
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2 * model.num_layers
+    products = re.findall(r"= \((\w+)\[(\d+),\d+\]\S+ \S+ custom-call\(.*cublas", text)
+    of_tokens = [dtype for dtype, outputs in products if int(outputs) == rows * length]
+    assert len(of_tokens) == 8 * model.num_layers
+    assert set(of_tokens) == {"bf16"}
+    entry = text[text.index("\nENTRY") :].splitlines()
+    mask = f"pred[{rows},{length},{model.hidden_size}]"
+    stored = [line for line in entry if mask in line.partition(" fusion(")[0] and "fusion(" in line]
+    assert len(stored) <= 1  # the embedding's

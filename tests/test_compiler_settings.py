@@ -1,0 +1,25 @@
+"""The compiler's settings: this JAX knows them, and the environment wins."""
+
+import jax
+import pytest
+
+from glm_jax.compiler_settings import of_training, process_flags
+
+
+def test_this_jax_knows_those_of_training(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    options = of_training("gpu", 2)
+    assert options["xla_gpu_enable_triton_gemm"] is False
+    jax.jit(lambda x: x + 1, compiler_options=options).lower(1.0).compile()
+    with pytest.raises(Exception, match="No such compile option"):
+        jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_no": True}).lower(1.0).compile()
+    assert of_training("cpu", 2) == of_training("tpu", 2) == {}
+
+
+def test_the_environment_wins(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
+    assert "xla_gpu_enable_triton_gemm" not in of_training("cuda", 1)
+    scheduler = "--xla_gpu_enable_latency_hiding_scheduler"
+    assert process_flags("") == f"{scheduler}=true"
+    assert process_flags("--a=1") == f"--a=1 {scheduler}=true"
+    assert process_flags(f"{scheduler}=false") == f"{scheduler}=false"
