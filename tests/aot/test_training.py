@@ -64,8 +64,8 @@ def test_the_state_is_gathered_a_layer_at_a_time(compiled):
 
 
 def test_what_a_step_on_one_gpu_writes():
-    """Two layers of the 1B, 8 rows: what is saved is rounded and is not computed twice, products
-    come out in bfloat16, and no mask of a layer's dropout is an array."""
+    """Two layers of the 1B, 8 rows: attention is not computed twice, and products come out in
+    bfloat16."""
     model = glm_config("1b", compute_dtype="bfloat16").replace(num_layers=2)
     recipe = Recipe(total_samples=1, attention_dropout=0.0, remat="dots")
     rows, length = 8, 1024
@@ -83,7 +83,3 @@ def test_what_a_step_on_one_gpu_writes():
     of_tokens = [dtype for dtype, outputs in products if int(outputs) == rows * length]
     assert len(of_tokens) == 8 * model.num_layers
     assert set(of_tokens) == {"bf16"}
-    entry = text[text.index("\nENTRY") :].splitlines()
-    mask = f"pred[{rows},{length},{model.hidden_size}]"
-    stored = [line for line in entry if mask in line.partition(" fusion(")[0] and "fusion(" in line]
-    assert len(stored) <= 1  # the embedding's

@@ -230,6 +230,7 @@ def test_dropout_is_the_same_on_any_mesh_and_in_the_gradient():
     assert (alone != np.asarray(drop(x, dropout, 1))).any()
     mesh = make_mesh((2, 2, 2))
     run = lambda x: drop(x, dropout, 0)
+    assert [saved.size for saved in jax.tree.leaves(jax.vjp(run, x)[1])] == [1]  # the seed
     with jax.set_mesh(mesh):
         divided = jax.device_put(x, activation_sharding(mesh, ("batch", "seq", "mlp")))
         np.testing.assert_array_equal(jax.jit(run)(divided), alone)
