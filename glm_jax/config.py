@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from glm_jax.errors import UserError, shown
+from glm_jax.errors import UserError, parser_refusal, shown
 from glm_jax.numerics import TENSORFLOAT32, array_dtype
 
 _FLOAT_DTYPES = ("float32", "bfloat16", "float16")
@@ -258,8 +258,8 @@ class GLMConfig:
         """
         try:
             fields = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ConfigError(f"model config is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"model config is not JSON: {parser_refusal(error)}") from error
         return cls.from_dict(fields)
 
     @classmethod

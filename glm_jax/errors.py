@@ -31,6 +31,13 @@ def shortened(message: str) -> str:
     return message if len(message) <= _MAX_MESSAGE else f"{message[:half]} ... {message[-half:]}"
 
 
+def parser_refusal(error: Exception) -> str:
+    """Return why a parser of JSON or YAML refused a text, without advice about Python."""
+    if "int_max_str_digits" in str(error):
+        return "a number of too many digits"
+    return str(error)[:_MAX_REASON]
+
+
 _NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
 _REFUSED = (
     *_NO_ROOM,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_jax import processes
-from glm_jax.errors import UserError, is_no_room
+from glm_jax.errors import UserError, is_no_room, parser_refusal
 
 # Errors that only writing raises, not the files that are read at the same time.
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -246,7 +246,7 @@ def read_json(path: Path, error: type[UserError], if_missing: str | Callable[[],
     except OSError as unreadable:
         raise error(f"{path}: {unreadable.strerror}") from unreadable
     except (ValueError, RecursionError) as wrong:
-        raise error(f"{path} is not JSON: {str(wrong)[:200]}") from wrong
+        raise error(f"{path} is not JSON: {parser_refusal(wrong)}") from wrong
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from glm_jax.errors import UserError
+from glm_jax.errors import UserError, parser_refusal
 
 _BOM = b"\xef\xbb\xbf"
 _COMPRESSED_SUFFIXES = (".gz", ".zst")
@@ -175,7 +175,7 @@ def parse_json(text: str) -> Any:
     except RecursionError:
         raise TextFileError(f"not JSON: nested more than {_MAX_DEPTH} deep") from None
     except ValueError as error:
-        raise TextFileError(f"not JSON: {error}") from error
+        raise TextFileError(f"not JSON: {parser_refusal(error)}") from error
     if text.count("[") + text.count("{") > _MAX_DEPTH:
         _check_depth(value)
     return value

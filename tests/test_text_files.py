@@ -132,6 +132,7 @@ def test_what_is_no_json_is_one_line(tmp_path, text):
     with pytest.raises(UserError, match=r"^not JSON: ") as raised:
         parse_json(text)
     assert len(str(raised.value)) < 200
+    assert "sys." not in str(raised.value)
     with pytest.raises(UserError, match=r"file\.json: not JSON: "):
         read_json(_write(tmp_path / "file.json", text.encode()))
 

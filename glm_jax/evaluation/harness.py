@@ -17,7 +17,7 @@ from glm_jax.engine.prompt import Prompt
 from glm_jax.engine.request import Request, Token
 from glm_jax.engine.sampling import Sampling
 from glm_jax.engine.scoring_batch import ScoredSequence
-from glm_jax.errors import UserError
+from glm_jax.errors import UserError, shown
 from glm_jax.evaluation.examples import Document
 from glm_jax.evaluation.sequences import count_windows, window
 from glm_jax.evaluation.task_config import TaskConfig
@@ -42,27 +42,44 @@ class HarnessModel(LM):
 
     def __init__(
         self,
-        checkpoint: str,
-        tokenizer: str | None = None,
-        mesh: str | None = None,
-        dtype: str | None = None,
-        quantization: str | None = None,
-        adapter: str | None = None,
+        checkpoint: Any = None,
+        tokenizer: Any = None,
+        mesh: Any = None,
+        dtype: Any = None,
+        quantization: Any = None,
+        adapter: Any = None,
         batch_tokens: int = 4096,
         max_gen_toks: int = 256,
-        unidirectional: bool = False,
+        unidirectional: Any = False,
         **harness: Any,
     ):
         super().__init__()
         unknown = set(harness) - {"batch_size", "max_batch_size", "device"}
         if unknown:
             raise UserError(f"--model_args: unknown: {', '.join(sorted(unknown))}")
+        texts = {
+            "checkpoint": checkpoint,
+            "tokenizer": tokenizer,
+            "mesh": mesh,
+            "dtype": dtype,
+            "quantization": quantization,
+            "adapter": adapter,
+        }
+        for name, value in texts.items():
+            if not isinstance(value, str | None):  # the harness makes numbers of what looks so
+                raise UserError(f"--model_args: {name}={shown(value)}: expected text")
+        if checkpoint is None:
+            raise UserError("--model_args: give checkpoint=DIR, a model folder")
+        if not isinstance(unidirectional, bool):
+            raise UserError(
+                f"--model_args: unidirectional={shown(unidirectional)}: expected True or False"
+            )
         devices = None if mesh is None else parse_mesh(mesh.replace(";", ","))
         config, params = restore(checkpoint, devices, dtype, quantization, adapter=adapter)
         params = prepare(params)
         codec = Tokenizer(tokenizer or checkpoint)
-        self._model = Model(params, config, codec, _count("batch_tokens", batch_tokens))
-        self._max_tokens = _count("max_gen_toks", max_gen_toks)
+        self._model = Model(params, config, codec, _whole("batch_tokens", batch_tokens, 1))
+        self._max_tokens = _whole("max_gen_toks", max_gen_toks, 1)
         self._is_unidirectional = unidirectional
 
     @property
@@ -144,7 +161,7 @@ class HarnessModel(LM):
         for request in requests:
             context, options = request.args
             settings = {name: value for name, value in options.items() if value is not None}
-            max_tokens = _count("max_gen_toks", settings.get("max_gen_toks", self._max_tokens))
+            max_tokens = _whole("max_gen_toks", settings.get("max_gen_toks", self._max_tokens), 1)
             max_tokens = min(max_tokens, self._length - 4)
             tokens = self._encode(context)[-(self._length - max_tokens - 2) :]
             prompt = Prompt((*tokens, special.gmask), None)
@@ -195,7 +212,7 @@ def _sampling(settings: dict[str, Any]) -> Sampling:
     temperature = settings.get("temperature", 1.0 if settings.get("do_sample") else 0.0)
     return Sampling(
         temperature=_number("temperature", temperature) if samples else 0.0,
-        top_k=int(_number("top_k", settings.get("top_k", 0))),
+        top_k=_whole("top_k", settings.get("top_k", 0), 0),
         top_p=_number("top_p", settings.get("top_p", 0.0)),
     )
 
@@ -207,8 +224,8 @@ def _number(name: str, value: Any) -> float:
         raise UserError(f"{name}={value!r}: expected a number") from error
 
 
-def _count(name: str, value: Any) -> int:
+def _whole(name: str, value: Any, minimum: int) -> int:
     number = _number(name, value)
-    if not (number >= 1 and number.is_integer()):
-        raise UserError(f"{name}={value}: expected a whole number, at least 1")
+    if not (number >= minimum and number.is_integer()):
+        raise UserError(f"{name}={value}: expected a whole number, at least {minimum}")
     return int(number)

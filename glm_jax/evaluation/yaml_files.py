@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from glm_jax.errors import parser_refusal
 from glm_jax.text_files import TextFileError, read_text
 
 _DATE = "tag:yaml.org,2002:timestamp"
@@ -50,7 +51,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
         raise TextFileError(f"{path}{line} is no YAML: {error.problem or error}") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise TextFileError(f"{path} is no YAML: {error}") from error
+        raise TextFileError(f"{path} is no YAML: {parser_refusal(error)}") from error
     if not isinstance(content, dict):
         raise TextFileError(f"{path}: no fields: 'NAME: VALUE' lines are expected")
     return {str(name): value for name, value in content.items()}

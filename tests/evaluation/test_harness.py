@@ -101,6 +101,28 @@ def test_an_answer_ends_before_eod_and_settings_may_be_none(harness, monkeypatch
         model.generate_until(_requests(("t17", {"until": [3]})))
     with pytest.raises(UserError, match="temperature='warm'"):
         model.generate_until(_requests(("t17", {"temperature": "warm"})))
+    for top_k in (1e400, 2.5):
+        with pytest.raises(UserError, match=f"top_k={top_k}: expected a whole number"):
+            model.generate_until(_requests(("t17", {"top_k": top_k, "do_sample": True})))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give checkpoint=DIR"),
+        ({"checkpoint": 7}, "checkpoint=7: expected text"),
+        ({"checkpoint": "missing", "mesh": 1}, "mesh=1: expected text"),
+        (
+            {"checkpoint": "missing", "unidirectional": "no"},
+            "unidirectional='no': expected True or",
+        ),
+        ({"checkpoint": "missing", "batch": 1}, "unknown: batch"),
+    ],
+)
+def test_arguments_of_another_kind(arguments, message, harness):
+    """The harness makes numbers of what looks like one."""
+    with pytest.raises(UserError, match=message):
+        harness[0].HarnessModel(**arguments)
 
 
 def test_control_words_of_the_harness_are_text(harness, tokenizer):

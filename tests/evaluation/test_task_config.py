@@ -117,7 +117,10 @@ def test_the_originals_files_load(tmp_path, name):
         ("name: a\ntype: gen\npath: x\nnum_beams: 100000", "num_beams=100000: from 1 to 128"),
         ("name: a\ntype: gen\npath: x\nmax-gen-length: 2147483648", "max_gen_length=2147"),
         ("name: a\ntype: gen\npath: x\nno_repeat_ngram_size: -1", "no_repeat_ngram_size=-1"),
-        ("name: a\ntype: mul\npath: x\nmax_seq_length: " + "9" * 5000, "is no YAML"),
+        (
+            "name: a\ntype: mul\npath: x\nmax_seq_length: " + "9" * 5000,
+            "is no YAML: a number of too",
+        ),
         ("name: [", "is no YAML"),
     ],
 )
