@@ -11,10 +11,10 @@ import numpy as np
 
 from glm_jax.config import SpecialTokens
 from glm_jax.engine.prompt import Prompt, PromptError
-from glm_jax.engine.scoring import Scorer
 from glm_jax.engine.scoring_batch import ScoredSequence
 from glm_jax.engine.stepwise import Steps
 from glm_jax.generation.blank_filling import PartlyFilled, TextCodec
+from glm_jax.generation.shared_scoring import SharedScorer
 from glm_jax.tokenizer import MASK_WORDS
 
 
@@ -138,7 +138,11 @@ class ScoredChoice:
 
 
 def score_choices(
-    scorer: Scorer, tokenizer: TextCodec, text: str, partly: PartlyFilled, choices: Sequence[str]
+    scorer: SharedScorer,
+    tokenizer: TextCodec,
+    text: str,
+    partly: PartlyFilled,
+    choices: Sequence[str],
 ) -> Steps[list[ScoredChoice]]:
     """Check choices for the one blank of a text, and return the steps that score them, in order.
 
@@ -184,7 +188,7 @@ def _choice_tokens(
 
 
 def _scoring(
-    scorer: Scorer,
+    scorer: SharedScorer,
     sequences: Sequence[ScoredSequence],
     choices: Sequence[str],
     tokens: Sequence[Sequence[int]],

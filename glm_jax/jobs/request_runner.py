@@ -21,10 +21,12 @@ from glm_jax.generation.blank_filling import (
 )
 from glm_jax.generation.driver import Answer, Search, drive
 from glm_jax.generation.scored_texts import ScoredChoice, score_choices
+from glm_jax.generation.shared_scoring import Scoring, SharedScorer
 from glm_jax.jobs.request_files import Line
 from glm_jax.model.params import GLMParams
 
 _MIN_ROOM = 64  # tokens of an answer for which a text is truncated, if it has no max_tokens
+_SCORED_TOKENS = 4096  # of lines with choices that are scored together
 
 Record = dict[str, Any]
 
@@ -33,7 +35,7 @@ class _BeamFilling(Search[list[tuple[PartlyFilled, Hypothesis]]]):
     """A text whose blanks are filled by beam search."""
 
 
-class _ChoiceFilling(Search[list[ScoredChoice]]):
+class _ChoiceFilling(Scoring[list[ScoredChoice]]):
     """A text whose one blank is filled with the likeliest of some choices."""
 
     def __init__(self, partly: PartlyFilled, steps: Steps[list[ScoredChoice]]):
@@ -87,7 +89,7 @@ class RequestRunner:
         """
         self._engine, self._params, self._config = engine, params, config
         self._tokenizer, self._seed, self._truncates = tokenizer, seed, truncates
-        self._scorer = Scorer(params, config)
+        self._scorer = SharedScorer(Scorer(params, config), _SCORED_TOKENS)
         self.generated = 0
 
     def answer(self, lines: Iterable[Line]) -> Iterator[Record]:

@@ -11,6 +11,7 @@ from glm_jax.engine.scoring import Score
 from glm_jax.generation.blank_filling import PartlyFilled, filling_by_beams, next_request
 from glm_jax.generation.driver import Search, SingleRequest
 from glm_jax.generation.scored_texts import continuation
+from glm_jax.generation.shared_scoring import Scoring
 from glm_jax.serving.completion_choices import BlankPrompt, Choice
 from glm_jax.serving.errors import refused
 from glm_jax.serving.metrics import AnswerTimes
@@ -107,7 +108,7 @@ class CompletionRun(Run):
             texts = [
                 continuation((), prompt.tokens, prompt.partly.special) for prompt in self._scored
             ]
-            self._scoring = Search(model.scorer.steps(texts))
+            self._scoring = Scoring(model.scorer.steps(texts))
             self.session.submit(_SCORES, self._scoring)
         else:
             self._submit_waiting()

@@ -4,8 +4,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from glm_jax.generation.blank_filling import PartlyFilled
-from glm_jax.generation.driver import Search
 from glm_jax.generation.scored_texts import score_choices
+from glm_jax.generation.shared_scoring import Scoring
 from glm_jax.serving.run import Run
 from glm_jax.serving.schemas import ScoreRequest
 from glm_jax.serving.service import Service
@@ -25,7 +25,7 @@ class ScoreRun(Run):
         limit, is_unidirectional = model.engine.max_length, bool(request.unidirectional)
         partly = PartlyFilled.begin(model.tokenizer, text, limit, is_unidirectional)
         steps = score_choices(model.scorer, model.tokenizer, text, partly, request.choices)
-        self._scoring = Search(steps)
+        self._scoring = Scoring(steps)
         self._prompt_tokens = len(partly.tokens)
 
     def _submit(self) -> None:

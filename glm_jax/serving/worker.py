@@ -24,6 +24,7 @@ from glm_jax.engine.slots import MAX_TOP_LOGPROBS
 from glm_jax.errors import UserError
 from glm_jax.generation.blank_filling import TextCodec
 from glm_jax.generation.driver import Answer, Driver
+from glm_jax.generation.shared_scoring import SharedScorer
 from glm_jax.model.params import GLMParams
 from glm_jax.serving import events
 from glm_jax.serving.errors import BrokenError, BusyError, TooSlowError, UnavailableError
@@ -43,9 +44,10 @@ class ServedModel:
     tokenizer: TextCodec
 
     @functools.cached_property
-    def scorer(self) -> Scorer:
+    def scorer(self) -> SharedScorer:
         """Scores given texts, as many tokens between two steps of the engine as a batch has."""
-        return Scorer(self.params, self.config, _SCORED_TOKENS, MAX_TOP_LOGPROBS)
+        scorer = Scorer(self.params, self.config, _SCORED_TOKENS, MAX_TOP_LOGPROBS)
+        return SharedScorer(scorer, _SCORED_TOKENS)
 
 
 class Session:

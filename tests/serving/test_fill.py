@@ -13,6 +13,7 @@ from glm_jax.engine.scoring import Scorer
 from glm_jax.engine.stepwise import finish
 from glm_jax.generation.blank_filling import PartlyFilled, fill_blanks, filling_by_beams
 from glm_jax.generation.scored_texts import continuation, score_choices
+from glm_jax.generation.shared_scoring import SharedScorer
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -177,7 +178,9 @@ def test_choices_are_scored_in_their_blank(model, served, scorer, context):
     choices = [" France", " the Kingdom of Denmark", " [MASK] <eop>", " 日本"]
     answered = post(served, "/v1/score", json={"context": context, "choices": choices}).json()
     partly = PartlyFilled.begin(model.tokenizer, context, model.engine.max_length)
-    scored = finish(score_choices(scorer, model.tokenizer, context, partly, choices))
+    scored = finish(
+        score_choices(SharedScorer(scorer, 256), model.tokenizer, context, partly, choices)
+    )
     assert (answered["object"], answered["model"]) == ("score", NAME)
     assert [choice["text"] for choice in answered["choices"]] == choices
     for expected, choice in zip(scored, answered["choices"], strict=True):

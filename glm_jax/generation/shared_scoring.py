@@ -1,0 +1,72 @@
+"""Scores of several answers in one batch: the one that runs takes along those that wait."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TypeVar
+
+from glm_jax.engine.scoring import Score, Scorer, ScoringError
+from glm_jax.engine.scoring_batch import ScoredSequence
+from glm_jax.engine.stepwise import Steps
+from glm_jax.generation.driver import Search
+
+_Result = TypeVar("_Result")
+
+
+@dataclasses.dataclass(eq=False)
+class _Waiting:
+    """A sequence that waits for its score."""
+
+    sequence: ScoredSequence
+    score: Score | None = None
+
+
+class SharedScorer:
+    """A scorer of answers that one driver works on."""
+
+    def __init__(self, scorer: Scorer, batch_tokens: int):
+        """
+        Args:
+          batch_tokens: of the sequences that are scored together, unless one answer has more.
+        """
+        self._scorer, self._batch_tokens = scorer, batch_tokens
+        self._waiting: list[_Waiting] = []
+
+    def steps(self, sequences: Sequence[ScoredSequence]) -> Steps[list[Score]]:
+        """Score sequences and return their scores in order; see `Scorer.steps`.
+
+        They wait from the first step on, which does nothing else.
+        """
+        own = [_Waiting(sequence) for sequence in sequences]
+        self._waiting += own
+        try:
+            yield None
+            while missing := [each for each in own if each.score is None]:
+                yield from self._score(missing)
+            return [each.score for each in own if each.score is not None]
+        finally:  # also where the answer is cancelled
+            self._waiting = [each for each in self._waiting if each not in own]
+
+    def _score(self, own: Sequence[_Waiting]) -> Steps[None]:
+        room = self._batch_tokens - sum(len(each.sequence) for each in own)
+        chosen = list(own)
+        for each in self._waiting:
+            if each.score is None and each not in own and len(each.sequence) <= room:
+                chosen.append(each)
+                room -= len(each.sequence)
+        try:
+            scores = yield from self._scorer.steps([each.sequence for each in chosen])
+        except ScoringError:  # which may be another answer's
+            if len(chosen) == len(own):
+                raise
+            scores = yield from self._scorer.steps([each.sequence for each in own])
+        for each, score in zip(chosen, scores, strict=False):
+            each.score = score
+
+
+class Scoring(Search[_Result]):
+    """An answer by `SharedScorer.steps`, whose sequences wait as soon as it is submitted."""
+
+    def next_work(self) -> Steps[None] | None:
+        if self._steps is not None:
+            next(self._steps)
+        return super().next_work()
