@@ -22,7 +22,7 @@ class FinetuningCase:
     Attributes:
       hardware: name of a file of configs/hardware.
       mesh: sizes of data, fsdp and tensor.
-      rows: of 1024 tokens at once; as many as leave about a tenth of the memory free.
+      rows: of 1024 tokens at once; about as many as leave a tenth of the memory free.
       precision: of the weights beside adapters, or the compute dtype.
       param_dtype: of the parameters where all are trained; "" for adapters.
       moments, offload: see `Recipe`.
@@ -38,21 +38,21 @@ class FinetuningCase:
 
 
 CASES = (
-    FinetuningCase("a100_40gb", (1, 1, 8), 12, "int4"),
-    FinetuningCase("a100_40gb", (1, 1, 8), 2, "bfloat16"),
-    FinetuningCase("a100_40gb", (1, 1, 4), 8, "int4"),
-    FinetuningCase("rtx_3090", (1, 1, 8), 6, "int4"),
-    FinetuningCase("rtx_3090", (1, 1, 8), 2, "int8"),
-    FinetuningCase("rtx_3090", (1, 1, 4), 1, "int4"),
-    FinetuningCase("v100", (1, 1, 8), 8, "int4"),
+    FinetuningCase("a100_40gb", (1, 1, 8), 48, "int4"),
+    FinetuningCase("a100_40gb", (1, 1, 8), 8, "bfloat16"),
+    FinetuningCase("a100_40gb", (1, 1, 4), 20, "int4"),
+    FinetuningCase("rtx_3090", (1, 1, 8), 20, "int4"),
+    FinetuningCase("rtx_3090", (1, 1, 8), 6, "int8"),
+    FinetuningCase("rtx_3090", (1, 1, 4), 4, "int4"),
+    FinetuningCase("v100", (1, 1, 8), 28, "int4"),
     FinetuningCase("h100", (1, 1, 1), 1, "int4"),
-    FinetuningCase("a100_80gb", (1, 1, 8), 4, "bfloat16", "bfloat16", "factored"),
-    FinetuningCase("a100_80gb", (1, 1, 8), 4, "bfloat16", "bfloat16", "int8", True),
-    FinetuningCase("a100_80gb", (1, 2, 8), 8, "bfloat16", "bfloat16", "int8"),
+    FinetuningCase("a100_80gb", (1, 1, 8), 12, "bfloat16", "bfloat16", "factored"),
+    FinetuningCase("a100_80gb", (1, 1, 8), 12, "bfloat16", "bfloat16", "int8", True),
+    FinetuningCase("a100_80gb", (1, 2, 8), 32, "bfloat16", "bfloat16", "int8"),
     FinetuningCase("a100_80gb", (1, 2, 8), 2, "float16", "float32", "float32", True),
-    FinetuningCase("a100_80gb", (1, 4, 8), 8, "float16", "float32", "int8"),
+    FinetuningCase("a100_80gb", (1, 4, 8), 96, "float16", "float32", "int8"),
     FinetuningCase("a100_80gb", (1, 4, 8), 4, "float16", "float32", "float32"),
-    FinetuningCase("tpu_v5p", (1, 1, 8), 1, "bfloat16", "bfloat16", "factored"),
+    FinetuningCase("tpu_v5p", (1, 1, 8), 4, "bfloat16", "bfloat16", "factored"),
 )
 
 
