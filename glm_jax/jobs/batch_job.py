@@ -1,6 +1,7 @@
 """A batch job of one process: its share of a file's requests, answered into a folder."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,13 +89,16 @@ class BatchJob:
         Raises:
           JobError: the input cannot be read, or the folder is another job's.
         """
-        job = model | dataclasses.asdict(self.defaults)
+        job = model | _settings(self.defaults)
+        job |= {"input": record_store.describe_input(self.source)}
         job |= {"seed": self.seed, "truncates": self.truncates}
         job |= {"max_length": self.settings.max_length}
-        described = {name: list(x) if isinstance(x, tuple) else x for name, x in job.items()}
-        record_store.claim(
-            self.folder, {"input": record_store.describe_input(self.source)} | described
-        )
+        record_store.claim(self.folder, job, defaults=_settings(TextRequest()))
+
+
+def _settings(request: TextRequest) -> dict[str, Any]:
+    """Return a request's settings as JSON has them."""
+    return json.loads(json.dumps(dataclasses.asdict(request)))
 
 
 class Counts(NamedTuple):

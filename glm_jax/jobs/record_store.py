@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,8 +53,12 @@ def describe_input(path: Path) -> dict[str, Any]:
     return {"sha256": digest, "requests": requests}
 
 
-def claim(folder: Path, job: dict[str, Any]) -> None:
+def claim(folder: Path, job: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
     """Write a job's description into a folder, or check that it is there.
+
+    Args:
+      defaults: of fields that a description may lack, as one that was written before there were
+        these fields.
 
     Raises:
       JobError: it holds another job's answers, or something else.
@@ -67,7 +71,7 @@ def claim(folder: Path, job: dict[str, Any]) -> None:
                 raise JobError(f"{folder} holds files that no job wrote: name another --output")
             content = job | {_JOB_CHECKSUM: _job_checksum(job)}
             files.write_text(file, json.dumps(content, indent=2) + "\n")
-        existing = read_job(folder)
+        existing = dict(defaults or {}) | read_job(folder)
     except OSError as error:
         raise JobError(f"--output={folder}: {error.strerror}") from error
     for name in sorted(set(existing) | set(job)):

@@ -297,6 +297,12 @@ def test_parts_have_so_many_records(tmp_path, monkeypatch):
 def test_another_job_is_refused(tmp_path):
     claim(tmp_path / "out", {"seed": 0, "input": {"requests": 1}})
     claim(tmp_path / "out", {"seed": 0, "input": {"requests": 1}})
+    # A description may be older than a setting that has its default now.
+    old, new = {"input": {"requests": 1}, "seed": 0}, {"input": {"requests": 1}, "seed": 0, "a": 1}
+    claim(tmp_path / "out", new, defaults={"a": 1})
+    claim(tmp_path / "out", old)
+    with pytest.raises(JobError, match="a was 1 and is 2"):
+        claim(tmp_path / "out", new | {"a": 2}, defaults={"a": 1})
     with pytest.raises(JobError, match="seed was 0 and is 1"):
         claim(tmp_path / "out", {"seed": 1, "input": {"requests": 1}})
     (tmp_path / "other").mkdir()
