@@ -85,7 +85,9 @@ def test_a_request_gets_the_same_whatever_shares_its_batch(tiny_model, alone, bu
     assert reasons == {"stop", "length"}
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2), (4, 1, 2), (1, 1, 8)])
+@pytest.mark.parametrize(
+    "mesh", [(1, 1, 1), (2, 2, 2), pytest.param((4, 1, 2), marks=pytest.mark.slow), (1, 1, 8)]
+)
 def test_a_mesh_gives_the_same(tiny_model, alone, mesh):
     config, params = tiny_model
     mesh = make_mesh(mesh)

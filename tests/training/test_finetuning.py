@@ -116,7 +116,7 @@ def test_a_run_goes_on_to_the_bit(experiment, base, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantization", ["", "int4"])
+@pytest.mark.parametrize("quantization", [pytest.param("", marks=_SLOW), "int4"])
 def test_a_run_is_the_same_on_every_mesh(experiment, base, tmp_path, quantization):
     experiment.quantization, experiment.adapter.dropout = quantization, 0.0
     runs = []
