@@ -22,7 +22,7 @@ CHECKSUMS_FILE = "checksums.json"
 # Files up to this size are checked as they are opened; what larger ones hold is arrays, whose
 # chunks are checked as they are read.
 _SMALL_BYTES = 1 << 20
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 21
 _SUMMED_BYTES = 1 << 12
 _CHUNK_SUMS = "CRC-32 of a 64-bit sum per 4 KiB"  # how chunks' checksums are computed
 
