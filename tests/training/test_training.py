@@ -115,6 +115,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(experiment, tmp_path, monkey
 def test_ctrl_c_saves_as_sigterm_does_and_a_longer_run_replaces_its_model(
     experiment, tmp_path, monkeypatch, capsys
 ):
+    # A shell has its background processes ignore SIGINT, and a run leaves that as it is.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     experiment.steps, experiment.peak_flops = 4, 1e9
     run = tmp_path / "run"
     with monkeypatch.context() as patched:
