@@ -50,7 +50,7 @@ def test_no_weight_moves(name, scheme, device, shape):
     )
     whole = NamedSharding(mesh, PartitionSpec())
     x = jax.ShapeDtypeStruct((1, 1, weight.shape[0]), jnp.bfloat16, sharding=whole)
-    with jax.set_mesh(mesh):
+    with topology.compiling_for(mesh):
         compiled = jax.jit(quantized_matmul).lower(x, weight).compile()
     assert f"quantized_matmul_int{scheme.bits}" in compiled.as_text()
     exchanges = [line for line in compiled.as_text().splitlines() if _EXCHANGE.search(line)]
