@@ -66,7 +66,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m launch.benchmark --suite=serve --rounds=3
 
 clean:
-	rm -rf $(VENV) $(TORCH_VENV) $(AOT_VENV) build *.egg-info demo_output bench_output glm_jax/kernels/*/*.so convert/*.so
+	rm -rf $(VENV) $(TORCH_VENV) $(AOT_VENV) build *.egg-info demo_output bench_output glm_jax/*/*.so glm_jax/kernels/*/*.so convert/*.so
 
 $(VENV)/.base: setup.py requirements.txt $(wildcard glm_jax/kernels/*.h glm_jax/kernels/*/cpu* convert/*.cc)
 	$(PYTHON) -m venv $(VENV)

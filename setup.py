@@ -30,6 +30,17 @@ def kernel(name: str, library: str, *sources: str) -> Extension:
     )
 
 
+def plain_library(folder: str, library: str, source: str) -> Extension:
+    """A source that Python calls by ctypes."""
+    return Extension(
+        f"{folder.replace('/', '.')}.{library}",
+        sources=[f"{folder}/{source}"],
+        language="c++",
+        extra_compile_args=["-O3", "-std=c++17"],
+        optional=True,
+    )
+
+
 class BuildKernel(build_ext):
     """Builds the CPU kernels as plain shared libraries; without a compiler, goes without."""
 
@@ -77,13 +88,8 @@ setup(
         kernel("quantized_matmul", _CALLED_BY_XLA[0], "cpu.cc"),
         kernel("attention", _CALLED_BY_XLA[1], "cpu.cc"),
         kernel("paged_attention", _CALLED_BY_XLA[2], "cpu.cc"),
-        Extension(
-            "convert.libglm_jax_transpose",
-            sources=["convert/transpose.cc"],
-            language="c++",
-            extra_compile_args=["-O3", "-std=c++17"],
-            optional=True,
-        ),
+        plain_library("glm_jax/checkpoints", "libglm_jax_summed_read", "summed_read.cc"),
+        plain_library("convert", "libglm_jax_transpose", "transpose.cc"),
     ],
     install_requires=[
         "absl-py>=2.1",

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from glm_jax import files
+from glm_jax.checkpoints.summed_read import SUMMED_BYTES, block_sums
 from glm_jax.errors import UserError, system_refusal
 
 CHECKSUMS_FILE = "checksums.json"
@@ -23,7 +24,6 @@ CHECKSUMS_FILE = "checksums.json"
 # chunks are checked as they are read.
 _SMALL_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 21
-_SUMMED_BYTES = 1 << 12
 _CHUNK_SUMS = "CRC-32 of a 64-bit sum per 4 KiB"  # how chunks' checksums are computed
 
 
@@ -40,20 +40,20 @@ def chunk_checksum(chunk: np.ndarray) -> int:
     return checksum
 
 
-def piece_checksum(content: np.ndarray, checksum: int) -> int:
+def piece_checksum(content: np.ndarray, checksum: int, sums: np.ndarray | None = None) -> int:
     """The checksum of a chunk up to the end of one of its `pieces`.
 
     It is the CRC-32 of sums of 64-bit words modulo 2^64, one for each 4 KiB: an eighth of the time
-    that a CRC of all bytes takes. `np.einsum` takes 0.7 of the time of `np.sum`.
+    that a CRC of all bytes takes.
 
     Args:
       content: [bytes] uint8, contiguous.
       checksum: up to the piece; 0 before the first.
+      sums: its `block_sums`, where they are known.
     """
-    end = len(content) // _SUMMED_BYTES * _SUMMED_BYTES
-    words = content[:end].view("<u8").reshape(-1, _SUMMED_BYTES // 8)
-    sums = np.einsum("ij->i", words)
-    return zlib.crc32(content[end:].data, zlib.crc32(sums, checksum))
+    sums = block_sums(content) if sums is None else sums
+    rest = content[len(sums) * SUMMED_BYTES :]
+    return zlib.crc32(rest.data, zlib.crc32(sums, checksum))
 
 
 def pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int | slice, ...]]:

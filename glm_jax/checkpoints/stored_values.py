@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import tensorstore as ts
 
 from glm_jax.checkpoints.checksums import damaged, piece_checksum, pieces, unreadable
+from glm_jax.checkpoints.summed_read import block_sums, read_summed
 
 # "value:FOLDER/:FILE:OFFSET:BYTES"
 _LOCATION = re.compile(r"value:((?:[\w.]+/)?):(d/\w+):(\d+):(\d+)")
@@ -48,23 +48,21 @@ class StoredValue:
             if not is_direct and len(spare) < piece.nbytes:
                 spare = np.empty(piece.nbytes, np.uint8)
             content = piece.reshape(-1).view(np.uint8) if is_direct else spare[: piece.nbytes]
-            self._fill(content, offset)
-            checksum = piece_checksum(content, checksum)
+            checksum = piece_checksum(content, checksum, self._fill(content, offset))
             if not is_direct:
                 piece[...] = content.view(target.dtype).reshape(piece.shape)
             offset += len(content)
         return checksum
 
-    def _fill(self, target: np.ndarray, offset: int) -> None:
+    def _fill(self, target: np.ndarray, offset: int) -> np.ndarray:
+        """Returns the `block_sums` of what it read."""
         if self.content is not None:
             target[:] = np.frombuffer(self.content, np.uint8, len(target), offset)
-            return
-        done = 0
-        while done < len(target):
-            count = os.preadv(self.file.fileno(), [target[done:].data], offset + done)
-            if count == 0:
-                raise damaged(self.file.name, "it is cut")
-            done += count
+            return block_sums(target)
+        try:
+            return read_summed(self.file.fileno(), offset, target)
+        except EOFError:
+            raise damaged(self.file.name, "it is cut") from None
 
 
 class StoredValues:
