@@ -53,7 +53,7 @@ def piece_checksum(content: np.ndarray, checksum: int, sums: np.ndarray | None =
     """
     sums = block_sums(content) if sums is None else sums
     rest = content[len(sums) * SUMMED_BYTES :]
-    return zlib.crc32(rest.data, zlib.crc32(sums, checksum))
+    return zlib.crc32(rest.data, zlib.crc32(sums.data, checksum))
 
 
 def pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int | slice, ...]]:
