@@ -1,13 +1,16 @@
 """lm-evaluation-harness asks our model: `python -m launch.harness --model glm_jax ...`.
 
-A text that follows another is written after [gMASK], the first seen whole. Words such as [MASK]
+A text that follows another is written after [gMASK], the first seen whole; all that follow the same
+one, such as the choices of a question, share a pass over it. Words such as [MASK]
 and <eop> in the harness's texts are text. The package
 (`pip install lm_eval`) is needed by this module alone.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
@@ -23,7 +26,7 @@ from glm_jax.evaluation.sequences import count_windows, window
 from glm_jax.evaluation.task_config import TaskConfig
 from glm_jax.evaluation.tasks import Model
 from glm_jax.generation.driver import SingleRequest, drive
-from glm_jax.generation.scored_texts import continuation
+from glm_jax.generation.scored_texts import continuations
 from glm_jax.model.device_layout import prepare
 from glm_jax.sharding import parse_mesh
 from glm_jax.tokenizer import Tokenizer
@@ -86,15 +89,14 @@ class HarnessModel(LM):
     def _length(self) -> int:
         return self._model.config.max_sequence_length
 
-    def _continuation(self, prompt: Sequence[int], text: Sequence[int]) -> ScoredSequence:
-        special = self._model.special
+    def _seen(self, prompt: Sequence[int], text: Sequence[int]) -> tuple[int, ...]:
+        """Return what of a prompt there is room for, its end, before a text."""
         room = self._length - 1 - len(text)
         if room < 0:  # some of its log-probabilities would be missing from the sum
             raise UserError(
                 f"a continuation of {len(text)} tokens is past the model's {self._length} positions"
             )
-        prompt = prompt[len(prompt) - room :] if room < len(prompt) else prompt
-        return continuation(prompt, text, special, is_unidirectional=self._is_unidirectional)
+        return tuple(prompt[max(0, len(prompt) - room) :])
 
     def _pair(self, context: str, text: str) -> tuple[list[int], list[int]]:
         """Return the ids of both, where `text` follows `context`."""
@@ -120,12 +122,28 @@ class HarnessModel(LM):
           UserError: a second text is longer than the model's positions.
         """
         pairs = [self._pair(*request.args) for request in requests]
-        scored = [number for number, (_, text) in enumerate(pairs) if text]
+        same: dict[tuple[int, ...], list[int]] = {}  # the requests of each context
+        for number, (prompt, text) in enumerate(pairs):
+            if text:
+                same.setdefault(self._seen(prompt, text), []).append(number)
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        sequences = [self._continuation(*pairs[number]) for number in scored]
+        sequences, places = list[ScoredSequence](), list[list[int]]()
+        for prompt, numbers in same.items():
+            texts = [pairs[number][1] for number in numbers]
+            some = continuations(
+                prompt,
+                texts,
+                self._model.special,
+                self._length,
+                is_unidirectional=self._is_unidirectional,
+            )
+            rest = iter(numbers)
+            places += [list(itertools.islice(rest, int(one.groups[-1]) + 1)) for one in some]
+            sequences += some
         for score in self._model.scorer.score(sequences):
-            greedy = bool(score.are_argmax.all())
-            results[scored[score.number]] = float(score.sums[0]), greedy
+            hits = np.bincount(score.groups, ~score.are_argmax)
+            for number, sum_, misses in zip(places[score.number], score.sums, hits, strict=True):
+                results[number] = float(sum_), not misses
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:

@@ -5,7 +5,8 @@ without masks of seq x seq: who sees whom is two ranges of keys a row, see `mode
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -75,14 +76,34 @@ def continuation(
       is_unidirectional: each token of the prompt, which then follows the mask, sees only those
         before it; else it sees the whole prompt.
     """
+    [sequence] = continuations(prompt, [text], special, 0, mask, is_unidirectional)
+    return sequence
+
+
+def continuations(
+    prompt: Sequence[int],
+    texts: Sequence[Sequence[int]],
+    special: SpecialTokens,
+    limit: int,
+    mask: int | None = None,
+    is_unidirectional: bool = False,
+) -> list[ScoredSequence]:
+    """Return a prompt with several texts after it, each scored as by `continuation`.
+
+    Args:
+      texts: token ids of each, at least one.
+      limit: as in `prompt_choices`.
+      mask, is_unidirectional: as in `continuation`.
+    """
     before = [*prompt, special.gmask if mask is None else mask, special.sop]
     whole = len(prompt) + 1
     if is_unidirectional:
         before, whole = [*before[-2:], *prompt], 1
-    *shared, first = before
-    return choices_sequence(
-        shared, first, [text], whole=whole, position=len(shared), position_step=1
+    place = functools.partial(
+        choices_sequence, before[:-1], before[-1], whole=whole, position=len(before) - 1
     )
+    groups = _groups(len(before) - 1, texts, limit)
+    return [place(choices=group, position_step=1) for group in groups]
 
 
 def prompt_choices(
@@ -96,24 +117,29 @@ def prompt_choices(
         groups of all sequences together are the choices in order.
     """
     *shared, first = prompt.tokens(special.sop)
-    sequences, group = [], list[Sequence[int]]()
-    position = int(prompt.position_ids()[-1])
-    for number, choice in enumerate(choices, 1):
+    place = functools.partial(
+        choices_sequence,
+        shared,
+        first,
+        whole=len(prompt.context),
+        position=int(prompt.position_ids()[-1]),
+        position_step=prompt.position_step,
+    )
+    return [place(choices=group) for group in _groups(len(shared), choices, limit)]
+
+
+def _groups(
+    shared: int, choices: Sequence[Sequence[int]], limit: int
+) -> Iterator[list[Sequence[int]]]:
+    """Yield choices in order, as many together as a sequence with shared tokens has room for."""
+    group, length = list[Sequence[int]](), shared
+    for choice in choices:
+        if group and length + len(choice) > limit:
+            yield group
+            group, length = [], shared
         group.append(choice)
-        following = len(choices[number]) if number < len(choices) else limit
-        if len(shared) + sum(map(len, group)) + following > limit:
-            sequences.append(
-                choices_sequence(
-                    shared,
-                    first,
-                    group,
-                    whole=len(prompt.context),
-                    position=position,
-                    position_step=prompt.position_step,
-                )
-            )
-            group = []
-    return sequences
+        length += len(choice)
+    yield group
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,16 +31,21 @@ def evaluate_suite() -> Iterator[tuple[str, dict[str, Case]]]:
 
     `micro-batches` takes them as they come, 16 at a time, pads to the longest and computes the
     scores of every position, as the original does; `at places` only those that are asked for.
+    `a context a choice` is packed, too, but runs the context again before each choice, as clients
+    do that ask for them one by one.
     """
     shape = {"hidden_size": 128, "inner_hidden_size": 352, "num_layers": 4, "vocab_size": 8192}
     config = glm_config("tiny", max_sequence_length=512, **shape)
     params = prepare(glm_params.init(config, jax.random.key(0)))
-    sequences = _sequences()
+    examples = _examples()
+    sequences = [_sequence(context, choices) for context, choices in examples]
+    apart = [_sequence(context, [one]) for context, choices in examples for one in choices]
     scorer = Scorer(params, config)
     packed = lambda some: sum(1 for _ in scorer.score(some))
     packed(sequences[:_WARM])
     cases = {
         "packed": Case(lambda: packed(sequences), _EXAMPLES, is_long=True, max_rounds=2),
+        "a context a choice": Case(lambda: packed(apart), _EXAMPLES, is_long=True, max_rounds=2),
         "micro-batches": _micro_batches(params, config, sequences, everywhere=True),
         "micro-batches at places": _micro_batches(params, config, sequences, everywhere=False),
     }
@@ -48,16 +53,20 @@ def evaluate_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     print(f"\npadding of packed rows: {scorer.padding.share:.1%}")
 
 
-def _sequences() -> list[ScoredSequence]:
+def _examples() -> list[tuple[tuple[int, ...], list[tuple[int, ...]]]]:
+    """Contexts with their choices."""
     rng = np.random.default_rng(0)
-    special = SpecialTokens(8100, 8101, 8102, 8103, 8104, 8105, 8106, 8107, 2)
-    task = TaskConfig("made", "mul", ".", max_seq_length=512)
     made = []
     for length in rng.integers(32, 513, _EXAMPLES).tolist():
-        choices = tuple(_tokens(rng, int(n)) for n in rng.integers(1, 4, 4))
-        context = _tokens(rng, length - 1 - sum(map(len, choices)))
-        made.append(choice_sequence(Example(context, choices, 0), task, special, False))
+        choices = [_tokens(rng, int(n)) for n in rng.integers(1, 4, 4)]
+        made.append((_tokens(rng, length - 1 - sum(map(len, choices))), choices))
     return made
+
+
+def _sequence(context: tuple[int, ...], choices: Sequence[tuple[int, ...]]) -> ScoredSequence:
+    special = SpecialTokens(8100, 8101, 8102, 8103, 8104, 8105, 8106, 8107, 2)
+    task = TaskConfig("made", "mul", ".", max_seq_length=512)
+    return choice_sequence(Example(context, tuple(choices), 0), task, special, False)
 
 
 def _tokens(rng: np.random.Generator, count: int) -> tuple[int, ...]:

@@ -57,6 +57,23 @@ def test_unidirectional_contexts_keep_the_chain_rule(harness):
         assert (abs(whole - context - text) < 1e-4) is model._is_unidirectional
 
 
+@pytest.mark.parametrize("is_unidirectional", [False, True])
+def test_equal_contexts_are_run_once(harness, is_unidirectional):
+    _, model = harness
+    model._is_unidirectional = is_unidirectional
+    context = " ".join(f"t{17 + i % 9}" for i in range(40))
+    pairs = [(context, f" t{20 + i} t21 t2{i % 3}" * (1 + i % 2)) for i in range(9)]
+    pairs += [("t17 t18", " t20"), ("", " t21"), (context, ""), (context, " t20" * 40)]
+    pairs = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
+    alone = [model.loglikelihood(_requests(pair))[0] for pair in pairs]
+    before = model._model.scorer.padding.filled
+    together = model.loglikelihood(_requests(*pairs))
+    filled = model._model.scorer.padding.filled - before
+    np.testing.assert_allclose([x for x, _ in together], [x for x, _ in alone], atol=1e-4)
+    assert [x for _, x in together] == [x for _, x in alone]
+    assert filled < 64 * 4  # of 10 x 41 tokens of contexts alone
+
+
 def test_a_continuation_is_summed_whole_or_refused(harness):
     _, model = harness
     longest = " t20" * 63
