@@ -23,6 +23,7 @@ from launch.model_flags import (
     define_strategy_flags,
     engine_settings,
     load_model,
+    load_small_model,
     load_tokenizer,
     strategy,
 )
@@ -65,7 +66,8 @@ def main() -> None:
     with locked(folder, share.process, share.count):
         batch.claim({name: getattr(FLAGS, name) for name in MODEL_IDENTITY})
         config, params = load_model(share.mesh)
-        counts = run_batch(batch, share, config, params, tokenizer)
+        small = load_small_model(share.mesh, tokenizer)
+        counts = run_batch(batch, share, config, params, tokenizer, small)
     if share.writes:
         print(
             f"{counts.answered} prompts answered and {counts.failed} failed by this process; "

@@ -22,15 +22,16 @@ from glm_jax.jobs.batch_job import Share
 from launch.model_flags import (
     MODEL_IDENTITY,
     define_model_flags,
-    define_speculation_flag,
+    define_speculation_flags,
     load_model,
+    load_small_model,
     load_tokenizer,
     model_config,
 )
 
 FLAGS = flags.FLAGS
 define_model_flags()
-define_speculation_flag()
+define_speculation_flags()
 cli.define_process_flags()
 flags.DEFINE_multi_string("task", [], "a task file, or a folder of them; may be repeated")
 flags.DEFINE_string("data", None, "folder of the data of all tasks")
@@ -68,7 +69,8 @@ def main() -> None:
     output = Path(FLAGS.output)
     with locked(output, share.process, share.count):
         config, params = load_model(share.mesh)
-        model = Model(params, config, tokenizer, FLAGS.batch_tokens, FLAGS.speculate)
+        small = load_small_model(share.mesh, tokenizer)
+        model = Model(params, config, tokenizer, FLAGS.batch_tokens, FLAGS.speculate, small)
         identity = {name: getattr(FLAGS, name) for name in MODEL_IDENTITY}
         results = evaluate(configs, Path(FLAGS.data), output, model, share, identity)
     if results is None:

@@ -13,9 +13,10 @@ from glm_jax.generation.terminal import Strategy, ask_texts, fill_all, read_text
 from glm_jax.sharding import parse_mesh
 from launch.model_flags import (
     define_model_flags,
-    define_speculation_flag,
+    define_speculation_flags,
     define_strategy_flags,
     load_model,
+    load_small_model,
     load_tokenizer,
     strategy,
 )
@@ -23,7 +24,7 @@ from launch.model_flags import (
 FLAGS = flags.FLAGS
 define_model_flags()
 define_strategy_flags()
-define_speculation_flag()
+define_speculation_flags()
 flags.mark_flag_as_required("checkpoint")
 flags.DEFINE_string(
     "input", None, "file with one text a line; without it, texts are typed in the terminal"
@@ -40,6 +41,7 @@ def main() -> None:
     settings = strategy()
     texts = None if FLAGS.input is None else read_texts(FLAGS.input)
     tokenizer = load_tokenizer()
+    mesh = None if FLAGS.mesh is None else parse_mesh(FLAGS.mesh)
     choice = Strategy(
         settings.choice(tokenizer.encode),
         FLAGS.max_length,
@@ -47,8 +49,9 @@ def main() -> None:
         FLAGS.seed,
         settings.unidirectional,
         FLAGS.speculate,
+        load_small_model(mesh, tokenizer),
     )
-    config, params = load_model(None if FLAGS.mesh is None else parse_mesh(FLAGS.mesh))
+    config, params = load_model(mesh)
     if texts is None:
         history = Path(FLAGS.history).expanduser() if FLAGS.history else None
         fill_all(params, config, tokenizer, ask_texts(history), choice, FLAGS.with_id)

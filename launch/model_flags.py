@@ -3,6 +3,7 @@
 import functools
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 from glm_jax.checkpoints.model_folder import load_config, restore
 from glm_jax.checkpoints.random_weights import is_random, random_config, random_model
 from glm_jax.config import CACHE_DTYPES, COMPUTE_DTYPES, GLMConfig
+from glm_jax.engine.draft_model import SmallModel
 from glm_jax.engine.engine import EngineSettings
 from glm_jax.engine.generation_settings import SETTINGS, SamplingError, Setting
 from glm_jax.errors import UserError
@@ -18,7 +20,7 @@ from glm_jax.generation.text_request import TextRequest
 from glm_jax.model.device_layout import prepare
 from glm_jax.model.params import GLMParams
 from glm_jax.quantization import QuantizationError, Scheme
-from glm_jax.tokenizer import Tokenizer, byte_tokenizer, check_fits
+from glm_jax.tokenizer import MODEL_FILE, Tokenizer, byte_tokenizer, check_fits
 
 FLAGS = flags.FLAGS
 # Flags that decide what a model answers; another mesh or more slots do not.
@@ -123,17 +125,23 @@ def define_engine_flags() -> None:
         lower_bound=1,
     )
     flags.DEFINE_integer("prefill_width", 512, "maximum tokens of a prefill batch", lower_bound=32)
-    define_speculation_flag()
+    define_speculation_flags()
 
 
-def define_speculation_flag() -> None:
-    """How far a step guesses ahead."""
+def define_speculation_flags() -> None:
+    """Define how far a step guesses ahead, and what a smaller model guesses."""
     flags.DEFINE_integer(
         "speculate",
         0,
         "maximum draft tokens of each request, guessed from its own text, that a step checks "
         "beside its next token; the answers stay the same",
         lower_bound=0,
+    )
+    flags.DEFINE_string(
+        "draft_checkpoint",
+        None,
+        "folder of a smaller model with the same tokenizer, which guesses for --speculate where a "
+        "request's own text suggests nothing",
     )
 
 
@@ -234,3 +242,31 @@ def load_model(mesh: Mesh | None) -> tuple[GLMConfig, GLMParams]:
         config, params = random_model(FLAGS.checkpoint, *form)
     config = config.replace(cache_dtype=FLAGS.cache_dtype)
     return config, prepare(params, FLAGS.activation_bits, FLAGS.embedding_bits)
+
+
+def load_small_model(mesh: Mesh | None, tokenizer: Tokenizer) -> SmallModel | None:
+    """Return the model that writes drafts, if the flags name one.
+
+    Args:
+      tokenizer: the flags' model's.
+
+    Raises:
+      UserError: there is no such model, or it has another tokenizer.
+    """
+    folder = FLAGS.draft_checkpoint
+    if folder is None:
+        return None
+    if not FLAGS.speculate:
+        raise UserError(
+            f"--draft_checkpoint={folder}: give --speculate, the tokens that it guesses at most"
+        )
+    config = load_config(folder)
+    check_fits(tokenizer, config)
+    own = Path(folder) / MODEL_FILE
+    if own.exists() and own.read_bytes() != tokenizer.files[0].read_bytes():
+        raise UserError(
+            f"--draft_checkpoint={folder}: another tokenizer than {tokenizer.files[0]}: a model "
+            "that guesses tokens needs the same"
+        )
+    config, params = restore(folder, mesh, FLAGS.dtype)
+    return SmallModel(params, config)

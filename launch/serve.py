@@ -20,6 +20,7 @@ from launch.model_flags import (
     define_model_flags,
     engine_settings,
     load_model,
+    load_small_model,
     load_tokenizer,
 )
 
@@ -91,9 +92,11 @@ flags.DEFINE_bool(
 
 def load(tokenizer: Tokenizer) -> "ServedModel":
     """The model of the flags, behind an engine."""
-    config, params = load_model(None if FLAGS.mesh is None else parse_mesh(FLAGS.mesh))
+    mesh = None if FLAGS.mesh is None else parse_mesh(FLAGS.mesh)
+    config, params = load_model(mesh)
+    small = load_small_model(mesh, tokenizer)
     settings = engine_settings(FLAGS.prefill_budget)
-    engine = Engine(params, config, settings, tokenizer.special_tokens)
+    engine = Engine(params, config, settings, tokenizer.special_tokens, small)
     return ServedModel(engine, params, config, tokenizer)
 
 

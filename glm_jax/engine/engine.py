@@ -26,6 +26,7 @@ import numpy as np
 
 from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.engine import step_functions
+from glm_jax.engine.draft_model import DraftModel, SmallModel
 from glm_jax.engine.fair_queue import ALONE, Turn, Turns
 from glm_jax.engine.generation_settings import SETTINGS
 from glm_jax.engine.page_pool import (
@@ -109,12 +110,16 @@ class Engine:
         config: GLMConfig,
         settings: EngineSettings | None = None,
         special_tokens: SpecialTokens | None = None,
+        small_model: SmallModel | None = None,
     ):
         """Makes pages and slots on the mesh that the parameters lie on.
 
+        Args:
+          small_model: writes drafts where `settings.speculate` says how many.
+
         Raises:
-          PromptError: special tokens that are unknown or not in the vocabulary, or a max_length
-            past the model's positions.
+          PromptError: special tokens that are unknown or not in the vocabulary, a max_length past
+            the model's positions, or a small model with other tokens or fewer positions.
         """
         settings = settings or EngineSettings()
         special = special_tokens or config.special_tokens
@@ -140,7 +145,16 @@ class Engine:
         self._running: dict[int, Running] = {}  # by slot
         self._prefill: Prefill | None = None
         self._unchecked: list[PageAllocation] = []  # pages whose contents no step has looked at
-        self._speculation = Speculation(settings.speculate, self._mesh)
+        self._speculation = Speculation(
+            settings.speculate, self._mesh, self._draft_model(small_model)
+        )
+
+    def _draft_model(self, small: SmallModel | None) -> DraftModel | None:
+        count = self._settings.speculate
+        if small is None or not count:
+            return None
+        small.check(self._config, self.max_length)
+        return DraftModel(small, self.special.sop, self._slot_count, self.max_length, count)
 
     def _widths_of_steps(self) -> list[int]:
         """Slots that a step may run: only a CPU saves by rows what more programs cost."""
@@ -379,7 +393,7 @@ class Engine:
             self._slots = admit(self._slots, np.int32(slot), row)
             remaining = admitted.end - len(request.prompt)
             self._running[slot] = Running(admitted, frozenset(ends), remaining)
-            self._speculation.begin(slot, request.prompt.tokens(sop))
+            self._speculation.begin(slot, request.prompt, sop)
 
     def warm_up(self) -> None:
         """Compiles all programs that requests of any kind will need."""
@@ -392,6 +406,6 @@ class Engine:
             self._slots = release(self._slots, np.int32(0))
             for width in self._step_widths:
                 self._run_step(range(width))
-                run = functools.partial(self._run_idle_step, range(width))
-                self._speculation.measure(width, run)
+            idle = lambda rows, drafts: self._run_idle_step(range(rows), drafts)
+            self._speculation.warm_up(self._step_widths, idle)
             self._cache = step_functions.clear_failed(self._cache)

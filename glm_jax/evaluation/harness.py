@@ -128,10 +128,10 @@ class HarnessModel(LM):
                 same.setdefault(self._seen(prompt, text), []).append(number)
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         sequences, places = list[ScoredSequence](), list[list[int]]()
-        for prompt, numbers in same.items():
+        for seen, numbers in same.items():
             texts = [pairs[number][1] for number in numbers]
             some = continuations(
-                prompt,
+                seen,
                 texts,
                 self._model.special,
                 self._length,

@@ -15,6 +15,7 @@ import numpy as np
 
 from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.engine.beam_search import BeamSearch, beam_search
+from glm_jax.engine.draft_model import SmallModel
 from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.engine.prompt import Prompt, bucket
 from glm_jax.engine.request import Request
@@ -45,7 +46,7 @@ class Model:
 
     Attributes:
       batch_tokens: that are scored at once.
-      speculate: of generated answers, see `EngineSettings`.
+      speculate, small_model: of generated answers, see `EngineSettings` and `Engine`.
 
     Raises:
       TokenizerError: the tokenizer is not the model's.
@@ -56,6 +57,7 @@ class Model:
     tokenizer: TextCodec
     batch_tokens: int = 4096
     speculate: int = 0
+    small_model: SmallModel | None = None
 
     def __post_init__(self) -> None:
         check_fits(self.tokenizer, self.config)
@@ -208,7 +210,7 @@ class Generation(Task):
         slots = min(_SLOTS, bucket(len(prompts), 1))
         longest = min(length, model.config.max_sequence_length)
         settings = EngineSettings(slots, longest, speculate=model.speculate)
-        engine = Engine(model.params, model.config, settings, model.special)
+        engine = Engine(model.params, model.config, settings, model.special, model.small_model)
         requests = (Request(prompt, max_tokens=max_tokens, end_tokens=ends) for prompt in prompts)
         for completion in complete_all(engine, requests):
             yield completion.request_id, self._without_end(completion.tokens)

@@ -10,6 +10,7 @@ from typing import Any
 
 from glm_jax.config import GLMConfig
 from glm_jax.engine.beam_search import BeamSearch
+from glm_jax.engine.draft_model import SmallModel
 from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.engine.prompt import Prompt, PromptError
 from glm_jax.engine.request import Request
@@ -43,7 +44,7 @@ class Strategy:
       max_tokens: maximum tokens of each blank; as many as there is room for by default.
       is_unidirectional: texts have no masks; answers continue them, and each token of a text sees
         only those before it.
-      speculate: see `EngineSettings`.
+      speculate, small_model: see `EngineSettings` and `Engine`.
     """
 
     choice: Sampling | BeamSearch
@@ -52,6 +53,7 @@ class Strategy:
     seed: int = 0
     is_unidirectional: bool = False
     speculate: int = 0
+    small_model: SmallModel | None = None
 
 
 def render(filled: FilledText, in_colour: bool) -> str:
@@ -175,7 +177,7 @@ def _filler(
         steps = lambda text: filling_by_beams(params, config, begin(text), choice, max_tokens)
         return lambda text, _: finish(steps(text))[0][0]
     settings = EngineSettings(1, limit, speculate=strategy.speculate)
-    engine = Engine(params, config, settings, special)
+    engine = Engine(params, config, settings, special, strategy.small_model)
     request = Request(Prompt((), None), choice, strategy.max_tokens, strategy.seed)
     return lambda text, on_tokens: fill(engine, begin(text), request, on_tokens)
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from glm_jax import processes
 from glm_jax.config import GLMConfig
+from glm_jax.engine.draft_model import SmallModel
 from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.engine.speculation import DraftCounts
 from glm_jax.generation.blank_filling import TextCodec
@@ -110,9 +111,17 @@ class Counts(NamedTuple):
 
 
 def run_batch(
-    job: BatchJob, part: Share, config: GLMConfig, params: GLMParams, tokenizer: TextCodec
+    job: BatchJob,
+    part: Share,
+    config: GLMConfig,
+    params: GLMParams,
+    tokenizer: TextCodec,
+    small_model: SmallModel | None = None,
 ) -> Counts:
     """Answer the remaining requests of a process's share, with a progress bar.
+
+    Args:
+      small_model: see `Engine`.
 
     Returns:
       Numbers of requests answered now and of those whose answer is an error, and the drafts of the
@@ -126,7 +135,7 @@ def run_batch(
     done = record_store.answered(job.folder, requests)
     processes.wait("answers that are there are known")
     own = range(part.process, requests, part.count)
-    engine = Engine(params, config, job.settings, tokenizer.special_tokens)
+    engine = Engine(params, config, job.settings, tokenizer.special_tokens, small_model)
     runner = RequestRunner(
         engine, params, config, tokenizer, seed=job.seed, truncates=job.truncates
     )

@@ -9,6 +9,7 @@ import pytest
 from conftest import GOLDEN  # noqa: F401  # imports of jax come after it
 
 from glm_jax.engine import step_functions
+from glm_jax.engine.draft_model import SmallModel, _draft
 from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.engine.prompt import Prompt, PromptError
 from glm_jax.engine.request import Request
@@ -96,7 +97,7 @@ def guesses(plain, monkeypatch):
     rng, given = np.random.default_rng(0), []
 
     def propose(drafter, count):
-        text = tuple(drafter._tokens)
+        text = tuple(drafter.text)
         [prompt] = [prompt for prompt in coming if text[: len(prompt)] == prompt]
         tokens = [
             *coming[prompt][len(text) - len(prompt) :],
@@ -108,7 +109,7 @@ def guesses(plain, monkeypatch):
         return given[-1]
 
     monkeypatch.setattr(Drafter, "propose", propose)
-    monkeypatch.setattr(Speculation, "measure", lambda *_: 0.0)
+    monkeypatch.setattr(Speculation, "measure", lambda *_: (0.01, 0.0))
     return given
 
 
@@ -139,7 +140,7 @@ def test_a_request_gets_several_tokens_of_a_step_where_its_text_repeats(tiny_mod
     assert engine._speculation._costs.keys() == {1, 2}
     programs = (step_functions.step, admit, release)
     before = [program._cache_size() for program in programs]
-    monkeypatch.setattr(Speculation, "measure", lambda *_: 1.2)
+    monkeypatch.setattr(Speculation, "measure", lambda *_: (1.2, 0.0))
     engine.submit(request)
     steps = [engine.step() for _ in range(15)]
     assert [token.token for tokens in steps for token in tokens] == [244] * 50
@@ -153,8 +154,8 @@ def test_a_request_whose_drafts_are_refused_gets_few():
     """Where a step with drafts takes twice the time, they cost one token in forty at most, though
     of five words every two came before."""
     spec, run = Speculation(DRAFTS, None), lambda drafts: None
-    spec._costs[1] = 2.0
-    spec.begin(0, [1, 2])
+    spec._costs[1] = (2.0, 0.0)
+    spec.begin(0, Prompt((1,), None), 2)
     rng, with_drafts, count = np.random.default_rng(0), 0, 800
     for _ in range(count):
         token = int(rng.integers(5))
@@ -193,18 +194,11 @@ def test_a_draft_that_gives_no_numbers_fails_no_request(model, monkeypatch):
     request = Request(Prompt((5, 240), 1), max_tokens=9, end_tokens=())
     [expected] = complete_all(Engine(params, config, SMALL), [request])
     monkeypatch.setattr(step_functions, "_decode", poisoned)
-    monkeypatch.setattr(Speculation, "measure", lambda *_: 0.0)
+    monkeypatch.setattr(Speculation, "measure", lambda *_: (0.01, 0.0))
     engine, cleared = _speculating((config, params)), []
     clear = step_functions.clear_failed
     monkeypatch.setattr(step_functions, "clear_failed", lambda c: cleared.append(1) or clear(c))
-    real_propose = Drafter.propose
-
-    def propose(drafter, count):
-        is_paused = drafter._is_paused
-        real_propose(drafter, 0)
-        return [] if is_paused else [POISON][:count]
-
-    monkeypatch.setattr(Drafter, "propose", propose)
+    monkeypatch.setattr(Drafter, "propose", lambda drafter, count: [POISON][:count])
     [answer] = complete_all(engine, [request])
     assert answer.tokens == expected.tokens
     assert engine.drafts.checked == len(cleared) > 2
@@ -215,10 +209,88 @@ def test_a_failure_without_drafts_ends_the_request(model, monkeypatch):
     broken = params.replace(
         final_layernorm=jax.tree.map(lambda x: x * np.nan, params.final_layernorm)
     )
-    monkeypatch.setattr(Speculation, "measure", lambda *_: 0.0)
+    monkeypatch.setattr(Speculation, "measure", lambda *_: (0.01, 0.0))
     requests = [Request(Prompt((5, 6, 5, 6, 5, 6, 240), 1), max_tokens=9)]
     with pytest.raises(LogitsError, match="at token 1 of the answer"):
         list(complete_all(_speculating((config, broken)), requests))
+
+
+@pytest.fixture(scope="module")
+def small_model(tiny_model):
+    """Of one layer fewer, with as many words."""
+    config, params = tiny_model
+    one = config.replace(num_layers=config.num_layers - 1)
+    return SmallModel(params.replace(layers=jax.tree.map(lambda x: x[:-1], params.layers)), one)
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_right"), [("layers apart", False), ("layers apart", True), ("mesh", True)]
+)
+def test_drafts_of_a_small_model(model, small_model, plain, monkeypatch, kind, is_right):
+    """The same answers; of the model itself nearly all drafts of greedy ones are accepted."""
+    monkeypatch.setattr(Speculation, "measure", lambda *_: (0.01, 0.0))
+    monkeypatch.setattr(Drafter, "propose", lambda *_: [])
+    config, params = model
+    small = SmallModel(params, config) if is_right else small_model
+    if kind == "mesh":
+        mesh = make_mesh((2, 2, 2))
+        place = lambda config, params: jax.device_put(
+            params, jax.tree.map(lambda a: a.sharding, glm_params.abstract(config, mesh))
+        )
+        params = place(config, params)
+        small = SmallModel(place(small.config, small.params), small.config)
+    settings = dataclasses.replace(SMALL, speculate=DRAFTS)
+    engine = Engine(params, config, settings, small_model=small)
+    _assert_same(_answers(engine), plain)
+    assert engine.drafts.checked > 200
+    if is_right:
+        assert engine.drafts.accepted > engine.drafts.checked / 4  # a third of requests are greedy
+        before = engine.drafts
+        greedy = [dataclasses.replace(r, sampling=Sampling()) for r in _requests()[:4]]
+        list(complete_all(engine, greedy))
+        checked = engine.drafts.checked - before.checked
+        # An answer's end refuses those behind it.
+        assert engine.drafts.accepted - before.accepted > checked - DRAFTS * len(greedy)
+
+
+def test_a_small_model_catches_up(model, monkeypatch):
+    """Drafts are the small model's likeliest tokens behind any text, after steps without drafts."""
+    config, params = model
+    monkeypatch.setattr(Drafter, "propose", lambda *_: [])
+    costs = iter([(0.01, 0.0)] + [(9.0, 0.0)] * 30 + [(0.01, 0.0)] * 40)
+    monkeypatch.setattr(Speculation, "measure", lambda *_: next(costs))
+    settings = dataclasses.replace(SMALL, speculate=DRAFTS)
+    engine = Engine(params, config, settings, small_model=SmallModel(params, config))
+    request = Request(Prompt((5, 9, 240), None), max_tokens=44, end_tokens=())
+    [answer] = complete_all(engine, [request])
+    [expected] = complete_all(Engine(params, config, SMALL), [request])
+    assert answer.tokens == expected.tokens
+    assert engine.drafts.checked == engine.drafts.accepted >= 9
+
+
+def test_nothing_is_compiled_for_a_small_model_after_warm_up(model, small_model, monkeypatch):
+    config, params = model
+    settings = dataclasses.replace(SMALL, speculate=2)
+    engine = Engine(params, config, settings, small_model=small_model)
+    engine.warm_up()
+    assert all(drafting > 0 for _, drafting in engine._speculation._costs.values())
+    programs = (step_functions.step, step_functions.decode, step_functions.prefill_layers, _draft)
+    before = [program._cache_size() for program in programs]
+    monkeypatch.setattr(Speculation, "measure", lambda *_: (0.01, 0.0))
+    list(complete_all(engine, _requests()[:5]))
+    assert engine.drafts.checked
+    assert [program._cache_size() for program in programs] == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [({"vocab_size": 640}, "640 tokens, the model"), ({"max_sequence_length": 32}, "32 positions")],
+)
+def test_a_small_model_that_does_not_match(model, small_model, changed, message):
+    config, params = model
+    other = SmallModel(small_model.params, small_model.config.replace(**changed))
+    with pytest.raises(PromptError, match=message):
+        Engine(params, config, dataclasses.replace(SMALL, speculate=1), small_model=other)
 
 
 def test_settings_are_checked():

@@ -70,7 +70,8 @@ def expected(model, source, tmp_path_factory):
     assert [record["index"] for record in records] == list(range(12))
     assert [record["id"] for record in records] == list(range(1, 13))
     assert records[4]["line"] == 5
-    again = Started(_command(model, source, output, "--speculate=3"), environment(1)).finish()
+    drafts = ("--speculate=3", f"--draft_checkpoint={model}")
+    again = Started(_command(model, source, output, *drafts), environment(1)).finish()
     assert "0 prompts answered" in again
     assert "0 of 0 draft tokens accepted" in again
     assert _merged(output) == records
