@@ -101,19 +101,26 @@ class SpecialTokens:
         """The tokens at which generation stops by default."""
         return (self.eop, self.eos)
 
+    def text_ends(self, end_tokens: Sequence[int] | None = None) -> frozenset[int]:
+        """Return the tokens before which the text of an answer ends: its end tokens, and eod.
+
+        Models write eod before eop at the end of a document, so generation does not stop at it.
+
+        Args:
+          end_tokens: ids at which generation stops, None for the default.
+        """
+        return frozenset({self.eod, *(self.end_tokens if end_tokens is None else end_tokens)})
+
     def without_end(
         self, answer: Sequence[int], end_tokens: Sequence[int] | None = None
     ) -> tuple[int, ...]:
         """Return the text tokens of an answer: those before the token that ended it.
 
-        eod ends the text too. Models write it before eop at the end of a document, so generation
-        does not stop at it.
-
         Args:
           answer: generated token ids.
           end_tokens: ids at which generation stopped, None for the default.
         """
-        ends = {self.eod, *(self.end_tokens if end_tokens is None else end_tokens)}
+        ends = self.text_ends(end_tokens)
         return tuple(itertools.takewhile(lambda token: token not in ends, answer))
 
 

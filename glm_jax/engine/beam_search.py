@@ -42,7 +42,7 @@ class BeamSearch:
       length_penalty: the exponent p; above 0 it favours longer answers.
       no_repeat_ngram: no n tokens in a row, the last of them generated, appear twice; 0
         for no such ban.
-      min_tokens: that are generated before an end token may be.
+      min_tokens: that are generated before a token that ends the text may be.
       banned_tokens: that never come.
       banned_prefixes: tokens that no answer begins with.
     """
@@ -111,12 +111,13 @@ def beam_steps(
     decoder = ForkingDecoder(prepare(params), config, prompt, settings.num_beams, limit)
     yield from decoder.prefill(prompt, special.sop)
     search = _Search(prompt.tokens(special.sop), settings, ends, bucket(limit))
+    text_ends = list(special.text_ends(ends))
     # Whatever ends, one continuation more than there are beams goes on.
     count = (len(set(ends)) + 1) * settings.num_beams + 1
     while True:
         yield None
         logits = yield from decoder.step(search.latest, search.length - 1)
-        banned = search.banned(config.vocab_size)
+        banned = search.banned(config.vocab_size, text_ends)
         candidates = (logits, *search.state, banned, settings.no_repeat_ngram, count)
         best = yield from decoder.run(expand, *candidates)
         search.take(*(np.asarray(x) for x in best))
@@ -166,14 +167,18 @@ class _Search:
         self._ended.insert(rank, hypothesis)
         del self._ended[self._settings.num_beams :]
 
-    def banned(self, vocab: int) -> np.ndarray:
-        """bool [beams or 1, vocab]: what may not come next, repeated n-grams aside."""
+    def banned(self, vocab: int, text_ends: Sequence[int]) -> np.ndarray:
+        """bool [beams or 1, vocab]: what may not come next, repeated n-grams aside.
+
+        Args:
+          text_ends: tokens before which the text of an answer ends.
+        """
         settings, count = self._settings, self.length - self.first
         # A search has one shape all the way.
         banned = np.zeros((settings.num_beams if settings.banned_prefixes else 1, vocab), bool)
         banned[:, list(settings.banned_tokens)] = True
         if count < settings.min_tokens:
-            banned[:, list(self._ends)] = True
+            banned[:, list(text_ends)] = True
         for prefix in settings.banned_prefixes:
             if len(prefix) == count + 1:
                 matches = (self.tokens[:, self.first : self.length] == prefix[:-1]).all(axis=1)

@@ -388,12 +388,12 @@ class Engine:
                 continue
             request, slot = admitted.request, admitted.slot
             ends = self.special.end_tokens if request.end_tokens is None else request.end_tokens
-            pages, sop = admitted.allocation.pages, self.special.sop
-            row = request_row(self._empty, request, pages, admitted.end, ends, sop)
+            pages = admitted.allocation.pages
+            row = request_row(self._empty, request, pages, admitted.end, self.special)
             self._slots = admit(self._slots, np.int32(slot), row)
             remaining = admitted.end - len(request.prompt)
             self._running[slot] = Running(admitted, frozenset(ends), remaining)
-            self._speculation.begin(slot, request.prompt, sop)
+            self._speculation.begin(slot, request.prompt, self.special.sop)
 
     def warm_up(self) -> None:
         """Compiles all programs that requests of any kind will need."""

@@ -181,7 +181,7 @@ class GenerationSettings:
     no_repeat_ngram: int = _number(
         int, 0, 0, _MAX_COUNT, "n tokens in a row never come twice; 0 for no such ban", True
     )
-    min_tokens: int = _number(int, 0, 0, _MAX_COUNT, "tokens before an answer may end", True)
+    min_tokens: int = _number(int, 0, 0, _MAX_COUNT, "tokens before an answer's text may end", True)
     max_tokens: int | None = _number(
         int, None, 1, _MAX_COUNT, "tokens of an answer; by default up to the maximum length", True
     )

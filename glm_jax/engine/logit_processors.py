@@ -27,7 +27,7 @@ class LogitProcessors:
       biased_tokens, biases: tokens, and what is added to the score of each; 0 fills up.
       no_repeat_ngram: no n tokens in a row, the last of them generated, come twice; 0 for no
         such ban.
-      min_tokens: that are generated before an end token may be.
+      min_tokens: that are generated before a token that ends the text may be.
       banned_tokens: true for those that never come.
       banned_sequences: [sequences, width] a row, aligned to the right and filled up with -1:
         the last token of one does not come after its others.
@@ -49,14 +49,14 @@ def process_logits(
     tokens: Int[Array, "rows length"],
     length: Int[Array, " rows"],
     first: Int[Array, " rows"],
-    is_end: Bool[Array, "rows vocab"],
+    is_text_end: Bool[Array, "rows vocab"],
     processors: LogitProcessors,
 ) -> Float[Array, "rows vocab"]:
     """Scores with penalties and biases applied, and -inf for what may not come next.
 
     Args:
       tokens: of context and answer, `length` of them, those from `first` on generated.
-      is_end: tokens that end an answer.
+      is_text_end: tokens before which an answer's text ends.
     """
     vocab = logits.shape[1]
     index = jnp.arange(tokens.shape[1])
@@ -75,7 +75,7 @@ def process_logits(
     logits = jax.lax.cond(is_penalised, penalised, lambda: logits)
     logits = _add(logits, processors.biased_tokens, processors.biases)
     may_not_end = (length - first < processors.min_tokens)[:, None]
-    banned = processors.banned_tokens | (is_end & may_not_end)
+    banned = processors.banned_tokens | (is_text_end & may_not_end)
     banned |= repeated(tokens, length, first, processors.no_repeat_ngram, vocab)
     banned |= _completed(tokens, length, first, processors.banned_sequences, vocab)
     return jnp.where(banned, -jnp.inf, logits)

@@ -92,7 +92,7 @@ class Sampling:
       logit_bias: ids of tokens, each with what is added to its logit.
       no_repeat_ngram: no n tokens in a row, the last of them generated, come twice; 0 for no
         such ban.
-      min_tokens: that are generated before the answer may end.
+      min_tokens: that are generated before the answer's text may end.
       banned_tokens: never come.
       banned_sequences: never come as a whole in the answer.
     """

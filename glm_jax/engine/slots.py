@@ -13,7 +13,7 @@ from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, UInt32
 
-from glm_jax.config import GLMConfig
+from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.engine import sampling as sampling_lib
 from glm_jax.engine.generation_settings import MAX_BIASED, SamplingError
 from glm_jax.engine.logit_processors import LogitProcessors, process_logits
@@ -57,6 +57,7 @@ class Slots:
       is_processed: whether logit processors change anything.
       logit_processors: their settings.
       is_end: [vocab], tokens that end the answer.
+      is_text_end: [vocab], tokens before which its text ends: these, and eod.
       wants_log_probability: of its tokens.
       wants_top_logprobs: beside it, those of the most likely tokens at each position.
     """
@@ -75,6 +76,7 @@ class Slots:
     is_processed: Bool[Any, "*slots"]
     logit_processors: Any
     is_end: Bool[Any, "*slots vocab"]
+    is_text_end: Bool[Any, "*slots vocab"]
     wants_log_probability: Bool[Any, "*slots"]
     wants_top_logprobs: Bool[Any, "*slots"]
 
@@ -112,27 +114,33 @@ def empty_slot(config: GLMConfig, width: int, table_size: int) -> Slots:
         table=np.zeros(table_size, np.int32),
         **sampling_row(Sampling(), 0, vocab),
         is_end=np.zeros(vocab, bool),
+        is_text_end=np.zeros(vocab, bool),
         wants_log_probability=np.bool_(False),
         wants_top_logprobs=np.bool_(False),
     )
 
 
 def request_row(
-    empty: Slots, request: Request, pages: Sequence[int], end: int, ends: Sequence[int], sop: int
+    empty: Slots,
+    request: Request,
+    pages: Sequence[int],
+    end: int,
+    special: SpecialTokens,
 ) -> Slots:
     """The row of a request whose prompt is in the cache.
 
     Args:
       empty: an `empty_slot`.
       end: sequence length at which generation stops (exclusive).
-      ends: tokens that end the answer.
     """
     prompt, vocab = request.prompt, len(empty.is_end)
     tokens, table = np.zeros_like(empty.tokens), np.zeros_like(empty.table)
-    tokens[: len(prompt)] = prompt.tokens(sop)
+    tokens[: len(prompt)] = prompt.tokens(special.sop)
     table[: len(pages)] = pages
-    is_end = np.zeros(vocab, bool)
+    ends = special.end_tokens if request.end_tokens is None else request.end_tokens
+    is_end, is_text_end = np.zeros((2, vocab), bool)
     is_end[list(ends)] = True
+    is_text_end[list(special.text_ends(ends))] = True
     return dataclasses.replace(
         empty,
         is_active=np.bool_(True),
@@ -146,6 +154,7 @@ def request_row(
         table=table,
         **sampling_row(request.sampling, request.seed, vocab),
         is_end=is_end,
+        is_text_end=is_text_end,
         wants_log_probability=np.bool_(request.log_probabilities),
         wants_top_logprobs=np.bool_(request.top_logprobs),
     )
@@ -350,7 +359,7 @@ def _choose_as_asked(logits: Array, slots: Slots) -> tuple[Array, Array]:
     def process() -> Array:
         length = slots.index + 1
         changed = process_logits(
-            logits, slots.tokens, length, slots.first, slots.is_end, slots.logit_processors
+            logits, slots.tokens, length, slots.first, slots.is_text_end, slots.logit_processors
         )
         return jnp.where(slots.is_processed[:, None], changed, logits)
 

@@ -1,5 +1,6 @@
 """Beam search equals the original's, token for token, in every setting that it recorded."""
 
+import dataclasses
 import json
 import re
 
@@ -116,6 +117,19 @@ _CASES = {
     "an end at once": (Prompt((5, 9, 500, 33, 2), 2), 12, (504,), {}),
     "to the last position": (Prompt((*range(5, 60), 501), None), None, (), {}),
 }
+
+
+def test_no_beam_ends_its_text_before_min_tokens(golden_float32, greedy):
+    """eod ends a text too, though a search goes on after it."""
+    config, params = golden_float32
+    prompt, count, ends, _ = _CASES["blank"]
+    special = dataclasses.replace(_SPECIAL, eod=greedy["blank"][0])
+    limits = dict(max_length=len(prompt) + count, end_tokens=ends, special_tokens=special)
+    for min_tokens, shortest in ((0, 0), (4, 4)):
+        search = BeamSearch(1, min_tokens=min_tokens)
+        [found] = beam_search(params, config, prompt, search, **limits)
+        length = len(special.without_end(found.tokens, ends))
+        assert length == 0 if shortest == 0 else length >= shortest
 
 
 def _placed(config, params, shape):

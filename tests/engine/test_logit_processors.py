@@ -147,6 +147,20 @@ def test_answers_obey(tiny_model):
     assert free[0] not in later.tokens[:5]
 
 
+def test_no_token_ends_a_text_before_min_tokens(tiny_model):
+    """Neither an end token nor eod, at which generation goes on, but the text does not."""
+    config, params = tiny_model
+    special = config.special_tokens
+    prompt = Prompt((5, 6, 7, 240), 3)
+    biases = ((special.eod, 100.0), (special.eop, 90.0), (special.eos, 90.0))
+    engine = Engine(params, config, EngineSettings(2))
+    samplings = [Sampling(logit_bias=biases, min_tokens=count) for count in (0, 4)]
+    for ends, texts in ((None, [0, 4]), ((), [0, 4]), ((special.eod,), [0, 4])):
+        requests = [Request(prompt, sampling, 6, end_tokens=ends) for sampling in samplings]
+        answers = sorted(complete_all(engine, requests), key=lambda answer: answer.request_id)
+        assert [len(special.without_end(answer.tokens, ends)) for answer in answers] == texts
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
