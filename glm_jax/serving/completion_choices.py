@@ -11,6 +11,9 @@ from glm_jax.generation.text_stream import Stops, TextStream
 from glm_jax.serving.metrics import AnswerTimes
 from glm_jax.serving.schemas import CompletionRequest
 
+# Text, log-probability and top tokens of a token.
+_Named = tuple[str, float | None, dict[str, float] | None]
+
 
 @dataclasses.dataclass(frozen=True)
 class BlankPrompt:
@@ -56,10 +59,15 @@ class Choice:
         self._special, self._has_ended = prompt.partly.special, False
         self._request, self._times = request, times
         self._stops = Stops([request.stop] if isinstance(request.stop, str) else request.stop or [])
-        # Text, log-probability and top tokens of each token that no piece has named yet.
-        self._unsent: list[tuple[str, float | None, dict[str, float] | None]] = []
+        self._named_prompt: list[_Named] = []
         self._has_scores = False
+        # Tokens that no piece has named yet, each with the text that it adds and the names of its
+        # top tokens.
+        self._unnamed: list[tuple[Token, str, list[str]]] = []
+        self._start = 0  # of the answer's own text
         self._length = 0  # of the text of all tokens that pieces have named
+        self._given = 0  # of the answer's own text in pieces
+        self._log_probability = 0.0
         self._decode, self._stream = decode, TextStream(decode, prompt.tokens)
 
     def opening(self) -> dict[str, Any] | None:
@@ -67,8 +75,13 @@ class Choice:
         if not self._request.echo:
             return None
         opening = self.piece(self.prompt.before, None)
-        self._length = len(self.prompt.before)
+        self._start = self._length = len(self.prompt.before)
         return opening
+
+    @property
+    def mean_log_probability(self) -> float:
+        """Of the tokens so far, in nats; 0 where their log-probabilities were not asked for."""
+        return self._log_probability / max(1, self.tokens)
 
     def add_prompt(self, score: Score | None) -> None:
         """Name the prompt's tokens in the next piece.
@@ -80,19 +93,20 @@ class Choice:
         stream = TextStream(self._decode)
         for number, token_id in enumerate(self.prompt.tokens):
             if score is None:
-                self._unsent.append((stream.add(token_id), None, None))
+                self._named_prompt.append((stream.add(token_id), None, None))
                 continue
             best = score.top_tokens[number], score.top_log_probabilities[number]
             top = tuple(zip(*(x.tolist() for x in best), strict=True))
             token = Token(0, token_id, float(score.log_probabilities[number]), None, top)
             names = self._names(token, stream)
             raw = stream.add(token_id)
-            self._unsent.append((raw, token.log_probability, self._top(token, raw, names)))
+            self._named_prompt.append((raw, token.log_probability, self._top(token, raw, names)))
 
     def receive(self, token: Token) -> dict[str, Any] | None:
         """Return the piece that a token adds, or None if it adds no text yet."""
         self._times.token()
         self.tokens += 1
+        self._log_probability += token.log_probability
         self._has_ended |= not self._special.without_end([token.token])
         names = self._names(token, self._stream)  # before the stream goes on
         raw = "" if self._has_ended else self._stream.add(token.token)
@@ -102,15 +116,35 @@ class Choice:
         text = self._stops.add(raw)
         # Clients that score prompts count on an entry for each generated token.
         if self._request.logprobs is not None and (not self._has_ended or self._has_scores):
-            self._unsent.append((raw, token.log_probability, self._top(token, raw, names)))
+            self._unnamed.append((token, raw, names))
         if self._stops.has_stopped:
             reason = "stop"
         elif reason is not None:
             text += self._stops.finish()
+        self._given += len(text)
+        named = self._take_named(is_last=reason is not None)
         if reason is not None:
             self._times.end()
             text += self.prompt.after if self._request.echo else ""
-        return self.piece(text, reason) if text or reason or self._unsent else None
+        return self.piece(text, reason, named) if text or reason or named else None
+
+    def _take_named(self, is_last: bool) -> list[_Named]:
+        """Take the tokens whose text the pieces have; of the last one as much as a stop text left.
+
+        Tokens that add no text of their own go with the next one that does.
+        """
+        named: list[_Named] = []
+        start, count = self._length - self._start, 0
+        for number, (token, text, names) in enumerate(self._unnamed, 1):
+            is_cut = self._stops.has_stopped and start >= self._given
+            if is_cut or not (is_last or start + len(text) <= self._given):
+                break
+            left = text[: self._given - start]
+            named.append((left, token.log_probability, self._top(token, left, names)))
+            start += len(text)
+            count = number if text or is_last else count
+        del self._unnamed[:count]
+        return named[:count]
 
     def _names(self, token: Token, stream: TextStream) -> list[str]:
         """Return the text that each top token would add here, or its id where that is not a whole
@@ -139,11 +173,17 @@ class Choice:
             top[name] = round(value, 6)
         return top | {chosen: round(token.log_probability, 6)}
 
-    def piece(self, text: str, reason: str | None) -> dict[str, Any]:
-        """Return a part of the choice as JSON."""
+    def piece(
+        self, text: str, reason: str | None, named: Sequence[_Named] | None = None
+    ) -> dict[str, Any]:
+        """Return a part of the choice as JSON.
+
+        Args:
+          named: tokens that it names; those of the prompt where it is None.
+        """
         probabilities = None
         if self._request.logprobs is not None:
-            probabilities = self._probabilities()
+            probabilities = self._probabilities(self._named_prompt if named is None else named)
         return {
             "text": text,
             "index": self.index,
@@ -151,16 +191,15 @@ class Choice:
             "finish_reason": reason,
         }
 
-    def _probabilities(self) -> dict[str, Any]:
+    def _probabilities(self, named: Sequence[_Named]) -> dict[str, Any]:
         offsets = []
-        for text, _, _ in self._unsent:
+        for text, _, _ in named:
             offsets.append(self._length)
             self._length += len(text)
-        unsent, self._unsent = self._unsent, []
         return {
-            "tokens": [text for text, _, _ in unsent],
-            "token_logprobs": [None if x is None else round(x, 6) for _, x, _ in unsent],
-            "top_logprobs": [top for _, _, top in unsent] if self._request.logprobs else None,
+            "tokens": [text for text, _, _ in named],
+            "token_logprobs": [None if x is None else round(x, 6) for _, x, _ in named],
+            "top_logprobs": [top for _, _, top in named] if self._request.logprobs else None,
             "text_offset": offsets,
         }
 

@@ -28,17 +28,23 @@ _MAX_NAMED = 1 << 17  # tokens of prompts in one answer; each takes some 100 byt
 class CompletionRun(Run):
     """A completion request while it is answered."""
 
-    def __init__(self, service: Service, request: CompletionRequest):
+    def __init__(self, service: Service, request: CompletionRequest, kind: str = "text_completion"):
         """Check and tokenise a request.
+
+        Args:
+          kind: the answer's `object`.
 
         Raises:
           HTTPException, UserError: it cannot be answered.
         """
-        super().__init__(service, "text_completion", request.model)
-        self._request, self._count = request, request.n or 1
-        self._choice = service.choice(request, request.best_of, "best_of")
+        super().__init__(service, kind, request.model)
+        self._request = request
+        self._choice = service.choice(request, request.num_beams)
         self._is_search = isinstance(self._choice, BeamSearch)
-        self._check_beams()
+        self._check_counts()
+        # Answers to each prompt that are generated, of which the best `n` are given.
+        self._count = request.n or 1 if self._is_search else request.best_of or request.n or 1
+        self._is_ranked = self._count > (request.n or 1)
         prompts = _prompts(request)
         self._answers = len(prompts) * (1 if self._is_search else self._count)
         limit = service.worker.max_answers
@@ -63,16 +69,22 @@ class CompletionRun(Run):
             message = f"{named} tokens of prompts with logprobs: at most {_MAX_NAMED}"
             raise refused(400, message, "prompt")
 
-    def _check_beams(self) -> None:
-        request = self._request
-        best_of = request.best_of or self._count
-        if best_of < self._count:
-            raise refused(400, f"best_of={best_of} is less than n={self._count}", "best_of")
+    def _check_counts(self) -> None:
+        """Refuse counts of answers that do not fit each other, and what cannot go with them."""
+        request, count = self._request, self._request.n or 1
+        best_of, beams = request.best_of or count, request.num_beams
+        if best_of < count:
+            raise refused(400, f"best_of={best_of} is less than n={count}", "best_of")
+        if best_of > count and request.stream:
+            message = f"stream beside best_of={best_of}: the best {count} are known at the end"
+            raise refused(400, message, "stream")
         if not self._is_search:
             return
-        for name in ("stream", "logprobs", "stop"):
+        if count > (beams or 1):
+            raise refused(400, f"n={count} is more than num_beams={beams}", "n")
+        for name in ("stream", "logprobs", "stop", "best_of"):
             if getattr(request, name) not in (None, False):
-                raise refused(400, f"{name} beside best_of={best_of}: leave out one", name)
+                raise refused(400, f"{name} beside num_beams={beams}: leave out one", name)
 
     def _begin_prompt(self, prompt: str | Sequence[int]) -> BlankPrompt:
         model = self.model
@@ -120,7 +132,7 @@ class CompletionRun(Run):
             sampling=sampling,
             max_tokens=request.max_tokens or None,
             seed=seed_of(request.seed, choice.index % self._count),
-            log_probabilities=request.logprobs is not None,
+            log_probabilities=request.logprobs is not None or self._is_ranked,
             top_logprobs=bool(request.logprobs),
         )
         return next_request(choice.prompt.partly, template)
@@ -216,8 +228,21 @@ class CompletionRun(Run):
             for name, values in (piece["logprobs"] or {}).items():
                 if values is not None:
                     whole["logprobs"][name] += values
-        choices = [choices_by_index[index] for index in sorted(choices_by_index)]
+        given = [index for index in self._given() if index in choices_by_index]
+        choices = [choices_by_index[index] for index in given]
+        for index, choice in enumerate(choices if self._is_ranked else ()):
+            choice["index"] = index
         return self.head() | {"choices": choices, "usage": self.usage(self._generated)}
+
+    def _given(self) -> list[int]:
+        """Return the indices of the answers that are given: of each prompt `best_of` the `n` of
+        the highest mean log-probability, best first."""
+        means = [choice.mean_log_probability for choice in self._choices]
+        first = range(0, len(means), self._count)
+        answers = [list(range(i, i + self._count)) for i in first]
+        if self._is_ranked:
+            answers = [sorted(group, key=lambda i: -means[i]) for group in answers]
+        return [index for group in answers for index in group[: self._request.n or 1]]
 
 
 def _prompts(request: CompletionRequest) -> list[str | Sequence[int]]:

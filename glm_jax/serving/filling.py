@@ -33,7 +33,7 @@ class FillRun(Run):
         super().__init__(service, "fill", request.model)
         self._request = request
         tokenizer, limit = self.model.tokenizer, self.model.engine.max_length
-        self._choice = service.choice(request, request.num_beams, "num_beams")
+        self._choice = service.choice(request, request.num_beams)
         self._special = tokenizer.special_tokens
         self._ends = self._special.end_tokens
         self._partly = PartlyFilled.begin(

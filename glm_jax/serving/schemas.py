@@ -111,9 +111,12 @@ class CompletionRequest(_Choosing):
     temperature: Temperature | None = 1.0
     top_p: Probability | None = 1.0
     n: Count | None = 1
-    best_of: Beams | None = Field(
-        None, description="above 1: beam search of this width, which returns the n best answers"
+    best_of: Count | None = Field(
+        None,
+        description="answers that are generated, of which the n with the highest log-probability "
+        "per token are given; n by default",
     )
+    num_beams: Beams | None = _of_table("num_beams")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     logprobs: TopLogprobs | None = None

@@ -71,13 +71,12 @@ class Service:
             raise refused(404, message, "model", "model_not_found")
 
     def choice(
-        self, request: CompletionRequest | FillRequest, beams: int | None, beams_name: str
+        self, request: CompletionRequest | FillRequest, beams: int | None
     ) -> Sampling | BeamSearch:
         """Return how a request's tokens are chosen.
 
         Args:
           beams: width of a beam search; None or 1 for sampling.
-          beams_name: the request's name for it, for messages.
 
         Raises:
           HTTPException: settings that exclude each other.
@@ -85,8 +84,8 @@ class Service:
         """
         beams = beams or 1
         if beams > self.limits.beams:
-            message = f"{beams_name}={beams}: this server takes at most {self.limits.beams}"
-            raise refused(400, message, beams_name)
+            message = f"num_beams={beams}: this server takes at most {self.limits.beams}"
+            raise refused(400, message, "num_beams")
         settings = {name: getattr(request, name) for name in OUR_SETTINGS}
         settings = {name: value for name, value in settings.items() if value is not None}
         if beams == 1:
@@ -94,7 +93,7 @@ class Service:
         else:
             for name in ("temperature", "top_p", "seed"):
                 if name in request.model_fields_set and getattr(request, name) not in (None, 0, 1):
-                    message = f"{name} beside {beams_name}={beams}: a search takes no such setting"
+                    message = f"{name} beside num_beams={beams}: a search takes no such setting"
                     raise refused(400, message, name)
             settings["num_beams"] = beams
         encode = self.worker.ready_model().tokenizer.encode

@@ -1,5 +1,6 @@
 """The official client gets what the engine gives."""
 
+import numpy as np
 import openai
 import pytest
 from served import NAME, wait_idle
@@ -15,6 +16,7 @@ from glm_jax.generation.driver import complete_all
 pytest_plugins = ["serving_fixtures"]
 
 PROMPT = "The capital of France is"
+OURS = ("top_k", "unidirectional", "num_beams")
 SAMPLED = dict(temperature=1.0, top_k=50)
 
 
@@ -27,7 +29,7 @@ def client(served):
 @pytest.fixture(scope="module")
 def complete(client):
     def complete(**fields):
-        ours = {k: fields.pop(k) for k in ("top_k", "unidirectional") if k in fields}
+        ours = {k: fields.pop(k) for k in OURS if k in fields}
         return client.completions.create(model=NAME, extra_body=ours, **fields)
 
     return complete
@@ -125,6 +127,34 @@ def test_a_stop_ends_an_answer(complete, served):
     wait_idle(served)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_end_where_a_stop_cuts_the_text(complete, stream):
+    """Also in the middle of a token, of which both have what is left."""
+    asked = dict(prompt=[PROMPT, "日本的[MASK]是"], max_tokens=20, seed=5, logprobs=2, **SAMPLED)
+    for whole in complete(**asked).choices:
+        for at in (0, 1, len(whole.text) // 2, len(whole.text) // 2 + 1, len(whole.text) - 3):
+            stop = whole.text[at : at + 3]
+            cut = {"text": "", "tokens": [], "top": [], "values": [], "offsets": []}
+            more = dict(stop=[stop, "never"], stream=stream)
+            answered = complete(**asked | {"prompt": asked["prompt"][whole.index]}, **more)
+            for part in answered if stream else [answered]:
+                [choice] = part.choices
+                cut["text"] += choice.text
+                cut["tokens"] += choice.logprobs.tokens
+                cut["top"] += choice.logprobs.top_logprobs
+                cut["values"] += choice.logprobs.token_logprobs
+                cut["offsets"] += choice.logprobs.text_offset
+                assert cut["text"].startswith("".join(cut["tokens"]))
+            assert cut["text"] == whole.text[: whole.text.index(stop)]
+            assert "".join(cut["tokens"]) == cut["text"]
+            count = len(cut["tokens"])
+            assert cut["tokens"][:-1] == whole.logprobs.tokens[: max(0, count - 1)]
+            assert cut["values"] == pytest.approx(whole.logprobs.token_logprobs[:count], 1e-5)
+            assert cut["offsets"] == whole.logprobs.text_offset[:count]
+            for name, value, top in zip(cut["tokens"], cut["values"], cut["top"], strict=True):
+                assert top[name] == value
+
+
 def test_echo_repeats_the_prompt(complete):
     asked = dict(max_tokens=6, seed=2, **SAMPLED)
     for prompt in ("France [MASK] here.", "France", "[gMASK]"):
@@ -166,12 +196,34 @@ def test_unidirectional_prompts(complete, model):
     assert complete(unidirectional=True, **asked).choices[0].text == text
 
 
-def test_best_of_searches_by_beams(complete, model, served):
+@pytest.mark.parametrize("more", [{}, {"stop": " "}, {"logprobs": 1, "echo": True}])
+def test_best_of_gives_the_likeliest_per_token(complete, more):
+    prompts = [PROMPT, "日本的[MASK]是"]
+    asked = dict(prompt=prompts, max_tokens=6, seed=1, **SAMPLED)
+    ranked = complete(**asked, best_of=3, n=2, **more)
+    each = complete(**asked, n=3, **more)
+    measured = complete(**asked, n=3, **more | {"logprobs": 1, "echo": False, "stop": None})
+    # Without a stop text, all tokens have log-probabilities but an end token.
+    means = [np.mean(choice.logprobs.token_logprobs) for choice in measured.choices]
+    assert [choice.index for choice in ranked.choices] == [0, 1, 2, 3]
+    assert ranked.usage.completion_tokens == each.usage.completion_tokens  # of all three
+    if "stop" not in more:
+        order = [sorted(range(i, i + 3), key=lambda j: -means[j])[:2] for i in (0, 3)]
+        best = [each.choices[j] for j in (*order[0], *order[1])]
+        assert [choice.text for choice in ranked.choices] == [choice.text for choice in best]
+        assert [c.logprobs for c in ranked.choices] == [c.logprobs for c in best]
+    same = complete(**asked, best_of=2, n=2, **more)
+    assert [c.text for c in same.choices] == [
+        c.text for c in complete(**asked, n=2, **more).choices
+    ]
+
+
+def test_num_beams_searches_by_beams(complete, model, served):
     partly = PartlyFilled.begin(model.tokenizer, PROMPT, model.engine.max_length)
     found = finish(filling_by_beams(model.params, model.config, partly, BeamSearch(3), 6))
     before = model.tokenizer.decode(model.tokenizer.encode(PROMPT))
     expected = [f.finished(model.tokenizer).text.removeprefix(before) for f, _ in found[:2]]
-    got = complete(prompt=PROMPT, best_of=3, n=2, max_tokens=6)
+    got = complete(prompt=PROMPT, num_beams=3, n=2, max_tokens=6)
     assert [choice.text for choice in got.choices] == expected
     wait_idle(served)
 
@@ -182,9 +234,16 @@ def test_best_of_searches_by_beams(complete, model, served):
         ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"n": 2, "best_of": 1}, "best_of", "best_of=1 is less than n=2"),
-        ({"best_of": 9}, "best_of", "at most 4"),
-        ({"best_of": 2, "temperature": 0.5}, "temperature", "a search takes no such setting"),
-        ({"best_of": 2, "stop": "x"}, "stop", "leave out one"),
+        ({"n": 1, "best_of": 2, "stream": True}, "stream", "the best 1 are known at the end"),
+        ({"extra_body": {"num_beams": 9}}, "num_beams", "at most 4"),
+        ({"extra_body": {"num_beams": 2}, "n": 3}, "n", "n=3 is more than num_beams=2"),
+        (
+            {"extra_body": {"num_beams": 2}, "temperature": 0.5},
+            "temperature",
+            "a search takes no such setting",
+        ),
+        ({"extra_body": {"num_beams": 2}, "stop": "x"}, "stop", "leave out one"),
+        ({"extra_body": {"num_beams": 2}, "best_of": 3}, "best_of", "leave out one"),
         ({"prompt": "[MASK] and [MASK]"}, "prompt", "2 blanks: /v1/fill"),
         ({"prompt": "word " * 500}, None, "no room for an answer in 128"),
         ({"prompt": [4000000]}, None, "token 4000000 is not in the vocabulary"),
@@ -195,7 +254,11 @@ def test_best_of_searches_by_beams(complete, model, served):
         ({"logit_bias": {"5": 101}}, "logit_bias", "less than or equal to 100"),
         ({"logit_bias": {"five": 1}}, None, "logit_bias={'five': 1.0}: expected token ids"),
         ({"logit_bias": {"4096": 1}}, None, "token 4096 is not in the vocabulary"),
-        ({"best_of": 2, "frequency_penalty": 1}, None, "frequency_penalty=1.0 beside num_beams=2"),
+        (
+            {"extra_body": {"num_beams": 2}, "frequency_penalty": 1},
+            None,
+            "frequency_penalty=1.0 beside num_beams=2",
+        ),
         ({"extra_body": {"unheard_of": 1}}, "unheard_of", "Extra inputs are not permitted"),
         ({"extra_body": {"temperature": "hot"}}, "temperature", "valid number"),
         ({"extra_body": {"unidirectional": True}, "prompt": "a [MASK]"}, None, "unidirectional"),

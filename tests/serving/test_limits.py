@@ -200,7 +200,7 @@ def test_a_search_that_fails_harms_no_other(model, monkeypatch):
 
     monkeypatch.setattr("glm_jax.serving.completions.filling_by_beams", broken)
     with running(lambda: model) as served:
-        asked = {"model": NAME, "prompt": "a", "best_of": 2, "max_tokens": 2}
+        asked = {"model": NAME, "prompt": "a", "num_beams": 2, "max_tokens": 2}
         error_of(post(served, json=asked), 500)
         assert post(served).status_code == 200
 
@@ -215,7 +215,7 @@ def test_a_search_compiles_while_others_go_on(model, monkeypatch):
         raise UserError("the end")
 
     monkeypatch.setattr("glm_jax.serving.completions.filling_by_beams", search)
-    asked = {"model": NAME, "prompt": "a", "best_of": 2}
+    asked = {"model": NAME, "prompt": "a", "num_beams": 2}
     with running(lambda: model) as served, concurrent.futures.ThreadPoolExecutor(2) as pool:
         searching = [pool.submit(post, served, json=asked) for _ in range(2)]
         try:
@@ -243,7 +243,7 @@ def test_clients_take_turns(model, slow_steps, monkeypatch):
         post(served, json=ASKED | {"max_tokens": 4} | more)
         ends[name] = time.monotonic()
 
-    searching = {"best_of": 2, "temperature": None, "seed": None}
+    searching = {"num_beams": 2, "temperature": None, "seed": None}
     with running(lambda: model) as served, concurrent.futures.ThreadPoolExecutor(4) as pool:
         pool.submit(ask, served, "many", n=32)
         pool.submit(ask, served, "searches", prompt=["ab"] * 9, **searching)
