@@ -13,34 +13,29 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from glm_jax.config import GLMConfig
-from glm_jax.engine.scoring_batch import ScoredSequence, ScoringBatch, make_batches
-from glm_jax.engine.stepwise import Steps
+from glm_jax.engine.scoring_batch import ScoredSequence, ScoringBatch
+from glm_jax.engine.sequence_batches import SequenceBatches
 from glm_jax.errors import UserError
 from glm_jax.model import glm
 from glm_jax.model.params import GLMParams
 from glm_jax.model.visibility import Visibility
-from glm_jax.sharding import constrain, mesh_of, on_mesh, row_shards
+from glm_jax.sharding import constrain
 
 _CHUNK = 256  # tokens whose scores of the whole vocabulary are there at once
-_MIN_WIDTH = 512
 _ROUND = 4096  # sequences that are batched together; their scores come after each round
 _Results = tuple[Array, Array, Array, Array]  # of `log_probabilities`
 
 
 class ScoringError(UserError):
-    """A model that gives no log-probabilities."""
+    """A model that gives no numbers."""
 
 
-@dataclasses.dataclass
-class Padding:
-    """How many tokens were run, and how many of them were no padding."""
-
-    run: int = 0
-    filled: int = 0
-
-    @property
-    def share(self) -> float:
-        return 1 - self.filled / self.run if self.run else 0.0
+def not_finite(kind: str) -> ScoringError:
+    """What to raise where a model's numbers of some kind are NaN or infinite."""
+    return ScoringError(
+        f"the model's {kind} are not finite: its weights are damaged, or too "
+        "large for its dtype (try --dtype=float32)"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +64,8 @@ class Score:
         return np.bincount(self.groups, self.log_probabilities.astype(np.float64))
 
 
-class Scorer:
-    """Scores sequences by a model.
-
-    Attributes:
-      padding: of all that was scored.
-    """
+class Scorer(SequenceBatches[Score]):
+    """Scores sequences by a model."""
 
     def __init__(
         self, params: GLMParams, config: GLMConfig, batch_tokens: int = 4096, num_top: int = 0
@@ -84,10 +75,8 @@ class Scorer:
           batch_tokens: that are run at once, of all devices together.
           num_top: the number of most likely tokens that each target's score names.
         """
-        self._params, self._config, self._batch_tokens = params, config, batch_tokens
-        self._num_top, self._mesh = num_top, mesh_of(params)
-        self._compiled = set[tuple[int, ...]]()
-        self.padding = Padding()
+        super().__init__(params, config, batch_tokens)
+        self._static = {"num_top": num_top}
 
     def score(self, sequences: Iterable[ScoredSequence]) -> Iterator[Score]:
         """The score of each sequence, in no order. They are taken some at a time.
@@ -100,74 +89,33 @@ class Scorer:
             yield from self._round(group, start)
             start += len(group)
 
-    def steps(self, sequences: Sequence[ScoredSequence]) -> Steps[list[Score]]:
-        """Score sequences a batch at a time, and return their scores in order.
-
-        Raises:
-          ScoringError: a log-probability is not finite.
-        """
-        scores: list[Score] = []
-        for batch in self._batches(sequences):
-            shape = (*batch.tokens.shape, *batch.targets.shape)
-            if shape not in self._compiled:
-                self._compiled.add(shape)
-                yield functools.partial(self._compile, batch)
-            scores += _scores(sequences, 0, batch, self._run(batch))
-            yield None
-        return sorted(scores, key=lambda score: score.number)
-
     def _round(self, sequences: Sequence[ScoredSequence], start: int) -> Iterator[Score]:
         # The next batch is filled and given to the devices before the one before is waited for.
         running: list[tuple[ScoringBatch, _Results]] = []
         for batch in self._batches(sequences):
             running.append((batch, self._run(batch)))
             if len(running) > 1:
-                yield from _scores(sequences, start, *running.pop(0))
+                yield from self._results(sequences, start, *running.pop(0))
         for batch, results in running:
-            yield from _scores(sequences, start, batch, results)
+            yield from self._results(sequences, start, batch, results)
 
-    def _batches(self, sequences: Sequence[ScoredSequence]) -> Iterator[ScoringBatch]:
-        longest = max(map(len, sequences))
-        # A row is no longer than what is run at once, but as long as the longest sequence.
-        max_width = max(longest, self._batch_tokens)
-        width = min(-(-max(longest, _MIN_WIDTH) // 128) * 128, max_width)
-        shards = row_shards(self._mesh)
-        rows = shards
-        while rows * 2 * width <= self._batch_tokens:
-            rows *= 2
-        return make_batches(sequences, width, rows, shards)
+    @property
+    def _program(self) -> Any:
+        return log_probabilities
 
-    def _run(self, batch: ScoringBatch) -> _Results:
-        self.padding.run += batch.tokens.size
-        self.padding.filled += batch.filled
-        with on_mesh(self._mesh):
-            return log_probabilities(*self._arguments(batch))
-
-    def _compile(self, batch: ScoringBatch) -> object:
-        with on_mesh(self._mesh):
-            return log_probabilities.lower(*self._arguments(batch)).compile()
-
-    def _arguments(self, batch: ScoringBatch) -> tuple[Any, ...]:
+    def _arrays(self, batch: ScoringBatch) -> tuple[Any, ...]:
         sequences = (batch.tokens, batch.position_ids, batch.key_ranges)
-        targets = (batch.indices, batch.targets)
-        return (self._params, self._config, *sequences, *targets, self._num_top)
+        return (*sequences, batch.indices, batch.targets)
 
-
-def _scores(
-    sequences: Sequence[ScoredSequence],
-    start: int,
-    batch: ScoringBatch,
-    results: _Results,
-) -> Iterator[Score]:
-    values, *others = map(np.asarray, results)
-    for number, row, first, end in batch.slices:
-        if not np.isfinite(values[row, first:end]).all():
-            raise ScoringError(
-                "the model's log-probabilities are not finite: its weights are damaged, or too "
-                "large for its dtype (try --dtype=float32)"
-            )
-        score, hits, *top = (x[row, first:end] for x in (values, *others))
-        yield Score(start + number, score, hits, sequences[number].groups, *top)
+    def _results(
+        self, sequences: Sequence[ScoredSequence], start: int, batch: ScoringBatch, output: _Results
+    ) -> Iterator[Score]:
+        values, *others = map(np.asarray, output)
+        for number, row, first, end in batch.slices:
+            if not np.isfinite(values[row, first:end]).all():
+                raise not_finite("log-probabilities")
+            score, hits, *top = (x[row, first:end] for x in (values, *others))
+            yield Score(start + number, score, hits, sequences[number].groups, *top)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_top"))

@@ -54,15 +54,20 @@ class ScoringBatch:
 
 
 def make_batches(
-    sequences: Sequence[ScoredSequence], width: int, rows: int, multiple: int = 1
+    sequences: Sequence[ScoredSequence],
+    width: int,
+    rows: int,
+    multiple: int = 1,
+    max_a_row: int | None = None,
 ) -> Iterator[ScoringBatch]:
     """Batches of `rows` rows, the longest sequences first; the last batch has fewer.
 
     Args:
       width: of a row, no less than the longest sequence.
       multiple: the number of rows divides by it.
+      max_a_row: maximum number of sequences that share a row.
     """
-    bins = _best_fit([len(sequence) for sequence in sequences], width)
+    bins = _best_fit([len(sequence) for sequence in sequences], width, max_a_row)
     for start in range(0, len(bins), rows):
         some = bins[start : start + rows]
         count = rows
@@ -71,7 +76,7 @@ def make_batches(
         yield _fill(sequences, some, width, count)
 
 
-def _best_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
+def _best_fit(lengths: Sequence[int], width: int, max_a_row: int | None = None) -> list[list[int]]:
     """Which sequences share a row: each, longest first, where the least is left over."""
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # remaining tokens of each row, in order
@@ -83,7 +88,8 @@ def _best_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
         else:
             remaining, row = room.pop(index)
         bins[row].append(number)
-        bisect.insort(room, (remaining - lengths[number], row))
+        if len(bins[row]) != max_a_row:
+            bisect.insort(room, (remaining - lengths[number], row))
     return bins
 
 

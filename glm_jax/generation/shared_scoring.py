@@ -1,42 +1,47 @@
-"""Scores of several answers in one batch: the one that runs takes along those that wait."""
+"""Scores of several answers in one batch: the one that runs takes along those that wait.
+
+In the same way embeddings of several answers are computed in one batch.
+"""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Generic, TypeVar
 
-from glm_jax.engine.scoring import Score, Scorer, ScoringError
+from glm_jax.engine.scoring import ScoringError
 from glm_jax.engine.scoring_batch import ScoredSequence
+from glm_jax.engine.sequence_batches import Numbered, SequenceBatches
 from glm_jax.engine.stepwise import Steps
 from glm_jax.generation.driver import Search
 
 _Result = TypeVar("_Result")
+_Score = TypeVar("_Score", bound=Numbered)
 
 
 @dataclasses.dataclass(eq=False)
-class _Waiting:
+class _Waiting(Generic[_Score]):
     """A sequence that waits for its score."""
 
     sequence: ScoredSequence
-    score: Score | None = None
+    score: _Score | None = None
 
 
-class SharedScorer:
-    """A scorer of answers that one driver works on."""
+class SharedScorer(Generic[_Score]):
+    """A scorer, or an embedder, of answers that one driver works on."""
 
-    def __init__(self, scorer: Scorer, batch_tokens: int):
+    def __init__(self, scorer: SequenceBatches[_Score], batch_tokens: int):
         """
         Args:
           batch_tokens: of the sequences that are scored together, unless one answer has more.
         """
         self._scorer, self._batch_tokens = scorer, batch_tokens
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[_Waiting[_Score]] = []
 
-    def steps(self, sequences: Sequence[ScoredSequence]) -> Steps[list[Score]]:
-        """Score sequences and return their scores in order; see `Scorer.steps`.
+    def steps(self, sequences: Sequence[ScoredSequence]) -> Steps[list[_Score]]:
+        """Score sequences and return their scores in order; see `SequenceBatches.steps`.
 
         They wait from the first step on, which does nothing else.
         """
-        own = [_Waiting(sequence) for sequence in sequences]
+        own = [_Waiting[_Score](sequence) for sequence in sequences]
         self._waiting += own
         try:
             yield None
@@ -46,7 +51,7 @@ class SharedScorer:
         finally:  # also where the answer is cancelled
             self._waiting = [each for each in self._waiting if each not in own]
 
-    def _score(self, own: Sequence[_Waiting]) -> Steps[None]:
+    def _score(self, own: Sequence[_Waiting[_Score]]) -> Steps[None]:
         room = self._batch_tokens - sum(len(each.sequence) for each in own)
         chosen = list(own)
         for each in self._waiting:
