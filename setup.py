@@ -11,6 +11,7 @@ _CALLED_BY_XLA = ("libglm_jax_cpu", "libglm_jax_attention", "libglm_jax_paged_at
 _SERVE = [
     "fastapi>=0.115",
     "h11>=0.16",  # before, bodies in chunks could hide requests
+    "jinja2>=3.1.6",  # before, templates could leave its sandbox
     "prometheus_client>=0.20",
     "uvicorn>=0.30",
     "uvloop>=0.19",
@@ -77,7 +78,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["glm_jax*", "convert*", "launch*", "configs*"]),
     package_data={
-        "configs": ["*.yaml", "prompts/*.yaml", "tasks/**/*.yaml"],
+        "configs": ["*.yaml", "chat/*.jinja", "prompts/*.yaml", "tasks/**/*.yaml"],
         "glm_jax.data.tables": ["*.tsv"],
         "glm_jax.serving": ["page/*"],
         "launch": ["kubernetes/*.yaml", "slurm/*.sh"],

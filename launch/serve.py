@@ -11,6 +11,7 @@ from pathlib import Path
 from absl import flags
 
 from glm_jax import cli
+from glm_jax.cli.packaged import packaged
 from glm_jax.engine.engine import Engine
 from glm_jax.errors import UserError
 from glm_jax.sharding import parse_mesh
@@ -26,6 +27,7 @@ from launch.model_flags import (
 
 try:
     from glm_jax.serving import events
+    from glm_jax.serving.chat_template import ChatTemplate
     from glm_jax.serving.connections import DEFAULT_CONNECTIONS
     from glm_jax.serving.keys import Keys
     from glm_jax.serving.server import Serving, serve
@@ -47,6 +49,12 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_string(
     "api_keys", None, "file of API keys, one a line; without it no request needs a key"
+)
+flags.DEFINE_string(
+    "chat_template",
+    None,
+    "file of a Jinja template that makes a prompt of a chat's messages, such as "
+    "configs/chat/dialogue.jinja; without it there is no chat",
 )
 flags.DEFINE_multi_string(
     "cors_origin", [], "origin of pages whose scripts may send requests; may be repeated"
@@ -106,6 +114,7 @@ def main() -> None:
     count = FLAGS.max_connections or DEFAULT_CONNECTIONS.count
     events.show()
     tokenizer = load_tokenizer()  # before anyone is answered
+    template = FLAGS.chat_template
     serve(
         lambda: load(tokenizer),
         Serving(
@@ -121,6 +130,7 @@ def main() -> None:
             connections=dataclasses.replace(DEFAULT_CONNECTIONS, count=count),
             drain_seconds=FLAGS.drain_seconds,
             logs_requests=FLAGS.log_requests,
+            chat_template=None if template is None else ChatTemplate.read(packaged(template)),
         ),
     )
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from glm_jax.config import SpecialTokens
 from glm_jax.engine.prompt import Prompt, PromptError
+from glm_jax.engine.scoring import Score
 from glm_jax.engine.scoring_batch import ScoredSequence
 from glm_jax.engine.stepwise import Steps
 from glm_jax.generation.blank_filling import PartlyFilled, TextCodec
@@ -164,7 +165,7 @@ class ScoredChoice:
 
 
 def score_choices(
-    scorer: SharedScorer,
+    scorer: SharedScorer[Score],
     tokenizer: TextCodec,
     text: str,
     partly: PartlyFilled,
@@ -214,7 +215,7 @@ def _choice_tokens(
 
 
 def _scoring(
-    scorer: SharedScorer,
+    scorer: SharedScorer[Score],
     sequences: Sequence[ScoredSequence],
     choices: Sequence[str],
     tokens: Sequence[Sequence[int]],

@@ -13,7 +13,9 @@ from starlette.responses import JSONResponse, Response
 
 from glm_jax.serving import schemas
 from glm_jax.serving.bodies import parse
+from glm_jax.serving.chat import ChatRun
 from glm_jax.serving.completions import CompletionRun
+from glm_jax.serving.embeddings import EmbeddingRun
 from glm_jax.serving.errors import add_handlers, refused
 from glm_jax.serving.filling import FillRun
 from glm_jax.serving.guards import Guard, Hosts
@@ -129,6 +131,24 @@ async def completions(
     """Complete prompts, or fill the one blank of each."""
     run = await _compute(request, CompletionRun, service, wanted)
     return await answer(request, run, bool(wanted.stream))
+
+
+@asking.post("/v1/chat/completions", responses=_json_or_events(schemas.ChatCompletion))
+async def chat_completions(
+    request: Request, wanted: schemas.ChatRequest, service: ServiceOf
+) -> Response:
+    """Answer messages, by the server's chat template."""
+    run = await _compute(request, ChatRun, service, wanted)
+    return await answer(request, run, bool(wanted.stream))
+
+
+@asking.post("/v1/embeddings", response_model=schemas.Embeddings)
+async def embeddings(
+    request: Request, wanted: schemas.EmbeddingRequest, service: ServiceOf
+) -> Response:
+    """Return the mean final hidden states of texts."""
+    run = await _compute(request, EmbeddingRun, service, wanted)
+    return await answer(request, run, is_stream=False)
 
 
 @asking.post("/v1/fill", responses=_json_or_events(schemas.Filled))

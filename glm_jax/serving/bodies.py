@@ -1,6 +1,7 @@
 """Reads the JSON of a request with bounded work, and one error for whatever is wrong with it."""
 
 import collections
+import itertools
 import json
 from typing import Any, NoReturn, TypeVar
 
@@ -11,6 +12,7 @@ from glm_jax.serving.errors import refused
 
 _MAX_MEMBERS = 256  # of an object
 _MAX_SHOWN = 80  # characters of a client's own that an error repeats
+_MAX_STEPS, _MAX_STEP = 4, 20  # of a location within a field, and characters of each
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -73,4 +75,15 @@ def _invalid(error: ValidationError) -> HTTPException:
     of_param = [item for item in errors if item["loc"][0] == errors[0]["loc"][0]]
     specific = [item for item in of_param if not item["type"].endswith("_type")] or of_param
     reasons = dict.fromkeys(item["msg"] for item in specific)
-    return refused(400, f"{param}: " + "; or: ".join(reasons), param)
+    # Where forms differ, so do the ends of their locations.
+    steps = zip(*(item["loc"][1 : 1 + _MAX_STEPS] for item in of_param), strict=False)
+    common = itertools.takewhile(lambda step: len(set(step)) == 1, steps)
+    where = param + "".join(_step(part) for part, *_ in common)
+    return refused(400, f"{where}: " + "; or: ".join(reasons), param)
+
+
+def _step(part: str | int) -> str:
+    """Return one step of a location within a field."""
+    if isinstance(part, str) and part.isidentifier():
+        return "." + part[:_MAX_STEP]
+    return f"[{part[:_MAX_STEP]!a}]" if isinstance(part, str) else f"[{part}]"

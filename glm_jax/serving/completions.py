@@ -1,6 +1,6 @@
 """OpenAI's completion requests: from checked JSON to the choices of an answer."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from glm_jax.engine.beam_search import BeamSearch
@@ -27,6 +27,8 @@ _MAX_NAMED = 1 << 17  # tokens of prompts in one answer; each takes some 100 byt
 
 class CompletionRun(Run):
     """A completion request while it is answered."""
+
+    chunk_kind = "text_completion"  # the `object` of a stream's events
 
     def __init__(self, service: Service, request: CompletionRequest, kind: str = "text_completion"):
         """Check and tokenise a request.
@@ -210,11 +212,21 @@ class CompletionRun(Run):
         """Yield the events of a stream."""
         options = self._request.stream_options
         with_usage = options is not None and options.include_usage
+        head = self.head() | {"object": self.chunk_kind}
         async for piece in self.pieces():
-            chunk = self.head() | {"choices": [piece]}
-            yield chunk | {"usage": None} if with_usage else chunk
+            for part in self._parts(piece):
+                chunk = head | {"choices": [part]}
+                yield chunk | {"usage": None} if with_usage else chunk
         if with_usage:
-            yield self.head() | {"choices": [], "usage": self.usage(self._generated)}
+            yield head | {"choices": [], "usage": self.usage(self._generated)}
+
+    def _parts(self, piece: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield a piece as the parts of a choice that a stream's events have."""
+        yield piece
+
+    def _whole_choice(self, choice: dict[str, Any]) -> dict[str, Any]:
+        """Return a choice, joined of its pieces, as the whole answer has it."""
+        return choice
 
     async def whole(self) -> dict[str, Any]:
         """Return the whole answer."""
@@ -232,6 +244,7 @@ class CompletionRun(Run):
         choices = [choices_by_index[index] for index in given]
         for index, choice in enumerate(choices if self._is_ranked else ()):
             choice["index"] = index
+        choices = [self._whole_choice(choice) for choice in choices]
         return self.head() | {"choices": choices, "usage": self.usage(self._generated)}
 
     def _given(self) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import anyio
 from fastapi import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from glm_jax.errors import UserError
@@ -30,11 +30,11 @@ async def answer(request: Request, run: Run, is_stream: bool) -> Response:
     if is_stream:
         return EventStream(_events(run), run.close, run.service.limits.seconds + _GRACE)
     try:
-        whole = await _while_waited_for(request, run.whole())
+        whole = await _while_waited_for(request, run.response())
     finally:
         run.close()
     # 499: the client has gone, and only the metrics see the status.
-    return Response(status_code=499) if whole is None else JSONResponse(whole)
+    return Response(status_code=499) if whole is None else whole
 
 
 def _client(request: Request, service: Service) -> Hashable:
@@ -44,7 +44,7 @@ def _client(request: Request, service: Service) -> Hashable:
     return None if request.client is None else request.client.host
 
 
-async def _while_waited_for(request: Request, work: Any) -> dict[str, Any] | None:
+async def _while_waited_for(request: Request, work: Any) -> Response | None:
     """Return the result of `work`, or None if the client goes away first."""
     working, going = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:

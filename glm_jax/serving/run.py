@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Hashable
 from typing import Any
 
+from starlette.responses import JSONResponse, Response
+
 from glm_jax.serving.service import Service, new_id
 
 
@@ -78,10 +80,14 @@ class Run(ABC):
             "total_tokens": self._prompt_tokens + completion_tokens,
         }
 
-    @abstractmethod
-    def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        """Yield the events of a stream."""
+    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+        """Yield the events of a stream; by default the whole answer."""
+        yield await self.whole()
 
     @abstractmethod
     async def whole(self) -> dict[str, Any]:
         """Return the whole answer."""
+
+    async def response(self) -> Response:
+        """Return the whole answer as an HTTP response."""
+        return JSONResponse(await self.whole())

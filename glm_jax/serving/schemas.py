@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from pydantic_core import PydanticCustomError
 
 from glm_jax.engine.generation_settings import SETTINGS, Number
 from glm_jax.engine.slots import MAX_TOP_LOGPROBS
@@ -10,6 +11,8 @@ from glm_jax.generation.text_request import MAX_CHOICES
 
 _STOPS = 4
 _PROMPTS = 4096  # in one request; a server may accept fewer
+_EMBEDDED = 2048  # texts, as many as OpenAI's interface takes
+_MAX_SHOWN = 40  # characters of a client's own that an error repeats
 
 
 def _whole(value: Any) -> Any:
@@ -38,6 +41,7 @@ TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), _WHOLE]
 Temperature = Annotated[float, _within("temperature", le=2)]
 Probability = Annotated[float, _within("top_p")]
 Beams = Annotated[int, _within("num_beams"), _WHOLE]
+MaxTokens = Annotated[int, _within("max_tokens"), _WHOLE]
 User = Annotated[str, Field(max_length=1024)]
 Choice = Annotated[str, Field(min_length=1)]
 
@@ -46,6 +50,7 @@ Choice = Annotated[str, Field(min_length=1)]
 _Item = TypeVar("_Item")
 _List = Annotated[list[_Item], Field(min_length=1, fail_fast=True)]
 _Prompts = Annotated[list[_Item], Field(min_length=1, max_length=_PROMPTS, fail_fast=True)]
+_Embedded = Annotated[list[_Item], Field(min_length=1, max_length=_EMBEDDED, fail_fast=True)]
 
 
 class _Strict(BaseModel):
@@ -100,29 +105,86 @@ class _Choosing(_OfTable):
     unidirectional: bool | None = _of_table("unidirectional")
 
 
-class CompletionRequest(_Choosing):
+class _Answered(_Choosing):
+    """What OpenAI's completion and chat requests have in common."""
+
+    model: Name
+    temperature: Temperature | None = 1.0
+    top_p: Probability | None = 1.0
+    num_beams: Beams | None = _of_table("num_beams")
+    n: Count | None = 1
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=_STOPS)] | None = None
+    seed: Seed | None = None
+    user: User | None = None
+
+
+class CompletionRequest(_Answered):
     """OpenAI's completion request. A prompt may have one blank, [MASK], [sMASK] or [gMASK];
     without one, the answer continues it."""
 
-    model: Name
     prompt: str | _Prompts[str] | _List[Token] | _Prompts[_List[Token]]
     suffix: str | None = Field(None, description="text after the blank that is filled")
     max_tokens: Annotated[int, _within("max_tokens", ge=0), _WHOLE] | None = 16
-    temperature: Temperature | None = 1.0
-    top_p: Probability | None = 1.0
-    n: Count | None = 1
     best_of: Count | None = Field(
         None,
         description="answers that are generated, of which the n with the highest log-probability "
         "per token are given; n by default",
     )
-    num_beams: Beams | None = _of_table("num_beams")
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
     logprobs: TopLogprobs | None = None
     echo: bool | None = False
-    stop: Stop | Annotated[list[Stop], Field(max_length=_STOPS)] | None = None
-    seed: Seed | None = None
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+def _only_text(value: Any) -> Any:
+    """Refuse content parts of other types in a line of their own."""
+    for part in value if isinstance(value, list) else ():
+        kind = part.get("type") if isinstance(part, dict) else "text"
+        if kind != "text" and isinstance(kind, str):
+            message = f"a content part of type {kind[:_MAX_SHOWN]!a}: only text is read"
+            raise PydanticCustomError("content_part", "{message}", {"message": message})
+    return value
+
+
+class Message(_Strict):
+    """A message of a chat; content parts are joined by line feeds. Fields that are always null are
+    those of answers, which clients send back."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str | _List[TextPart], BeforeValidator(_only_text)]
+    name: Name | None = None
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
+
+
+class ChatRequest(_Answered):
+    """OpenAI's chat request. The server's chat template makes a prompt of the messages, which is
+    completed as by `CompletionRequest`."""
+
+    messages: _List[Message]
+    max_completion_tokens: MaxTokens | None = _of_table("max_tokens")
+    max_tokens: MaxTokens | None = Field(None, description="another name of it")
+    logprobs: bool | None = False
+    top_logprobs: TopLogprobs | None = None
+
+
+class EmbeddingRequest(_Strict):
+    """Texts to embed. Words such as [MASK] in them are text as any other."""
+
+    model: Name
+    input: str | _Embedded[str] | _List[Token] | _Embedded[_List[Token]]
+    encoding_format: Literal["float", "base64"] | None = "float"
+    dimensions: Annotated[int, Field(ge=1), _WHOLE] | None = Field(
+        None, description="of an embedding: the model's hidden size, and no other number"
+    )
     user: User | None = None
 
 
@@ -132,7 +194,7 @@ class FillRequest(_Choosing):
 
     text: str
     model: Name | None = None
-    max_tokens: Annotated[int, _within("max_tokens"), _WHOLE] | None = _of_table("max_tokens")
+    max_tokens: MaxTokens | None = _of_table("max_tokens")
     temperature: Temperature | None = Field(
         SETTINGS["temperature"].default, description=SETTINGS["temperature"].help
     )
@@ -195,6 +257,68 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+
+
+class TokenLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatLogprob]
+    refusal: None
+
+
+class ChatAnswer(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatAnswer
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(BaseModel):
+    """A whole answer. A stream's events are `chat.completion.chunk`s, whose choices have a `delta`
+    instead of a `message`."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Embedding(BaseModel):
+    """The mean of a text's final hidden states, or base64 of its little-endian float32 numbers."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(BaseModel):
+    """Embeddings in the order of the request."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
 
 
 class Blank(BaseModel):

@@ -1,6 +1,5 @@
 """Requests to score choices for the blank of a text."""
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 from glm_jax.generation.blank_filling import PartlyFilled
@@ -30,10 +29,6 @@ class ScoreRun(Run):
 
     def _submit(self) -> None:
         self.session.submit(0, self._scoring)
-
-    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        """Yield the whole answer."""
-        yield await self.whole()
 
     async def whole(self) -> dict[str, Any]:
         """Return the whole answer."""

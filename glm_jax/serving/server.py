@@ -17,6 +17,7 @@ import uvloop
 from glm_jax.errors import UserError
 from glm_jax.serving import events
 from glm_jax.serving.app import make_app
+from glm_jax.serving.chat_template import ChatTemplate
 from glm_jax.serving.connections import (
     DEFAULT_CONNECTIONS,
     ConnectionLimits,
@@ -50,6 +51,7 @@ class Serving:
       allowed_hosts: names that requests may be sent to, beside those of `host`.
       trusted_proxies: addresses or networks of proxies, whose X-Forwarded-For names the client.
       logs_requests: whether each request is an event of the log.
+      chat_template: makes a prompt of a chat's messages; None for no chat.
       drain_seconds: time that running requests have to end when the server goes down.
     """
 
@@ -65,6 +67,7 @@ class Serving:
     connections: ConnectionLimits = DEFAULT_CONNECTIONS
     drain_seconds: float = 600.0
     logs_requests: bool = False
+    chat_template: ChatTemplate | None = None
 
 
 class _Uvicorn(uvicorn.Server):
@@ -93,7 +96,13 @@ class Server:
         self._failed = asyncio.Event()
         worker = Worker(load, serving.max_waiting, metrics, self._failed.set)
         self.service = Service(
-            worker, serving.name, metrics, serving.limits, serving.keys, serving.logs_requests
+            worker,
+            serving.name,
+            metrics,
+            serving.limits,
+            serving.keys,
+            serving.logs_requests,
+            serving.chat_template,
         )
         hosts = Hosts.of(serving.host, serving.allowed_hosts)
         check_proxies(serving.trusted_proxies)

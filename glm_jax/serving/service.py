@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from glm_jax.engine.beam_search import BeamSearch
 from glm_jax.engine.sampling import Sampling
 from glm_jax.generation.text_request import TextRequest
+from glm_jax.serving.chat_template import ChatTemplate
 from glm_jax.serving.errors import refused
 from glm_jax.serving.keys import Keys
 from glm_jax.serving.metrics import Metrics
@@ -45,6 +46,7 @@ class Service:
     Attributes:
       name: the model's name for clients.
       logs_requests: whether each request is an event of the log.
+      chat_template: makes a prompt of a chat's messages; None for no chat.
       created: start time, in seconds since the epoch.
     """
 
@@ -54,6 +56,7 @@ class Service:
     limits: Limits = DEFAULT_LIMITS
     keys: Keys | None = None
     logs_requests: bool = False
+    chat_template: ChatTemplate | None = None
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     # Two threads: a long body does not wait for one other.
     _threads: Executor = dataclasses.field(

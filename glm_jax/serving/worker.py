@@ -16,10 +16,11 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from glm_jax.config import GLMConfig
+from glm_jax.engine.embedding import Embedder, Embedding
 from glm_jax.engine.engine import Engine
 from glm_jax.engine.fair_queue import Turn
 from glm_jax.engine.request import Token
-from glm_jax.engine.scoring import Scorer
+from glm_jax.engine.scoring import Score, Scorer
 from glm_jax.engine.slots import MAX_TOP_LOGPROBS
 from glm_jax.errors import UserError
 from glm_jax.generation.blank_filling import TextCodec
@@ -30,7 +31,7 @@ from glm_jax.serving import events
 from glm_jax.serving.errors import BrokenError, BusyError, TooSlowError, UnavailableError
 from glm_jax.serving.metrics import Metrics
 
-_SCORED_TOKENS = 512  # of a batch, unless one text is longer
+SCORED_TOKENS = 512  # of a batch, unless one text is longer
 _News = Sequence[tuple[Answer, Token | None]]
 
 
@@ -44,10 +45,16 @@ class ServedModel:
     tokenizer: TextCodec
 
     @functools.cached_property
-    def scorer(self) -> SharedScorer:
+    def scorer(self) -> SharedScorer[Score]:
         """Scores given texts, as many tokens between two steps of the engine as a batch has."""
-        scorer = Scorer(self.params, self.config, _SCORED_TOKENS, MAX_TOP_LOGPROBS)
-        return SharedScorer(scorer, _SCORED_TOKENS)
+        scorer = Scorer(self.params, self.config, SCORED_TOKENS, MAX_TOP_LOGPROBS)
+        return SharedScorer(scorer, SCORED_TOKENS)
+
+    @functools.cached_property
+    def embedder(self) -> SharedScorer[Embedding]:
+        """Embeds texts in the same way."""
+        embedder = Embedder(self.params, self.config, SCORED_TOKENS)
+        return SharedScorer(embedder, SCORED_TOKENS)
 
 
 class Session:
