@@ -15,6 +15,8 @@ TORCH_PYTHON ?= python3.11
 TORCH_VENV := .venv-torch
 # Compilers for GPUs and TPUs, which need no such device, in an environment of their own.
 AOT_VENV := .venv-aot
+# Clients of the server, which need other versions of some packages.
+CLIENTS_VENV := .venv-clients
 
 # What touches devices, by the python3 and the packages of the environment that is active; several
 # processes share the GPU where pytest-xdist is there. PLATFORMS=cpu tries it without a GPU.
@@ -66,7 +68,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m launch.benchmark --suite=serve --rounds=3
 
 clean:
-	rm -rf $(VENV) $(TORCH_VENV) $(AOT_VENV) build *.egg-info demo_output bench_output glm_jax/*/*.so glm_jax/kernels/*/*.so convert/*.so
+	rm -rf $(VENV) $(TORCH_VENV) $(AOT_VENV) $(CLIENTS_VENV) build *.egg-info demo_output bench_output glm_jax/*/*.so glm_jax/kernels/*/*.so convert/*.so
 
 $(VENV)/.base: setup.py requirements.txt $(wildcard glm_jax/kernels/*.h glm_jax/kernels/*/cpu* convert/*.cc)
 	$(PYTHON) -m venv $(VENV)
@@ -76,6 +78,11 @@ $(VENV)/.base: setup.py requirements.txt $(wildcard glm_jax/kernels/*.h glm_jax/
 
 $(VENV)/.test: $(VENV)/.base
 	$(INSTALL) --no-build-isolation -e .[test]
+	touch $@
+
+$(CLIENTS_VENV): tests/slow/clients/requirements.txt
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r $<
 	touch $@
 
 $(VENV)/.aot: $(VENV)/.base

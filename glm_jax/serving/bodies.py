@@ -78,8 +78,9 @@ def _invalid(error: ValidationError) -> HTTPException:
     # Where forms differ, so do the ends of their locations.
     steps = zip(*(item["loc"][1 : 1 + _MAX_STEPS] for item in of_param), strict=False)
     common = itertools.takewhile(lambda step: len(set(step)) == 1, steps)
-    where = param + "".join(_step(part) for part, *_ in common)
-    return refused(400, f"{where}: " + "; or: ".join(reasons), param)
+    where = "".join(_step(part) for part, *_ in common)
+    message = f"{param}: " + "; or: ".join(reasons)
+    return refused(400, f"{message}, at {param}{where}" if where else message, param)
 
 
 def _step(part: str | int) -> str:

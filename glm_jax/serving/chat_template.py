@@ -27,7 +27,7 @@ class ChatTemplateError(UserError):
 class _Generation(Extension):
     """`{% generation %}`, which marks what a model writes: rendered as if it were not there."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

@@ -143,7 +143,9 @@ def test_an_answer_follows_the_scores_of_its_prompt(served, tokens):
         count = len(tokens[number // 2])
         for name, values in choice["logprobs"].items():
             assert values[:count] == prompt["logprobs"][name]
-        assert choice["logprobs"]["token_logprobs"][count:] == answer["logprobs"]["token_logprobs"]
+        # Rounding depends on which rows a step has, and that on when requests arrive.
+        values = pytest.approx(answer["logprobs"]["token_logprobs"], abs=1e-5)
+        assert choice["logprobs"]["token_logprobs"][count:] == values
         assert choice["logprobs"]["text_offset"][count] == len(PROMPTS[number // 2])
 
 
