@@ -11,7 +11,7 @@ from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
-from glm_jax.serving import schemas
+from glm_jax.serving import answer_schemas, schemas
 from glm_jax.serving.bodies import parse
 from glm_jax.serving.chat import ChatRun
 from glm_jax.serving.completions import CompletionRun
@@ -68,9 +68,9 @@ async def _compute(request: Request, function: Callable[..., _Result], *args: An
 
 
 _bearer = HTTPBearer(auto_error=False, description="One of the server's API keys.")
-asking = APIRouter(responses=schemas.ERRORS, route_class=_LeanRoute)
-api = APIRouter(responses=schemas.ERRORS)
-open_to_all = APIRouter(responses=schemas.ERRORS)
+asking = APIRouter(responses=answer_schemas.ERRORS, route_class=_LeanRoute)
+api = APIRouter(responses=answer_schemas.ERRORS)
+open_to_all = APIRouter(responses=answer_schemas.ERRORS)
 
 
 def _service(request: Request) -> Service:
@@ -124,7 +124,7 @@ def _json_or_events(model: Any) -> dict[int | str, dict[str, Any]]:
     return {200: {"model": model, "content": content, "description": "One JSON object, or events."}}
 
 
-@asking.post("/v1/completions", responses=_json_or_events(schemas.Completion))
+@asking.post("/v1/completions", responses=_json_or_events(answer_schemas.Completion))
 async def completions(
     request: Request, wanted: schemas.CompletionRequest, service: ServiceOf
 ) -> Response:
@@ -133,7 +133,7 @@ async def completions(
     return await answer(request, run, bool(wanted.stream))
 
 
-@asking.post("/v1/chat/completions", responses=_json_or_events(schemas.ChatCompletion))
+@asking.post("/v1/chat/completions", responses=_json_or_events(answer_schemas.ChatCompletion))
 async def chat_completions(
     request: Request, wanted: schemas.ChatRequest, service: ServiceOf
 ) -> Response:
@@ -142,7 +142,7 @@ async def chat_completions(
     return await answer(request, run, bool(wanted.stream))
 
 
-@asking.post("/v1/embeddings", response_model=schemas.Embeddings)
+@asking.post("/v1/embeddings", response_model=answer_schemas.Embeddings)
 async def embeddings(
     request: Request, wanted: schemas.EmbeddingRequest, service: ServiceOf
 ) -> Response:
@@ -151,21 +151,21 @@ async def embeddings(
     return await answer(request, run, is_stream=False)
 
 
-@asking.post("/v1/fill", responses=_json_or_events(schemas.Filled))
+@asking.post("/v1/fill", responses=_json_or_events(answer_schemas.Filled))
 async def fill(request: Request, wanted: schemas.FillRequest, service: ServiceOf) -> Response:
     """Fill the blanks of a text."""
     run = await _compute(request, FillRun, service, wanted)
     return await answer(request, run, bool(wanted.stream))
 
 
-@asking.post("/v1/score", response_model=schemas.Scored)
+@asking.post("/v1/score", response_model=answer_schemas.Scored)
 async def score(request: Request, wanted: schemas.ScoreRequest, service: ServiceOf) -> Response:
     """Score choices for the one blank of a text."""
     run = await _compute(request, ScoreRun, service, wanted)
     return await answer(request, run, is_stream=False)
 
 
-@asking.post("/tokenize", response_model=schemas.Tokens)
+@asking.post("/tokenize", response_model=answer_schemas.Tokens)
 async def tokenize(
     request: Request, wanted: schemas.TokenizeRequest, service: ServiceOf
 ) -> Response:
@@ -183,7 +183,7 @@ async def tokenize(
     return await _compute(request, tokenized)
 
 
-@asking.post("/detokenize", response_model=schemas.Detokenized)
+@asking.post("/detokenize", response_model=answer_schemas.Detokenized)
 async def detokenize(
     request: Request, wanted: schemas.DetokenizeRequest, service: ServiceOf
 ) -> Response:
@@ -193,7 +193,7 @@ async def detokenize(
     return await _compute(request, lambda: JSONResponse({"prompt": decode(wanted.tokens)}))
 
 
-@api.get("/tokenizer_info", response_model=schemas.TokenizerInfo)
+@api.get("/tokenizer_info", response_model=answer_schemas.TokenizerInfo)
 async def tokenizer_info(service: ServiceOf) -> Response:
     """Return what clients of vLLM's interface need to tokenise by this server."""
     tokenizer = service.worker.ready_model().tokenizer
@@ -210,20 +210,20 @@ def _described(service: Service) -> dict[str, Any]:
     }
 
 
-@api.get("/v1/models", response_model=schemas.Models)
+@api.get("/v1/models", response_model=answer_schemas.Models)
 async def models(service: ServiceOf) -> Response:
     """List the server's one model."""
     return JSONResponse({"object": "list", "data": [_described(service)]})
 
 
-@api.get("/v1/models/{name}", response_model=schemas.Model)
+@api.get("/v1/models/{name}", response_model=answer_schemas.Model)
 async def model(name: str, service: ServiceOf) -> Response:
     """Return the model of a name."""
     service.check_model(name)
     return JSONResponse(_described(service))
 
 
-@open_to_all.get("/health", response_model=schemas.Health)
+@open_to_all.get("/health", response_model=answer_schemas.Health)
 async def health(service: ServiceOf) -> Response:
     """Return 200 while the server is alive, though the model may not be loaded yet."""
     if service.worker.failure is not None:
@@ -231,7 +231,7 @@ async def health(service: ServiceOf) -> Response:
     return JSONResponse({"status": "ok"})
 
 
-@open_to_all.get("/ready", response_model=schemas.Health)
+@open_to_all.get("/ready", response_model=answer_schemas.Health)
 async def ready(service: ServiceOf) -> Response:
     """Return 200 while the model answers requests."""
     service.worker.ready_model()

@@ -53,11 +53,12 @@ class Choice:
         request: CompletionRequest,
         decode: Callable[[Iterable[int]], str],
         times: AnswerTimes,
+        min_tokens: int = 0,
     ):
         self.index, self.prompt = index, prompt
         self.tokens = 0
         self._special, self._has_ended = prompt.partly.special, False
-        self._request, self._times = request, times
+        self._request, self._times, self._min_tokens = request, times, min_tokens
         self._stops = Stops([request.stop] if isinstance(request.stop, str) else request.stop or [])
         self._named_prompt: list[_Named] = []
         self._has_scores = False
@@ -113,7 +114,9 @@ class Choice:
         reason = token.finish_reason
         if reason is not None:
             raw += self._stream.finish()
-        text = self._stops.add(raw)
+        # What min_tokens asks for is not cut.
+        is_required = self.tokens <= self._min_tokens
+        text = raw if is_required else self._stops.add(raw)
         # Clients that score prompts count on an entry for each generated token.
         if self._request.logprobs is not None and (not self._has_ended or self._has_scores):
             self._unnamed.append((token, raw, names))

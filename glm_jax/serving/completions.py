@@ -59,7 +59,7 @@ class CompletionRun(Run):
         self._prompts = [self._begin_prompt(x) for x in prompts]
         decode, times = self.model.tokenizer.decode, lambda: AnswerTimes(service.metrics)
         self._choices = [
-            Choice(i * self._count + j, prompt, request, decode, times())
+            Choice(i * self._count + j, prompt, request, decode, times(), self._choice.min_tokens)
             for i, prompt in enumerate(self._prompts)
             for j in range(self._count)
         ]

@@ -300,6 +300,16 @@ def test_embeddings_that_cannot_be_made(served, fields, param, message):
     assert error["param"] == param
 
 
+def test_an_answer_has_so_many_numbers(served, model, monkeypatch):
+    size = model.config.hidden_size
+    monkeypatch.setattr("glm_jax.serving.embeddings._MAX_NUMBERS", 3 * size - 1)
+    asked = {"model": NAME, "input": ["a"] * 3}
+    error = error_of(post(served, "/v1/embeddings", json=asked), 400)
+    assert error["message"] == "3 texts: at most 2 in one request"
+    asked = {"model": NAME, "input": ["a"] * 2, "dimensions": size}
+    assert post(served, "/v1/embeddings", json=asked).status_code == 200
+
+
 def test_hidden_states_that_are_no_numbers_are_the_servers_fault(served, model, monkeypatch):
     def broken(*args):
         return np.full((1, 64, model.config.hidden_size), np.nan, np.float32)

@@ -16,7 +16,7 @@ from glm_jax.generation.driver import complete_all
 pytest_plugins = ["serving_fixtures"]
 
 PROMPT = "The capital of France is"
-OURS = ("top_k", "unidirectional", "num_beams")
+OURS = ("min_tokens", "top_k", "unidirectional", "num_beams")
 SAMPLED = dict(temperature=1.0, top_k=50)
 
 
@@ -153,6 +153,28 @@ def test_log_probabilities_end_where_a_stop_cuts_the_text(complete, stream):
             assert cut["offsets"] == whole.logprobs.text_offset[:count]
             for name, value, top in zip(cut["tokens"], cut["values"], cut["top"], strict=True):
                 assert top[name] == value
+
+
+def test_no_stop_cuts_what_min_tokens_asks_for(complete):
+    asked = dict(prompt=PROMPT, max_tokens=20, seed=5, logprobs=0, **SAMPLED)
+    [whole] = complete(**asked).choices
+    names = whole.logprobs.tokens
+    [cut] = complete(**asked, stop=whole.text[:1], min_tokens=6).choices
+    required = "".join(names[:6])
+    later = whole.text.find(whole.text[0], len(required))
+    assert cut.text == (whole.text if later < 0 else whole.text[:later])
+    assert "".join(cut.logprobs.tokens) == cut.text
+
+
+def test_an_echo_names_no_token_of_what_a_stop_cuts(complete):
+    asked = dict(prompt=PROMPT, max_tokens=12, seed=5, logprobs=1, echo=True, **SAMPLED)
+    [whole] = complete(**asked).choices
+    stop = whole.text[-3:]
+    [cut] = complete(**asked, stop=stop).choices
+    assert cut.text == whole.text[: whole.text.index(stop, len(PROMPT))]
+    assert "".join(cut.logprobs.tokens) == cut.text
+    count = len(cut.logprobs.tokens)
+    assert cut.logprobs.text_offset == whole.logprobs.text_offset[:count]
 
 
 def test_echo_repeats_the_prompt(complete):
