@@ -7,15 +7,19 @@ from pathlib import Path
 from served import running, tiny_served
 
 from glm_jax.engine.engine import EngineSettings
+from glm_jax.serving.chat_template import ChatTemplate
 from glm_jax.serving.keys import Keys
 from glm_jax.serving.service import Limits
+
+_TEMPLATE = "configs/chat/dialogue.jinja"
 
 
 def test_every_operation(tokenizer, tmp_path):
     short = EngineSettings(slots=8, max_length=32, page_size=16, prefill_width=32)
     model = tiny_served(tokenizer, short)
     limits = Limits(seconds=60.0, beams=2)
-    with running(lambda: model, limits=limits, keys=Keys(["the-key"])) as served:
+    more = {"keys": Keys(["the-key"]), "chat_template": ChatTemplate.read(_TEMPLATE)}
+    with running(lambda: model, limits=limits, **more) as served:
         ran = subprocess.run(
             [
                 str(Path(sys.executable).with_name("schemathesis")),
