@@ -19,6 +19,7 @@ class ChatRun(CompletionRun):
     """A chat request while it is answered: the completion of the prompt that its messages make."""
 
     chunk_kind = "chat.completion.chunk"
+    prompt_field = "messages"
 
     def __init__(self, service: Service, request: ChatRequest):
         """Check a request, make its prompt and tokenise it.

@@ -29,6 +29,7 @@ class CompletionRun(Run):
     """A completion request while it is answered."""
 
     chunk_kind = "text_completion"  # the `object` of a stream's events
+    prompt_field = "prompt"  # of the request
 
     def __init__(self, service: Service, request: CompletionRequest, kind: str = "text_completion"):
         """Check and tokenise a request.
@@ -101,7 +102,7 @@ class CompletionRun(Run):
             partly = PartlyFilled.from_tokens(tokens, special, limit, is_unidirectional)
         blanks = partly.tokens.count(partly.mask)
         if blanks > 1:
-            raise refused(400, f"{blanks} blanks: /v1/fill takes more than one", "prompt")
+            raise refused(400, f"{blanks} blanks: /v1/fill takes more than one", self.prompt_field)
         return BlankPrompt(partly, *_sides(model, partly, prompt))
 
     def _submit(self) -> None:

@@ -161,7 +161,7 @@ def test_a_server_without_a_template_says_how_to_give_one(model):
         ({"n": 1000}, "n", "less than or equal to 128"),
         ({"n": 128, "messages": MESSAGES * 60}, None, "no room for an answer in 128"),
         ({"stream": True, "num_beams": 2}, "stream", "leave out one"),
-        ({"messages": [{"role": "user", "content": "[MASK] [MASK]"}]}, "prompt", "2 blanks"),
+        ({"messages": [{"role": "user", "content": "[MASK] [MASK]"}]}, "messages", "2 blanks"),
     ],
 )
 def test_chats_that_cannot_be_answered(served, fields, param, message):

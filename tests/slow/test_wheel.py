@@ -64,4 +64,5 @@ def test_it_works_from_any_folder(installed, tmp_path):
     (tmp_path / "prompts.txt").write_text("Paris is in [MASK].\n")
     filled = run("generate", "--checkpoint=random:tiny", "--input=prompts.txt", "--max_length=32")
     assert filled.startswith("Paris is in")
-    assert Path(os.fspath(site), "launch", "slurm", "train.sh").is_file()
+    for file in ("launch/slurm/train.sh", "configs/chat/dialogue.jinja"):
+        assert Path(os.fspath(site), file).is_file(), file
