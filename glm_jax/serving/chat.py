@@ -30,7 +30,7 @@ class ChatRun(CompletionRun):
         completion = _completion_request(service, request)
         super().__init__(service, completion, "chat.completion")
         self._num_top = request.top_logprobs or 0
-        self._begun = set[int]()  # indices of the choices that have told their role
+        self._begun = set[int]()  # indices of the choices whose role was sent
 
     def _parts(self, piece: dict[str, Any]) -> Iterator[dict[str, Any]]:
         part = {"index": piece["index"], "logprobs": None, "finish_reason": None}

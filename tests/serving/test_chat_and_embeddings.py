@@ -2,7 +2,9 @@
 hidden states."""
 
 import base64
+import concurrent.futures
 import json
+import time
 
 import httpx2
 import jax
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
-from served import NAME, error_of, list_of, post, running, wait_idle
+from served import ASKED, NAME, error_of, list_of, post, running, wait_idle
 
 import glm_jax
 from glm_jax.engine.embedding import mean_hidden
@@ -262,6 +264,20 @@ def test_embeddings_are_the_models(client, model, served):
     values = [np.frombuffer(base64.b64decode(each.embedding), "<f4") for each in many.data]
     np.testing.assert_allclose(values, np.tile(together, (60, 1)), atol=1e-5)
     assert mean_hidden._cache_size() == compiled  # one shape for all of them
+    wait_idle(served)
+
+
+@pytest.mark.parametrize("slow_steps", [0.02], indirect=True)
+def test_texts_are_embedded_beside_requests(served, model, slow_steps):
+    asked = {"model": NAME, "input": TEXTS * 20}  # several batches
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        generating = pool.submit(post, served, json=ASKED | {"max_tokens": 90})
+        while not model.engine.running:
+            time.sleep(0.001)
+        embedded = post(served, "/v1/embeddings", json=asked)
+        assert len(embedded.json()["data"]) == len(asked["input"])
+        assert not generating.done()
+        assert generating.result().status_code == 200
     wait_idle(served)
 
 
