@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from glm_jax import cli
 from glm_jax.config import GLMConfig, glm_130b
 from glm_jax.files import write_text
-from glm_jax.planning import finetuning_table, hardware_table
+from glm_jax.planning import evaluation_table, finetuning_table, hardware_table
 from glm_jax.planning.plan import JOBS, PRECISIONS, PlanError, PlanRequest, check_hardware
 from glm_jax.planning.reports import draw, line, record, table
 from glm_jax.planning.sweep import PlanResult, attempt, smallest, sweep
@@ -30,7 +30,11 @@ from glm_jax.training import config as train_config
 from launch.model_flags import define_memory_flags, is_scheme, model_config
 
 FLAGS = flags.FLAGS
-_TABLES = {"hardware": hardware_table.TABLE, "finetuning": finetuning_table.TABLE}
+_TABLES = {
+    "hardware": hardware_table.TABLE,
+    "finetuning": finetuning_table.TABLE,
+    "evaluation": evaluation_table.TABLE,
+}
 cli.define_experiment_flag("configs/glm_130b.py", is_default=True)
 flags.DEFINE_string(
     "checkpoint", None, "a model folder, or random:SIZE: its model instead of the config's"
@@ -57,7 +61,10 @@ flags.DEFINE_integer(
 define_memory_flags()
 flags.DEFINE_bool("sweep", False, "try every mesh, with batches as large as fit")
 flags.DEFINE_enum(
-    "table", None, list(_TABLES), "print the table of docs/hardware.md or docs/finetuning.md"
+    "table",
+    None,
+    list(_TABLES),
+    "print a table of docs/hardware.md, finetuning.md or evaluating.md",
 )
 flags.DEFINE_string("output", None, "folder for plan.json and plan.png")
 cli.require(("hardware",), instead=("table",))

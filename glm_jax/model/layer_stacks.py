@@ -132,7 +132,7 @@ class LayersApart:
     ) -> tuple[Array, Any]:
         caches = [None] * len(self) if cache is None else list(cache)
         for index in range(*(bounds or (0, len(self)))):
-            # XLA would weigh fusions across layers, in a time that doubles with each: 20 s of three.
+            # XLA would weigh fusions across layers, in a time that doubles with each.
             x = jax.lax.optimization_barrier(x)
             x, caches[index] = step(self.layers[index], index, x, caches[index])
         return x, None if cache is None else tuple(caches)
