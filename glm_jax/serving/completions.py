@@ -42,7 +42,9 @@ class CompletionRun(Run):
         """
         super().__init__(service, kind, request.model)
         self._request = request
-        self._choice = service.choice(request, request.num_beams)
+        self._choice = service.choice(
+            request, request.beams, "best_of" if request.num_beams is None else "num_beams"
+        )
         self._is_search = isinstance(self._choice, BeamSearch)
         self._check_counts()
         # Answers to each prompt that are generated, of which the best `n` are given.
@@ -75,7 +77,7 @@ class CompletionRun(Run):
     def _check_counts(self) -> None:
         """Refuse counts of answers that do not fit each other, and what cannot go with them."""
         request, count = self._request, self._request.n or 1
-        best_of, beams = request.best_of or count, request.num_beams
+        best_of, beams = request.best_of or count, request.beams
         if best_of < count:
             raise refused(400, f"best_of={best_of} is less than n={count}", "best_of")
         if best_of > count and request.stream:
@@ -85,8 +87,10 @@ class CompletionRun(Run):
             return
         if count > (beams or 1):
             raise refused(400, f"n={count} is more than num_beams={beams}", "n")
-        for name in ("stream", "logprobs", "stop", "best_of"):
-            if getattr(request, name) not in (None, False):
+        excluded = {name: getattr(request, name) for name in ("stream", "logprobs", "stop")}
+        excluded["best_of"] = request.num_beams and request.best_of
+        for name, value in excluded.items():
+            if value not in (None, False):
                 raise refused(400, f"{name} beside num_beams={beams}: leave out one", name)
 
     def _begin_prompt(self, prompt: str | Sequence[int]) -> BlankPrompt:

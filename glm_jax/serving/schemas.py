@@ -120,6 +120,18 @@ class _Answered(_Choosing):
     user: User | None = None
 
 
+# What a beam search does not take, and values of it that ask for nothing.
+_OF_SAMPLING = {"temperature", "top_p", "seed", "stop", "logprobs", "stream"} | {
+    name for name, setting in SETTINGS.items() if not setting.is_for_search
+}
+_UNSET = {name: (None, setting.default) for name, setting in SETTINGS.items()} | {
+    "temperature": (None, 0),
+    "top_p": (None, 0),
+    "seed": (None,),
+    "stream": (None, False),
+}
+
+
 class CompletionRequest(_Answered):
     """OpenAI's completion request. A prompt may have one blank, [MASK], [sMASK] or [gMASK];
     without one, the answer continues it."""
@@ -130,10 +142,20 @@ class CompletionRequest(_Answered):
     best_of: Count | None = Field(
         None,
         description="answers that are generated, of which the n with the highest log-probability "
-        "per token are given; n by default",
+        "per token are given; n by default. Without settings of sampling they are found by a beam "
+        "search of that width",
     )
     logprobs: TopLogprobs | None = None
     echo: bool | None = False
+
+    @property
+    def beams(self) -> int | None:
+        """The width of a beam search, by either name; None for sampling."""
+        if self.num_beams is not None or self.best_of in (None, 1):
+            return self.num_beams
+        given = {name: getattr(self, name) for name in self.model_fields_set & _OF_SAMPLING}
+        is_sampled = any(value not in _UNSET.get(name, (None,)) for name, value in given.items())
+        return None if is_sampled else self.best_of
 
 
 class TextPart(_Strict):

@@ -74,12 +74,16 @@ class Service:
             raise refused(404, message, "model", "model_not_found")
 
     def choice(
-        self, request: CompletionRequest | FillRequest, beams: int | None
+        self,
+        request: CompletionRequest | FillRequest,
+        beams: int | None,
+        name_of_beams: str = "num_beams",
     ) -> Sampling | BeamSearch:
         """Return how a request's tokens are chosen.
 
         Args:
           beams: width of a beam search; None or 1 for sampling.
+          name_of_beams: the field that gives it.
 
         Raises:
           HTTPException: settings that exclude each other.
@@ -87,8 +91,8 @@ class Service:
         """
         beams = beams or 1
         if beams > self.limits.beams:
-            message = f"num_beams={beams}: this server takes at most {self.limits.beams}"
-            raise refused(400, message, "num_beams")
+            message = f"{name_of_beams}={beams}: this server takes at most {self.limits.beams}"
+            raise refused(400, message, name_of_beams)
         settings = {name: getattr(request, name) for name in OUR_SETTINGS}
         settings = {name: value for name, value in settings.items() if value is not None}
         if beams == 1:

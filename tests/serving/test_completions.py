@@ -246,8 +246,9 @@ def test_num_beams_searches_by_beams(complete, model, served):
     found = finish(filling_by_beams(model.params, model.config, partly, BeamSearch(3), 6))
     before = model.tokenizer.decode(model.tokenizer.encode(PROMPT))
     expected = [f.finished(model.tokenizer).text.removeprefix(before) for f, _ in found[:2]]
-    got = complete(prompt=PROMPT, num_beams=3, n=2, max_tokens=6)
-    assert [choice.text for choice in got.choices] == expected
+    for asked in ({"num_beams": 3}, {"best_of": 3}, {"best_of": 3, "temperature": 0}):
+        got = complete(prompt=PROMPT, n=2, max_tokens=6, **asked)
+        assert [choice.text for choice in got.choices] == expected
     wait_idle(served)
 
 
@@ -259,6 +260,7 @@ def test_num_beams_searches_by_beams(complete, model, served):
         ({"n": 2, "best_of": 1}, "best_of", "best_of=1 is less than n=2"),
         ({"n": 1, "best_of": 2, "stream": True}, "stream", "the best 1 are known at the end"),
         ({"extra_body": {"num_beams": 9}}, "num_beams", "at most 4"),
+        ({"best_of": 9}, "best_of", "at most 4"),
         ({"extra_body": {"num_beams": 2}, "n": 3}, "n", "n=3 is more than num_beams=2"),
         (
             {"extra_body": {"num_beams": 2}, "temperature": 0.5},
