@@ -19,7 +19,8 @@ from glm_jax.engine.draft_model import DraftModel
 from glm_jax.engine.prompt import Prompt
 
 _MARGIN = 1.05  # for what measurements and expectations are wrong by
-_ROUNDS = 3
+_ROUNDS = (2, 30)
+_MEASURING = 0.3  # seconds
 _NGRAMS = (3, 2)  # tokens in a row that must have come before, the longest first
 # Drafts that count as accepted and as refused before there are any; what is counted fades by each
 # token, so that a request that is refused two of them tries again some 50 tokens later.
@@ -186,17 +187,22 @@ class Speculation:
                 "checking": lambda: run(self._nothing(rows)),
                 "drafting": lambda: None if model is None else model.run_idle(rows),
             }
+            agree = processes.agree if self._is_shared else lambda number: number
             seconds: dict[str, list[float]] = {name: [] for name in works}
-            for _ in range(_ROUNDS + 1):  # the first compiles
-                for name, work in works.items():
-                    began = time.perf_counter()
-                    work()
-                    seconds[name].append(time.perf_counter() - began)
+
+            def run_all(rounds: int) -> None:
+                for _ in range(rounds):
+                    for name, work in works.items():
+                        began = time.perf_counter()
+                        work()
+                        seconds[name].append(time.perf_counter() - began)
+
+            run_all(2)  # the first compiles
+            # Short steps are measured often: others who use the machine make some of them longer.
+            enough = _MEASURING / sum(taken[1] for taken in seconds.values())
+            run_all(int(agree(float(np.clip(enough, *_ROUNDS)))))
             plain, checking, drafting = (min(taken[1:]) for taken in seconds.values())
-            costs = max(1.0, checking / plain), drafting / plain
-            if self._is_shared:
-                costs = processes.agree(costs[0]), processes.agree(costs[1])
-            self._costs[rows] = costs
+            self._costs[rows] = max(1.0, agree(checking / plain)), agree(drafting / plain)
         return self._costs.get(rows, (1.0, 0.0))
 
     def warm_up(self, widths: Sequence[int], run: Callable[[int, Any], object]) -> None:
