@@ -63,10 +63,38 @@ def test_what_is_dropped_never_runs():
         running.append(turns.take(number) and number)
         ran.append(item)
         turns.drop(draw.randrange(60))  # one that waits, runs or is gone
-        assert len(turns) == len(set(turns._turns) - set(running))
+        assert len(turns) == len(set(turns._entries) - set(running))
     for number in range(60):
         turns.drop(number)
-    assert not turns._turns
+    assert not turns._entries
     assert not turns._running
-    assert not turns._waiting
+    assert not turns._levels
     assert len(ran) == len(set(ran))
+
+
+def test_lower_priorities_go_first_and_rounds_stay_within_each():
+    turns = Turns()
+    items = ["ax1", "ax2", "bx3", "ay4", "bx5"]
+    for number, item in enumerate(items):
+        turns.add(number, item, (item[0], item[1]), priority=-1 if item in ("ay4", "bx5") else 3)
+    turns.add(5, "cx6", ("c", "x"), is_urgent=True, priority=3)
+    turns.add(6, "cx7", ("c", "x"), is_urgent=True, priority=4)
+    assert _order(turns) == ["ay4", "bx5", "cx6", "ax1", "bx3", "ax2", "cx7"]
+    assert not turns._levels
+
+
+def test_what_is_put_back_goes_before_all_of_its_priority_that_came_later():
+    turns = _waiting(["ax1", "bx2", "ax3"])
+    turns.add(3, "urgent", ("a", "x"), is_urgent=True)
+    turns.add(4, "before", ("b", "x"), priority=-1)
+    first = [turns.take(turns.peek()[0]) for _ in range(3)]
+    assert first == ["before", "urgent", "ax1"]
+    turns.put_back(0, "ax1 again")
+    turns.put_back(3, "urgent again")
+    turns.put_back(4, "before again")
+    assert len(turns) == 5
+    assert _order(turns) == ["before again", "ax1 again", "urgent again", "bx2", "ax3"]
+    for number in range(5):
+        turns.drop(number)
+    assert not turns._entries
+    assert not turns._running
