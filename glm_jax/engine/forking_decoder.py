@@ -105,7 +105,7 @@ class ForkingDecoder:
             copies += [] if copy is None else [copy]
         if copies:
             copies += [(0, 0)] * (self._num_rows - len(copies))  # one shape for any number
-            sources, targets = np.array(copies, np.int32).T
+            sources, targets = np.array(copies * self._shards, np.int32).T
             copied = self.run(
                 step_functions.copy_pages, self._cache, sources, targets, self._pages_a_layer
             )

@@ -197,6 +197,9 @@ class GenerationSettings:
         int, None, 0, 2**32 - 1, "of sampling; by default made from the job's and the index", True
     )
     log_probabilities: bool = _switch("give those of the generated tokens")
+    priority: int = _number(
+        int, 0, -1000, 1000, "of requests that wait, those of lower numbers go first", True
+    )
     unidirectional: bool = _switch(
         "the text, without masks, is seen from left to right", is_for_search=True
     )

@@ -9,8 +9,6 @@ from collections.abc import Iterable
 
 PAGE_SIZE = 64  # tokens, unless settings say otherwise
 
-PAGE_SIZE = 64  # tokens, unless settings say otherwise
-
 
 @dataclasses.dataclass(frozen=True)
 class PageAllocation:
@@ -38,20 +36,34 @@ class PagePool:
         self._counts = [[0] * pages for _ in range(shards)]  # sequences that have each page
         self._page_size = page_size
 
+    def free_pages(self, shard: int) -> int:
+        """Pages that a group of devices has for sequences."""
+        return len(self._free[shard])
+
     def can_allocate(self, shard: int, tokens: int) -> bool:
         """Whether a group of devices has pages for a sequence."""
-        return len(self._free[shard]) >= page_count(tokens, self._page_size)
+        return self.free_pages(shard) >= page_count(tokens, self._page_size)
 
     def allocate(self, shard: int, tokens: int) -> PageAllocation:
         """Pages for a sequence of at most so many tokens."""
-        count = page_count(tokens, self._page_size)
-        return PageAllocation(shard, tuple(self._take(shard) for _ in range(count)))
+        return self.extend(PageAllocation(shard, ()), tokens)
 
-    def fork(self, allocation: PageAllocation) -> PageAllocation:
-        """The same pages for one more sequence."""
-        for page in allocation.pages:
-            self._counts[allocation.shard][page] += 1
-        return allocation
+    def missing(self, allocation: PageAllocation, tokens: int) -> int:
+        """Pages that a sequence needs beside its own for so many tokens."""
+        return max(0, page_count(tokens, self._page_size) - len(allocation.pages))
+
+    def extend(self, allocation: PageAllocation, tokens: int) -> PageAllocation:
+        """The allocation of a sequence with pages for at least so many tokens."""
+        count, shard = self.missing(allocation, tokens), allocation.shard
+        new = tuple(self._take(shard) for _ in range(count))
+        return PageAllocation(shard, (*allocation.pages, *new))
+
+    def fork(self, allocation: PageAllocation, count: int | None = None) -> PageAllocation:
+        """The same pages, or the first `count` of them, for one more sequence."""
+        shared = PageAllocation(allocation.shard, allocation.pages[:count])
+        for page in shared.pages:
+            self._counts[shared.shard][page] += 1
+        return shared
 
     def free(self, allocation: PageAllocation) -> None:
         """Ends a sequence: pages that no other has can be allocated again."""

@@ -1,7 +1,7 @@
 """What is asked of the engine, and what it gives."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from glm_jax.engine.prompt import Prompt
 from glm_jax.engine.sampling import Sampling
@@ -20,6 +20,7 @@ class Request:
       end_tokens: that end the answer; None for eop and eos.
       log_probabilities: of the answer's tokens are asked for.
       top_logprobs: beside them, those of the most likely tokens at each position.
+      priority: lower numbers go first.
     """
 
     prompt: Prompt
@@ -29,6 +30,12 @@ class Request:
     end_tokens: tuple[int, ...] | None = None
     log_probabilities: bool = False
     top_logprobs: bool = False
+    priority: int = 0
+
+    @property
+    def sharing_key(self) -> Hashable:
+        """Equal for requests whose prompts have the same keys and values."""
+        return self.prompt
 
 
 @dataclasses.dataclass(frozen=True)

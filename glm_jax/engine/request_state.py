@@ -5,8 +5,30 @@ from typing import Any
 
 from glm_jax.engine.page_pool import PageAllocation
 from glm_jax.engine.prefill_batch import PrefillBatch
+from glm_jax.engine.prompt import Prompt
 from glm_jax.engine.request import Request, Token
 from glm_jax.engine.slots import FAILURES, Emitted
+
+
+@dataclasses.dataclass(frozen=True)
+class Queued:
+    """A request that waits for a slot.
+
+    Attributes:
+      answer: tokens that it was given before it was preempted.
+    """
+
+    request: Request
+    answer: tuple[int, ...] = ()
+
+    @property
+    def text(self) -> Prompt:
+        """What a step goes on from. An answer so far is the beginning that a prompt can have
+        for its answer: its tokens are seen alike, and are at the same positions."""
+        prompt = self.request.prompt
+        if not self.answer:
+            return prompt
+        return dataclasses.replace(prompt, prefix=(*prompt.prefix, *self.answer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,39 +36,88 @@ class Admitted:
     """A request that has a slot and pages.
 
     Attributes:
-      end: tokens that it may come to, sop included, for which it has pages.
+      allocation: pages for its text and the next token.
+      text: what is, or will be, in them, but for the last token.
+      end: tokens that it may come to, sop included.
+      answer: tokens of the text that are answer, of one that was preempted.
+      copy: of one that shares its prompt's pages with another: which page is to be copied onto
+        its own; None where the shared pages are all of the prompt.
     """
 
     request_id: int
     request: Request
     slot: int
     allocation: PageAllocation
+    text: Prompt
     end: int
+    answer: tuple[int, ...] = ()
+    copy: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Admission:
+    """Requests that were admitted together.
+
+    Attributes:
+      prefilled: those whose texts are to be prefilled.
+      followers: those that share the prompt of one of them.
+      ready: those that share the prompt of a request that runs.
+    """
+
+    prefilled: list[Admitted]
+    followers: list[Admitted]
+    ready: list[Admitted]
 
 
 @dataclasses.dataclass
 class Prefill:
-    """Admitted requests whose prompts are on their way through the layers.
+    """Admitted requests whose texts are on their way through the layers.
 
     Attributes:
       x: what the next layer takes; None before the embedding.
       cancelled: ids of requests that were given up meanwhile.
     """
 
-    admitted: list[Admitted]
+    admission: Admission
     batch: PrefillBatch
     x: Any = None
     layers_done: int = 0
     cancelled: set[int] = dataclasses.field(default_factory=set)
 
+    @property
+    def admitted(self) -> list[Admitted]:
+        """All who enter when it is done."""
+        return [*self.admission.prefilled, *self.admission.followers]
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass
 class Running:
-    """A request whose tokens are generated, and how many it may still get."""
+    """A request whose tokens are generated.
+
+    Attributes:
+      allocation: its pages, which are more as it grows.
+      answer: tokens that it was given.
+    """
 
     admitted: Admitted
     end_tokens: frozenset[int]
-    remaining: int
+    allocation: PageAllocation
+    answer: list[int]
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Lower goes before others where there are too few pages."""
+        return self.admitted.request.priority, self.admitted.request_id
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, sop included, the last of which the next step runs."""
+        return len(self.admitted.request.prompt) + len(self.answer)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that it may still get."""
+        return self.admitted.end - self.length
 
     def next_token(self, emitted: Emitted, at: tuple[int, int]) -> Token:
         """The token that a step gave it, and whether that ends it.
@@ -57,8 +128,7 @@ class Running:
         request, token = self.admitted.request, int(emitted.tokens[at])
         reason, error = None, None
         if failure := int(emitted.failures[at]):
-            generated = self.admitted.end - len(request.prompt) - self.remaining
-            reason, error = "error", FAILURES[failure](generated)
+            reason, error = "error", FAILURES[failure](len(self.answer))
         elif token in self.end_tokens:
             reason = "stop"
         elif self.remaining == 1:

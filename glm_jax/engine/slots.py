@@ -17,6 +17,7 @@ from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.engine import sampling as sampling_lib
 from glm_jax.engine.generation_settings import MAX_BIASED, SamplingError
 from glm_jax.engine.logit_processors import LogitProcessors, process_logits
+from glm_jax.engine.prompt import Prompt
 from glm_jax.engine.request import Request
 from glm_jax.engine.sampling import (
     Sampling,
@@ -51,7 +52,7 @@ class Slots:
       first: index of the first generated token.
       end: sequence length at which generation stops (exclusive).
       tokens: [width] of context, sop and answer, up to index.
-      table: [table_size] pages of the sequence in order.
+      table: [table_size] pages of the sequence in order, those that it has so far.
       seed: of the draws, with a token's number in the answer.
       sampling: how tokens are drawn.
       is_processed: whether logit processors change anything.
@@ -123,20 +124,20 @@ def empty_slot(config: GLMConfig, width: int, table_size: int) -> Slots:
 def request_row(
     empty: Slots,
     request: Request,
+    text: Prompt,
     pages: Sequence[int],
     end: int,
     special: SpecialTokens,
 ) -> Slots:
-    """The row of a request whose prompt is in the cache.
+    """The row of a request whose text is in the cache.
 
     Args:
       empty: an `empty_slot`.
+      text: its prompt, and the answer so far of one that goes on.
       end: sequence length at which generation stops (exclusive).
     """
-    prompt, vocab = request.prompt, len(empty.is_end)
-    tokens, table = np.zeros_like(empty.tokens), np.zeros_like(empty.table)
-    tokens[: len(prompt)] = prompt.tokens(special.sop)
-    table[: len(pages)] = pages
+    vocab, tokens = len(empty.is_end), np.zeros_like(empty.tokens)
+    tokens[: len(text)] = text.tokens(special.sop)
     ends = special.end_tokens if request.end_tokens is None else request.end_tokens
     is_end, is_text_end = np.zeros((2, vocab), bool)
     is_end[list(ends)] = True
@@ -144,20 +145,27 @@ def request_row(
     return dataclasses.replace(
         empty,
         is_active=np.bool_(True),
-        token=tokens[len(prompt) - 1],
-        index=np.int32(len(prompt) - 1),
-        position_id=np.int32(prompt.position_ids()[-1]),
-        position_step=np.int32(prompt.position_step),
-        first=np.int32(len(prompt)),
+        token=tokens[len(text) - 1],
+        index=np.int32(len(text) - 1),
+        position_id=np.int32(text.position_ids()[-1]),
+        position_step=np.int32(text.position_step),
+        first=np.int32(len(request.prompt)),
         end=np.int32(end),
         tokens=tokens,
-        table=table,
+        table=page_table(empty, pages),
         **sampling_row(request.sampling, request.seed, vocab),
         is_end=is_end,
         is_text_end=is_text_end,
         wants_log_probability=np.bool_(request.log_probabilities),
         wants_top_logprobs=np.bool_(request.top_logprobs),
     )
+
+
+def page_table(empty: Slots, pages: Sequence[int]) -> Int[np.ndarray, " table_size"]:
+    """The table of a request that has these pages."""
+    table = np.zeros_like(empty.table)
+    table[: len(pages)] = pages
+    return table
 
 
 def check_sampling(sampling: Sampling, vocab: int) -> None:
@@ -225,6 +233,12 @@ def admit(slots: Slots, number: Int[ArrayLike, ""], row: Slots) -> Slots:
     """Puts a request into a slot."""
     admitted: Slots = jax.tree.map(lambda all_, one: all_.at[number].set(one), slots, row)
     return admitted
+
+
+@functools.partial(jax.jit, donate_argnames="slots")
+def set_table(slots: Slots, number: Int[ArrayLike, ""], table: Int[Any, " table_size"]) -> Slots:
+    """Gives the request in a slot more pages."""
+    return dataclasses.replace(slots, table=slots.table.at[number].set(table))
 
 
 @functools.partial(jax.jit, donate_argnames="slots")

@@ -198,13 +198,14 @@ def decode(
 @functools.partial(jax.jit, static_argnames="pages_a_layer", donate_argnames="cache")
 def copy_pages(
     cache: PagedKVCache,
-    sources: Int[Any, " count"],
-    targets: Int[Any, " count"],
+    sources: Int[Any, " copies"],
+    targets: Int[Any, " copies"],
     pages_a_layer: int,
 ) -> PagedKVCache:
-    """Copies pages of every layer onto others, in every group of devices.
+    """Copies pages of every layer onto others.
 
     Args:
+      sources, targets: see `paged_cache.copy_pages`.
       pages_a_layer: of a device where layers share an array, else 0.
     """
     return paged_cache.copy_pages(cache, jnp.asarray(sources), jnp.asarray(targets), pages_a_layer)

@@ -135,14 +135,15 @@ def write(
 
 def copy_pages(
     cache: PagedKVCache,
-    sources: Int32[Array, " count"],
-    targets: Int32[Array, " count"],
+    sources: Int32[Array, " copies"],
+    targets: Int32[Array, " copies"],
     pages_a_layer: int,
 ) -> PagedKVCache:
-    """Copies pages of every layer onto others, on every device.
+    """Copies pages of every layer onto others.
 
     Args:
-      sources, targets: pages within a device and layer, the same for all of them.
+      sources, targets: pages within a device and layer: as many for each group of devices that
+        has rows of its own, one group's after another's.
       pages_a_layer: of a device where layers share an array, else 0.
     """
 
@@ -159,9 +160,9 @@ def copy_pages(
     if mesh_to_divide() is None:
         return local(cache, sources, targets)
     keys, *_ = jax.tree.leaves(cache)
-    of_cache = PartitionSpec(*fitting_activation_spec(keys.shape, PAGE_AXES)[:2])
-    whole = PartitionSpec()
-    run = per_device(local, in_specs=(of_cache, whole, whole), out_specs=of_cache)
+    heads, rows, *_ = fitting_activation_spec(keys.shape, PAGE_AXES)
+    of_cache, of_group = PartitionSpec(heads, rows), PartitionSpec(rows)
+    run = per_device(local, in_specs=(of_cache, of_group, of_group), out_specs=of_cache)
     copied: PagedKVCache = run(cache, sources, targets)
     return copied
 

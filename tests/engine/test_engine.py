@@ -17,7 +17,8 @@ from glm_jax.engine.prefill_batch import prefill_width, prefill_widths
 from glm_jax.engine.prompt import Prompt, PromptError
 from glm_jax.engine.request import Request
 from glm_jax.engine.sampling import Sampling
-from glm_jax.engine.slots import admit, release
+from glm_jax.engine.scheduler import Scheduler
+from glm_jax.engine.slots import admit, release, set_table
 from glm_jax.generation.driver import complete_all
 from glm_jax.model import glm
 from glm_jax.model import params as glm_params
@@ -68,6 +69,10 @@ def alone(tiny_model):
     return [next(complete_all(engine, [request])) for request in _requests()]
 
 
+def _free_pages(engine):
+    return engine._scheduler.pool.free_pages(0)
+
+
 def _assert_same(answers, expected):
     assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
     assert [answer.finish_reason for answer in answers] == [a.finish_reason for a in expected]
@@ -92,8 +97,12 @@ def test_a_mesh_gives_the_same(tiny_model, alone, mesh):
     config, params = tiny_model
     mesh = make_mesh(mesh)
     shardings = jax.tree.map(lambda a: a.sharding, glm_params.abstract(config, mesh))
-    engine = Engine(jax.device_put(params, shardings), config, SMALL)
+    # Two slots for each group of devices.
+    settings = dataclasses.replace(SMALL, slots=8)
+    engine = Engine(jax.device_put(params, shardings), config, settings)
     _assert_same(_answers(engine, _requests()), alone)
+    _assert_same(_answers(engine, _requests()[2:3] * 9), alone[2:3] * 9)
+    assert engine.scheduling.shared_prompts >= 4
 
 
 def test_layers_in_a_loop_give_the_same(tiny_model, alone, monkeypatch):
@@ -103,6 +112,8 @@ def test_layers_in_a_loop_give_the_same(tiny_model, alone, monkeypatch):
     for budget in (None, 20):
         engine = Engine(params, config, dataclasses.replace(SMALL, prefill_budget=budget))
         _assert_same(_answers(engine, _requests()), alone)
+    _assert_same(_answers(engine, _requests()[2:3] * 9), alone[2:3] * 9)
+    assert engine.scheduling.shared_prompts >= 4
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.05), ("int8", 0.05)])
@@ -131,8 +142,10 @@ def test_nothing_is_compiled_after_warm_up(tiny_model, is_placed):
         step_functions.embed,
         step_functions.prefill_layers,
         step_functions.step,
+        step_functions.copy_pages,
         admit,
         release,
+        set_table,
     )
     engine.warm_up()
     before = [program._cache_size() for program in jitted]
@@ -141,9 +154,10 @@ def test_nothing_is_compiled_after_warm_up(tiny_model, is_placed):
         jax.monitoring.register_event_duration_secs_listener(
             lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
         )
-        answers = _answers(engine, _requests(20))
+        answers = _answers(engine, _requests(20) + _requests(1) * 3)
         engine.cancel(engine.submit(_requests()[0]))
-    assert len(answers) == 20
+    assert len(answers) == 23
+    assert engine.scheduling.shared_prompts > 0
     assert [program._cache_size() for program in jitted] == before
     assert compiled == []
 
@@ -163,22 +177,56 @@ def test_a_slot_is_taken_again_while_others_go_on(tiny_model):
     assert [request_ids[1] for request_ids in steps[:8]] == [t for t in short for _ in range(2)]
 
 
-def test_requests_wait_for_pages_and_all_are_given_back(tiny_model, alone):
+@pytest.mark.parametrize("budget", [None, 20])
+def test_requests_that_are_preempted_go_on_to_the_token(tiny_model, alone, monkeypatch, budget):
+    """Every second step one is, whether there are pages or not."""
     config, params = tiny_model
-    engine = Engine(params, config, dataclasses.replace(SMALL, cache_tokens=96))
-    free = len(engine._pool._free[0])
-    # Three of the longest would take twelve pages of the six there are.
-    long = Request(Prompt((5,) * 40 + (240,), 40), max_tokens=20, end_tokens=())
-    for _ in range(3):
-        engine.submit(long)
-    running = []
-    while not engine.is_idle:
-        engine.step()
-        running.append(engine.running)
-    assert max(running) == 1
-    assert len(engine._pool._free[0]) == free == 6
+    engine = Engine(params, config, dataclasses.replace(SMALL, prefill_budget=budget))
+    real, calls = Scheduler.grow, itertools.count()
+
+    def grow(scheduler):
+        preempted, grown = real(scheduler)
+        if next(calls) % 2 and len(scheduler.running) > 1:
+            preempted.append(scheduler._preempt_last(0))
+        return preempted, [slot for slot in grown if slot in scheduler.running]
+
+    monkeypatch.setattr(Scheduler, "grow", grow)
     _assert_same(_answers(engine, _requests()), alone)
-    assert len(engine._pool._free[0]) == 6
+    assert engine.scheduling.preemptions > 10
+    assert _free_pages(engine) == 10
+
+
+def test_equal_prompts_are_prefilled_once(tiny_model, alone, monkeypatch):
+    """Also where one of them is given up while they are prefilled."""
+    config, params = tiny_model
+    engine = Engine(params, config, dataclasses.replace(SMALL, prefill_budget=1))
+    prefilled = []
+    real = step_functions.embed
+    monkeypatch.setattr(
+        step_functions, "embed", lambda *args: prefilled.append(args[2]) or real(*args)
+    )
+    number = max(range(14), key=lambda i: len(alone[i].tokens))
+    request = _requests()[number]
+    answers = _answers(engine, [request] * 3)
+    _assert_same(answers, [alone[number]] * 3)
+    assert engine.scheduling.shared_prompts == 2
+    [batch] = prefilled
+    assert int(np.count_nonzero(batch.paging.pages)) == len(request.prompt) - 1
+
+    running = engine.submit(Request(Prompt((5, 6, 240), 2), max_tokens=30, end_tokens=()))
+    engine.step()
+    first, *others = [engine.submit(request) for _ in range(3)]
+    tokens = engine.step()
+    assert engine.running == 3
+    engine.cancel(first)
+    tokens += [token for _ in range(60) for token in engine.step()]
+    assert engine.is_idle
+    assert _free_pages(engine) == 10
+    assert first not in {token.request_id for token in tokens}
+    for request_id in others:
+        got = [token.token for token in tokens if token.request_id == request_id]
+        assert got == list(alone[number].tokens)
+    assert running in {token.request_id for token in tokens}
 
 
 @pytest.mark.parametrize("when", ["waiting", "prefilling", "running"])
@@ -187,7 +235,7 @@ def test_a_cancelled_request_leaves_at_once_and_touches_no_other(tiny_model, alo
     budget = 1 if when == "prefilling" else None
     settings = dataclasses.replace(SMALL, slots=2, prefill_budget=budget)
     engine = Engine(params, config, settings)
-    free = len(engine._pool._free[0])
+    free = _free_pages(engine)
     kept = engine.submit(_requests()[0])
     engine.step()
     cancelled = engine.submit(dataclasses.replace(_requests()[1], max_tokens=None, end_tokens=()))
@@ -201,7 +249,7 @@ def test_a_cancelled_request_leaves_at_once_and_touches_no_other(tiny_model, alo
         given += engine.step()
     assert cancelled not in {token.request_id for token in given}
     assert engine.is_idle
-    assert len(engine._pool._free[0]) == free
+    assert _free_pages(engine) == free
     got = [token.token for token in given if token.request_id == kept]
     assert got == list(alone[0].tokens[-len(got) :])
 

@@ -20,7 +20,8 @@ from glm_jax.generation.driver import SingleRequest, complete_all, drive
 from glm_jax.model import params as glm_params
 from glm_jax.sharding import make_mesh
 
-SMALL = EngineSettings(slots=2, cache_tokens=150, page_size=16, prefill_width=32)
+# With pages for one of the longest alone, so that requests are preempted for want of them.
+SMALL = EngineSettings(slots=4, cache_tokens=64, page_size=4, prefill_width=32)
 DRAFTS = 3
 SAMPLINGS = (
     Sampling(),
@@ -81,9 +82,9 @@ def model(tiny_model):
 
 @pytest.fixture(scope="module")
 def plain(model):
-    """Each request's answer by steps of one token."""
+    """Each request's answer by steps of one token, alone."""
     config, params = model
-    return _answers(Engine(params, config, SMALL))
+    return _answers(Engine(params, config, dataclasses.replace(SMALL, slots=1)))
 
 
 @pytest.fixture
@@ -128,6 +129,7 @@ def test_equals_steps_of_one_token(model, plain, guesses, kind):
     _assert_same(_answers(engine), plain)
     assert engine.drafts.checked == sum(map(len, guesses))
     assert 40 < engine.drafts.accepted < engine.drafts.checked - 20
+    assert kind == "mesh" or engine.scheduling.preemptions > 2
     assert {answer.tokens[-1].finish_reason for answer in plain} == {"stop", "length"}
 
 
@@ -137,7 +139,7 @@ def test_a_request_gets_several_tokens_of_a_step_where_its_text_repeats(tiny_mod
     request = Request(Prompt((5, 240), None), max_tokens=50, end_tokens=())
     engine = _speculating(tiny_model)
     engine.warm_up()
-    assert engine._speculation._costs.keys() == {1, 2}
+    assert engine._speculation._costs.keys() == {1, 2, 4}
     programs = (step_functions.step, admit, release)
     before = [program._cache_size() for program in programs]
     monkeypatch.setattr(Speculation, "measure", lambda *_: (1.2, 0.0))
