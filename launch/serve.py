@@ -82,6 +82,12 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer("max_waiting", 256, "maximum answers that wait for a slot", lower_bound=0)
 flags.DEFINE_integer(
+    "max_waiting_tokens",
+    None,
+    "maximum tokens, prompt and max_tokens together, of answers that wait; any number by default",
+    lower_bound=1,
+)
+flags.DEFINE_integer(
     "max_beams", 4, "maximum beams of a search; 1 for no beam search", lower_bound=1
 )
 flags.DEFINE_integer(
@@ -122,6 +128,7 @@ def main() -> None:
             host=FLAGS.host,
             port=FLAGS.port,
             max_waiting=FLAGS.max_waiting,
+            max_waiting_tokens=FLAGS.max_waiting_tokens,
             limits=Limits(FLAGS.request_seconds, FLAGS.max_body_bytes, FLAGS.max_beams),
             keys=None if FLAGS.api_keys is None else Keys.read(FLAGS.api_keys),
             cors_origins=FLAGS.cors_origin,

@@ -28,9 +28,11 @@ class Answer(abc.ABC):
 
     Attributes:
       error: why it ended before it was complete.
+      priority: of its searches; lower numbers go first. A request has its own.
     """
 
     error: Exception | None = None
+    priority: int = 0
 
     @abc.abstractmethod
     def next_work(self) -> Request | Steps[None] | None:
@@ -88,8 +90,9 @@ class Search(Answer, Generic[_Result]):
 
     result: _Result
 
-    def __init__(self, steps: Steps[_Result]):
+    def __init__(self, steps: Steps[_Result], priority: int = 0):
         self._steps: Steps[_Result] | None = steps
+        self.priority = priority
 
     def next_work(self) -> Steps[None] | None:
         steps, self._steps = self._steps, None
@@ -162,7 +165,7 @@ class Driver(Generic[_Answer]):
 
         Args:
           turn: see `Engine.submit`; searches take turns among themselves.
-          is_urgent: whether it goes before all work that waits.
+          is_urgent: whether it goes before all work of its priority that waits.
 
         Returns:
           False if the answer has ended: it is complete, or has an `error`.
@@ -174,7 +177,7 @@ class Driver(Generic[_Answer]):
                 self._requests[request_id] = queued = _Work(answer, turn, request_id)
             elif work is not None:
                 queued = _Work(answer, turn, next(self._search_numbers), work)
-                self._searches.add(queued.number, queued, turn, is_urgent)
+                self._searches.add(queued.number, queued, turn, is_urgent, answer.priority)
             else:
                 return False
         except Exception as error:  # of this answer alone

@@ -38,8 +38,8 @@ class _BeamFilling(Search[list[tuple[PartlyFilled, Hypothesis]]]):
 class _ChoiceFilling(Scoring[list[ScoredChoice]]):
     """A text whose one blank is filled with the likeliest of some choices."""
 
-    def __init__(self, partly: PartlyFilled, steps: Steps[list[ScoredChoice]]):
-        super().__init__(steps)
+    def __init__(self, partly: PartlyFilled, steps: Steps[list[ScoredChoice]], priority: int):
+        super().__init__(steps, priority)
         self.partly = partly
 
 
@@ -56,6 +56,7 @@ class _LineAnswer(Answer):
     def next_work(self) -> Request | Steps[None] | None:
         if self.filling is None:
             self.filling = self._runner.begin(self.line)
+            self.priority = self.filling.priority
         return self.filling.next_work()
 
     def receive(self, token: Token) -> bool:
@@ -124,19 +125,19 @@ class RequestRunner:
         )
         if request.choices:
             text, choices = request.text, request.choices
-            steps = score_choices(self._scorer, self._tokenizer, text, partly, choices)
-            return _ChoiceFilling(partly, steps)
+            scoring = score_choices(self._scorer, self._tokenizer, text, partly, choices)
+            return _ChoiceFilling(partly, scoring, request.priority)
         choice = request.choice(self._tokenizer.encode)
         if isinstance(choice, BeamSearch):
-            return _BeamFilling(
-                filling_by_beams(self._params, self._config, partly, choice, max_tokens)
-            )
+            steps = filling_by_beams(self._params, self._config, partly, choice, max_tokens)
+            return _BeamFilling(steps, request.priority)
         template = Request(
             prompt=Prompt((), None),
             sampling=choice,
             max_tokens=max_tokens,
             seed=_seed_of(self._seed, line.index) if request.seed is None else request.seed,
             log_probabilities=request.log_probabilities,
+            priority=request.priority,
         )
         return BlankFilling(partly, template)
 

@@ -244,6 +244,7 @@ async def ready(service: ServiceOf) -> Response:
 async def metrics(service: ServiceOf) -> Response:
     """Return metrics for Prometheus."""
     service.metrics.ready.set(service.worker.is_ready)
+    service.metrics.waiting_tokens.set(service.worker.waiting_tokens)
     return Response(service.metrics.text(), headers={"Content-Type": _METRICS_KIND})
 
 

@@ -41,7 +41,7 @@ class CompletionRun(Run):
           HTTPException, UserError: it cannot be answered.
         """
         super().__init__(service, kind, request.model)
-        self._request = request
+        self._request, self._priority = request, request.priority or 0
         self._choice = service.choice(
             request, request.beams, "best_of" if request.num_beams is None else "num_beams"
         )
@@ -67,6 +67,10 @@ class CompletionRun(Run):
             for j in range(self._count)
         ]
         self._prompt_tokens = sum(len(prompt.partly.tokens) for prompt in self._prompts)
+        lengths = [len(prompt.partly.tokens) for prompt in self._prompts]
+        self._tokens = self._max_tokens(lengths, request.max_tokens) * (
+            1 if self._is_search else self._count
+        )
         self._names_prompts = bool(request.echo) and request.logprobs is not None
         self._scored = [x for x in self._prompts if self._names_prompts and x.can_be_scored]
         named = self._count * self._prompt_tokens
@@ -113,7 +117,10 @@ class CompletionRun(Run):
         model, choice, max_tokens = self.model, self._choice, self._request.max_tokens
         if isinstance(choice, BeamSearch):
             self._searches = [
-                Search(filling_by_beams(model.params, model.config, x.partly, choice, max_tokens))
+                Search(
+                    filling_by_beams(model.params, model.config, x.partly, choice, max_tokens),
+                    self._priority,
+                )
                 for x in self._prompts
             ]
             for number, search in enumerate(self._searches if max_tokens != 0 else ()):
@@ -127,7 +134,7 @@ class CompletionRun(Run):
             texts = [
                 continuation((), prompt.tokens, prompt.partly.special) for prompt in self._scored
             ]
-            self._scoring = Scoring(model.scorer.steps(texts))
+            self._scoring = Scoring(model.scorer.steps(texts), self._priority)
             self.session.submit(_SCORES, self._scoring)
         else:
             self._submit_waiting()
@@ -141,6 +148,7 @@ class CompletionRun(Run):
             seed=seed_of(request.seed, choice.index % self._count),
             log_probabilities=request.logprobs is not None or self._is_ranked,
             top_logprobs=bool(request.logprobs),
+            priority=self._priority,
         )
         return next_request(choice.prompt.partly, template)
 

@@ -21,6 +21,10 @@ class BusyError(UserError):
     """The queue has no room for a request."""
 
 
+class TooLargeError(UserError):
+    """A request that the queue never has room for."""
+
+
 class UnavailableError(UserError):
     """The model is not ready, or the server is going down."""
 

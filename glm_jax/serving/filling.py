@@ -48,16 +48,19 @@ class FillRun(Run):
         self._text = TextStream(tokenizer.decode)
         self._is_search = isinstance(self._choice, BeamSearch)
         self._prompt_tokens = len(self._partly.tokens)
+        self._tokens = self._max_tokens([self._prompt_tokens], request.max_tokens)
 
     def _submit(self) -> None:
         choice, partly, model = self._choice, self._partly, self.model
-        max_tokens = self._request.max_tokens
+        max_tokens, priority = self._request.max_tokens, self._request.priority or 0
         if isinstance(choice, BeamSearch):
             steps = filling_by_beams(model.params, model.config, partly, choice, max_tokens)
-            self._searching = Search(steps)
+            self._searching = Search(steps, priority)
             self.session.submit(0, self._searching)
             return
-        template = Request(Prompt((), None), choice, max_tokens, seed_of(self._request.seed))
+        template = Request(
+            Prompt((), None), choice, max_tokens, seed_of(self._request.seed), priority=priority
+        )
         if partly.has_blank:
             model.engine.check(next_request(partly, template))
         self._filling = BlankFilling(partly, template, self._show)

@@ -2,11 +2,13 @@
 
 import collections
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from glm_jax.engine.engine import Engine
+from glm_jax.engine.scheduler import SchedulingCounts
 from glm_jax.engine.speculation import DraftCounts
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -20,6 +22,9 @@ class Metrics:
         self._registry = CollectorRegistry()
         register: Any = {"registry": self._registry}
         self._waiting = Gauge("glm_queue_length", "Answers that wait for a slot.", **register)
+        self.waiting_tokens = Gauge(
+            "glm_queue_tokens", "Tokens of answers without a first token.", **register
+        )
         self._running = Gauge("glm_slots_running", "Slots in use.", **register)
         self._slots = Gauge("glm_slots", "Number of slots.", **register)
         self._searches = Gauge("glm_searches", "Beam searches, waiting or running.", **register)
@@ -34,6 +39,11 @@ class Metrics:
         self._draft_tokens = (
             Counter("glm_draft_tokens", "Draft tokens that steps checked.", **register),
             Counter("glm_accepted_draft_tokens", "Those of them that were accepted.", **register),
+        )
+        self._scheduling = SchedulingCounts(0, 0)
+        self._scheduled = (
+            Counter("glm_preemptions", "Requests that gave up their pages.", **register),
+            Counter("glm_shared_prompts", "Prompts that another request had.", **register),
         )
         self.requests = Counter(
             "glm_requests", "Answered requests.", ["endpoint", "status"], **register
@@ -60,15 +70,13 @@ class Metrics:
         self._recent: collections.deque[tuple[float, int]] = collections.deque()
 
     def observe_load(self, engine: Engine, searches: int) -> None:
-        """Set the gauges of the engine's load, and count drafts."""
+        """Set the gauges of the engine's load, and count drafts and preemptions."""
         self._waiting.set(engine.waiting)
         self._running.set(engine.running)
         self._slots.set(engine.slots)
-        for counter, now, before in zip(
-            self._draft_tokens, engine.drafts, self._drafts, strict=True
-        ):
-            counter.inc(now - before)
-        self._drafts = engine.drafts
+        _increase(self._draft_tokens, engine.drafts, self._drafts)
+        _increase(self._scheduled, engine.scheduling, self._scheduling)
+        self._drafts, self._scheduling = engine.drafts, engine.scheduling
         self._searches.set(searches)
 
     def count_tokens(self, count: int) -> None:
@@ -86,6 +94,11 @@ class Metrics:
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+def _increase(counters: Sequence[Counter], now: Sequence[int], before: Sequence[int]) -> None:
+    for counter, *counts in zip(counters, now, before, strict=True):
+        counter.inc(counts[0] - counts[1])
 
 
 class AnswerTimes:

@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Hashable
+from collections.abc import AsyncIterator, Hashable, Sequence
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
@@ -20,6 +20,7 @@ class Run(ABC):
 
     _answers = 1  # maximum number that it asks for at once
     _prompt_tokens = 0
+    _tokens = 0  # that its answers may come to, with their prompts
 
     def __init__(self, service: Service, kind: str, model: str | None):
         """Check a request; may run in any thread.
@@ -47,13 +48,24 @@ class Run(ABC):
           UserError: the queue is full, or the engine refuses the request.
         """
         limits = self.service.limits
-        self.session = self.service.worker.open(self._answers, limits.seconds, client)
+        self.session = self.service.worker.open(self._answers, limits.seconds, client, self._tokens)
         try:
             self._submit()
         except BaseException:
             self.close()
             raise
         self.service.metrics.prompt_tokens.inc(self._prompt_tokens)
+
+    def _max_tokens(self, prompts: Sequence[int], max_tokens: int | None) -> int:
+        """Return how many tokens prompts and their answers may come to.
+
+        Args:
+          prompts: the tokens of each prompt.
+          max_tokens: of an answer; None for as many as there is room for.
+        """
+        longest = self.model.engine.max_length
+        room = longest if max_tokens is None else max_tokens
+        return sum(min(longest, prompt + 1 + room) for prompt in prompts)
 
     @abstractmethod
     def _submit(self) -> None:

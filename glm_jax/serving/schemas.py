@@ -42,6 +42,7 @@ Temperature = Annotated[float, _within("temperature", le=2)]
 Probability = Annotated[float, _within("top_p")]
 Beams = Annotated[int, _within("num_beams"), _WHOLE]
 MaxTokens = Annotated[int, _within("max_tokens"), _WHOLE]
+Priority = Annotated[int, _within("priority"), _WHOLE]
 User = Annotated[str, Field(max_length=1024)]
 Choice = Annotated[str, Field(min_length=1)]
 
@@ -233,6 +234,7 @@ class ScoreRequest(_Strict):
     choices: Annotated[list[Choice], Field(min_length=1, max_length=MAX_CHOICES)]
     model: Name | None = None
     unidirectional: bool | None = _of_table("unidirectional")
+    priority: Priority | None = _of_table("priority")
     user: User | None = None
 
 

@@ -47,6 +47,7 @@ class Serving:
       name: the model's name for clients.
       port: 0 for any free one.
       max_waiting: answers that may wait for a slot.
+      max_waiting_tokens: see `Worker`.
       cors_origins: origins of other pages whose scripts may send requests.
       allowed_hosts: names that requests may be sent to, beside those of `host`.
       trusted_proxies: addresses or networks of proxies, whose X-Forwarded-For names the client.
@@ -59,6 +60,7 @@ class Serving:
     host: str = "127.0.0.1"
     port: int = 8000
     max_waiting: int = 256
+    max_waiting_tokens: int | None = None
     limits: Limits = DEFAULT_LIMITS
     keys: Keys | None = None
     cors_origins: Sequence[str] = ()
@@ -94,7 +96,9 @@ class Server:
         metrics = Metrics()
         self.is_interrupted = False
         self._failed = asyncio.Event()
-        worker = Worker(load, serving.max_waiting, metrics, self._failed.set)
+        worker = Worker(
+            load, serving.max_waiting, metrics, self._failed.set, serving.max_waiting_tokens
+        )
         self.service = Service(
             worker,
             serving.name,

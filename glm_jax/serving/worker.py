@@ -28,7 +28,13 @@ from glm_jax.generation.driver import Answer, Driver
 from glm_jax.generation.shared_scoring import SharedScorer
 from glm_jax.model.params import GLMParams
 from glm_jax.serving import events
-from glm_jax.serving.errors import BrokenError, BusyError, TooSlowError, UnavailableError
+from glm_jax.serving.errors import (
+    BrokenError,
+    BusyError,
+    TooLargeError,
+    TooSlowError,
+    UnavailableError,
+)
 from glm_jax.serving.metrics import Metrics
 
 SCORED_TOKENS = 512  # of a batch, unless one text is longer
@@ -62,11 +68,23 @@ class Session:
 
     It submits answers under keys of its own, and each arriving item names its key. Answers that
     have not ended when the session is closed are cancelled before the thread's next turn.
+
+    Attributes:
+      turn: the client's and its own.
+      answer_tokens: that an answer may come to, with its prompt; the mean of its answers.
     """
 
-    def __init__(self, worker: "Worker", model: ServedModel, seconds: float, client: Hashable):
+    def __init__(
+        self,
+        worker: "Worker",
+        model: ServedModel,
+        seconds: float,
+        client: Hashable,
+        answer_tokens: float,
+    ):
         self.model = model
         self.turn: Turn = (client, self)
+        self.answer_tokens = answer_tokens
         self._worker = worker
         self._deadline = asyncio.get_running_loop().time() + seconds
         self._seconds = seconds
@@ -145,22 +163,26 @@ class Worker:
         max_waiting: int,
         metrics: Metrics,
         on_failure: Callable[[], None],
+        max_waiting_tokens: int | None = None,
     ):
         """
         Args:
           load: loads the model; called in the thread.
           max_waiting: answers that may wait for a slot.
           on_failure: called on the event loop when the thread has failed.
+          max_waiting_tokens: that answers without a first token may come to, with their prompts;
+            None for any number.
         """
         self.model: ServedModel | None = None
         self.failure: Exception | None = None
         self.is_draining = False
         self._load, self._max_waiting, self._metrics = load, max_waiting, metrics
-        self._on_failure = on_failure
+        self._on_failure, self._max_waiting_tokens = on_failure, max_waiting_tokens
         self._inbox: queue.SimpleQueue[Callable[[Driver[Answer]], object] | None]
         self._inbox = queue.SimpleQueue()
         self._sessions: set[Session] = set()
         self._unfinished: dict[Answer, tuple[Session, int]] = {}  # with the session's key
+        self._waiting: dict[Answer, float] = {}  # tokens of those without a first token
         self._compiler = ThreadPoolExecutor(1, "compiler")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -197,6 +219,11 @@ class Worker:
         return len(self._unfinished)
 
     @property
+    def waiting_tokens(self) -> int:
+        """Tokens that answers without a first token may come to, with their prompts."""
+        return round(sum(self._waiting.values()))
+
+    @property
     def open_sessions(self) -> int:
         """Number of open sessions."""
         return len(self._sessions)
@@ -215,16 +242,20 @@ class Worker:
             raise UnavailableError("the model is being loaded: ask again later")
         return self.model
 
-    def open(self, answers: int, seconds: float, client: Hashable = None) -> Session:
+    def open(
+        self, answers: int, seconds: float, client: Hashable = None, tokens: int = 0
+    ) -> Session:
         """Open a session, which the caller closes.
 
         Args:
           answers: maximum number of answers that it asks for at once.
+          tokens: that all of them may come to, with their prompts.
           seconds: time until they must be complete.
           client: identifies the client; clients take turns, and so do the sessions of each.
 
         Raises:
           BusyError: the queue is full.
+          TooLargeError: the queue never has room for so many tokens.
           UnavailableError: see `ready_model`.
         """
         model = self.ready_model()
@@ -236,9 +267,28 @@ class Worker:
                 f"{self._max_waiting} answers wait already, which is all there is room for: "
                 "ask again later"
             )
-        session = Session(self, model, seconds, client)
+        if self.running + answers > model.engine.slots:  # some have to wait
+            self._check_tokens(answers, tokens, model.engine, is_new)
+        session = Session(self, model, seconds, client, tokens / answers)
         self._sessions.add(session)
         return session
+
+    def _check_tokens(self, answers: int, tokens: int, engine: Engine, is_new: bool) -> None:
+        """Raise an error if answers of so many tokens may not wait."""
+        limit = self._max_waiting_tokens
+        if limit is None:
+            return
+        if answers > engine.slots and tokens > limit:
+            raise TooLargeError(
+                f"{answers} answers of up to {tokens} tokens, with their prompts: at most {limit} "
+                "wait in this server: ask for fewer"
+            )
+        room = limit + (engine.max_length if is_new else 0)
+        if self.waiting_tokens + tokens > room:
+            raise BusyError(
+                f"{self.waiting_tokens} tokens wait already, and there is room for {limit}: "
+                "ask again later"
+            )
 
     def discard(self, session: Session) -> None:
         """Remove a closed session."""
@@ -247,6 +297,7 @@ class Worker:
     def submit(self, session: Session, key: int, answer: Answer) -> None:
         """Have the thread begin an answer before its next turn."""
         self._unfinished[answer] = session, key
+        self._waiting[answer] = session.answer_tokens
 
         def begin(driver: Driver[Answer]) -> None:
             if not driver.submit(answer, session.turn):
@@ -256,6 +307,7 @@ class Worker:
 
     def cancel(self, answer: Answer) -> None:
         """Have the thread end an answer before its next turn, if it is unfinished."""
+        self._waiting.pop(answer, None)
         if self._unfinished.pop(answer, None) is not None:
             self._inbox.put(lambda driver: driver.cancel(answer))
 
@@ -264,6 +316,7 @@ class Worker:
             if answer not in self._unfinished:  # cancelled
                 continue
             session, key = self._unfinished[answer]
+            self._waiting.pop(answer, None)
             if token is None:
                 del self._unfinished[answer]
             session.arrive(key, token)

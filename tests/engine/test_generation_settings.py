@@ -81,7 +81,7 @@ def test_every_setting_of_the_table_reaches_the_engine():
     """By the name that it has in the table, but for those that a text's tokens are made from."""
     changed = {}
     for name, setting in SETTINGS.items():
-        if setting.kind in (int, float) and name not in ("seed", "max_tokens"):
+        if setting.kind in (int, float) and name not in ("seed", "max_tokens", "priority"):
             lower = setting.lowest + (setting.highest - setting.lowest) // 2
             changed[name] = (7,) if setting.max_items else setting.kind(lower or 1)
             if setting.is_by_token:

@@ -110,6 +110,12 @@ def running(load, **serving):
         served.join()
 
 
+def metrics_of(served):
+    """Values of `/metrics`, as texts."""
+    text = httpx2.get(served.url + "/metrics").text
+    return dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+
+
 def wait_idle(served):
     """Until no answer is being made."""
     engine = served.service.worker.model.engine

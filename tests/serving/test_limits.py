@@ -16,6 +16,7 @@ from served import (
     error_of,
     list_of,
     max_lag,
+    metrics_of,
     post,
     running,
     wait_idle,
@@ -47,6 +48,38 @@ def test_a_full_queue_refuses(model, slow_steps):
         assert f"at most {room} in one request" in error_of(too_many, 400)["message"]
         wait_idle(served)
         assert post(served, json=ASKED | {"n": room, "max_tokens": 2}).status_code == 200
+
+
+def test_a_queue_full_of_tokens_refuses(model, slow_steps):
+    """Also of requests that are few; what runs takes none, and what never fits is said at once."""
+    before = model.engine.scheduling.shared_prompts
+    slots, long = model.engine.slots, ASKED | {"max_tokens": 60, "n": model.engine.slots}
+    with running(lambda: model, max_waiting_tokens=100) as served:
+        worker = served.service.worker
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            # More than may wait, but there are slots for them.
+            first = pool.submit(post, served, json=long)
+            while not (model.engine.running == slots and worker.waiting_tokens == 0):
+                time.sleep(0.01)
+            waiting = pool.submit(post, served, json=ASKED | {"max_tokens": 30})
+            while not worker.waiting_tokens:
+                time.sleep(0.01)
+            tokens = worker.waiting_tokens
+            assert 30 < tokens < 60
+            found = metrics_of(served)
+            assert float(found["glm_queue_tokens"]) == tokens
+            refused = post(served, json=ASKED | {"max_tokens": 70})
+            assert f"{tokens} tokens wait already" in error_of(refused, 429)["message"]
+            assert int(refused.headers["Retry-After"]) >= 1
+            never = post(served, json=ASKED | {"n": slots + 1})
+            assert "at most 100 wait in this server" in error_of(never, 400)["message"]
+            small = pool.submit(post, served, json=ASKED | {"max_tokens": 2})
+            assert {each.result().status_code for each in (first, waiting, small)} == {200}
+        wait_idle(served)
+        assert worker.waiting_tokens == 0
+        shared = model.engine.scheduling.shared_prompts
+        assert float(metrics_of(served)["glm_shared_prompts_total"]) == shared
+        assert shared - before >= slots - 1
 
 
 @pytest.mark.parametrize("slow_steps", [0.25], indirect=True)  # longer than a busy machine takes
@@ -175,8 +208,7 @@ def test_metrics(model, monkeypatch):
             answered = post(served, json=ASKED | {"max_tokens": 5}).json()
         post(served, json={})
         wait_idle(served)
-        text = httpx2.get(served.url + "/metrics").text
-        found = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        found = metrics_of(served)
     assert float(found["glm_generated_tokens_total"]) == 15
     assert float(found["glm_draft_tokens_total"]) == 12
     assert float(found["glm_accepted_draft_tokens_total"]) == 9
