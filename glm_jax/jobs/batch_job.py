@@ -17,7 +17,7 @@ from glm_jax.generation.blank_filling import TextCodec
 from glm_jax.generation.text_request import TextRequest
 from glm_jax.jobs import record_store
 from glm_jax.jobs.record_store import AnswerWriter, JobError
-from glm_jax.jobs.request_files import read_lines
+from glm_jax.jobs.request_files import read_by_priority
 from glm_jax.jobs.request_runner import RequestRunner, share
 from glm_jax.model.params import GLMParams
 from glm_jax.progress import progress_bar
@@ -140,7 +140,8 @@ def run_batch(
         engine, params, config, tokenizer, seed=job.seed, truncates=job.truncates
     )
     writer = AnswerWriter(job.folder, part.process) if part.writes else None
-    lines = share(read_lines(job.source, job.defaults), done, part.process, part.count)
+    source = read_by_priority(job.source, job.defaults)
+    lines = share(source, done, part.process, part.count)
     counts = Counts(0, 0)
     bar = progress_bar(
         desc="answers",

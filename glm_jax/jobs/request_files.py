@@ -52,6 +52,25 @@ def read_lines(path: Path, defaults: TextRequest) -> Iterator[Line]:
         index += 1
 
 
+def read_by_priority(path: Path, defaults: TextRequest) -> Iterator[Line]:
+    """Yield the requests of a file as `read_lines`, those of lower priority numbers first.
+
+    The file, which may not fit memory, is read once for each priority, and once before.
+    """
+    if not is_json_lines(path):
+        yield from read_lines(path, defaults)
+        return
+    priorities = sorted({_priority(line) for line in read_lines(path, defaults)})
+    for priority in priorities:
+        for line in read_lines(path, defaults):
+            if _priority(line) == priority:
+                yield line
+
+
+def _priority(line: Line) -> int:
+    return 0 if line.request is None else line.request.priority
+
+
 def _parse(content: bytes, is_json: bool, index: int, number: int, defaults: TextRequest) -> Line:
     own: dict[str, Any] = {}
     try:

@@ -89,7 +89,7 @@ class Broken(SingleRequest):
         raise ValueError("a fault of ours")
 
 
-def search(log, name, count, error=None):
+def search(log, name, count, error=None, priority=0):
     def steps():
         for number in range(count):
             log.append((name, number))
@@ -98,7 +98,7 @@ def search(log, name, count, error=None):
             raise error
         return name
 
-    return Search(steps())
+    return Search(steps(), priority)
 
 
 def ended(news):
@@ -117,6 +117,15 @@ def test_work_that_follows_is_urgent_and_has_the_same_turn():
     assert engine.urgent == [1, 2]
     assert set(engine.turns.values()) == {("client", "request")}
     assert driver.is_idle
+
+
+def test_searches_of_lower_priorities_go_first():
+    driver, log = Driver(CountingEngine()), []
+    for name, priority in (("later", 1), ("now", 0), ("sooner", -1)):
+        driver.submit(search(log, name, 1, priority=priority))
+    while not driver.is_idle:
+        driver.turn()
+    assert [name for name, _ in log] == ["sooner", "now", "later"]
 
 
 def test_searches_take_turns_a_step_each_beside_requests():

@@ -21,7 +21,7 @@ from glm_jax.generation.terminal import read_texts
 from glm_jax.generation.text_request import TextRequest
 from glm_jax.jobs import record_store
 from glm_jax.jobs.record_store import AnswerWriter, JobError, answered, claim, merge
-from glm_jax.jobs.request_files import read_lines
+from glm_jax.jobs.request_files import read_by_priority, read_lines
 from glm_jax.jobs.request_runner import RequestRunner, share
 
 FILL = [c for c in json.loads((GOLDEN / "fill_blanks.json").read_text()) if c["kind"] == "greedy"]
@@ -42,6 +42,23 @@ def _write(path, *lines):
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     path.write_text("\n".join(texts) + "\n", encoding="utf-8")
     return path
+
+
+def test_lines_of_lower_priority_numbers_are_answered_first(job, tmp_path):
+    """A line that is no request has none."""
+    lines = [{"text": "t5 t6"}, {"text": "t7"}, {"text": "t5", "priority": 3}] * 3
+    lines += [{"text": "t6", "priority": -2}, {"text": "t6", "priority": -1}, "nothing"]
+    path = _write(tmp_path / "in.jsonl", *lines)
+    got = [line.index for line in read_by_priority(path, TextRequest())]
+    assert got == [9, 10, 0, 1, 3, 4, 6, 7, 11, 2, 5, 8]
+    defaults = TextRequest(max_tokens=2)
+    ordered = [record["index"] for record in job().answer(read_by_priority(path, defaults))]
+    assert ordered[:2] == [9, 10] or ordered[:3] == [11, 9, 10]
+    assert set(ordered[-3:]) == {2, 5, 8}
+    wrong = _write(tmp_path / "wrong.jsonl", {"text": "t5", "priority": 1001}, {"text": "t5"})
+    failed, answered = _records(job(), wrong, defaults)
+    assert failed["error"] == "priority=1001: from -1000 to 1000"
+    assert "error" not in answered
 
 
 def _records(job, path, defaults=None):

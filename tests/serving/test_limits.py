@@ -288,6 +288,41 @@ def test_clients_take_turns(model, slow_steps, monkeypatch):
     assert 0 < found.index(False) < 5
 
 
+def test_lower_priorities_go_first(model, slow_steps):
+    ends = {}
+
+    def ask(served, name, **more):
+        assert post(served, json=ASKED | {"max_tokens": 3} | more).status_code == 200
+        ends[name] = time.monotonic()
+
+    with running(lambda: model) as served, concurrent.futures.ThreadPoolExecutor(9) as pool:
+        slots, worker = model.engine.slots, served.service.worker
+        asking = [pool.submit(ask, served, "first", n=slots, max_tokens=12)]
+        while model.engine.running < slots:
+            time.sleep(0.001)
+        kinds = {"later": {"n": slots, "priority": 2}, "now": {"n": slots}, "sooner": {"n": slots}}
+        kinds["sooner"]["priority"] = -1
+        for name, more in kinds.items():
+            before = worker.running
+            asking.append(pool.submit(ask, served, name, **more))
+            while worker.running == before:
+                time.sleep(0.001)
+        for each in asking:
+            each.result()
+        assert sorted(ends, key=ends.get) == ["first", "sooner", "now", "later"]
+        for path, body in (
+            ("/v1/completions", ASKED),
+            ("/v1/fill", {"text": "a"}),
+            ("/v1/score", {"context": "a", "choices": ["b"]}),
+        ):
+            error = error_of(post(served, path, json=body | {"priority": 1001}), 400)
+            assert "priority" in error["message"]
+        scored = {"context": "a", "choices": ["b"], "priority": -3}
+        assert post(served, "/v1/score", json=scored).status_code == 200
+        filled = {"text": "a [MASK] b", "priority": -3, "max_tokens": 2}
+        assert post(served, "/v1/fill", json=filled).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("serving", "name", "value"),
     [
