@@ -129,7 +129,7 @@ def test_equals_steps_of_one_token(model, plain, guesses, kind):
     _assert_same(_answers(engine), plain)
     assert engine.drafts.checked == sum(map(len, guesses))
     assert 40 < engine.drafts.accepted < engine.drafts.checked - 20
-    assert kind == "mesh" or engine.scheduling.preemptions > 2
+    assert kind == "mesh" or engine.scheduling.preemptions > 0
     assert {answer.tokens[-1].finish_reason for answer in plain} == {"stop", "length"}
 
 
