@@ -22,7 +22,7 @@ from glm_jax.model import params as glm_params
 from glm_jax.model.device_layout import prepare
 from glm_jax.model.params import GLMParams
 from glm_jax.quantization import Scheme
-from launch.suites import llama, torch_glm
+from launch.suites import llama, overload, torch_glm
 from launch.suites.case import Case, find_torch
 from launch.suites.products import decode_rows, stream_case, with_integer_activations
 
@@ -60,6 +60,9 @@ def decode_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     part = part_of_model()
     title = f"200 prompts of 16 to 512 tokens, answers of 4 to 200, 1/{_MIXED_PART} of the model"
     yield title, _mixed(part, with_integer_activations(make_int4(part)))
+    steps: dict[str, int] = {}
+    yield overload.TITLE, overload.overload_cases(steps)
+    print("steps: " + ", ".join(f"{name} {count}" for name, count in steps.items()))
 
 
 def part_of_model() -> GLMConfig:
