@@ -74,6 +74,7 @@ _NOT_OURS = (
     "log_probabilities",
     "banned_tokens",
     "unidirectional",
+    "priority",
 )
 OUR_SETTINGS = tuple(name for name in SETTINGS if name not in _NOT_OURS)
 
@@ -104,6 +105,7 @@ class _Choosing(_OfTable):
     """Settings of generation that OpenAI's interface does not have."""
 
     unidirectional: bool | None = _of_table("unidirectional")
+    priority: Priority | None = _of_table("priority")
 
 
 class _Answered(_Choosing):
