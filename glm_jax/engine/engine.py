@@ -248,10 +248,10 @@ class Engine:
         scheduler = self._scheduler
         with on_mesh(self._mesh):
             self._prefill_some()
+            if self._unchecked:  # before anyone is preempted for want of these pages
+                self._clear_failed()
             self._grow()
             if not scheduler.running:
-                if self._unchecked:
-                    self._clear_failed()
                 return []
             width = next(w for w in self._step_widths if w >= len(scheduler.running))
             order = [*scheduler.running, *scheduler.free_slots(), *scheduler.entering]
@@ -260,7 +260,7 @@ class Engine:
             run = functools.partial(self._run_idle_step, numbers)
             drafts = self._speculation.propose(numbers, rooms, run)
             emitted = jax.device_get(self._run_step(numbers, drafts))
-            if emitted.failures.any() or self._unchecked:
+            if emitted.failures.any():
                 self._clear_failed()
         self._speculation.take(numbers, drafts, emitted.tokens)
         given = [(row, new) for row, new in np.argwhere(emitted.tokens >= 0).tolist()]

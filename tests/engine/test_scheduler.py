@@ -147,9 +147,9 @@ def _random_request(draw):
 
 def test_random_schedules_give_what_each_request_gets_alone():
     total = collections.Counter()
-    for seed in range(40):
+    for seed in range(30):
         total.update(_random_schedule(random.Random(seed))._asdict())
-    assert min(total.values()) > 50, total  # else it shows nothing
+    assert min(total.values()) > 40, total  # else it shows nothing
 
 
 def _random_schedule(draw):
