@@ -36,6 +36,7 @@ from glm_jax.engine.page_pool import (
     PageAllocation,
     cache_pages,
     page_count,
+    page_table,
     table_size,
 )
 from glm_jax.engine.prefill_batch import (
@@ -61,7 +62,6 @@ from glm_jax.engine.slots import (
     check_sampling,
     empty_slot,
     empty_slots,
-    page_table,
     release,
     request_row,
     set_table,
@@ -271,8 +271,8 @@ class Engine:
         preempted, grown = self._scheduler.grow()
         for slot in preempted:
             self._slots = release(self._slots, np.int32(slot))
-        for slot in grown:
-            table = page_table(self._empty, self._scheduler.running[slot].allocation.pages)
+        for slot, pages in grown.items():
+            table = page_table(pages, len(self._empty.table))
             self._slots = set_table(self._slots, np.int32(slot), table)
 
     def _run_step(self, numbers: Sequence[int], drafts: np.ndarray | None = None) -> Emitted:

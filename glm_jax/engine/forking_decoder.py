@@ -13,7 +13,14 @@ from jaxtyping import Array, Float
 
 from glm_jax.config import GLMConfig
 from glm_jax.engine import step_functions
-from glm_jax.engine.page_pool import PAGE_SIZE, PageAllocation, PagePool, page_count, table_size
+from glm_jax.engine.page_pool import (
+    PAGE_SIZE,
+    PageAllocation,
+    PagePool,
+    page_count,
+    page_table,
+    table_size,
+)
 from glm_jax.engine.prefill_batch import make_prefill_batch, prefill_length
 from glm_jax.engine.prompt import Prompt, bucket
 from glm_jax.engine.step_functions import Rows
@@ -122,15 +129,14 @@ class ForkingDecoder:
 
     def _described(self, tokens: np.ndarray, index: int) -> Rows:
         count = self._num_rows
-        table = np.zeros((count, self._table_size), np.int32)
-        for row, allocation in zip(table, self._rows, strict=False):
-            row[: len(allocation.pages)] = allocation.pages
+        tables = [page_table(allocation.pages, self._table_size) for allocation in self._rows]
+        tables += [page_table((), self._table_size)] * (count - len(tables))
         rows = Rows(
             is_active=(np.arange(count) < len(self._rows))[:, None],
             tokens=tokens[:, None],
             position_ids=np.full((count, 1), self._position, np.int32),
             index=np.full(count, index, np.int32),
-            table=table,
+            table=np.stack(tables),
         )
         tiled: Rows = jax.tree.map(lambda x: np.concatenate([x] * self._shards), rows)
         return tiled

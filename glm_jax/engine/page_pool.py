@@ -5,7 +5,10 @@ page that others have too is copied before a sequence writes to it.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from jaxtyping import Int
 
 PAGE_SIZE = 64  # tokens, unless settings say otherwise
 
@@ -103,6 +106,13 @@ class PagePool:
 def page_count(tokens: int, page_size: int = PAGE_SIZE) -> int:
     """Return the number of pages that so many tokens take."""
     return -(-tokens // page_size)
+
+
+def page_table(pages: Sequence[int], size: int) -> Int[np.ndarray, " size"]:
+    """Return the page table of a sequence that has these pages, int32; 0 fills it up."""
+    table = np.zeros(size, np.int32)
+    table[: len(pages)] = pages
+    return table
 
 
 def table_size(tokens: int, page_size: int = PAGE_SIZE) -> int:

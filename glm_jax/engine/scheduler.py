@@ -230,11 +230,11 @@ class Scheduler:
         """
         return self.entering.pop(admitted.slot).allocation
 
-    def grow(self) -> tuple[list[int], list[int]]:
+    def grow(self) -> tuple[list[int], dict[int, tuple[int, ...]]]:
         """Give requests that run the pages that the next step writes to.
 
         Returns:
-          Slots whose requests were preempted, and slots whose requests have more pages.
+          Slots whose requests were preempted; and by slot, all pages of those that have more.
         """
         preempted: list[int] = []
         before = {slot: one.allocation for slot, one in self.running.items()}
@@ -246,7 +246,11 @@ class Scheduler:
             if one.admitted.slot in self.running:
                 length = one.length + min(self._limits.step_tokens, one.remaining) - 1
                 self._extend(one, length)
-        grown = [slot for slot, one in self.running.items() if one.allocation is not before[slot]]
+        grown = {
+            slot: one.allocation.pages
+            for slot, one in self.running.items()
+            if one.allocation is not before[slot]
+        }
         return preempted, grown
 
     def _extend(self, one: Running, tokens: int) -> bool:

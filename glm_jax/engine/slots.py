@@ -17,6 +17,7 @@ from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.engine import sampling as sampling_lib
 from glm_jax.engine.generation_settings import MAX_BIASED, SamplingError
 from glm_jax.engine.logit_processors import LogitProcessors, process_logits
+from glm_jax.engine.page_pool import page_table
 from glm_jax.engine.prompt import Prompt
 from glm_jax.engine.request import Request
 from glm_jax.engine.sampling import (
@@ -152,20 +153,13 @@ def request_row(
         first=np.int32(len(request.prompt)),
         end=np.int32(end),
         tokens=tokens,
-        table=page_table(empty, pages),
+        table=page_table(pages, len(empty.table)),
         **sampling_row(request.sampling, request.seed, vocab),
         is_end=is_end,
         is_text_end=is_text_end,
         wants_log_probability=np.bool_(request.log_probabilities),
         wants_top_logprobs=np.bool_(request.top_logprobs),
     )
-
-
-def page_table(empty: Slots, pages: Sequence[int]) -> Int[np.ndarray, " table_size"]:
-    """The table of a request that has these pages."""
-    table = np.zeros_like(empty.table)
-    table[: len(pages)] = pages
-    return table
 
 
 def check_sampling(sampling: Sampling, vocab: int) -> None:

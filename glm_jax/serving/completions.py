@@ -68,7 +68,7 @@ class CompletionRun(Run):
         ]
         self._prompt_tokens = sum(len(prompt.partly.tokens) for prompt in self._prompts)
         lengths = [len(prompt.partly.tokens) for prompt in self._prompts]
-        self._tokens = self._max_tokens(lengths, request.max_tokens) * (
+        self._queued_tokens = self._possible_tokens(lengths, request.max_tokens) * (
             1 if self._is_search else self._count
         )
         self._names_prompts = bool(request.echo) and request.logprobs is not None

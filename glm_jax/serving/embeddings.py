@@ -30,6 +30,7 @@ class EmbeddingRun(Run):
           HTTPException, UserError: it cannot be answered.
         """
         super().__init__(service, "list", request.model)
+        self._priority = request.priority or 0
         self._is_base64 = request.encoding_format == "base64"
         size = self.model.config.hidden_size
         if request.dimensions not in (None, size):
@@ -42,7 +43,7 @@ class EmbeddingRun(Run):
             raise refused(400, message, "input")
         tokens = [self._tokens(number, text) for number, text in enumerate(texts)]
         self._groups = list(_groups(tokens))
-        self._prompt_tokens = sum(map(len, tokens))
+        self._prompt_tokens = self._queued_tokens = sum(map(len, tokens))
 
     def _tokens(self, number: int, text: str | Sequence[int]) -> Sequence[int]:
         """Return the tokens of a text. Words such as [MASK] in it are text as any other."""
@@ -68,7 +69,7 @@ class EmbeddingRun(Run):
     def _submit_group(self, number: int) -> None:
         special = self.model.tokenizer.special_tokens
         sequences = [embedded_sequence(tokens, special) for tokens in self._groups[number]]
-        self._embedding = Scoring(self.model.embedder.steps(sequences))
+        self._embedding = Scoring(self.model.embedder.steps(sequences), self._priority)
         self.session.submit(number, self._embedding)
 
     async def whole(self) -> dict[str, Any]:

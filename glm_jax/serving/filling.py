@@ -48,7 +48,7 @@ class FillRun(Run):
         self._text = TextStream(tokenizer.decode)
         self._is_search = isinstance(self._choice, BeamSearch)
         self._prompt_tokens = len(self._partly.tokens)
-        self._tokens = self._max_tokens([self._prompt_tokens], request.max_tokens)
+        self._queued_tokens = self._possible_tokens([self._prompt_tokens], request.max_tokens)
 
     def _submit(self) -> None:
         choice, partly, model = self._choice, self._partly, self.model

@@ -20,7 +20,7 @@ class Run(ABC):
 
     _answers = 1  # maximum number that it asks for at once
     _prompt_tokens = 0
-    _tokens = 0  # that its answers may come to, with their prompts
+    _queued_tokens = 0  # that its answers may come to, with their prompts
 
     def __init__(self, service: Service, kind: str, model: str | None):
         """Check a request; may run in any thread.
@@ -48,7 +48,9 @@ class Run(ABC):
           UserError: the queue is full, or the engine refuses the request.
         """
         limits = self.service.limits
-        self.session = self.service.worker.open(self._answers, limits.seconds, client, self._tokens)
+        self.session = self.service.worker.open(
+            self._answers, limits.seconds, client, self._queued_tokens
+        )
         try:
             self._submit()
         except BaseException:
@@ -56,7 +58,7 @@ class Run(ABC):
             raise
         self.service.metrics.prompt_tokens.inc(self._prompt_tokens)
 
-    def _max_tokens(self, prompts: Sequence[int], max_tokens: int | None) -> int:
+    def _possible_tokens(self, prompts: Sequence[int], max_tokens: int | None) -> int:
         """Return how many tokens prompts and their answers may come to.
 
         Args:

@@ -210,6 +210,7 @@ class EmbeddingRequest(_Strict):
     dimensions: Annotated[int, Field(ge=1), _WHOLE] | None = Field(
         None, description="of an embedding: the model's hidden size, and no other number"
     )
+    priority: Priority | None = _of_table("priority")
     user: User | None = None
 
 

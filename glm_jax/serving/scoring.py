@@ -25,7 +25,7 @@ class ScoreRun(Run):
         partly = PartlyFilled.begin(model.tokenizer, text, limit, is_unidirectional)
         steps = score_choices(model.scorer, model.tokenizer, text, partly, request.choices)
         self._scoring = Scoring(steps, request.priority or 0)
-        self._prompt_tokens = self._tokens = len(partly.tokens)
+        self._prompt_tokens = self._queued_tokens = len(partly.tokens)
 
     def _submit(self) -> None:
         self.session.submit(0, self._scoring)

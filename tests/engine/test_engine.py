@@ -188,7 +188,7 @@ def test_requests_that_are_preempted_go_on_to_the_token(tiny_model, alone, monke
         preempted, grown = real(scheduler)
         if next(calls) % 2 and len(scheduler.running) > 1:
             preempted.append(scheduler._preempt_last(0))
-        return preempted, [slot for slot in grown if slot in scheduler.running]
+        return preempted, {slot: grown[slot] for slot in grown if slot in scheduler.running}
 
     monkeypatch.setattr(Scheduler, "grow", grow)
     _assert_same(_answers(engine, _requests()), alone)
