@@ -5,19 +5,27 @@ refuses them.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from glm_jax import files, processes
 from glm_jax.checkpoints import parameter_files
-from glm_jax.checkpoints.checksums import CHECKSUMS_FILE, checked_files, write_checksums
+from glm_jax.checkpoints.checksums import (
+    CHECKSUMS_FILE,
+    DamageError,
+    checked_files,
+    write_checksums,
+)
 from glm_jax.checkpoints.folder_kinds import is_model
 from glm_jax.checkpoints.parameter_files import PARAMS_FOLDER, CheckpointError
 from glm_jax.config import GLMConfig
@@ -125,6 +133,39 @@ def load_adapter(
     metadata = parameter_files.part_metadata(folder, _PART)
     adapters: Adapters = parameter_files.read_part(folder, _PART, described, metadata)
     return adapter, adapters
+
+
+def load_adapters(
+    paths: Mapping[str, str | os.PathLike[str]],
+    config: GLMConfig,
+    identity: dict[str, Any],
+    mesh: Mesh | None,
+) -> list[tuple[AdapterConfig, Adapters]]:
+    """Reads several adapters by `load_adapter`, in the order of their names.
+
+    Raises:
+      CheckpointError, DamageError: as `load_adapter`, with the adapter's name; or an adapter with
+        numbers that are not finite, which would spoil the answers of all others.
+    """
+    loaded = []
+    for name, path in paths.items():
+        try:
+            adapter, adapters = load_adapter(path, config, identity, mesh)
+            if not _is_finite(adapters, adapter.scale, config.activation_dtype):
+                raise CheckpointError(
+                    f"{path}: numbers that are NaN or infinite in {config.activation_dtype}: "
+                    "leave it out, or train it again"
+                )
+        except (CheckpointError, DamageError) as error:
+            raise type(error)(f"adapter {name}: {error}") from error
+        loaded.append((adapter, adapters))
+    return loaded
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _is_finite(adapters: Adapters, scale: float, dtype: str) -> jax.Array:
+    arrays = [x for pair in adapters.pairs.values() for x in (pair.down, scale * pair.up)]
+    return jnp.array([jnp.isfinite(x.astype(dtype)).all() for x in arrays]).all()
 
 
 def _no_adapters(path: str | os.PathLike[str]) -> str:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 
 from glm_jax import files, processes, tokenizer
 from glm_jax.checkpoints import folder_kinds, parameter_files
-from glm_jax.checkpoints.adapter_folder import load_adapter, model_identity
+from glm_jax.checkpoints.adapter_folder import load_adapter, load_adapters, model_identity
 from glm_jax.checkpoints.array_reader import array_name, reusing_memory
 from glm_jax.checkpoints.checksums import CHECKSUMS_FILE, checked_files, write_checksums
 from glm_jax.checkpoints.folder_kinds import CONFIG_FILE as CONFIG_FILE
@@ -215,7 +216,7 @@ def restore(
     dtype: str | None = None,
     quantization: str | None = None,
     weight_memory_limit: float | None = None,
-    adapter: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
     is_stacked: bool = False,
 ) -> tuple[GLMConfig, GLMParams]:
     """Reads a model onto a mesh; each device reads its own slices.
@@ -232,7 +233,8 @@ def restore(
       weight_memory_limit: GiB of weights that a device may hold; blocks beyond it wait in its
         host's memory (`OffloadedLayers`). While a part is read, it comes on top.
       adapter: a folder of adapters that were trained on this model; they stay beside its
-        kernels, which may be quantised.
+        kernels, which may be quantised. Or several folders by name, of which each request uses one
+        or none: `Prompt.adapter` is 1 for the first, 0 for none.
       is_stacked: keep layers stacked on every device, as a train step of a deep model loops over
         them.
 
@@ -282,7 +284,12 @@ def restore(
         config = config.replace(param_dtype=array_dtype(dtype), compute_dtype=dtype)
     params = GLMParams(layers=layers, **rest)
     if adapter is not None:
-        trained, pairs = load_adapter(adapter, config, model_identity(Path(path), config), mesh)
+        identity = model_identity(Path(path), config)
+        if isinstance(adapter, Mapping):
+            several = load_adapters(adapter, config, identity, mesh)
+            params = adapters.attach_several(params, several, config.activation_dtype)
+            return config, params
+        trained, pairs = load_adapter(adapter, config, identity, mesh)
         pairs = glm_params.cast_params(pairs, config.activation_dtype)
         params = adapters.attach(params, pairs, trained.scale)
     return config, params

@@ -23,9 +23,10 @@ from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.engine.forking_decoder import ForkingDecoder
 from glm_jax.engine.generation_settings import check_settings
 from glm_jax.engine.logit_processors import repeated
-from glm_jax.engine.prompt import Prompt, Resolved, bucket, resolve
+from glm_jax.engine.prompt import Prompt, Resolved, bucket, check_adapter, resolve
 from glm_jax.engine.sampling import check_banned, no_numbers, nothing_allowed
 from glm_jax.engine.stepwise import Steps, finish
+from glm_jax.model.adapters import adapter_count
 from glm_jax.model.device_layout import prepare
 from glm_jax.model.params import GLMParams
 from glm_jax.sharding import constrain
@@ -86,7 +87,8 @@ def beam_search(
       prompt, max_length, end_tokens, special_tokens: see `generate.generate`.
 
     Raises:
-      PromptError: special tokens unknown, or a prompt that leaves no room.
+      PromptError: special tokens unknown, a prompt that leaves no room, or one for an adapter
+        that the model does not have.
       SamplingError: a banned token that is not in the vocabulary, or no token may come.
       LogitsError: the model gives no numbers.
     """
@@ -103,9 +105,10 @@ def beam_steps(
       resolved: of one prompt, by `prompt.resolve`.
 
     Raises:
-      SamplingError, LogitsError: as `beam_search`.
+      PromptError, SamplingError, LogitsError: as `beam_search`.
     """
     [prompt], special, limit, ends = resolved
+    check_adapter(prompt, adapter_count(params))
     named = (*settings.banned_tokens, *itertools.chain(*settings.banned_prefixes))
     check_banned(named, config.vocab_size)
     decoder = ForkingDecoder(prepare(params), config, prompt, settings.num_beams, limit)

@@ -37,11 +37,14 @@ class Embedding:
     values: np.ndarray
 
 
-def embedded_sequence(tokens: Sequence[int], special: SpecialTokens) -> ScoredSequence:
+def embedded_sequence(
+    tokens: Sequence[int], special: SpecialTokens, adapter: int = 0
+) -> ScoredSequence:
     """Return a text as `Embedder` takes it.
 
     Args:
       tokens: of the text, at least one.
+      adapter: see `Prompt.adapter`.
     """
     count = len(tokens)
     index = np.arange(count + 1, dtype=np.int32)
@@ -55,6 +58,7 @@ def embedded_sequence(tokens: Sequence[int], special: SpecialTokens) -> ScoredSe
         indices=index[:count],
         targets=nothing,
         groups=nothing,
+        adapter=adapter,
     )
 
 
@@ -72,7 +76,7 @@ class Embedder(SequenceBatches[Embedding]):
         for (_, row, first, end), column in _with_columns(batch):
             start = batch.indices[row, first]
             ranges[row, column] = start, start + end - first
-        return batch.tokens, batch.position_ids, batch.key_ranges, ranges
+        return batch.tokens, batch.position_ids, batch.key_ranges, ranges, batch.adapter_ids
 
     def _results(
         self, sequences: Sequence[ScoredSequence], start: int, batch: ScoringBatch, output: Any
@@ -101,15 +105,19 @@ def mean_hidden(
     position_ids: Int[ArrayLike, "rows width"],
     key_ranges: Int[ArrayLike, "rows width 4"],
     ranges: Int[ArrayLike, "rows ranges 2"],
+    adapter_ids: Int[ArrayLike, "rows width"] | None = None,
 ) -> Float[Array, "rows ranges embed"]:
     """Mean final hidden states over ranges of each row, in float32.
 
     Args:
       ranges: first index and end (exclusive) of each; an empty one has zeros.
+      adapter_ids: see `forward`.
     """
     tokens = constrain(jnp.asarray(tokens), ("batch", "seq"))
     visibility = Visibility(constrain(jnp.asarray(key_ranges), ("batch", "seq", None)))
-    hidden, _ = glm.forward_hidden(params, config, tokens, position_ids, visibility)
+    hidden, _ = glm.forward_hidden(
+        params, config, tokens, position_ids, visibility, adapter_ids=adapter_ids
+    )
     first, end = jnp.moveaxis(jnp.asarray(ranges)[..., None], 2, 0)
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     weights = ((index >= first) & (index < end)) / jnp.maximum(end - first, 1)

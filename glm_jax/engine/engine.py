@@ -46,7 +46,7 @@ from glm_jax.engine.prefill_batch import (
     prefill_width,
     prefill_widths,
 )
-from glm_jax.engine.prompt import PromptError, check_end_tokens, check_prompt
+from glm_jax.engine.prompt import PromptError, check_adapter, check_end_tokens, check_prompt
 from glm_jax.engine.request import Request, Token
 from glm_jax.engine.request_state import Admission, Admitted, Prefill
 from glm_jax.engine.scheduler import (
@@ -67,6 +67,7 @@ from glm_jax.engine.slots import (
     set_table,
 )
 from glm_jax.engine.speculation import DraftCounts, Speculation
+from glm_jax.model.adapters import adapter_count
 from glm_jax.model.device_layout import prepare
 from glm_jax.model.layer_stacks import as_layers
 from glm_jax.model.params import GLMParams
@@ -116,6 +117,7 @@ class Engine:
             )
         self._config, self._settings, self._mesh = config, settings, mesh_of(params)
         self._params = prepare(params)
+        self._adapter_count = adapter_count(params)
         self._shards = row_shards(self._mesh)
         self._is_unrolled = as_layers(self._params.layers).is_apart
         self._slot_count = -(-settings.slots // self._shards) * self._shards
@@ -220,11 +222,11 @@ class Engine:
         """Whether `submit` takes a request; from any thread.
 
         Raises:
-          PromptError: the prompt leaves no room for an answer, or is no tokens, or an end token
-            is none.
+          PromptError: no room for an answer, or a token, end token or adapter that is none.
           SamplingError: a seed out of range, or more banned sequences than there is room for.
         """
         check_prompt(request.prompt, self._config, self.max_length)
+        check_adapter(request.prompt, self._adapter_count)
         if request.max_tokens is not None and request.max_tokens < 1:
             raise PromptError(f"max_tokens={request.max_tokens}: at least 1")
         for name in ("seed", "priority"):

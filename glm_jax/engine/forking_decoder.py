@@ -53,6 +53,7 @@ class ForkingDecoder:
         self._pages_a_layer = 0 if as_layers(params.layers).is_apart else pages
         self._table_size, self._pool = table_size(limit, PAGE_SIZE), PagePool(1, pages, PAGE_SIZE)
         self._rows = [self._pool.allocate(0, limit)]
+        self._adapter = prompt.adapter
         self._position, self._position_step = int(prompt.position_ids()[-1]), prompt.position_step
         with on_mesh(self._mesh):
             self._cache = step_functions.make_cache(params, config, pages, PAGE_SIZE)
@@ -137,6 +138,7 @@ class ForkingDecoder:
             position_ids=np.full((count, 1), self._position, np.int32),
             index=np.full(count, index, np.int32),
             table=np.stack(tables),
+            adapter_id=np.full(count, self._adapter, np.int32),
         )
         tiled: Rows = jax.tree.map(lambda x: np.concatenate([x] * self._shards), rows)
         return tiled

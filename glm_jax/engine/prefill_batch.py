@@ -23,12 +23,14 @@ class PrefillBatch:
       tokens, position_ids: int32 [rows, seq]; padding at the end.
       visibility: each prompt's tokens see their own context, or padding itself.
       paging: where keys and values go.
+      adapter_ids: int32 [rows, seq], see `Prompt.adapter`.
     """
 
     tokens: Int[Any, "rows seq"]
     position_ids: Int[Any, "rows seq"]
     visibility: Visibility
     paging: Paging
+    adapter_ids: Int[Any, "rows seq"]
 
 
 def prefill_widths(longest: int) -> list[int]:
@@ -68,9 +70,8 @@ def make_prefill_batch(
       sop: the token that follows a context.
     """
     shape = (shards, width)
-    arrays = {
-        name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "pages", "offsets")
-    }
+    names = ("tokens", "positions", "pages", "offsets", "adapters")
+    arrays = {name: np.zeros(shape, np.int32) for name in names}
     ranges = np.stack([np.tile(np.arange(width, dtype=np.int32), (shards, 1))] * 2, -1)
     ranges[..., 1] += 1  # padding sees itself
     used = [0] * shards
@@ -83,6 +84,7 @@ def make_prefill_batch(
         arrays["positions"][here] = prompt.position_ids()[:count]
         arrays["pages"][here] = np.array(allocation.pages, np.int32)[index // page_size]
         arrays["offsets"][here] = index % page_size
+        arrays["adapters"][here] = prompt.adapter
         ranges[(*here, 0)] = first
         ranges[(*here, 1)] = first + np.maximum(len(prompt.context), index + 1)
         used[row] += count
@@ -91,4 +93,5 @@ def make_prefill_batch(
         position_ids=arrays["positions"],
         visibility=Visibility(ranges),
         paging=Paging(arrays["pages"], arrays["offsets"], pages_a_layer=pages_a_layer),
+        adapter_ids=arrays["adapters"],
     )

@@ -34,11 +34,14 @@ class Prompt:
         [sMASK] to fill; None continues the positions, as for [gMASK].
       prefix: tokens after sop that the answer is to begin with. Each sees the
         context and those before it.
+      adapter: that reads the context and answers, of a model that has several: from 1 on in the
+        order in which they were given; 0 for none. Keys and values of another's are no use to it.
     """
 
     context: tuple[int, ...]
     mask_position: int | None
     prefix: tuple[int, ...] = ()
+    adapter: int = 0
 
     def __len__(self) -> int:
         """Tokens before the first generated one, sop included."""
@@ -136,6 +139,12 @@ def check_prompt(prompt: Prompt, config: GLMConfig, limit: int) -> None:
     position = prompt.mask_position
     if position is not None and not 0 <= position < len(prompt.context):
         raise PromptError(f"mask_position={position}: not within the context")
+
+
+def check_adapter(prompt: Prompt, count: int) -> None:
+    """Raises PromptError for an adapter that a model with so many does not have."""
+    if not 0 <= prompt.adapter <= count:
+        raise PromptError(f"adapter={prompt.adapter}: the model has {count}")
 
 
 def check_end_tokens(tokens: Iterable[int], config: GLMConfig) -> None:

@@ -105,7 +105,7 @@ class Scorer(SequenceBatches[Score]):
 
     def _arrays(self, batch: ScoringBatch) -> tuple[Any, ...]:
         sequences = (batch.tokens, batch.position_ids, batch.key_ranges)
-        return (*sequences, batch.indices, batch.targets)
+        return (*sequences, batch.indices, batch.targets, batch.adapter_ids)
 
     def _results(
         self, sequences: Sequence[ScoredSequence], start: int, batch: ScoringBatch, output: _Results
@@ -127,6 +127,7 @@ def log_probabilities(
     key_ranges: Int[ArrayLike, "rows width 4"],
     indices: Int[ArrayLike, "rows targets"],
     targets: Int[ArrayLike, "rows targets"],
+    adapter_ids: Int[ArrayLike, "rows width"] | None = None,
     num_top: int = 0,
 ) -> tuple[
     Float[Array, "rows targets"],
@@ -138,11 +139,16 @@ def log_probabilities(
     the `num_top` most likely tokens there with theirs.
 
     Scores are computed at indices alone, and of so many at a time that they stay small.
+
+    Args:
+      adapter_ids: see `forward`.
     """
     tokens, indices, targets = map(jnp.asarray, (tokens, indices, targets))
     visibility = Visibility(constrain(jnp.asarray(key_ranges), ("batch", "seq", None)))
     tokens = constrain(tokens, ("batch", "seq"))
-    hidden, _ = glm.forward_hidden(params, config, tokens, position_ids, visibility)
+    hidden, _ = glm.forward_hidden(
+        params, config, tokens, position_ids, visibility, adapter_ids=adapter_ids
+    )
     chosen = jnp.take_along_axis(hidden, indices[:, :, None], axis=1)
     rows, count = indices.shape
     # The largest power of two that divides the count of targets, and is no more than fits.

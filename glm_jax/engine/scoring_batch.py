@@ -19,6 +19,7 @@ class ScoredSequence:
       indices: int32 [targets], of the tokens whose scores each target is looked up in.
       targets: int32 [targets].
       groups: int32 [targets], the choice that each belongs to.
+      adapter: see `Prompt.adapter`.
     """
 
     tokens: np.ndarray
@@ -27,6 +28,7 @@ class ScoredSequence:
     indices: np.ndarray
     targets: np.ndarray
     groups: np.ndarray
+    adapter: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -39,6 +41,7 @@ class ScoringBatch:
     Attributes:
       tokens, position_ids: int32 [rows, width].
       key_ranges: int32 [rows, width, 4]; padding sees itself alone.
+      adapter_ids: int32 [rows, width].
       indices, targets: int32 [rows, targets].
       slices: of each sequence in it: number, row, first and end of its targets.
       filled: tokens that are no padding.
@@ -47,6 +50,7 @@ class ScoringBatch:
     tokens: np.ndarray
     position_ids: np.ndarray
     key_ranges: np.ndarray
+    adapter_ids: np.ndarray
     indices: np.ndarray
     targets: np.ndarray
     slices: tuple[tuple[int, int, int, int], ...]
@@ -100,7 +104,7 @@ def _fill(
     count = max(_MIN_TARGETS, 1 << (max_count - 1).bit_length())
     if max_count <= width < count:
         count = width
-    tokens, positions = np.zeros((2, rows, width), np.int32)
+    tokens, positions, adapters = np.zeros((3, rows, width), np.int32)
     indices, targets = np.zeros((2, rows, count), np.int32)
     ranges = np.zeros((rows, width, 4), np.int32)
     ranges[:, :, 0] = np.arange(width)
@@ -113,10 +117,12 @@ def _fill(
             end, last = start + len(sequence), first + len(sequence.indices)
             tokens[row, start:end] = sequence.tokens
             positions[row, start:end] = sequence.position_ids
+            adapters[row, start:end] = sequence.adapter
             ranges[row, start:end] = start + sequence.key_ranges
             indices[row, first:last] = start + sequence.indices
             targets[row, first:last] = sequence.targets
             slices.append((number, row, first, last))
             start, first = end, last
     filled = sum(len(sequences[i]) for members in bins for i in members)
-    return ScoringBatch(tokens, positions, ranges, indices, targets, tuple(slices), filled)
+    by_token = (tokens, positions, ranges, adapters)
+    return ScoringBatch(*by_token, indices, targets, tuple(slices), filled)

@@ -60,6 +60,7 @@ class Slots:
       logit_processors: their settings.
       is_end: [vocab], tokens that end the answer.
       is_text_end: [vocab], tokens before which its text ends: these, and eod.
+      adapter_id: see `Prompt.adapter`.
       wants_log_probability: of its tokens.
       wants_top_logprobs: beside it, those of the most likely tokens at each position.
     """
@@ -79,6 +80,7 @@ class Slots:
     logit_processors: Any
     is_end: Bool[Any, "*slots vocab"]
     is_text_end: Bool[Any, "*slots vocab"]
+    adapter_id: Int[Any, "*slots"]
     wants_log_probability: Bool[Any, "*slots"]
     wants_top_logprobs: Bool[Any, "*slots"]
 
@@ -107,8 +109,8 @@ class Emitted:
 def empty_slot(config: GLMConfig, width: int, table_size: int) -> Slots:
     """A slot that no request has, of numpy arrays."""
     vocab = config.vocab_size
-    counters = ("token", "index", "position_id", "position_step", "first", "end")
-    zeros: dict[str, Any] = dict.fromkeys(counters, np.int32(0))
+    numbers = ("token", "index", "position_id", "position_step", "first", "end", "adapter_id")
+    zeros: dict[str, Any] = dict.fromkeys(numbers, np.int32(0))
     return Slots(
         **zeros,
         is_active=np.bool_(False),
@@ -157,6 +159,7 @@ def request_row(
         **sampling_row(request.sampling, request.seed, vocab),
         is_end=is_end,
         is_text_end=is_text_end,
+        adapter_id=np.int32(prompt.adapter),
         wants_log_probability=np.bool_(request.log_probabilities),
         wants_top_logprobs=np.bool_(request.top_logprobs),
     )

@@ -35,6 +35,7 @@ class Rows:
       position_ids: of the tokens.
       index: of each row's first token in its sequence.
       table: pages of the sequence in order.
+      adapter_id: of the sequence, see `Prompt.adapter`; None for no adapter.
     """
 
     is_active: Bool[Any, "rows new"]
@@ -42,6 +43,7 @@ class Rows:
     position_ids: Int[Any, "rows new"]
     index: Int[Any, " rows"]
     table: Int[Any, "rows table_size"]
+    adapter_id: Int[Any, " rows"] | None = None
 
 
 def make_cache(params: GLMParams, config: GLMConfig, pages: int, page_size: int) -> PagedKVCache:
@@ -93,7 +95,8 @@ def prefill_layers(
     rotary = rotary_factors(config, batch.position_ids)
     ranges = batch.visibility.key_ranges
     bounds = None if as_layers(layers).is_apart else (first, end)
-    return glm.run_layers(layers, config, x, rotary, ranges, cache, batch.paging, bounds)
+    ids = jnp.asarray(batch.adapter_ids)
+    return glm.run_layers(layers, config, x, rotary, ranges, cache, batch.paging, bounds, ids)
 
 
 def prefill(
@@ -180,6 +183,7 @@ def _rows(slots: Slots, drafts: Int[Any, "rows drafts"] | None) -> Rows:
         position_ids=slots.position_id[:, None] + distance,
         index=slots.index,
         table=slots.table,
+        adapter_id=slots.adapter_id,
     )
 
 
@@ -231,6 +235,9 @@ def _decode(
     table, active = jnp.asarray(rows.table), jnp.asarray(rows.is_active)
     index = jnp.asarray(rows.index)[:, None] + jnp.arange(active.shape[1], dtype=jnp.int32)
     page = jnp.take_along_axis(table, index // page_size, axis=1)
+    ids = rows.adapter_id
+    if ids is not None:
+        ids = jnp.broadcast_to(jnp.asarray(ids)[:, None], active.shape)
     paging = Paging(
         # What is written for no token lands in page 0, which no one reads.
         pages=jnp.where(active, page, 0),
@@ -247,5 +254,6 @@ def _decode(
         Visibility(jnp.zeros((*active.shape, 2), jnp.int32)),
         cache,
         paging,
+        ids,
     )
     return glm.logits(params, config, hidden), cache

@@ -63,6 +63,7 @@ class PartlyFilled:
         then at the end.
       pieces: the first `done` tokens in pieces, each with whether it fills a blank.
       blanks: the answer in each blank so far.
+      adapter: see `Prompt.adapter`.
     """
 
     tokens: tuple[int, ...]
@@ -73,6 +74,7 @@ class PartlyFilled:
     pieces: tuple[tuple[tuple[int, ...], bool], ...] = ()
     blanks: tuple[tuple[int, ...], ...] = ()
     done: int = 0
+    adapter: int = 0
 
     @classmethod
     def begin(
@@ -82,6 +84,7 @@ class PartlyFilled:
         limit: int,
         is_unidirectional: bool = False,
         left_truncate: int = 0,
+        adapter: int = 0,
     ) -> "PartlyFilled":
         """Tokenise a text. Its blanks are every [MASK]; if there is none, every [sMASK]; otherwise
         one [gMASK], which is added at the end of a text without a mask.
@@ -91,6 +94,7 @@ class PartlyFilled:
             sees only those before it.
           left_truncate: tokens of an answer for which the first tokens of a text that is too long
             are left out; 0 leaves out none.
+          adapter: see `Prompt.adapter`.
 
         Raises:
           PromptError: the text is longer than `limit` leaves room for, or has a mask where it
@@ -102,7 +106,7 @@ class PartlyFilled:
                 f"the text has {len(text)} characters: no room for an answer in {limit} tokens"
             )
         tokens = tokenizer.encode(text) if is_unidirectional else encode_prompt(tokenizer, text)
-        return cls.from_tokens(tokens, special, limit, is_unidirectional, left_truncate)
+        return cls.from_tokens(tokens, special, limit, is_unidirectional, left_truncate, adapter)
 
     @classmethod
     def from_tokens(
@@ -112,6 +116,7 @@ class PartlyFilled:
         limit: int,
         is_unidirectional: bool = False,
         left_truncate: int = 0,
+        adapter: int = 0,
     ) -> "PartlyFilled":
         """Do what `begin` does with a text's tokens, which have a blank unless unidirectional.
 
@@ -130,7 +135,8 @@ class PartlyFilled:
             )
         if not masks:
             raise PromptError("its blank is in what was cut off: shorten the text behind it")
-        return cls(tuple(tokens), special, masks[0], limit, is_unidirectional)._with_room()
+        begun = cls(tuple(tokens), special, masks[0], limit, is_unidirectional, adapter=adapter)
+        return begun._with_room()
 
     @property
     def position(self) -> int:
@@ -145,8 +151,10 @@ class PartlyFilled:
     def prompt(self) -> Prompt:
         """Return the prompt of the next blank."""
         if self.is_unidirectional:
-            return Prompt.unidirectional(self.tokens[: self.position], self.special)
-        return Prompt(self.tokens, None if self.mask == self.special.gmask else self.position)
+            prompt = Prompt.unidirectional(self.tokens[: self.position], self.special)
+        else:
+            prompt = Prompt(self.tokens, None if self.mask == self.special.gmask else self.position)
+        return dataclasses.replace(prompt, adapter=self.adapter)
 
     def filled(self, answer: Sequence[int], end_tokens: Sequence[int]) -> "PartlyFilled":
         """Return the text with the next blank filled, without the token that ended the answer."""

@@ -28,6 +28,7 @@ def choices_sequence(
     whole: int,
     position: int,
     position_step: int,
+    adapter: int = 0,
 ) -> ScoredSequence:
     """Return shared tokens, and after them every choice, which sees them and no other choice.
 
@@ -42,6 +43,7 @@ def choices_sequence(
         before it.
       position: of `first`.
       position_step: between the positions of a choice's tokens; 0 in a blank, 1 after [gMASK].
+      adapter: see `Prompt.adapter`.
     """
     inputs = [(first, *choice[:-1]) for choice in choices]
     lengths = [len(choice) for choice in choices]
@@ -60,6 +62,7 @@ def choices_sequence(
         indices=index[len(shared) :].astype(np.int32),
         targets=np.concatenate(choices).astype(np.int32),
         groups=np.repeat(np.arange(len(choices)), lengths).astype(np.int32),
+        adapter=adapter,
     )
 
 
@@ -69,6 +72,7 @@ def continuation(
     special: SpecialTokens,
     mask: int | None = None,
     is_unidirectional: bool = False,
+    adapter: int = 0,
 ) -> ScoredSequence:
     """Return a prompt, and a text after it of which every token is scored.
 
@@ -76,9 +80,10 @@ def continuation(
       mask: between the two; [gMASK] by default.
       is_unidirectional: each token of the prompt, which then follows the mask, sees only those
         before it; else it sees the whole prompt.
+      adapter: see `Prompt.adapter`.
     """
     [sequence] = continuations(prompt, [text], special, 0, mask, is_unidirectional)
-    return sequence
+    return dataclasses.replace(sequence, adapter=adapter)
 
 
 def continuations(
@@ -125,6 +130,7 @@ def prompt_choices(
         whole=len(prompt.context),
         position=int(prompt.position_ids()[-1]),
         position_step=prompt.position_step,
+        adapter=prompt.adapter,
     )
     return [place(choices=group) for group in _groups(len(shared), choices, limit)]
 

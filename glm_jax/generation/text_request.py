@@ -13,6 +13,7 @@ MAX_CHOICES = 128
 _FIELDS = SETTINGS | {
     "text": Setting(str, "", 0, 0, "with blanks"),
     "choices": Setting(str, (), 0, 0, "for the one blank of the text", MAX_CHOICES),
+    "adapter": Setting(str, "", 0, 0, "name of the one that answers"),
 }
 
 
@@ -27,10 +28,12 @@ class TextRequest(GenerationSettings):
     Attributes:
       choices: for its one blank, which is then filled with the likeliest of them; settings of how
         tokens are chosen change nothing.
+      adapter: name of the one that answers; empty for the model without any.
     """
 
     text: str = ""
     choices: tuple[str, ...] = ()
+    adapter: str = ""
 
     def choice(self, encode: Callable[[str], Sequence[int]]) -> Sampling | BeamSearch:
         """Return how tokens are chosen.

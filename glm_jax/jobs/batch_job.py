@@ -71,7 +71,7 @@ class BatchJob:
       source: the file of requests.
       folder: of the answers.
       defaults: settings that requests do not have themselves.
-      seed, truncates: see `RequestRunner`.
+      seed, truncates, adapters: see `RequestRunner`.
     """
 
     source: Path
@@ -80,6 +80,7 @@ class BatchJob:
     seed: int
     truncates: bool
     settings: EngineSettings
+    adapters: tuple[str, ...] = ()
 
     def claim(self, model: dict[str, Any]) -> None:
         """Write the job's description into its folder, or check that it is this job's.
@@ -137,7 +138,13 @@ def run_batch(
     own = range(part.process, requests, part.count)
     engine = Engine(params, config, job.settings, tokenizer.special_tokens, small_model)
     runner = RequestRunner(
-        engine, params, config, tokenizer, seed=job.seed, truncates=job.truncates
+        engine,
+        params,
+        config,
+        tokenizer,
+        seed=job.seed,
+        truncates=job.truncates,
+        adapters=job.adapters,
     )
     writer = AnswerWriter(job.folder, part.process) if part.writes else None
     source = read_by_priority(job.source, job.defaults)

@@ -1,6 +1,6 @@
 """Runs the requests of a file by an engine: lines in, records of answers out."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from glm_jax.engine.prompt import Prompt
 from glm_jax.engine.request import Request, Token
 from glm_jax.engine.scoring import Scorer
 from glm_jax.engine.stepwise import Steps
-from glm_jax.errors import UserError
+from glm_jax.errors import UserError, shown
 from glm_jax.generation.blank_filling import (
     BlankFilling,
     PartlyFilled,
@@ -22,6 +22,7 @@ from glm_jax.generation.blank_filling import (
 from glm_jax.generation.driver import Answer, Search, drive
 from glm_jax.generation.scored_texts import ScoredChoice, score_choices
 from glm_jax.generation.shared_scoring import Scoring, SharedScorer
+from glm_jax.generation.text_request import RequestError
 from glm_jax.jobs.request_files import Line
 from glm_jax.model.params import GLMParams
 
@@ -80,6 +81,7 @@ class RequestRunner:
         *,
         seed: int = 0,
         truncates: bool = False,
+        adapters: Sequence[str] = (),
     ):
         """
         Args:
@@ -87,9 +89,11 @@ class RequestRunner:
           seed: of requests that have none; each gets its own.
           truncates: leave out the first tokens of texts that leave no room for an answer, which
             are errors otherwise.
+          adapters: names of the model's, in the order in which they were given to `restore`.
         """
         self._engine, self._params, self._config = engine, params, config
         self._tokenizer, self._seed, self._truncates = tokenizer, seed, truncates
+        self._adapters = {name: number for number, name in enumerate(adapters, 1)}
         self._scorer = SharedScorer(Scorer(params, config), _SCORED_TOKENS)
         self.generated = 0
 
@@ -121,7 +125,12 @@ class RequestRunner:
         limit, max_tokens = self._engine.max_length, request.max_tokens
         room = min(max_tokens or _MIN_ROOM, limit // 2) if self._truncates else 0
         partly = PartlyFilled.begin(
-            self._tokenizer, request.text, limit, request.unidirectional, room
+            self._tokenizer,
+            request.text,
+            limit,
+            request.unidirectional,
+            room,
+            self._adapter(request.adapter),
         )
         if request.choices:
             text, choices = request.text, request.choices
@@ -140,6 +149,12 @@ class RequestRunner:
             priority=request.priority,
         )
         return BlankFilling(partly, template)
+
+    def _adapter(self, name: str) -> int:
+        if name and name not in self._adapters:
+            known = ", ".join(self._adapters) or "none"
+            raise RequestError(f"adapter={shown(name)}: this job's adapters by name: {known}")
+        return self._adapters.get(name, 0)
 
     def _record(self, line: Line, filling: BlankFilling) -> Record:
         filled, completions = filling.partly.finished(self._tokenizer), filling.completions

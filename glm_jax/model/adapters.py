@@ -5,9 +5,12 @@ and up [rank, *outputs]. W may be quantised: it never changes, and is never mate
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from glm_jax.config import ConfigError, GLMConfig, Range, check_ranges
 from glm_jax.model import params as glm_params
@@ -22,7 +25,7 @@ from glm_jax.model.params import (
     ParamSpec,
     map_layer_linears,
 )
-from glm_jax.model.weights import AdaptedWeight, LowRank
+from glm_jax.model.weights import AdaptedWeight, LowRank, MultiAdaptedWeight, with_adapter_ids
 
 # Of `AdapterConfig`.
 RANGES = {
@@ -117,6 +120,71 @@ def attach(params: GLMParams, adapters: Adapters, scale: float) -> GLMParams:
         return map_layer_linears(change, layers)
 
     return dataclasses.replace(params, layers=as_layers(params.layers).map(adapted, adapters))
+
+
+def attach_several(
+    params: GLMParams, several: Sequence[tuple[AdapterConfig, Adapters]], dtype: str
+) -> GLMParams:
+    """The model with several adapters beside its kernels, of which each token uses one or none;
+    see `choose_adapters`.
+
+    Args:
+      several: their ids count from 1 in this order.
+      dtype: that their arrays are cast to, the scales multiplied in.
+    """
+    ranks, joined = {}, {}
+    for name in LINEAR_NAMES:
+        ranks[name] = tuple(
+            adapter.rank if name in adapter.targets else 0 for adapter, _ in several
+        )
+        own = [(x.pairs[name], adapter.scale) for adapter, x in several if name in x.pairs]
+        if own:
+            joined[name] = _joined(own, dtype)
+
+    def adapted(layers: LayerParams, pairs: dict[str, LowRank]) -> LayerParams:
+        def change(name: str, linear: LinearParams) -> LinearParams:
+            if name not in pairs:
+                return linear
+            weight = MultiAdaptedWeight(linear.kernel, pairs[name], ranks[name])
+            return LinearParams(weight, linear.bias)
+
+        return map_layer_linears(change, layers)
+
+    return dataclasses.replace(params, layers=as_layers(params.layers).map(adapted, joined))
+
+
+def _joined(pairs: Sequence[tuple[LowRank, float]], dtype: str) -> LowRank:
+    """Pairs of one linear, layers stacked, joined along the rank and sharded as each of them is."""
+
+    def join(pairs: Sequence[tuple[LowRank, Array]]) -> LowRank:
+        down = jnp.concatenate([pair.down for pair, _ in pairs], axis=2)
+        up = jnp.concatenate([scale * pair.up for pair, scale in pairs], axis=1)
+        return LowRank(down.astype(dtype), up.astype(dtype))
+
+    shardings = jax.tree.map(lambda x: x.sharding, pairs[0][0])
+    joined: LowRank = jax.jit(join, out_shardings=shardings)(pairs)
+    return joined
+
+
+def choose_adapters(layer: LayerParams, adapter_ids: Int[Array, "batch seq"] | None) -> LayerParams:
+    """A layer as tokens see it that use these of the adapters that `attach_several` gave it.
+
+    Args:
+      adapter_ids: from 1 on, 0 for none; None where no token uses any.
+    """
+    if adapter_ids is None:
+        return layer
+    choose = lambda _, linear: LinearParams(
+        with_adapter_ids(linear.kernel, adapter_ids), linear.bias
+    )
+    return map_layer_linears(choose, layer)
+
+
+def adapter_count(params: GLMParams) -> int:
+    """How many adapters tokens may choose from."""
+    is_weight = lambda node: isinstance(node, MultiAdaptedWeight)
+    weights = filter(is_weight, jax.tree.leaves(params.layers, is_leaf=is_weight))
+    return max((len(weight.ranks) for weight in weights), default=0)
 
 
 def merged_kernel(kernel: Any, pair: LowRank, scale: float) -> Any:

@@ -11,6 +11,7 @@ from glm_jax.config import GLMConfig
 from glm_jax.kernels.attention.api import attention, isolated_attention
 from glm_jax.kernels.paged_attention.api import paged_attention
 from glm_jax.model import paged_cache
+from glm_jax.model.adapters import choose_adapters
 from glm_jax.model.layer_stacks import Index, as_layers
 from glm_jax.model.layers import (
     Dropout,
@@ -39,6 +40,7 @@ def forward(
     tokens: Int[ArrayLike, "batch seq"],
     position_ids: Int[ArrayLike, "batch seq"],
     mask: Visibility | Bool[ArrayLike, "batch seq seq"],
+    adapter_ids: Int[ArrayLike, "batch seq"] | None = None,
 ) -> Float[Array, "batch seq vocab"]:
     """Logits of every token.
 
@@ -46,11 +48,13 @@ def forward(
       tokens: ids below vocab_size.
       position_ids: below max_sequence_length.
       mask: who sees whom; as an array, true where the row may see the column.
+      adapter_ids: of a model with several adapters, that of each token, from 1 on in the order in
+        which they were given; 0 for none, as by default.
 
     Returns:
       float32 [batch, seq, vocab].
     """
-    hidden, _ = forward_hidden(params, config, tokens, position_ids, mask)
+    hidden, _ = forward_hidden(params, config, tokens, position_ids, mask, adapter_ids=adapter_ids)
     return logits(params, config, hidden)
 
 
@@ -62,6 +66,7 @@ def forward_hidden(
     mask: Visibility | Bool[ArrayLike, "batch seq key"],
     cache: PagedKVCache | None = None,
     paging: Paging | None = None,
+    adapter_ids: Int[ArrayLike, "batch seq"] | None = None,
 ) -> tuple[Float[Array, "batch seq embed"], Any]:
     """Final hidden states, and the cache with these tokens' keys and values.
 
@@ -69,11 +74,13 @@ def forward_hidden(
       mask: who sees whom among these tokens; unused where `paging` has tables.
       cache: pages of earlier keys and values.
       paging: where these tokens' go; given with a cache.
+      adapter_ids: see `forward`.
     """
     visible = mask.key_ranges if isinstance(mask, Visibility) else jnp.asarray(mask)
     rotary = rotary_factors(config, jnp.asarray(position_ids))
     x = embed_tokens(params, config, jnp.asarray(tokens))
-    x, cache = run_layers(params.layers, config, x, rotary, visible, cache, paging)
+    ids = None if adapter_ids is None else jnp.asarray(adapter_ids)
+    x, cache = run_layers(params.layers, config, x, rotary, visible, cache, paging, adapter_ids=ids)
     return layer_norm(x, params.final_layernorm, config.layernorm_epsilon), cache
 
 
@@ -199,17 +206,20 @@ def run_layers(
     cache: Any = None,
     paging: Paging | None = None,
     bounds: tuple[Index, Index] | None = None,
+    adapter_ids: Int[Array, "batch seq"] | None = None,
 ) -> tuple[Float[Array, "batch seq embed"], Any]:
     """Runs a model's layers, and returns what the last one gives and the cache of all.
 
     Args:
       layers: in any form that `as_layers` takes.
       bounds: of the layers that run, the second one exclusive; by default all.
+      adapter_ids: see `forward`.
     """
 
     def step(layer: LayerParams, index: Index, x: Array, own: Any) -> tuple[Array, Any]:
         # Layers that share a cache have pages after one another in it.
         at = None if paging is None else paging.of_layer(index)
+        layer = choose_adapters(layer, adapter_ids)
         return _block(x, layer, config, rotary, visible, own, at)
 
     return as_layers(layers).run(step, x, cache, bounds)

@@ -5,6 +5,7 @@ one of the classes below. `as_weight` gives the interface of each; a new form re
 there, and no call site asks which form it has.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from glm_jax.kernels.quantized_matmul.api import (
     TiledArray,
@@ -146,6 +148,10 @@ class KernelWeight(_Base):
         return layout(self.array) if self.array.layout == "stored" else self.array
 
 
+def _used(inner: Array, is_used: Array | None) -> Array:
+    return inner if is_used is None else jnp.where(is_used, inner, 0)
+
+
 @struct.dataclass
 class LowRank:
     """A pair of matrices: down [inputs, rank], up [rank, *outputs]."""
@@ -153,14 +159,21 @@ class LowRank:
     down: Any
     up: Any
 
-    def matmul(self, x: Array) -> Array:
-        down, up = self.down.astype(x.dtype), self.up.astype(x.dtype)
-        return _product(_product(x, down).astype(x.dtype), up)
+    def matmul(self, x: Array, is_used: Bool[Array, "..."] | None = None) -> Array:
+        """Multiply x [..., inputs] with down and up.
 
-    def transposed_matmul(self, y: Array) -> Array:
+        Args:
+          is_used: [..., rank], the ranks that count for each x; all by default.
+        """
+        down, up = self.down.astype(x.dtype), self.up.astype(x.dtype)
+        inner = _used(_product(x, down), is_used)
+        return _product(inner.astype(x.dtype), up)
+
+    def transposed_matmul(self, y: Array, is_used: Bool[Array, "..."] | None = None) -> Array:
+        """Multiply y [..., *outputs] with the transposes of up and down; `is_used` as above."""
         outputs, own = _output_axes(y, self.up.shape)
         inner = dot_general(y, self.up.astype(y.dtype), ((outputs, own), ((), ())))
-        down = self.down.astype(y.dtype)
+        inner, down = _used(inner, is_used), self.down.astype(y.dtype)
         return dot_general(inner.astype(y.dtype), down, (((inner.ndim - 1,), (1,)), ((), ())))
 
 
@@ -194,6 +207,55 @@ class AdaptedWeight(_Base):
     def laid_out(self, layout: Layout) -> "AdaptedWeight":
         frozen = as_weight(self.frozen).laid_out(layout)
         return AdaptedWeight(frozen, self.pair, self.scale)
+
+
+@struct.dataclass
+class MultiAdaptedWeight(_Base):
+    """A weight with the low-rank pairs of several adapters, of which each token uses one or none.
+
+    The pairs are joined along the rank. One product runs all of them, and a mask sets to zero what
+    is not the token's own: the program is the same whichever adapters are in use.
+
+    Attributes:
+      frozen: the weight without adapters.
+      pair: down [inputs, ranks], up [ranks, *outputs], the adapters' scales in up.
+      ranks: of each adapter; 0 of one that does not change this weight.
+      adapter_ids: int32 [...], of the x [..., inputs] that are multiplied: from 1 on, 0 for none.
+        None where none of them uses an adapter.
+    """
+
+    frozen: Any
+    pair: LowRank
+    ranks: tuple[int, ...] = struct.field(pytree_node=False)
+    adapter_ids: Any = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return as_weight(self.frozen).shape
+
+    @property
+    def axes(self) -> LogicalAxes | None:
+        return as_weight(self.frozen).axes
+
+    @property
+    def _is_used(self) -> Array:
+        owners = np.repeat(np.arange(1, len(self.ranks) + 1), self.ranks)
+        return self.adapter_ids[..., None] == owners
+
+    def matmul(
+        self, x: Array, bias: Array | None = None, adapter_dropout: Dropout | None = None
+    ) -> Array:
+        product = as_weight(self.frozen).matmul(x, bias)
+        return product if self.adapter_ids is None else product + self.pair.matmul(x, self._is_used)
+
+    def transposed_matmul(self, y: Array) -> Array:
+        product = as_weight(self.frozen).transposed_matmul(y)
+        if self.adapter_ids is None:
+            return product
+        return product + self.pair.transposed_matmul(y, self._is_used)
+
+    def laid_out(self, layout: Layout) -> "MultiAdaptedWeight":
+        return dataclasses.replace(self, frozen=as_weight(self.frozen).laid_out(layout))
 
 
 @struct.dataclass
@@ -232,7 +294,20 @@ def as_weight(leaf: Any) -> Any:
 as_weight.register(QuantizedArray, KernelWeight)
 as_weight.register(TiledArray, KernelWeight)
 as_weight.register(AdaptedWeight, lambda weight: weight)
+as_weight.register(MultiAdaptedWeight, lambda weight: weight)
 as_weight.register(TransposedWeight, lambda weight: weight)
+
+
+@functools.singledispatch
+def with_adapter_ids(leaf: Any, adapter_ids: Int[Array, "..."]) -> Any:
+    """Return a weight of a parameter tree for tokens that use these adapters: itself where it has
+    none to choose from."""
+    return leaf
+
+
+@with_adapter_ids.register
+def _(leaf: MultiAdaptedWeight, adapter_ids: Array) -> MultiAdaptedWeight:
+    return dataclasses.replace(leaf, adapter_ids=adapter_ids)
 
 
 def _output_axes(y: Array, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn_adapters import drawn, merged
 from jax.sharding import SingleDeviceSharding
 
 import glm_jax
@@ -23,47 +24,32 @@ from glm_jax.config import ConfigError
 from glm_jax.files import OutputError
 from glm_jax.kernels.quantized_matmul.cpu import TiledArray
 from glm_jax.model import adapters as model_adapters
-from glm_jax.model.adapters import AdapterConfig, attach, merged_kernel
+from glm_jax.model.adapters import (
+    AdapterConfig,
+    adapter_count,
+    attach,
+    attach_several,
+)
 from glm_jax.model.device_layout import prepare
-from glm_jax.model.layer_stacks import map_linears, split, unstack_layers
+from glm_jax.model.layer_stacks import split, unstack_layers
 from glm_jax.model.layers import Dropout
-from glm_jax.model.params import LinearParams, init_of, quantize_params
+from glm_jax.model.params import init_of, quantize_params
 from glm_jax.model.streamed_layers import HOST_MEMORY, OffloadedLayers
 from glm_jax.model.training import training_hidden
 from glm_jax.model.visibility import Visibility
-from glm_jax.quantization import QuantizedArray, Scheme, dequantize
+from glm_jax.quantization import Scheme
 from glm_jax.sharding import make_mesh
 
 ADAPTER = AdapterConfig(rank=4, alpha=6.0)
 SOME = AdapterConfig(rank=3, targets=("dense", "query_key_value"))
 
 
-def _pairs(config, adapter, mesh=None):
-    """Adapters whose second matrices are not the zeros that they begin with."""
-    fresh = init_of(model_adapters.specs(config, adapter), jax.random.key(5), mesh)
-    draw = lambda x: 0.05 * jax.random.normal(jax.random.key(6), x.shape)
-    return jax.tree.map(lambda x: x + draw(x), fresh)
-
-
-def _merged(params, pairs, scale):
-    def change(name, linear):
-        kernel = linear.kernel
-        if isinstance(kernel, QuantizedArray):
-            kernel = dequantize(kernel, jnp.float32)
-        if name in pairs.pairs:
-            merge = jax.vmap(lambda k, p: merged_kernel(k, p, scale))
-            kernel = merge(kernel, pairs.pairs[name])
-        return LinearParams(kernel, linear.bias)
-
-    return map_linears(change, params)
-
-
-def _logits(params, config):
+def _logits(params, config, adapter_ids=None):
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 200)
     positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((12, 12), bool)), (2, 12, 12))
     forward = jax.jit(glm_jax.forward, static_argnums=1)
-    return np.asarray(forward(params, config, tokens, positions, mask))
+    return np.asarray(forward(params, config, tokens, positions, mask, adapter_ids))
 
 
 @pytest.mark.parametrize(
@@ -79,8 +65,8 @@ def _logits(params, config):
 def test_logits_are_those_of_merged_kernels(tiny_model, adapter, scheme, form):
     config, params = tiny_model
     params = params if scheme is None else quantize_params(params, scheme)
-    pairs = _pairs(config, adapter)
-    expected = _logits(_merged(params, pairs, adapter.scale), config)
+    pairs = drawn(config, adapter)
+    expected = _logits(merged(params, pairs, adapter.scale), config)
     adapted = attach(params, pairs, adapter.scale)
     if form == "apart":
         adapted = attach(unstack_layers(params), pairs, adapter.scale)
@@ -89,6 +75,44 @@ def test_logits_are_those_of_merged_kernels(tiny_model, adapter, scheme, form):
         assert isinstance(adapted.layers[0].dense.kernel.frozen, TiledArray)
     np.testing.assert_allclose(_logits(adapted, config), expected, atol=2e-4)
     assert np.max(np.abs(expected - _logits(params, config))) > 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("scheme", "form", "shape"),
+    [
+        (None, "apart", None),
+        (Scheme(8), "stacked", None),
+        (Scheme(4, 32), "prepared", None),
+        (None, "streamed", None),
+        (Scheme(4, 32), "stacked", (2, 2, 2)),
+    ],
+)
+def test_each_token_uses_its_own_of_several_adapters(tiny_model, scheme, form, shape):
+    config, params = tiny_model
+    params = params if scheme is None else quantize_params(params, scheme)
+    mesh = None if shape is None else make_mesh(shape)
+    several = [(each, drawn(config, each, mesh, seed)) for seed, each in ((5, ADAPTER), (8, SOME))]
+    alone = [_logits(params, config)]
+    alone += [_logits(attach(params, pairs, each.scale), config) for each, pairs in several]
+    form_of = {"apart": unstack_layers, "streamed": _offloaded}.get(form, lambda x: x)
+    adapted = attach_several(form_of(params), several, "float32")
+    adapted = prepare(adapted) if form == "prepared" else adapted
+    assert adapter_count(adapted) == 2
+    ids = np.repeat([[2], [1]], 12, axis=1)
+    with jax.set_mesh(mesh or make_mesh((1, 1, 1))):
+        got = _logits(adapted, config, ids)
+        of_base = _logits(adapted, config)
+    np.testing.assert_allclose(of_base, alone[0], atol=2e-4)
+    np.testing.assert_allclose(got, [alone[2][0], alone[1][1]], atol=2e-4)
+    assert np.max(np.abs(alone[1] - alone[2])) > 0.05
+    # Those of one row may differ, as those of prompts that are prefilled together do.
+    mixed = np.array([[0, 2] * 6, [1] * 12])
+    if form == "stacked":
+        with jax.set_mesh(mesh or make_mesh((1, 1, 1))):
+            got = _logits(adapted, config, mixed)
+        np.testing.assert_allclose(got[1], alone[1][1], atol=2e-4)
+        np.testing.assert_allclose(got[0, 0], alone[0][0, 0], atol=2e-4)
 
 
 def test_fresh_adapters_change_nothing(tiny_model):
@@ -112,7 +136,7 @@ def test_gradients_are_the_chain_rules(tiny_model, shape, scheme, remat):
     """Of merged float kernels, whose gradient is taken apart by hand."""
     config, params = tiny_model
     params = params if scheme is None else quantize_params(params, scheme)
-    pairs, scale = _pairs(config, ADAPTER), ADAPTER.scale
+    pairs, scale = drawn(config, ADAPTER), ADAPTER.scale
     tokens = jax.random.randint(jax.random.key(1), (4, 12), 0, 200)
     positions = jnp.broadcast_to(jnp.arange(12), (4, 12))
     ones = jnp.ones((4, 12), jnp.int32)
@@ -122,7 +146,7 @@ def test_gradients_are_the_chain_rules(tiny_model, shape, scheme, remat):
         hidden, _ = training_hidden(params, config, tokens, positions, visible, remat)
         return jnp.sum(jnp.sin(3 * hidden))
 
-    whole = jax.jit(jax.grad(loss))(_merged(params, pairs, scale))
+    whole = jax.jit(jax.grad(loss))(merged(params, pairs, scale))
     with jax.set_mesh(make_mesh(shape)):
         got = jax.jit(jax.grad(lambda p: loss(attach(params, p, scale))))(pairs)
     for name, pair in pairs.pairs.items():
@@ -149,7 +173,7 @@ def test_dropout_is_of_what_adapters_take_alone(tiny_model):
 
     fresh = init_of(model_adapters.specs(config, ADAPTER), jax.random.key(0), None)
     np.testing.assert_array_equal(hidden(fresh, 0.5), hidden(fresh, 0.0))
-    pairs = _pairs(config, ADAPTER)
+    pairs = drawn(config, ADAPTER)
     assert np.max(np.abs(hidden(pairs, 0.5) - hidden(pairs, 0.0))) > 0.01
 
 
@@ -159,7 +183,7 @@ def saved(tmp_path_factory, tiny_model):
     config, params = tiny_model
     folder = tmp_path_factory.mktemp("adapted")
     save_model(folder / "model", config, params)
-    pairs = _pairs(config, ADAPTER)
+    pairs = drawn(config, ADAPTER)
     save_adapter(folder / "adapter", ADAPTER, pairs, model_identity(folder / "model", config))
     return folder, pairs
 
@@ -218,7 +242,7 @@ def test_adapters_of_another_model_are_refused(saved, tiny_model, tmp_path):
     with pytest.raises(CheckpointError, match="holds no adapters"):
         glm_jax.restore(folder / "model", adapter=tmp_path)
     with pytest.raises(OutputError, match="is not empty"):
-        save_adapter(folder / "adapter", ADAPTER, _pairs(config, ADAPTER), other)
+        save_adapter(folder / "adapter", ADAPTER, drawn(config, ADAPTER), other)
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "adapter.json").write_text('{"rank": 0}')
