@@ -17,7 +17,7 @@ from glm_jax.files import locked
 from glm_jax.jobs.batch_job import BatchJob, Share, run_batch
 from glm_jax.jobs.record_store import merge
 from launch.model_flags import (
-    MODEL_IDENTITY,
+    adapter_names,
     define_engine_flags,
     define_model_flags,
     define_strategy_flags,
@@ -25,11 +25,12 @@ from launch.model_flags import (
     load_model,
     load_small_model,
     load_tokenizer,
+    model_identity,
     strategy,
 )
 
 FLAGS = flags.FLAGS
-define_model_flags()
+define_model_flags(names_adapters=True)
 define_engine_flags()
 define_strategy_flags()
 cli.define_process_flags()
@@ -62,9 +63,10 @@ def main() -> None:
         seed=FLAGS.seed,
         truncates=FLAGS.too_long == "truncate",
         settings=engine_settings(),
+        adapters=adapter_names(),
     )
     with locked(folder, share.process, share.count):
-        batch.claim({name: getattr(FLAGS, name) for name in MODEL_IDENTITY})
+        batch.claim(model_identity())
         config, params = load_model(share.mesh)
         small = load_small_model(share.mesh, tokenizer)
         counts = run_batch(batch, share, config, params, tokenizer, small)

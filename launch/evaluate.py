@@ -20,13 +20,13 @@ from glm_jax.evaluation.tasks import Model
 from glm_jax.files import locked
 from glm_jax.jobs.batch_job import Share
 from launch.model_flags import (
-    MODEL_IDENTITY,
     define_model_flags,
     define_speculation_flags,
     load_model,
     load_small_model,
     load_tokenizer,
     model_config,
+    model_identity,
 )
 
 FLAGS = flags.FLAGS
@@ -71,8 +71,7 @@ def main() -> None:
         config, params = load_model(share.mesh)
         small = load_small_model(share.mesh, tokenizer)
         model = Model(params, config, tokenizer, FLAGS.batch_tokens, FLAGS.speculate, small)
-        identity = {name: getattr(FLAGS, name) for name in MODEL_IDENTITY}
-        results = evaluate(configs, Path(FLAGS.data), output, model, share, identity)
+        results = evaluate(configs, Path(FLAGS.data), output, model, share, model_identity())
     if results is None:
         print("this process is done; the last one to end writes the results")
     elif share.writes:

@@ -1,8 +1,10 @@
 """Flags of the launchers that give a model texts to fill."""
 
 import functools
+import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +26,16 @@ from glm_jax.tokenizer import MODEL_FILE, Tokenizer, byte_tokenizer, check_fits
 
 FLAGS = flags.FLAGS
 # Flags that decide what a model answers; another mesh or more slots do not.
-MODEL_IDENTITY = (
+_MODEL_IDENTITY = (
     "checkpoint",
     "tokenizer",
     "dtype",
     "quantization",
-    "adapter",
     "activation_bits",
     "embedding_bits",
     "cache_dtype",
 )
+_NAMED_FOLDER = re.compile(r"(\w[\w.:-]{0,255})=(.+)")
 # Settings that have no flag of their name; --ban gives banned_texts.
 _WITHOUT_FLAG = ("banned_tokens", "banned_texts", "log_probabilities", "logit_bias")
 _DEFINE: dict[type, Any] = {
@@ -43,8 +45,12 @@ _DEFINE: dict[type, Any] = {
 }
 
 
-def define_model_flags() -> None:
-    """Define which model, in which precision, and where."""
+def define_model_flags(names_adapters: bool = False) -> None:
+    """Define which model, in which precision, and where.
+
+    Args:
+      names_adapters: whether requests choose among several adapters by name.
+    """
     flags.DEFINE_string(
         "checkpoint",
         None,
@@ -70,7 +76,7 @@ def define_model_flags() -> None:
         None,
         "quantises a float checkpoint: int8, int4, or such as int4,group=128,zero_point",
     )
-    flags.DEFINE_string("adapter", None, "folder of adapters that were trained on the checkpoint")
+    _define_adapter_flag(names_adapters)
     flags.DEFINE_integer(
         "activation_bits",
         None,
@@ -89,6 +95,50 @@ def define_model_flags() -> None:
         lower_bound=4,
     )
     flags.register_validator("quantization", is_scheme)
+
+
+def _define_adapter_flag(is_named: bool) -> None:
+    about = "folder of adapters that were trained on the checkpoint"
+    if is_named:
+        about += "; or NAME=FOLDER, repeated for several, of which each request names its own"
+    flags.DEFINE_multi_string("adapter", [], about)
+    flags.register_validator("adapter", functools.partial(_are_adapters, is_named))
+
+
+def _are_adapters(is_named: bool, values: Sequence[str]) -> bool:
+    names = [name for name, _ in map(_named_folder, values)]
+    if None in names and len(names) > 1:
+        raise flags.ValidationError("several adapters need a name each, as in NAME=FOLDER")
+    if any(names) and not is_named:
+        raise flags.ValidationError(
+            f"only serve and decode choose adapters by name: give {names[0]}'s folder alone"
+        )
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise flags.ValidationError(f"the name {twice[0]} twice: give each its own")
+    return True
+
+
+def _named_folder(value: str) -> tuple[str | None, str]:
+    """The name and the folder of NAME=FOLDER; a folder alone, with a "=" or not, has no name."""
+    named = _NAMED_FOLDER.fullmatch(value)
+    return (None, value) if named is None or os.path.exists(value) else (named[1], named[2])
+
+
+def adapter() -> str | dict[str, str] | None:
+    """Return the flag --adapter as `restore` takes it: one folder, or several by name."""
+    named = dict(map(_named_folder, FLAGS.adapter))
+    return named.get(None, {name: folder for name, folder in named.items() if name} or None)
+
+
+def adapter_names() -> tuple[str, ...]:
+    """Return the names of adapters that requests choose from, in the order of their ids."""
+    given = adapter()
+    return tuple(given) if isinstance(given, dict) else ()
+
+
+def model_identity() -> dict[str, Any]:
+    """Return what decides the model's answers."""
+    return {name: getattr(FLAGS, name) for name in _MODEL_IDENTITY} | {"adapter": adapter()}
 
 
 def define_memory_flags() -> None:
@@ -234,9 +284,10 @@ def load_model(mesh: Mesh | None) -> tuple[GLMConfig, GLMParams]:
     """
     form = mesh, FLAGS.dtype, FLAGS.quantization, FLAGS.weight_memory_limit
     if not is_random(FLAGS.checkpoint):
-        config, params = restore(FLAGS.checkpoint, *form, FLAGS.adapter)
-    elif FLAGS.adapter is not None:
-        raise UserError(f"--adapter={FLAGS.adapter}: random weights take no adapter: leave it out")
+        config, params = restore(FLAGS.checkpoint, *form, adapter())
+    elif FLAGS.adapter:
+        given = FLAGS.adapter[0]
+        raise UserError(f"--adapter={given}: random weights take no adapter: leave it out")
     else:
         print(f"{FLAGS.checkpoint}: random weights: the answers mean nothing", file=sys.stderr)
         config, params = random_model(FLAGS.checkpoint, *form)

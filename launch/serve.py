@@ -17,6 +17,7 @@ from glm_jax.errors import UserError
 from glm_jax.sharding import parse_mesh
 from glm_jax.tokenizer import Tokenizer
 from launch.model_flags import (
+    adapter_names,
     define_engine_flags,
     define_model_flags,
     engine_settings,
@@ -39,7 +40,7 @@ except ModuleNotFoundError as error:  # --help does without the extra
     _missing = error.name
 
 FLAGS = flags.FLAGS
-define_model_flags()
+define_model_flags(names_adapters=True)
 define_engine_flags()
 flags.mark_flag_as_required("checkpoint")
 flags.DEFINE_string("name", None, "name of the model that clients ask for; its folder's by default")
@@ -125,6 +126,7 @@ def main() -> None:
         lambda: load(tokenizer),
         Serving(
             name=FLAGS.name or Path(FLAGS.checkpoint).resolve().name,
+            adapters=adapter_names(),
             host=FLAGS.host,
             port=FLAGS.port,
             max_waiting=FLAGS.max_waiting,

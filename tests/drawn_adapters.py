@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from glm_jax.checkpoints.adapter_folder import model_identity, save_adapter
+from glm_jax.checkpoints.model_folder import load_config
 from glm_jax.model import adapters as model_adapters
 from glm_jax.model.adapters import merged_kernel
 from glm_jax.model.layer_stacks import map_linears
@@ -15,6 +17,14 @@ def drawn(config, adapter, mesh=None, seed=5):
     fresh = init_of(model_adapters.specs(config, adapter), jax.random.key(seed), mesh)
     draw = lambda x: 0.05 * jax.random.normal(jax.random.key(seed + 1), x.shape)
     return jax.tree.map(lambda x: x + draw(x), fresh)
+
+
+def save_drawn(folder, model, adapter, seed=5):
+    """Writes a folder of adapters of a model folder, and returns them."""
+    config = load_config(model)
+    adapters = drawn(config, adapter, seed=seed)
+    save_adapter(folder, adapter, adapters, model_identity(model, config))
+    return adapters
 
 
 def merged(params, pairs, scale):

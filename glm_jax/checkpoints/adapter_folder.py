@@ -151,7 +151,7 @@ def load_adapters(
     for name, path in paths.items():
         try:
             adapter, adapters = load_adapter(path, config, identity, mesh)
-            if not _is_finite(adapters, adapter.scale, config.activation_dtype):
+            if not _is_finite(adapters, jnp.float32(adapter.scale), config.activation_dtype):
                 raise CheckpointError(
                     f"{path}: numbers that are NaN or infinite in {config.activation_dtype}: "
                     "leave it out, or train it again"
@@ -163,7 +163,7 @@ def load_adapters(
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _is_finite(adapters: Adapters, scale: float, dtype: str) -> jax.Array:
+def _is_finite(adapters: Adapters, scale: jax.Array, dtype: str) -> jax.Array:
     arrays = [x for pair in adapters.pairs.values() for x in (pair.down, scale * pair.up)]
     return jnp.array([jnp.isfinite(x.astype(dtype)).all() for x in arrays]).all()
 

@@ -164,6 +164,7 @@ class Model(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
+    parent: str | None = Field(description="of an adapter, the model that it belongs to")
 
 
 class Models(BaseModel):

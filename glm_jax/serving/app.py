@@ -170,7 +170,7 @@ async def tokenize(
     request: Request, wanted: schemas.TokenizeRequest, service: ServiceOf
 ) -> Response:
     """Return the tokens of a text, including masks; no blank is added at its end."""
-    service.check_model(wanted.model)
+    service.adapter_of(wanted.model)
     encode = service.worker.ready_model().tokenizer.encode
     texts = [text for text in (wanted.text, wanted.prompt) if text is not None]
     if len(texts) != 1:
@@ -188,7 +188,7 @@ async def detokenize(
     request: Request, wanted: schemas.DetokenizeRequest, service: ServiceOf
 ) -> Response:
     """Return the text of tokens."""
-    service.check_model(wanted.model)
+    service.adapter_of(wanted.model)
     decode = service.worker.ready_model().tokenizer.decode
     return await _compute(request, lambda: JSONResponse({"prompt": decode(wanted.tokens)}))
 
@@ -201,26 +201,28 @@ async def tokenizer_info(service: ServiceOf) -> Response:
     return JSONResponse({"tokenizer_class": type(tokenizer).__name__, "eos_token": eop})
 
 
-def _described(service: Service) -> dict[str, Any]:
+def _described(service: Service, name: str) -> dict[str, Any]:
     return {
-        "id": service.name,
+        "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": "glm_jax",
+        "parent": None if name == service.name else service.name,
     }
 
 
 @api.get("/v1/models", response_model=answer_schemas.Models)
 async def models(service: ServiceOf) -> Response:
-    """List the server's one model."""
-    return JSONResponse({"object": "list", "data": [_described(service)]})
+    """List the server's model, then the same with each of its adapters."""
+    data = [_described(service, name) for name in service.names]
+    return JSONResponse({"object": "list", "data": data})
 
 
 @api.get("/v1/models/{name}", response_model=answer_schemas.Model)
 async def model(name: str, service: ServiceOf) -> Response:
     """Return the model of a name."""
-    service.check_model(name)
-    return JSONResponse(_described(service))
+    service.adapter_of(name)
+    return JSONResponse(_described(service, name))
 
 
 @open_to_all.get("/health", response_model=answer_schemas.Health)

@@ -102,12 +102,16 @@ class CompletionRun(Run):
         limit, special = model.engine.max_length, model.tokenizer.special_tokens
         is_unidirectional = bool(self._request.unidirectional)
         if isinstance(prompt, str):
-            partly = PartlyFilled.begin(model.tokenizer, prompt, limit, is_unidirectional)
+            partly = PartlyFilled.begin(
+                model.tokenizer, prompt, limit, is_unidirectional, adapter=self.adapter
+            )
         else:
             masks = {special.mask, special.smask, special.gmask}
             needs_blank = not (masks & set(prompt) or is_unidirectional)
             tokens = [*prompt, special.gmask] if needs_blank else prompt
-            partly = PartlyFilled.from_tokens(tokens, special, limit, is_unidirectional)
+            partly = PartlyFilled.from_tokens(
+                tokens, special, limit, is_unidirectional, adapter=self.adapter
+            )
         blanks = partly.tokens.count(partly.mask)
         if blanks > 1:
             raise refused(400, f"{blanks} blanks: /v1/fill takes more than one", self.prompt_field)
@@ -132,7 +136,8 @@ class CompletionRun(Run):
         self._waiting = requests if max_tokens != 0 else []
         if self._scored:
             texts = [
-                continuation((), prompt.tokens, prompt.partly.special) for prompt in self._scored
+                continuation((), prompt.tokens, prompt.partly.special, adapter=self.adapter)
+                for prompt in self._scored
             ]
             self._scoring = Scoring(model.scorer.steps(texts), self._priority)
             self.session.submit(_SCORES, self._scoring)

@@ -68,7 +68,9 @@ class EmbeddingRun(Run):
 
     def _submit_group(self, number: int) -> None:
         special = self.model.tokenizer.special_tokens
-        sequences = [embedded_sequence(tokens, special) for tokens in self._groups[number]]
+        sequences = [
+            embedded_sequence(tokens, special, self.adapter) for tokens in self._groups[number]
+        ]
         self._embedding = Scoring(self.model.embedder.steps(sequences), self._priority)
         self.session.submit(number, self._embedding)
 
@@ -85,7 +87,8 @@ class EmbeddingRun(Run):
             for index, each in enumerate(embeddings)
         ]
         usage = {"prompt_tokens": self._prompt_tokens, "total_tokens": self._prompt_tokens}
-        return {"object": "list", "data": data, "model": self.service.name, "usage": usage}
+        name = self.service.names[self.adapter]
+        return {"object": "list", "data": data, "model": name, "usage": usage}
 
     async def response(self) -> Response:
         return await self.service.compute(_rendered, await self.whole(), self._is_base64)

@@ -37,7 +37,7 @@ class FillRun(Run):
         self._special = tokenizer.special_tokens
         self._ends = self._special.end_tokens
         self._partly = PartlyFilled.begin(
-            tokenizer, request.text, limit, bool(request.unidirectional)
+            tokenizer, request.text, limit, bool(request.unidirectional), adapter=self.adapter
         )
         self._times = AnswerTimes(service.metrics)
         self._completion_tokens = 0

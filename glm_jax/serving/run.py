@@ -15,6 +15,7 @@ class Run(ABC):
 
     Attributes:
       service: the parts of the server.
+      adapter: that answers; see `Prompt.adapter`.
       session: with the engine, from `start` on.
     """
 
@@ -33,7 +34,7 @@ class Run(ABC):
           HTTPException: the server has another model.
           UnavailableError: the model is not ready.
         """
-        service.check_model(model)
+        self.adapter = service.adapter_of(model)
         self.service, self.model = service, service.worker.ready_model()
         self._kind, self._created = kind, int(time.time())
         self._id = new_id(kind)
@@ -83,7 +84,7 @@ class Run(ABC):
             "id": self._id,
             "object": self._kind,
             "created": self._created,
-            "model": self.service.name,
+            "model": self.service.names[self.adapter],
         }
 
     def usage(self, completion_tokens: int) -> dict[str, int]:

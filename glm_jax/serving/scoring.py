@@ -22,7 +22,9 @@ class ScoreRun(Run):
         super().__init__(service, "score", request.model)
         model, text = self.model, request.context
         limit, is_unidirectional = model.engine.max_length, bool(request.unidirectional)
-        partly = PartlyFilled.begin(model.tokenizer, text, limit, is_unidirectional)
+        partly = PartlyFilled.begin(
+            model.tokenizer, text, limit, is_unidirectional, adapter=self.adapter
+        )
         steps = score_choices(model.scorer, model.tokenizer, text, partly, request.choices)
         self._scoring = Scoring(steps, request.priority or 0)
         self._prompt_tokens = self._queued_tokens = len(partly.tokens)

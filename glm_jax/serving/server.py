@@ -45,6 +45,7 @@ class Serving:
 
     Attributes:
       name: the model's name for clients.
+      adapters: names of its adapters, which clients may ask for instead; their ids count from 1.
       port: 0 for any free one.
       max_waiting: answers that may wait for a slot.
       max_waiting_tokens: see `Worker`.
@@ -70,6 +71,11 @@ class Serving:
     drain_seconds: float = 600.0
     logs_requests: bool = False
     chat_template: ChatTemplate | None = None
+    adapters: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.name in self.adapters:
+            raise ServerError(f"an adapter has the model's own name, {self.name}: give it another")
 
 
 class _Uvicorn(uvicorn.Server):
@@ -107,6 +113,7 @@ class Server:
             serving.keys,
             serving.logs_requests,
             serving.chat_template,
+            serving.adapters,
         )
         hosts = Hosts.of(serving.host, serving.allowed_hosts)
         check_proxies(serving.trusted_proxies)

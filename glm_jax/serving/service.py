@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -45,6 +45,7 @@ class Service:
 
     Attributes:
       name: the model's name for clients.
+      adapters: names of its adapters, by which clients ask for the model with one of them.
       logs_requests: whether each request is an event of the log.
       chat_template: makes a prompt of a chat's messages; None for no chat.
       created: start time, in seconds since the epoch.
@@ -57,6 +58,7 @@ class Service:
     keys: Keys | None = None
     logs_requests: bool = False
     chat_template: ChatTemplate | None = None
+    adapters: Sequence[str] = ()
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     # Two threads: a long body does not wait for one other.
     _threads: Executor = dataclasses.field(
@@ -67,11 +69,24 @@ class Service:
         """Call a function in a thread, and return its result."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
-    def check_model(self, name: str | None) -> None:
-        """Raise HTTPException for the name of another model; None is any."""
-        if name not in (None, self.name):
-            message = f"the model {name!r} is not here: ask for {self.name!r}"
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names that clients may ask for, by `Prompt.adapter`: the model's, then its adapters'."""
+        return self.name, *self.adapters
+
+    def adapter_of(self, name: str | None) -> int:
+        """Return the `Prompt.adapter` of a name that a client asks for; None is the model's.
+
+        Raises:
+          HTTPException: the name of another model.
+        """
+        if name is None:
+            return 0
+        if name not in self.names:
+            known = " or ".join(map(repr, self.names))
+            message = f"the model {name!r} is not here: ask for {known}"
             raise refused(404, message, "model", "model_not_found")
+        return self.names.index(name)
 
     def choice(
         self,

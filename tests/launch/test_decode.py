@@ -6,11 +6,13 @@ import sys
 
 import jax
 import pytest
+from drawn_adapters import save_drawn
 from running import ROOT, Started, environment, free_port
 
 from glm_jax.checkpoints.model_folder import save_model
 from glm_jax.config import glm_config
 from glm_jax.model import params as glm_params
+from glm_jax.model.adapters import AdapterConfig
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +20,7 @@ def model(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("model") / "model"
     config = glm_config("tiny", num_heads=8, vocab_size=-(-tokenizer.vocab_size // 64) * 64)
     save_model(folder, config, glm_params.init(config, jax.random.key(0)), tokenizer.files)
+    save_drawn(folder.parent / "adapter", folder, AdapterConfig(rank=2))
     return folder
 
 
@@ -30,6 +33,7 @@ def source(tmp_path_factory, corpus):
             "max_tokens": 1 + number % 5,
             "temperature": number % 2,
             "log_probabilities": number % 3 == 0,
+            **({"adapter": "tuned"} if number % 3 else {}),
         }
         for number, question in enumerate(corpus.questions[:11])
     ]
@@ -42,6 +46,7 @@ def _command(model, source, output, *more):
     return [
         *(sys.executable, "-m", "launch.decode", f"--checkpoint={model}", f"--input={source}"),
         *(f"--output={output}", "--max_length=64", "--slots=4", *more),
+        f"--adapter=tuned={model.parent}/adapter",
     ]
 
 

@@ -31,7 +31,7 @@ def test_they_are_loaded_and_it_is_said_that_answers_mean_nothing(flags, capsys)
 
 
 def test_what_does_not_go_with_them(flags, tokenizer):
-    flags.adapter = "somewhere"
+    flags.adapter = ["somewhere"]
     with pytest.raises(UserError, match="random weights take no adapter"):
         model_flags.load_model(None)
     flags.tokenizer = str(tokenizer.files[0])

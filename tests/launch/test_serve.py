@@ -6,14 +6,18 @@ import signal
 
 import httpx2
 import pytest
+from drawn_adapters import save_drawn
 from forked import Try, run_all
 from running import ServerProcess, environment, save_tiny
+
+from glm_jax.model.adapters import AdapterConfig
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("models") / "small"
     save_tiny(folder, tokenizer)
+    save_drawn(folder.parent / "adapter", folder, AdapterConfig(rank=2))
     return folder
 
 
@@ -28,6 +32,7 @@ def test_it_serves_and_drains(folder, mesh, ends):
     number, status, line = ends
     flags = [f"--checkpoint={folder}", "--quantization=int4", "--slots=2", "--max_length=64"]
     flags += ["--prefill_width=64", "--log_requests"]  # fewer programs to compile
+    flags.append(f"--adapter=tuned={folder.parent}/adapter")
     flags += [] if mesh is None else [f"--mesh={mesh}"]
     server = ServerProcess(*flags, devices=1 if mesh is None else 2)
     process = server.process
@@ -37,6 +42,10 @@ def test_it_serves_and_drains(folder, mesh, ends):
         assert url.startswith("http://127.0.0.1:")
         asked = {"model": "small", "prompt": "The capital of", "max_tokens": 50, "seed": 1}
         whole = httpx2.post(url + "/v1/completions", json=asked, timeout=60).json()
+        named = asked | {"model": "tuned"}
+        tuned = httpx2.post(url + "/v1/completions", json=named, timeout=60).json()
+        assert tuned["model"] == "tuned"
+        assert tuned["choices"][0]["text"] != whole["choices"][0]["text"]
         with httpx2.stream(
             "POST", url + "/v1/completions", json=asked | {"stream": True}, timeout=60
         ) as response:
@@ -64,7 +73,7 @@ def _assert_logged(output):
         "loading the model",
         r"loaded in \d+ s; compiling",
         r"ready: compiled in \d+ s",
-        r"request from 127.0.0.1: POST '/v1/completions': 200 in \d+\.\d+ s",
+        *[r"request from 127.0.0.1: POST '/v1/completions': 200 in \d+\.\d+ s"] * 2,
         "draining: 1 requests are running",
         r"request from 127.0.0.1: POST '/v1/completions': 200 in \d+\.\d+ s",
         "ended",
@@ -90,6 +99,10 @@ REFUSED = [
     (["--checkpoint={folder}", "--max_length=999"], 1, "past the model's 128 positions"),
     (["--checkpoint={folder}", "--api_keys=none"], 1, "--api_keys=none: "),
     (["--checkpoint={folder}", "--port=70000"], 2, "port"),
+    (["--checkpoint={folder}", "--adapter=a=x", "--adapter=a=y"], 2, "the name a twice"),
+    (["--checkpoint={folder}", "--adapter=x", "--adapter=a=y"], 2, "a name each"),
+    (["--checkpoint={folder}", "--adapter=small=x"], 1, "the model's own name, small"),
+    (["--checkpoint={folder}", "--adapter=a=nowhere"], 1, "adapter a: nowhere holds no adapters"),
     (["--checkpoint={folder}", "--host=no.such.invalid"], 1, "--host=no.such.invalid"),
 ]
 

@@ -1,13 +1,14 @@
 """Adapters beside kernels give what kernels give that they are merged into."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawn_adapters import drawn, merged
+from drawn_adapters import drawn, merged, save_drawn
 from jax.sharding import SingleDeviceSharding
 
 import glm_jax
@@ -219,6 +220,28 @@ def _offloaded(params):
     cut = lambda first: jax.tree.map(lambda x: x[first : first + 1], params.layers)
     streamed = jax.tree.map(lambda x: jax.device_put(x, place) if x.ndim > 2 else x, cut(1))
     return params.replace(layers=OffloadedLayers(split(cut(0)), streamed))
+
+
+def test_several_are_restored_by_name(saved, tmp_path):
+    folder, pairs = saved
+    model, loud = folder / "model", save_drawn(tmp_path / "loud", folder / "model", SOME, 8)
+    paths = {"quiet": folder / "adapter", "loud": tmp_path / "loud"}
+    config, params = glm_jax.restore(model, adapter=paths)
+    expected = attach_several(
+        glm_jax.restore(model)[1], [(ADAPTER, pairs), (SOME, loud)], "float32"
+    )
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    with pytest.raises(CheckpointError, match=r"adapter gone: .*holds no adapters"):
+        glm_jax.restore(model, adapter={"gone": tmp_path})
+    about = json.loads((tmp_path / "loud" / "adapter.json").read_text())
+    about["model"]["num_heads"] = 3
+    other = dict(about.pop("model"))
+    save_adapter(tmp_path / "other", SOME, loud, other)
+    broken = jax.tree.map(lambda x: x.at[0, 0].set(np.nan), loud)
+    save_adapter(tmp_path / "broken", SOME, broken, model_identity(model, config))
+    for name, message in (("other", "another model than this one"), ("broken", "NaN or infinite")):
+        with pytest.raises(CheckpointError, match=f"adapter {name}: .*{message}"):
+            glm_jax.restore(model, adapter=paths | {name: tmp_path / name})
 
 
 def test_paths_may_be_relative(saved, tiny_model, monkeypatch):

@@ -8,10 +8,12 @@ import time
 
 import httpx2
 import jax
+from drawn_adapters import drawn
 
 from glm_jax.config import glm_config
 from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.model import params as glm_params
+from glm_jax.model.adapters import attach_several
 from glm_jax.model.device_layout import prepare
 from glm_jax.serving.server import Server, Serving, bound_socket
 from glm_jax.serving.worker import ServedModel
@@ -43,11 +45,13 @@ def error_of(response, status):
     return error
 
 
-def tiny_served(tokenizer, settings=SETTINGS):
-    """A model with the tokenizer's vocabulary."""
+def tiny_served(tokenizer, settings=SETTINGS, adapters=()):
+    """A model with the tokenizer's vocabulary, and adapters drawn at random."""
     config = glm_config("tiny", vocab_size=4096, max_sequence_length=POSITIONS)
     config = config.replace(special_tokens=tokenizer.special_tokens)
-    params = prepare(glm_params.init(config, jax.random.key(0)))
+    params = glm_params.init(config, jax.random.key(0))
+    several = [(x, drawn(config, x, seed=seed)) for seed, x in enumerate(adapters)]
+    params = prepare(attach_several(params, several, "float32"))
     return ServedModel(Engine(params, config, settings), params, config, tokenizer)
 
 
