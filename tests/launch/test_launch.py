@@ -145,6 +145,7 @@ REFUSED = [
     (["launch.generate"], 2, ["--checkpoint"]),
     (["launch.generate", "--checkpoint=x", "--beams=3"], 2, ["beams"]),
     (["launch.generate", "--checkpoint=x", "stray"], 2, ["stray"]),
+    (["launch.generate", "--checkpoint=x", "--adapter=a=b"], 2, ["only serve and decode", "a's"]),
     (["launch.generate", "--checkpoint=x", "--quantization=int2"], 2, ["int8 or int4"]),
     (["launch.generate", "--checkpoint=x", "--activation_bits=4"], 2, ["activation_bits"]),
     (["launch.generate", "--checkpoint=x", "--cache_dtype=int4"], 2, ["cache_dtype"]),

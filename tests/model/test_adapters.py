@@ -82,8 +82,7 @@ def test_logits_are_those_of_merged_kernels(tiny_model, adapter, scheme, form):
 @pytest.mark.parametrize(
     ("scheme", "form", "shape"),
     [
-        (None, "apart", None),
-        (Scheme(8), "stacked", None),
+        (Scheme(8), "apart", None),
         (Scheme(4, 32), "prepared", None),
         (None, "streamed", None),
         (Scheme(4, 32), "stacked", (2, 2, 2)),
