@@ -68,7 +68,12 @@ def test_it_answers_all_that_its_name_is_asked_for(served, seen):
     assert seen == [0, 0, 1, 1, 1, 1, 2, 2, 0, 2]
 
 
+def test_its_embeddings_are_its_own(served):
+    answers = [_asked(served, x, "/v1/embeddings", input="The capital") for x in (NAME, *NAMES)]
+    assert len({tuple(answer["data"][0]["embedding"]) for answer in answers}) == 3
+
+
 def test_a_search_is_its_own(served):
-    search = {"best_of": 2, "max_tokens": 4, "prompt": "The capital of"}
+    search = {"num_beams": 2, "max_tokens": 4, "prompt": "The capital of"}
     texts = [_asked(served, name, **search)["choices"][0]["text"] for name in (NAME, *NAMES)]
     assert len(set(texts)) > 1
