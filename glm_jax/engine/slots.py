@@ -159,7 +159,7 @@ def request_row(
         **sampling_row(request.sampling, request.seed, vocab),
         is_end=is_end,
         is_text_end=is_text_end,
-        adapter_id=np.int32(prompt.adapter),
+        adapter_id=np.int32(text.adapter),
         wants_log_probability=np.bool_(request.log_probabilities),
         wants_top_logprobs=np.bool_(request.top_logprobs),
     )
