@@ -8,7 +8,9 @@ from setuptools.command.build_ext import build_ext
 
 _KERNELS = "glm_jax/kernels"
 _CALLED_BY_XLA = ("libglm_jax_cpu", "libglm_jax_attention", "libglm_jax_paged_attention")
+_GUIDED = ["llguidance>=1.9"]
 _SERVE = [
+    *_GUIDED,
     "fastapi>=0.115",
     "h11>=0.16",  # before, bodies in chunks could hide requests
     "jinja2>=3.1.6",  # before, templates could leave its sandbox
@@ -114,6 +116,8 @@ setup(
         "zstandard>=0.23",
     ],
     extras_require={
+        # For answers by a choice, a regular expression or a JSON schema.
+        "guided": _GUIDED,
         # For `glm-jax serve`.
         "serve": _SERVE,
         "test": [

@@ -14,7 +14,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import sentencepiece
 
@@ -26,6 +26,9 @@ from glm_jax.text_files import check_characters
 MODEL_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
 LINE_BREAK, TAB = "<n>", "<|tab|>"
+# Words that decoding turns into blanks, whichever pieces spell them.
+BLANK_WORDS = re.compile(r"<n>|<\|tab\|>|<\|blank_\d\d?\|>")
+_SPACE_MARK = "\u2581"
 _MAX_BLANKS = 80
 _MAX_ID = 2**31 - 1
 # sentencepiece leaves out a line with one of these without a word, and one past its limit.
@@ -74,6 +77,19 @@ class TokenizerConfig:
         names = [f.name for f in dataclasses.fields(SpecialTokens) if f.name != "eos"]
         ids = {name: num_text_tokens + i for i, name in enumerate(names)}
         return cls(0, SpecialTokens(**ids, eos=2), "continued")
+
+
+class Piece(NamedTuple):
+    """A token of text.
+
+    Attributes:
+      text: UTF-8, of a byte piece a part of a character.
+      is_spaced: whether its first character is sentencepiece's mark of a space, which decoding
+        leaves out at the very beginning of a text.
+    """
+
+    text: bytes
+    is_spaced: bool
 
 
 class Tokenizer:
@@ -160,6 +176,21 @@ class Tokenizer:
           TokenizerError: an id that is negative, or no integer.
         """
         return "".join(self._decoded_runs(ids, skip_special_tokens))
+
+    def pieces(self) -> dict[int, Piece]:
+        """Return the pieces of all ids that are text."""
+        processor, pieces = self._processor, dict[int, Piece]()
+        for number in range(processor.GetPieceSize()):
+            name = processor.IdToPiece(number)
+            if processor.IsByte(number):
+                text = bytes([int(name[1:-1], 16)])
+            else:
+                text = _restore_blanks(name.replace(_SPACE_MARK, " ")).encode()
+            is_text = not (processor.IsControl(number) or processor.IsUnknown(number))
+            if is_text and not processor.IsUnused(number):
+                is_spaced = name.startswith(_SPACE_MARK)
+                pieces[self._config.text_offset + number] = Piece(text, is_spaced)
+        return pieces
 
     def _encode_pieces(self, text: str) -> list[int]:
         if not text:

@@ -56,10 +56,12 @@ def main() -> None:
         return
     share = Share.of_process(FLAGS.mesh, *cli.join_processes(may_be_apart=True))
     tokenizer = load_tokenizer()
+    defaults = strategy()
+    defaults.guide(tokenizer)  # before a model is read
     batch = BatchJob(
         source=Path(FLAGS.input),
         folder=folder,
-        defaults=strategy().with_fields({"log_probabilities": FLAGS.log_probabilities}),
+        defaults=defaults.with_fields({"log_probabilities": FLAGS.log_probabilities}),
         seed=FLAGS.seed,
         truncates=FLAGS.too_long == "truncate",
         settings=engine_settings(),

@@ -41,6 +41,7 @@ def main() -> None:
     settings = strategy()
     texts = None if FLAGS.input is None else read_texts(FLAGS.input)
     tokenizer = load_tokenizer()
+    guide = settings.guide(tokenizer)  # before a model is read
     mesh = None if FLAGS.mesh is None else parse_mesh(FLAGS.mesh)
     choice = Strategy(
         settings.choice(tokenizer.encode),
@@ -50,6 +51,7 @@ def main() -> None:
         settings.unidirectional,
         FLAGS.speculate,
         load_small_model(mesh, tokenizer),
+        guide,
     )
     config, params = load_model(mesh)
     if texts is None:

@@ -37,11 +37,19 @@ _MODEL_IDENTITY = (
 )
 _NAMED_FOLDER = re.compile(r"(\w[\w.:-]{0,255})=(.+)")
 # Settings that have no flag of their name; --ban gives banned_texts.
-_WITHOUT_FLAG = ("banned_tokens", "banned_texts", "log_probabilities", "logit_bias")
+_WITHOUT_FLAG = (
+    "banned_tokens",
+    "banned_texts",
+    "log_probabilities",
+    "logit_bias",
+    "guided_choice",
+)
 _DEFINE: dict[type, Any] = {
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
     bool: flags.DEFINE_bool,
+    str: flags.DEFINE_string,
+    dict: flags.DEFINE_string,
 }
 
 
@@ -220,6 +228,9 @@ def define_strategy_flags() -> None:
     # A request's own seed may be missing, not a command's.
     flags.DEFINE_integer("seed", 0, f"seed of sampling; {SETTINGS['seed'].range}")
     flags.register_validator("seed", functools.partial(_is_setting, "seed"))
+    choice = f"{SETTINGS['guided_choice'].help}; may be repeated"
+    flags.DEFINE_multi_string("guided_choice", None, choice)
+    flags.register_validator("guided_choice", functools.partial(_is_setting, "guided_choice"))
     flags.DEFINE_multi_string("ban", [], "a text that no answer contains; may be repeated")
     flags.register_validator("ban", functools.partial(_is_setting, "banned_texts"))
 
@@ -244,7 +255,9 @@ def strategy() -> TextRequest:
     """
     named = [name for name in SETTINGS if name not in (*_WITHOUT_FLAG, "seed")]
     settings = {name: getattr(FLAGS, name) for name in named}
-    request = TextRequest(**settings, banned_texts=tuple(FLAGS.ban))
+    request = TextRequest(
+        **settings, banned_texts=tuple(FLAGS.ban), guided_choice=tuple(FLAGS.guided_choice or ())
+    )
     request.choice(lambda text: [0])  # before a model is read
     return request
 

@@ -14,6 +14,7 @@ from glm_jax import cli
 from glm_jax.cli.packaged import packaged
 from glm_jax.engine.engine import Engine
 from glm_jax.errors import UserError
+from glm_jax.generation import grammars
 from glm_jax.sharding import parse_mesh
 from glm_jax.tokenizer import Tokenizer
 from launch.model_flags import (
@@ -110,7 +111,9 @@ def load(tokenizer: Tokenizer) -> "ServedModel":
     mesh = None if FLAGS.mesh is None else parse_mesh(FLAGS.mesh)
     config, params = load_model(mesh)
     small = load_small_model(mesh, tokenizer)
-    settings = engine_settings(FLAGS.prefill_budget)
+    settings = dataclasses.replace(
+        engine_settings(FLAGS.prefill_budget), compiles_guided=grammars.is_installed()
+    )
     engine = Engine(params, config, settings, tokenizer.special_tokens, small)
     return ServedModel(engine, params, config, tokenizer)
 

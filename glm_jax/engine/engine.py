@@ -21,7 +21,7 @@ What always holds:
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -32,6 +32,7 @@ from glm_jax.engine.draft_model import DraftModel, SmallModel
 from glm_jax.engine.engine_settings import EngineSettings
 from glm_jax.engine.fair_queue import ALONE, Turn
 from glm_jax.engine.generation_settings import SETTINGS
+from glm_jax.engine.guidance import Guidance
 from glm_jax.engine.page_pool import (
     PageAllocation,
     cache_pages,
@@ -129,6 +130,7 @@ class Engine:
         self._speculation = Speculation(
             settings.speculate, self._mesh, self._draft_model(small_model)
         )
+        self._guidance = Guidance(config.vocab_size)
 
     def _draft_model(self, small: SmallModel | None) -> DraftModel | None:
         count = self._settings.speculate
@@ -243,7 +245,7 @@ class Engine:
             if running.admitted.request_id == request_id:
                 with on_mesh(self._mesh):
                     self._slots = release(self._slots, np.int32(slot))
-                self._scheduler.leave(slot)
+                self._leave(slot)
 
     def step(self) -> list[Token]:
         """Prefills what may enter, then gives every running request a token, or several."""
@@ -261,7 +263,8 @@ class Engine:
             rooms = {slot: scheduler.draft_room(one) for slot, one in scheduler.running.items()}
             run = functools.partial(self._run_idle_step, numbers)
             drafts = self._speculation.propose(numbers, rooms, run)
-            emitted = jax.device_get(self._run_step(numbers, drafts))
+            masks = self._guidance.making(numbers, drafts)
+            emitted = jax.device_get(self._run_step(numbers, drafts, masks))
             if emitted.failures.any():
                 self._clear_failed()
         self._speculation.take(numbers, drafts, emitted.tokens)
@@ -273,14 +276,21 @@ class Engine:
         preempted, grown = self._scheduler.grow()
         for slot in preempted:
             self._slots = release(self._slots, np.int32(slot))
+            self._guidance.end(slot)
         for slot, pages in grown.items():
             table = page_table(pages, len(self._empty.table))
             self._slots = set_table(self._slots, np.int32(slot), table)
 
-    def _run_step(self, numbers: Sequence[int], drafts: np.ndarray | None = None) -> Emitted:
+    def _run_step(
+        self,
+        numbers: Sequence[int],
+        drafts: np.ndarray | None = None,
+        masks: Callable[[], np.ndarray] | None = None,
+    ) -> Emitted:
         rows = None if len(numbers) == self._slot_count else np.array(numbers, np.int32)
-        emitted, self._slots, self._cache = step_functions.step(
-            self._params, self._config, self._slots, self._cache, self._pages_a_layer, rows, drafts
+        model, state = (self._params, self._config), (self._slots, self._cache)
+        emitted, self._slots, self._cache = step_functions.run_step(
+            *model, *state, self._pages_a_layer, rows, drafts, masks
         )
         return emitted
 
@@ -298,12 +308,16 @@ class Engine:
 
     def _take_token(self, slot: int, emitted: Emitted, at: tuple[int, int]) -> Token:
         running = self._scheduler.running[slot]
-        token = running.next_token(emitted, at)
+        token = self._guidance.take(slot, running.next_token(emitted, at))
         if token.finish_reason is None:
             running.answer.append(token.token)
         else:
-            self._scheduler.leave(slot)
+            self._leave(slot)
         return token
+
+    def _leave(self, slot: int) -> None:
+        self._scheduler.leave(slot)
+        self._guidance.end(slot)
 
     def _prefill_some(self) -> None:
         """Runs batches through layers, as many as the budget allows."""
@@ -382,10 +396,12 @@ class Engine:
         self._slots = admit(self._slots, np.int32(admitted.slot), row)
         self._scheduler.enter(admitted, frozenset(ends))
         self._speculation.begin(admitted.slot, text, special.sop)
+        self._guidance.begin(admitted.slot, request, ends, admitted.answer)
 
     def warm_up(self) -> None:
         """Compiles all programs that requests of any kind will need."""
         longest = max(self._settings.prefill_width, self.max_length)
+        is_guided = self._settings.compiles_guided
         with on_mesh(self._mesh):
             for width in prefill_widths(longest):
                 prefill = Prefill(Admission([], [], []), self._batch([], width))
@@ -396,6 +412,9 @@ class Engine:
             self._run_copies(no_copies(self._shards))
             for width in self._step_widths:
                 self._run_step(range(width))
+                for drafts in self._speculation.shapes(width) if is_guided else ():
+                    masks = functools.partial(self._guidance.masks, range(width), drafts)
+                    self._run_step(range(width), drafts, masks)
             idle = lambda rows, drafts: self._run_idle_step(range(rows), drafts)
             self._speculation.warm_up(self._step_widths, idle)
             self._cache = step_functions.clear_failed(self._cache)

@@ -20,6 +20,8 @@ class EngineSettings:
       prefill_budget: tokens that are prefilled between two steps at most, in whole layers;
         None fills all slots before the next step, which is best where no one waits for tokens.
       speculate: draft tokens of each request that a step checks at most (see `speculation`).
+      compiles_guided: whether `warm_up` compiles the programs of guided requests too, which else
+        their first step does.
     """
 
     slots: int = 16
@@ -29,6 +31,7 @@ class EngineSettings:
     prefill_width: int = 512
     prefill_budget: int | None = None
     speculate: int = 0
+    compiles_guided: bool = False
 
     def prefill_steps(self, num_layers: int, width: int) -> int:
         """Steps before which a prefill batch of this width runs through its layers, at most."""
@@ -38,6 +41,6 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            lowest = 0 if name == "speculate" else 1
+            lowest = 0 if name in ("speculate", "compiles_guided") else 1
             if value is not None and value < lowest:
                 raise PromptError(f"{name}={value}: at least {lowest}")

@@ -5,6 +5,7 @@ from it, and `Sampling` and `BeamSearch` check their values by it.
 """
 
 import dataclasses
+import json
 import math
 import numbers
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ Number = int | float
 _MAX_COUNT = 1_000_000  # far above any model's positions and vocabulary, far below 2**31
 _MAX_SHOWN = 40  # characters of a value in a message
 MAX_BIASED = 300  # tokens whose logits a request has something added to
+MAX_GUIDED_CHOICES = 1024
 
 
 class SamplingError(UserError):
@@ -27,11 +29,13 @@ class Setting:
     """One row of the table.
 
     Attributes:
-      kind: int, float, bool or str; of each item where it is a list.
+      kind: int, float, bool or str; of each item where it is a list. dict for a JSON object, which
+        is checked into its text.
       default: where nothing else is said; None where it depends on the request.
       lowest, highest: range of a number, both inclusive.
       help: one line.
       max_items: of a list; None where it is no list.
+      min_items: of a list that is given.
       is_for_search: whether a beam search takes it.
       is_by_token: whether it is a mapping of token ids to numbers, which is checked into a tuple of
         pairs; max_items is of these.
@@ -45,6 +49,7 @@ class Setting:
     max_items: int | None = None
     is_for_search: bool = False
     is_by_token: bool = False
+    min_items: int = 0
 
     @property
     def range(self) -> str:
@@ -67,6 +72,8 @@ class Setting:
             raise SamplingError(f"{name}={_shown(value)}: expected a list, got {_kind(value)}")
         if len(value) > self.max_items:
             raise SamplingError(f"{name} holds {len(value)} items: at most {self.max_items}")
+        if len(value) < self.min_items:
+            raise SamplingError(f"{name} holds nothing: at least {self.min_items}, or leave it out")
         if self.is_by_token:
             said = lambda token, x: f"{name}={{{token}: {_shown(x)}}}"
             return tuple((token, self._checked(x, said(token, x))) for token, x in value)
@@ -74,6 +81,8 @@ class Setting:
 
     def _checked(self, value: Any, said: str) -> Any:
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if self.kind is dict:
+            return _json_object(value, said)
         if self.kind in (bool, str):
             if not isinstance(value, self.kind):
                 raise SamplingError(f"{said}: expected {self.kind.__name__}, got {_kind(value)}")
@@ -88,6 +97,18 @@ class Setting:
         if not self.lowest <= value <= self.highest:  # NaN is in no range
             raise SamplingError(f"{said}: {self.range}")
         return self.kind(value)
+
+
+def _json_object(value: Any, said: str) -> str:
+    """The text of a JSON object that is given as such, or as text."""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise SamplingError(f"{said}: expected a JSON object: it is no JSON") from error
+    if not isinstance(value, dict):
+        raise SamplingError(f"{said}: expected a JSON object, got {_kind(value)}")
+    return text
 
 
 def _pairs(name: str, value: Any) -> list[tuple[int, Any]]:
@@ -134,9 +155,14 @@ def _switch(help: str, is_for_search: bool = False) -> Any:
     return dataclasses.field(default=False, metadata={"setting": row})
 
 
-def _list(kind: type, max_items: int, highest: Number, help: str) -> Any:
-    row = Setting(kind, (), 0, highest, help, max_items)
+def _list(kind: type, max_items: int, highest: Number, help: str, min_items: int = 0) -> Any:
+    row = Setting(kind, (), 0, highest, help, max_items, min_items=min_items)
     return dataclasses.field(default=(), metadata={"setting": row})
+
+
+def _text(kind: type, help: str) -> Any:
+    row = Setting(kind, None, 0, 0, help)
+    return dataclasses.field(default=None, metadata={"setting": row})
 
 
 def _by_token(max_items: int, lowest: Number, highest: Number, help: str) -> Any:
@@ -189,6 +215,11 @@ class GenerationSettings:
         int, _MAX_COUNT, 2**31 - 1, "ids of tokens that come in no answer"
     )
     banned_texts: tuple[str, ...] = _list(str, 32, 0, "texts that come in no answer")
+    guided_choice: tuple[str, ...] = _list(
+        str, MAX_GUIDED_CHOICES, 0, "the answer is one of these texts", min_items=1
+    )
+    guided_regex: str | None = _text(str, "the answer matches this regular expression as a whole")
+    guided_json: str | None = _text(dict, "the answer is JSON that fits this JSON schema")
     num_beams: int = _number(int, 1, 1, 128, "above 1: beam search, which takes no sampling", True)
     length_penalty: float = _number(
         float, 1.0, -10, 10, "of beam search; higher favours longer answers", True

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Hashable, Sequence
 
+from glm_jax.engine.guide import Guide
 from glm_jax.engine.prompt import Prompt
 from glm_jax.engine.sampling import Sampling
 from glm_jax.errors import UserError
@@ -21,6 +22,7 @@ class Request:
       log_probabilities: of the answer's tokens are asked for.
       top_logprobs: beside them, those of the most likely tokens at each position.
       priority: lower numbers go first.
+      guide: what the answer must be; None for anything.
     """
 
     prompt: Prompt
@@ -31,6 +33,7 @@ class Request:
     log_probabilities: bool = False
     top_logprobs: bool = False
     priority: int = 0
+    guide: Guide | None = None
 
     @property
     def sharing_key(self) -> Hashable:

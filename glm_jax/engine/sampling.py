@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from glm_jax.engine.generation_settings import SamplingError, check_settings
 from glm_jax.errors import UserError
@@ -165,6 +165,14 @@ def filter_logits(
         lambda: jnp.where(uses_top_p[:, None], _keep_top_p(logits, top_p), logits),
         lambda: logits,
     )
+
+
+def keep_allowed(
+    logits: Float[Array, "rows vocab"], allowed: UInt32[Array, "rows words"]
+) -> Float[Array, "rows vocab"]:
+    """Logits with -inf for the tokens whose bit is 0: bit i % 32 of word i // 32 is token i's."""
+    bits = allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+    return jnp.where(bits.reshape(len(logits), -1)[:, : logits.shape[1]] > 0, logits, -jnp.inf)
 
 
 def _keep_top_k(logits: Array, top_k: Array) -> Array:

@@ -145,6 +145,9 @@ def request_row(
     is_end, is_text_end = np.zeros((2, vocab), bool)
     is_end[list(ends)] = True
     is_text_end[list(special.text_ends(ends))] = True
+    sampling = request.sampling
+    if request.guide is not None:  # `guidance` knows where the answer may end
+        sampling = dataclasses.replace(sampling, min_tokens=0)
     return dataclasses.replace(
         empty,
         is_active=np.bool_(True),
@@ -156,7 +159,7 @@ def request_row(
         end=np.int32(end),
         tokens=tokens,
         table=page_table(pages, len(empty.table)),
-        **sampling_row(request.sampling, request.seed, vocab),
+        **sampling_row(sampling, request.seed, vocab),
         is_end=is_end,
         is_text_end=is_text_end,
         adapter_id=np.int32(text.adapter),
@@ -260,16 +263,24 @@ def _changing(slots: Slots) -> dict[str, Any]:
     }
 
 
-def choose(logits: Float[Array, "slots vocab"], slots: Slots) -> tuple[Emitted, Slots]:
+def choose(
+    logits: Float[Array, "slots vocab"],
+    slots: Slots,
+    allowed: UInt32[Array, "slots words"] | None = None,
+) -> tuple[Emitted, Slots]:
     """The next token of each slot, and slots that run it next.
 
     What no active slot asks for is not computed.
+
+    Args:
+      allowed: tokens that may be chosen, as bits (see `sampling.keep_allowed`); None for all.
     """
     length = slots.index + 1
     active = slots.is_active
+    is_asked = jnp.any(active & (slots.is_processed | ~slots.sampling.is_greedy))
     chosen, may_choose = jax.lax.cond(
-        jnp.any(active & (slots.is_processed | ~slots.sampling.is_greedy)),
-        lambda: _choose_as_asked(logits, slots),
+        is_asked if allowed is None else jnp.bool_(True),
+        lambda: _choose_as_asked(logits, slots, allowed),
         lambda: (sampling_lib.greedy(logits), jnp.ones_like(active)),
     )
     rows = jnp.arange(len(chosen))
@@ -295,7 +306,10 @@ def choose(logits: Float[Array, "slots vocab"], slots: Slots) -> tuple[Emitted, 
 
 
 def choose_checked(
-    logits: Float[Array, "slots new vocab"], drafts: Int[Array, "slots drafts"], slots: Slots
+    logits: Float[Array, "slots new vocab"],
+    drafts: Int[Array, "slots drafts"],
+    slots: Slots,
+    allowed: UInt32[Array, "slots new words"] | None = None,
 ) -> tuple[Emitted, Slots]:
     """The next tokens of each slot, by `choose` at one position after another, as long as what is
     chosen is the draft that was run at the next one.
@@ -306,17 +320,18 @@ def choose_checked(
     Args:
       logits: after the slot's token, then after each draft.
       drafts: -1 where there is none.
+      allowed: at each of these positions; see `choose`.
     """
     has_drafts = drafts[:, 0] >= 0
     nothing = jax.eval_shape(choose, logits[:, 0], slots)[0]
 
     def choose_next(carry: Any, inputs: Any) -> Any:
         changing, going = carry
-        of_position, next_draft = inputs
+        of_position, next_draft, may_come = inputs
         current = dataclasses.replace(slots, **changing | {"is_active": going})
         emitted, chosen = jax.lax.cond(
             jnp.any(going),
-            lambda: choose(of_position, current),
+            lambda: choose(of_position, current, may_come),
             lambda: (jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nothing), current),
         )
         moves = going & ~(has_drafts & (emitted.failures > 0))
@@ -327,7 +342,7 @@ def choose_checked(
         return (changing, goes_on), emitted
 
     ran = jnp.pad(drafts, ((0, 0), (0, 1)), constant_values=-1)
-    inputs = jnp.swapaxes(logits, 0, 1), ran.T
+    inputs = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (logits, ran, allowed))
     (changing, _), emitted = jax.lax.scan(choose_next, (_changing(slots), slots.is_active), inputs)
     emitted = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), emitted)
     # What refused drafts left in pages counts too: it is cleared as a failure's.
@@ -364,7 +379,7 @@ def _log_probabilities(logits: Array, chosen: Array, slots: Slots) -> tuple[Arra
     return computed
 
 
-def _choose_as_asked(logits: Array, slots: Slots) -> tuple[Array, Array]:
+def _choose_as_asked(logits: Array, slots: Slots, allowed: Array | None) -> tuple[Array, Array]:
     """Tokens, and whether there was one to choose."""
 
     def process() -> Array:
@@ -376,6 +391,8 @@ def _choose_as_asked(logits: Array, slots: Slots) -> tuple[Array, Array]:
 
     is_any = jnp.any(slots.is_active & slots.is_processed)
     processed = jax.lax.cond(is_any, process, lambda: logits)
+    if allowed is not None:
+        processed = sampling_lib.keep_allowed(processed, allowed)
     most_likely = sampling_lib.greedy(processed)
     chosen = jax.lax.cond(
         jnp.any(slots.is_active & ~slots.sampling.is_greedy),

@@ -240,5 +240,9 @@ class Speculation:
             for token in given:
                 drafter.add(token)
 
+    def shapes(self, rows: int) -> list[Int[np.ndarray, "rows drafts"] | None]:
+        """Returns a step's drafts in each shape that they come in, without any draft."""
+        return [None, self._nothing(rows)] if self._count else [None]
+
     def _nothing(self, rows: int) -> Int[np.ndarray, "rows drafts"]:
         return np.full((rows, self._count), -1, np.int32)

@@ -5,13 +5,14 @@ A prefill puts keys and values of prompts into pages and computes no scores: a p
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from glm_jax.config import GLMConfig
 from glm_jax.engine.prefill_batch import PrefillBatch
@@ -158,15 +159,89 @@ def step(
     Returns:
       What it gives those that ran; then slots and pages.
     """
-    some: Slots = slots if numbers is None else jax.tree.map(lambda x: x[numbers], slots)
-    rows = _rows(some, drafts)
+    rows = _rows(_numbered(slots, numbers), drafts)
     logits, cache = _decode(params, config, rows, cache, pages_a_layer)
+    return *_choose(logits, slots, numbers, drafts, None), cache
+
+
+@functools.partial(jax.jit, static_argnames=("config", "pages_a_layer"), donate_argnames="cache")
+def begin_step(
+    params: GLMParams,
+    config: GLMConfig,
+    slots: Slots,
+    cache: PagedKVCache,
+    pages_a_layer: int,
+    numbers: Int[Any, " rows"] | None = None,
+    drafts: Int[Any, "rows drafts"] | None = None,
+) -> tuple[Float[Array, "rows new vocab"], PagedKVCache]:
+    """The first part of a `step` that `finish_step` ends: its logits, and pages. What tokens may be
+    chosen can be found out while it runs.
+
+    Args:
+      As of `step`.
+    """
+    rows = _rows(_numbered(slots, numbers), drafts)
+    return _decode(params, config, rows, cache, pages_a_layer)
+
+
+@functools.partial(jax.jit, donate_argnames="slots")
+def finish_step(
+    slots: Slots,
+    logits: Float[Array, "rows new vocab"],
+    allowed: UInt32[Any, "rows new words"],
+    numbers: Int[Any, " rows"] | None = None,
+    drafts: Int[Any, "rows drafts"] | None = None,
+) -> tuple[Emitted, Slots]:
+    """The tokens of a step that `begin_step` began.
+
+    Args:
+      allowed: what may be chosen at each position, as bits; see `sampling.keep_allowed`.
+    """
+    return _choose(logits, slots, numbers, drafts, jnp.asarray(allowed))
+
+
+def run_step(
+    params: GLMParams,
+    config: GLMConfig,
+    slots: Slots,
+    cache: PagedKVCache,
+    pages_a_layer: int,
+    numbers: Int[Any, " rows"] | None,
+    drafts: Int[Any, "rows drafts"] | None,
+    masks: Callable[[], UInt32[np.ndarray, "rows new words"]] | None,
+) -> tuple[Emitted, Slots, PagedKVCache]:
+    """A `step`, in two programs where not all tokens may be chosen.
+
+    Args:
+      masks: returns what may be chosen at each position, as bits; called while the device runs.
+        None where all tokens may.
+    """
+    state = params, config, slots, cache, pages_a_layer, numbers, drafts
+    if masks is None:
+        return step(*state)
+    logits, cache = begin_step(*state)
+    return *finish_step(slots, logits, masks(), numbers, drafts), cache
+
+
+def _numbered(slots: Slots, numbers: Int[Any, " rows"] | None) -> Slots:
+    some: Slots = slots if numbers is None else jax.tree.map(lambda x: x[numbers], slots)
+    return some
+
+
+def _choose(
+    logits: Float[Array, "rows new vocab"],
+    slots: Slots,
+    numbers: Int[Any, " rows"] | None,
+    drafts: Int[Any, "rows drafts"] | None,
+    allowed: UInt32[Array, "rows new words"] | None,
+) -> tuple[Emitted, Slots]:
+    some = _numbered(slots, numbers)
     if drafts is None:
-        emitted, some = choose(logits[:, 0], some)
+        emitted, some = choose(logits[:, 0], some, None if allowed is None else allowed[:, 0])
         emitted = jax.tree.map(lambda x: x[:, None], emitted)
     else:
-        emitted, some = choose_checked(logits, jnp.asarray(drafts), some)
-    return emitted, some if numbers is None else put_back(slots, numbers, some), cache
+        emitted, some = choose_checked(logits, jnp.asarray(drafts), some, allowed)
+    return emitted, some if numbers is None else put_back(slots, numbers, some)
 
 
 def _rows(slots: Slots, drafts: Int[Any, "rows drafts"] | None) -> Rows:

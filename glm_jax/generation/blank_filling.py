@@ -8,11 +8,14 @@ from typing import Protocol, runtime_checkable
 from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.engine.beam_search import BeamSearch, Hypothesis, beam_steps
 from glm_jax.engine.engine import Engine, EngineSettings
+from glm_jax.engine.guide import Guide
 from glm_jax.engine.prompt import Prompt, PromptError, bucket, resolve
 from glm_jax.engine.request import Completion, Request, Token, completion
 from glm_jax.engine.sampling import Sampling
 from glm_jax.engine.stepwise import Steps
+from glm_jax.generation.blank_spaces import are_spaced
 from glm_jax.generation.driver import Answer, drive
+from glm_jax.generation.grammars import Grammar
 from glm_jax.model.device_layout import prepare
 from glm_jax.model.params import GLMParams
 from glm_jax.tokenizer import check_fits
@@ -64,6 +67,8 @@ class PartlyFilled:
       pieces: the first `done` tokens in pieces, each with whether it fills a blank.
       blanks: the answer in each blank so far.
       adapter: see `Prompt.adapter`.
+      are_spaced: whether the answer in each blank of the text is to begin with a space that the
+        tokens before it do not have; None for either. Empty where the text is not known.
     """
 
     tokens: tuple[int, ...]
@@ -75,6 +80,7 @@ class PartlyFilled:
     blanks: tuple[tuple[int, ...], ...] = ()
     done: int = 0
     adapter: int = 0
+    are_spaced: tuple[bool | None, ...] = ()
 
     @classmethod
     def begin(
@@ -106,7 +112,10 @@ class PartlyFilled:
                 f"the text has {len(text)} characters: no room for an answer in {limit} tokens"
             )
         tokens = tokenizer.encode(text) if is_unidirectional else encode_prompt(tokenizer, text)
-        return cls.from_tokens(tokens, special, limit, is_unidirectional, left_truncate, adapter)
+        partly = cls.from_tokens(tokens, special, limit, is_unidirectional, left_truncate, adapter)
+        return dataclasses.replace(
+            partly, are_spaced=are_spaced(tokenizer, text, tokens, partly.mask)
+        )
 
     @classmethod
     def from_tokens(
@@ -156,6 +165,12 @@ class PartlyFilled:
             prompt = Prompt(self.tokens, None if self.mask == self.special.gmask else self.position)
         return dataclasses.replace(prompt, adapter=self.adapter)
 
+    @property
+    def is_spaced(self) -> bool | None:
+        """The next blank's of `are_spaced`."""
+        number = self.tokens.count(self.mask)  # from the end: the first may have been cut off
+        return self.are_spaced[-number] if 0 < number <= len(self.are_spaced) else None
+
     def filled(self, answer: Sequence[int], end_tokens: Sequence[int]) -> "PartlyFilled":
         """Return the text with the next blank filled, without the token that ended the answer."""
         return self._filled(self.special.without_end(answer, end_tokens))._with_room()
@@ -202,6 +217,7 @@ def fill_blanks(
     end_tokens: Sequence[int] | None = None,
     seed: int = 0,
     on_tokens: OnTokens | None = None,
+    guide: Guide | None = None,
 ) -> FilledText:
     """Fill the blanks of a text; `PartlyFilled.begin` says which they are.
 
@@ -211,6 +227,7 @@ def fill_blanks(
       end_tokens: eop and eos by default.
       seed: of sampling; blank i uses seed + i.
       on_tokens: called with tokens of the text and of its blanks as they become final.
+      guide: what each answer must be, such as `grammars.compile_grammar` returns.
 
     Raises:
       PromptError: the text is longer than max_length leaves room for.
@@ -224,7 +241,7 @@ def fill_blanks(
     longest = min(bucket(limit), config.max_sequence_length)
     engine = Engine(params, config, EngineSettings(1, longest), tokenizer.special_tokens)
     ends = None if end_tokens is None else tuple(end_tokens)
-    request = Request(Prompt((), None), sampling or Sampling(), None, seed, ends)
+    request = Request(Prompt((), None), sampling or Sampling(), None, seed, ends, guide=guide)
     return fill(engine, partly, request, on_tokens).finished(tokenizer)
 
 
@@ -284,9 +301,13 @@ def next_request(partly: PartlyFilled, template: Request) -> Request:
     """Return the request that fills the next blank of a text."""
     prompt = partly.prompt()
     room = partly.limit - len(prompt)
+    guide = template.guide
+    if isinstance(guide, Grammar):
+        guide = guide.behind(partly.is_spaced)
     return dataclasses.replace(
         template,
         prompt=prompt,
+        guide=guide,
         seed=(template.seed + len(partly.blanks)) % 2**32,
         max_tokens=min(room, template.max_tokens or room),
     )

@@ -12,6 +12,7 @@ from glm_jax.config import GLMConfig
 from glm_jax.engine.beam_search import BeamSearch
 from glm_jax.engine.draft_model import SmallModel
 from glm_jax.engine.engine import Engine, EngineSettings
+from glm_jax.engine.guide import Guide
 from glm_jax.engine.prompt import Prompt, PromptError
 from glm_jax.engine.request import Request
 from glm_jax.engine.sampling import Sampling
@@ -45,6 +46,7 @@ class Strategy:
       is_unidirectional: texts have no masks; answers continue them, and each token of a text sees
         only those before it.
       speculate, small_model: see `EngineSettings` and `Engine`.
+      guide: what the answer in each blank must be; None for anything.
     """
 
     choice: Sampling | BeamSearch
@@ -54,6 +56,7 @@ class Strategy:
     is_unidirectional: bool = False
     speculate: int = 0
     small_model: SmallModel | None = None
+    guide: Guide | None = None
 
 
 def render(filled: FilledText, in_colour: bool) -> str:
@@ -178,7 +181,13 @@ def _filler(
         return lambda text, _: finish(steps(text))[0][0]
     settings = EngineSettings(1, limit, speculate=strategy.speculate)
     engine = Engine(params, config, settings, special, strategy.small_model)
-    request = Request(Prompt((), None), choice, strategy.max_tokens, strategy.seed)
+    request = Request(
+        prompt=Prompt((), None),
+        sampling=choice,
+        max_tokens=strategy.max_tokens,
+        seed=strategy.seed,
+        guide=strategy.guide,
+    )
     return lambda text, on_tokens: fill(engine, begin(text), request, on_tokens)
 
 

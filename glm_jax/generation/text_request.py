@@ -8,6 +8,7 @@ from glm_jax.engine.beam_search import BeamSearch
 from glm_jax.engine.generation_settings import SETTINGS, GenerationSettings, Setting
 from glm_jax.engine.sampling import Sampling
 from glm_jax.errors import UserError, shown
+from glm_jax.generation.grammars import Grammar, compile_grammar
 
 MAX_CHOICES = 128
 _FIELDS = SETTINGS | {
@@ -15,6 +16,9 @@ _FIELDS = SETTINGS | {
     "choices": Setting(str, (), 0, 0, "for the one blank of the text", MAX_CHOICES),
     "adapter": Setting(str, "", 0, 0, "name of the one that answers"),
 }
+
+
+_GUIDED = ("guided_choice", "guided_regex", "guided_json")
 
 
 class RequestError(UserError):
@@ -52,6 +56,22 @@ class TextRequest(GenerationSettings):
         banned = tuple(tuple(encode(text)) for text in self.banned_texts)
         return Sampling(**self._settings_of(Sampling), banned_sequences=banned)
 
+    def guide(self, tokenizer: Any) -> Grammar | None:
+        """Return what an answer must be; None for anything.
+
+        Raises:
+          RequestError: several settings that say so.
+          GrammarError: one that cannot be understood or followed.
+        """
+        names = [name for name in _GUIDED if getattr(self, name) != SETTINGS[name].default]
+        if not names:
+            return None
+        if len(names) > 1:
+            raise RequestError(f"{names[1]} beside {names[0]}: give one of the two")
+        [name] = names
+        source = SETTINGS[name].checked(name, getattr(self, name))
+        return compile_grammar(tokenizer, name, source)
+
     def _settings_of(self, choice: type) -> dict[str, Any]:
         """Return the table's settings that a dataclass has."""
         names = (field.name for field in dataclasses.fields(choice))
@@ -62,18 +82,21 @@ class TextRequest(GenerationSettings):
             value = getattr(self, name)
             if not setting.is_for_search and value != setting.default:
                 raise RequestError(
-                    f"{name}={value} beside num_beams={self.num_beams}: a search for the "
+                    f"{name}={shown(value)} beside num_beams={self.num_beams}: a search for the "
                     "best answers takes no such setting"
                 )
 
     def with_fields(self, fields: Mapping[str, Any]) -> "TextRequest":
-        """Return the request with some settings replaced.
+        """Return the request with some settings replaced. One of guided_choice, guided_regex and
+        guided_json takes the place of the others.
 
         Raises:
           RequestError: an unknown field.
           SamplingError: a value of another type, or out of range.
         """
-        changes = {}
+        changes: dict[str, Any] = {}
+        if not fields.keys().isdisjoint(_GUIDED):
+            changes |= {name: SETTINGS[name].default for name in _GUIDED}
         for name, value in fields.items():
             if name not in _FIELDS:
                 raise RequestError(f"unknown field {shown(name)}; put your own under 'metadata'")

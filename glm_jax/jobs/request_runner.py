@@ -147,6 +147,7 @@ class RequestRunner:
             seed=_seed_of(self._seed, line.index) if request.seed is None else request.seed,
             log_probabilities=request.log_probabilities,
             priority=request.priority,
+            guide=request.guide(self._tokenizer),
         )
         return BlankFilling(partly, template)
 

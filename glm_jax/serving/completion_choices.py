@@ -54,6 +54,7 @@ class Choice:
         decode: Callable[[Iterable[int]], str],
         times: AnswerTimes,
         min_tokens: int = 0,
+        is_guided: bool = False,
     ):
         self.index, self.prompt = index, prompt
         self.tokens = 0
@@ -69,7 +70,9 @@ class Choice:
         self._length = 0  # of the text of all tokens that pieces have named
         self._given = 0  # of the answer's own text in pieces
         self._log_probability = 0.0
-        self._decode, self._stream = decode, TextStream(decode, prompt.tokens)
+        # A space between the prompt and a guided answer is no part of the answer.
+        behind = () if is_guided and not request.echo else prompt.tokens
+        self._decode, self._stream = decode, TextStream(decode, behind)
 
     def opening(self) -> dict[str, Any] | None:
         """Return the prompt as a piece if the request has `echo`."""

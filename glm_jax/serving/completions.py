@@ -55,6 +55,7 @@ class CompletionRun(Run):
         limit = service.worker.max_answers
         if self._answers > limit:
             raise refused(400, f"{self._answers} answers: at most {limit} in one request", "n")
+        self._guide = service.guide(request, self._answers)
         # Each prompt is joined with a copy of the suffix.
         size = len(prompts) * len(request.suffix or "")
         if size > service.limits.body_bytes:
@@ -62,7 +63,15 @@ class CompletionRun(Run):
         self._prompts = [self._begin_prompt(x) for x in prompts]
         decode, times = self.model.tokenizer.decode, lambda: AnswerTimes(service.metrics)
         self._choices = [
-            Choice(i * self._count + j, prompt, request, decode, times(), self._choice.min_tokens)
+            Choice(
+                i * self._count + j,
+                prompt,
+                request,
+                decode,
+                times(),
+                self._choice.min_tokens,
+                self._guide is not None,
+            )
             for i, prompt in enumerate(self._prompts)
             for j in range(self._count)
         ]
@@ -154,6 +163,7 @@ class CompletionRun(Run):
             log_probabilities=request.logprobs is not None or self._is_ranked,
             top_logprobs=bool(request.logprobs),
             priority=self._priority,
+            guide=self._guide,
         )
         return next_request(choice.prompt.partly, template)
 

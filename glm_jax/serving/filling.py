@@ -39,6 +39,7 @@ class FillRun(Run):
         self._partly = PartlyFilled.begin(
             tokenizer, request.text, limit, bool(request.unidirectional), adapter=self.adapter
         )
+        self._guide = service.guide(request, self._partly.tokens.count(self._partly.mask))
         self._times = AnswerTimes(service.metrics)
         self._completion_tokens = 0
         self._reasons: list[str] = []
@@ -59,7 +60,12 @@ class FillRun(Run):
             self.session.submit(0, self._searching)
             return
         template = Request(
-            Prompt((), None), choice, max_tokens, seed_of(self._request.seed), priority=priority
+            prompt=Prompt((), None),
+            sampling=choice,
+            max_tokens=max_tokens,
+            seed=seed_of(self._request.seed),
+            guide=self._guide,
+            priority=priority,
         )
         if partly.has_blank:
             model.engine.check(next_request(partly, template))

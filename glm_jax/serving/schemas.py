@@ -2,7 +2,14 @@
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    create_model,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from glm_jax.engine.generation_settings import SETTINGS, Number
@@ -86,9 +93,18 @@ def _field_of_table(name: str) -> Any:
         pairs = Field(None, max_length=setting.max_items, description=setting.help)
         return dict[Name, Annotated[float, _within(name)]] | None, pairs
     if setting.max_items is not None:
-        items = Field(None, max_length=setting.max_items, description=setting.help)
-        return list[Stop] | None, items
-    kinds: dict[type, Any] = {int: Annotated[int, _within(name), _WHOLE]}
+        items = Field(
+            None,
+            min_length=setting.min_items,
+            max_length=setting.max_items,
+            description=setting.help,
+        )
+        return list[Choice] | None, items
+    kinds: dict[type, Any] = {
+        int: Annotated[int, _within(name), _WHOLE],
+        str: str,
+        dict: dict[str, Any] | str,
+    }
     kind = kinds.get(setting.kind, Annotated[float, _within(name)])
     return kind | None, _of_table(name)
 
@@ -101,9 +117,42 @@ else:
     )
 
 
+class JsonSchema(_Strict):
+    """A JSON schema of OpenAI's `response_format`, which is followed strictly in any case."""
+
+    name: Name | None = None
+    description: str | None = None
+    json_schema: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Strict):
+    """OpenAI's `response_format`: any text, a JSON object, or JSON that fits a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema is for the type json_schema, which needs it")
+        return self
+
+    @property
+    def guided_json(self) -> dict[str, Any] | None:
+        """The JSON schema of an answer; None for any text."""
+        if self.type == "text":
+            return None
+        schema = None if self.json_schema is None else self.json_schema.json_schema
+        return {"type": "object"} if schema is None else schema
+
+
 class _Choosing(_OfTable):
     """Settings of generation that OpenAI's interface does not have."""
 
+    response_format: ResponseFormat | None = Field(
+        None, description="as guided_json, in OpenAI's form"
+    )
     unidirectional: bool | None = _of_table("unidirectional")
     priority: Priority | None = _of_table("priority")
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from glm_jax.engine.beam_search import BeamSearch
 from glm_jax.engine.sampling import Sampling
+from glm_jax.generation.grammars import Grammar
 from glm_jax.generation.text_request import TextRequest
 from glm_jax.serving.chat_template import ChatTemplate
 from glm_jax.serving.errors import refused
@@ -112,8 +113,7 @@ class Service:
         if beams > self.limits.beams:
             message = f"{name_of_beams}={beams}: this server takes at most {self.limits.beams}"
             raise refused(400, message, name_of_beams)
-        settings = {name: getattr(request, name) for name in OUR_SETTINGS}
-        settings = {name: value for name, value in settings.items() if value is not None}
+        settings = self._settings(request)
         if beams == 1:
             settings |= _sampling(request)
         else:
@@ -124,6 +124,28 @@ class Service:
             settings["num_beams"] = beams
         encode = self.worker.ready_model().tokenizer.encode
         return TextRequest().with_fields(settings).choice(encode)
+
+    def guide(self, request: CompletionRequest | FillRequest, answers: int) -> Grammar | None:
+        """Return what a request's answers must be, prepared for so many; None for anything.
+
+        Raises:
+          UserError: it cannot be understood or followed, or is said twice.
+        """
+        settings = TextRequest().with_fields(self._settings(request))
+        guide = settings.guide(self.worker.ready_model().tokenizer)
+        if guide is not None:
+            guide.prepare(answers)
+        return guide
+
+    def _settings(self, request: CompletionRequest | FillRequest) -> dict[str, Any]:
+        """Return the settings of a request that the table has."""
+        settings = {name: getattr(request, name) for name in OUR_SETTINGS}
+        if request.response_format is not None:
+            schema = request.response_format.guided_json
+            if schema is not None and settings["guided_json"] is not None:
+                raise refused(400, "guided_json beside response_format: give one", "guided_json")
+            settings["guided_json"] = settings["guided_json"] if schema is None else schema
+        return {name: value for name, value in settings.items() if value is not None}
 
 
 def _sampling(request: CompletionRequest | FillRequest) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """The official client gets what the engine gives."""
 
+import json
+
 import numpy as np
 import openai
 import pytest
-from served import NAME, wait_idle
+from served import NAME, post, wait_idle
 
 from glm_jax.engine.beam_search import BeamSearch
 from glm_jax.engine.engine import Engine, EngineSettings
@@ -252,6 +254,63 @@ def test_num_beams_searches_by_beams(complete, model, served):
     wait_idle(served)
 
 
+CITIES = ("Paris", "Rome", "北京")
+AGE = {"type": "object", "properties": {"age": {"type": "integer", "maximum": 99, "minimum": 0}}}
+AGE |= {"required": ["age"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "日本的首都是[MASK]。", "In [MASK], we", [300, 301]])
+def test_guided_answers_are_what_is_asked_for(client, prompt):
+    guided = {"guided_choice": CITIES, "min_tokens": 2}
+    got = client.completions.create(model=NAME, prompt=prompt, n=3, seed=1, extra_body=guided)
+    texts = [choice.text for choice in got.choices]
+    assert set(texts) <= set(CITIES)
+    assert {choice.finish_reason for choice in got.choices} == {"stop"}
+    asked = dict(model=NAME, prompt=prompt, seed=1, extra_body=guided, stream=True)
+    parts = [part.choices[0] for part in client.completions.create(**asked)]
+    assert "".join(part.text for part in parts) == texts[0]
+    if isinstance(prompt, str) and "[MASK]" in prompt:  # the whole text has its space
+        echoed = client.completions.create(**asked | {"echo": True, "stream": False})
+        assert echoed.choices[0].text == prompt.replace("[MASK]", texts[0])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"guided_json": AGE},
+        {"guided_json": json.dumps(AGE)},
+        {"guided_regex": '\\{"age": [0-9]{1,2}\\}', "repetition_penalty": 1.3},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": AGE}}},
+        {"response_format": {"type": "json_object"}, "logit_bias": {"5": 3}, "stop": ["}"]},
+    ],
+)
+def test_guided_json(client, fields):
+    asked = dict(model=NAME, prompt=PROMPT, max_tokens=60, seed=5, logprobs=1)
+    [choice] = client.completions.create(**asked, extra_body=fields).choices
+    assert "".join(choice.logprobs.tokens).startswith(choice.text)
+    if "stop" in fields:
+        assert choice.text.startswith("{")
+        return
+    assert choice.finish_reason == "stop"
+    assert 0 <= json.loads(choice.text)["age"] <= 99
+    short = client.completions.create(**asked | {"max_tokens": 2}, extra_body=fields).choices[0]
+    assert (short.finish_reason, choice.text.startswith(short.text)) == ("length", True)
+
+
+def test_guided_blanks_of_a_text(served):
+    asked = {
+        "text": "From [MASK] to [MASK]，去[MASK]。",
+        "guided_choice": CITIES,
+        "temperature": 1.0,
+    }
+    filled = post(served, "/v1/fill", json=asked | {"seed": 3}).json()
+    blanks = [blank["text"] for blank in filled["blanks"]]
+    assert set(blanks) <= set(CITIES)
+    assert filled["text"] == "From {} to {}，去{}。".format(*blanks)
+    free = {"text": "We [MASK]", "response_format": {"type": "text"}, "max_tokens": 2}
+    assert post(served, "/v1/fill", json=free).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
@@ -283,6 +342,22 @@ def test_num_beams_searches_by_beams(complete, model, served):
             {"extra_body": {"num_beams": 2}, "frequency_penalty": 1},
             None,
             "frequency_penalty=1.0 beside num_beams=2",
+        ),
+        (
+            {"extra_body": {"num_beams": 2, "guided_regex": "a"}},
+            None,
+            "guided_regex='a' beside num_",
+        ),
+        ({"extra_body": {"guided_regex": "a)"}}, None, "guided_regex: unopened group"),
+        ({"extra_body": {"guided_json": [1]}}, "guided_json", "should be an object; or"),
+        ({"extra_body": {"guided_json": {"type": "x"}}}, None, "guided_json: Invalid type: x"),
+        ({"extra_body": {"guided_choice": []}}, "guided_choice", "at least 1 item"),
+        ({"extra_body": {"guided_choice": [""]}}, "guided_choice", "at least 1 character"),
+        ({"extra_body": {"response_format": {"type": "xml"}}}, "response_format", "'text', 'json"),
+        (
+            {"extra_body": {"response_format": {"type": "json_schema"}}},
+            "response_format",
+            "needs it",
         ),
         ({"extra_body": {"unheard_of": 1}}, "unheard_of", "Extra inputs are not permitted"),
         ({"extra_body": {"temperature": "hot"}}, "temperature", "valid number"),
