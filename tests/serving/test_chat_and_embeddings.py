@@ -117,6 +117,15 @@ def test_a_chat_goes_on_with_its_answer(client):
     assert got.usage.prompt_tokens > 10
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_chats_answer_has_the_format_that_is_asked_for(client, is_streamed):
+    schema = {"enum": ["yes", "no", 7]}
+    asked = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    got = _chat(client, response_format=asked, seed=1, max_tokens=30, stream=is_streamed)
+    parts = [part.choices[0].delta for part in got] if is_streamed else [got.choices[0].message]
+    assert json.loads("".join(part.content or "" for part in parts)) in schema["enum"]
+
+
 def test_a_chat_without_max_tokens_goes_on_as_long_as_there_is_room(client, model):
     [choice] = (whole := _chat(client, seed=1, logit_bias={"77": 100})).choices
     assert choice.finish_reason == "length"
