@@ -26,8 +26,7 @@ from glm_jax.text_files import check_characters
 MODEL_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
 LINE_BREAK, TAB = "<n>", "<|tab|>"
-# Words that decoding turns into blanks, whichever pieces spell them.
-BLANK_WORDS = re.compile(r"<n>|<\|tab\|>|<\|blank_\d\d?\|>")
+BLANK_WORDS = re.compile(r"<n>|<\|tab\|>|<\|blank_\d\d?\|>")  # to decoding, however spelled
 _SPACE_MARK = "\u2581"
 _MAX_BLANKS = 80
 _MAX_ID = 2**31 - 1
@@ -84,8 +83,7 @@ class Piece(NamedTuple):
 
     Attributes:
       text: UTF-8, of a byte piece a part of a character.
-      is_spaced: whether its first character is sentencepiece's mark of a space, which decoding
-        leaves out at the very beginning of a text.
+      is_spaced: whether it begins with the mark of a space, which decoding leaves out at first.
     """
 
     text: bytes
@@ -188,8 +186,8 @@ class Tokenizer:
                 text = _restore_blanks(name.replace(_SPACE_MARK, " ")).encode()
             is_text = not (processor.IsControl(number) or processor.IsUnknown(number))
             if is_text and not processor.IsUnused(number):
-                is_spaced = name.startswith(_SPACE_MARK)
-                pieces[self._config.text_offset + number] = Piece(text, is_spaced)
+                piece = Piece(text, is_spaced=name.startswith(_SPACE_MARK))
+                pieces[self._config.text_offset + number] = piece
         return pieces
 
     def _encode_pieces(self, text: str) -> list[int]:
