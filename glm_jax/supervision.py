@@ -20,6 +20,14 @@ _ABORTING = re.compile(
     rb"^(?:E\d{4} \S+ +\d+ coordination_service|F\d{4} |terminate called|Fatal Python error)", re.M
 )
 _CAUSE = re.compile(rb"absl::Status: ([^\n]*)")
+# The processes of which it has heard nothing, a line each; or it does not reach process 0.
+_SILENT = re.compile(rb"stopped sending heartbeats\):\n((?:[^\s]*\d\n)+)")
+_NO_FIRST = re.compile(
+    rb"absl::Status: UNAVAILABLE: Failed to send RPC"
+    rb"|absl::Status: DEADLINE_EXCEEDED: [^\n]*\nRPC: \S*/Heartbeat"
+)
+# What a process says that ended while its runtime was aborting.
+_OWN_LINE = re.compile(rb"^error: [^\n]*\n\Z", re.M)
 _MAX_TAIL_BYTES = 1 << 16
 _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
@@ -58,8 +66,10 @@ def _supervise(name: str, child: int, reader: int) -> int:
     if status in (-signal.SIGTERM, -signal.SIGINT):
         return 128 - status
     if status != -signal.SIGABRT:
-        os.write(2, withheld)
-        passed_on += withheld
+        own = _OWN_LINE.search(withheld)
+        rest = withheld if own is None else own[0]
+        os.write(2, rest)
+        passed_on += rest
     last = passed_on.strip().splitlines()[-1:]
     if status and not (last and last[0].startswith(b"error:")):
         # A progress bar may have left a line without an end.
@@ -72,9 +82,19 @@ def _reason(name: str, status: int, withheld: bytes) -> str:
     how = f"stopped with status {status}"
     if status < 0:
         how = f"was ended by {signal.Signals(-status).name}"
+    cause = _cause(withheld)
+    return f"{name} {how}{cause and f' ({cause})'}; {ADVICE}"
+
+
+def _cause(withheld: bytes) -> str:
+    """Return why the runtime aborted, as far as it says so."""
+    if silent := _SILENT.search(withheld):
+        numbers = sorted({int(number) for number in re.findall(rb"(\d+)\n", silent[1])})
+        return f"no sign of life from process {', '.join(map(str, numbers))}"
+    if _NO_FIRST.search(withheld):
+        return "no sign of life from process 0"
     cause = _CAUSE.search(withheld)
-    detail = f" ({cause[1].decode(errors='replace')[:160]})" if cause else ""
-    return f"{name} {how}{detail}; {ADVICE}"
+    return cause[1].decode(errors="replace")[:160] if cause else ""
 
 
 def _pass_on(reader: int) -> tuple[bytes, bytes]:

@@ -7,15 +7,18 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
+import jax
 from absl import flags
+from jax.sharding import Mesh
 
-from glm_jax import cli
+from glm_jax import cli, processes
 from glm_jax.cli.packaged import packaged
-from glm_jax.engine.engine import Engine
+from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.errors import UserError
 from glm_jax.generation import grammars
-from glm_jax.sharding import parse_mesh
+from glm_jax.sharding import MeshError, parse_mesh
 from glm_jax.tokenizer import Tokenizer
 from launch.model_flags import (
     adapter_names,
@@ -31,7 +34,9 @@ try:
     from glm_jax.serving import events
     from glm_jax.serving.chat_template import ChatTemplate
     from glm_jax.serving.connections import DEFAULT_CONNECTIONS
+    from glm_jax.serving.follower import Follower
     from glm_jax.serving.keys import Keys
+    from glm_jax.serving.links import Followers, Leader, connect
     from glm_jax.serving.server import Serving, serve
     from glm_jax.serving.service import Limits
     from glm_jax.serving.worker import ServedModel
@@ -43,6 +48,7 @@ except ModuleNotFoundError as error:  # --help does without the extra
 FLAGS = flags.FLAGS
 define_model_flags(names_adapters=True)
 define_engine_flags()
+cli.define_process_flags()
 flags.mark_flag_as_required("checkpoint")
 flags.DEFINE_string("name", None, "name of the model that clients ask for; its folder's by default")
 flags.DEFINE_string("host", "127.0.0.1", "address to listen on; 0.0.0.0 for all of the machine's")
@@ -108,21 +114,67 @@ flags.DEFINE_bool(
 
 def load(tokenizer: Tokenizer) -> "ServedModel":
     """The model of the flags, behind an engine."""
-    mesh = None if FLAGS.mesh is None else parse_mesh(FLAGS.mesh)
+    mesh = _mesh()
     config, params = load_model(mesh)
     small = load_small_model(mesh, tokenizer)
-    settings = dataclasses.replace(
-        engine_settings(FLAGS.prefill_budget), compiles_guided=grammars.is_installed()
-    )
-    engine = Engine(params, config, settings, tokenizer.special_tokens, small)
+    engine = Engine(params, config, _engine_settings(), tokenizer.special_tokens, small)
     return ServedModel(engine, params, config, tokenizer)
+
+
+def _engine_settings() -> EngineSettings:
+    settings = engine_settings(FLAGS.prefill_budget)
+    return dataclasses.replace(settings, compiles_guided=grammars.is_installed())
+
+
+def _mesh() -> Mesh | None:
+    """The mesh of the flags, of devices of all processes.
+
+    Raises:
+      MeshError: there is no such mesh, or a process has no device in it.
+    """
+    if FLAGS.mesh is not None:
+        mesh = parse_mesh(FLAGS.mesh)
+        lost = set(range(jax.process_count())) - {d.process_index for d in mesh.devices.flat}
+        if not lost:
+            return mesh
+    elif jax.process_count() == 1:
+        return None
+    raise MeshError(
+        f"--mesh={FLAGS.mesh}: {jax.process_count()} processes serve one model on devices of all "
+        f"of them, of which there are {jax.device_count()}: such as --mesh=1,1,{jax.device_count()}"
+    )
 
 
 def main() -> None:
     if _missing is not None:
         raise UserError(f"{_missing} is missing: pip install 'glm_jax[serve]'")
-    count = FLAGS.max_connections or DEFAULT_CONNECTIONS.count
+    index, count = cli.join_processes(saves_at_sigterm=False)
     events.show()
+    if count == 1:
+        _serve()
+        return
+    coordinator, *_ = processes.resolve(FLAGS.coordinator, count, index)
+    assert coordinator is not None
+    link = connect(coordinator, index, count, _shared_settings())
+    if isinstance(link, Leader):
+        Follower(lambda: load(load_tokenizer()), link).run()
+        return
+    try:
+        _serve(link)
+    except BaseException as error:
+        link.end(error)
+        raise
+
+
+def _shared_settings() -> dict[str, Any]:
+    """Flags that are the same in all processes of a model."""
+    names = [flag.name for flag in FLAGS.flags_by_module_dict()["launch.model_flags"]]
+    values = {name: FLAGS[name].value for name in names}
+    return values | dataclasses.asdict(_engine_settings())
+
+
+def _serve(followers: "Followers | None" = None) -> None:
+    count = FLAGS.max_connections or DEFAULT_CONNECTIONS.count
     tokenizer = load_tokenizer()  # before anyone is answered
     template = FLAGS.chat_template
     serve(
@@ -144,6 +196,7 @@ def main() -> None:
             logs_requests=FLAGS.log_requests,
             chat_template=None if template is None else ChatTemplate.read(packaged(template)),
         ),
+        followers,
     )
 
 

@@ -103,6 +103,14 @@ def start_joined(command, count, devices=8, heartbeat=10):
     ]
 
 
+def ready(url):
+    """The status of a server's /ready, or None where no one listens."""
+    try:
+        return httpx2.get(url + "/ready", timeout=60).status_code
+    except httpx2.TransportError:
+        return None
+
+
 def losses(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["loss"] for line in lines}

@@ -225,8 +225,12 @@ def define_process_flags() -> None:
     )
 
 
-def join_processes(may_be_apart: bool = False) -> tuple[int, int]:
+def join_processes(may_be_apart: bool = False, saves_at_sigterm: bool = True) -> tuple[int, int]:
     """Join the processes of the flags, or of the scheduler's environment, as a supervised child.
+
+    Args:
+      may_be_apart: see `processes.resolve`; such processes have saved each answer.
+      saves_at_sigterm: see `processes.join`.
 
     Returns:
       This process's index and the number of processes; see `processes.resolve`.
@@ -237,7 +241,6 @@ def join_processes(may_be_apart: bool = False) -> tuple[int, int]:
     )
     if coordinator is not None:
         supervision.go_on_supervised(f"process {index} of {count}")
-        # Independent processes have saved each answer; others save their state at SIGTERM.
-        saves = not may_be_apart
+        saves = saves_at_sigterm and not may_be_apart
         processes.join(coordinator, index, count, chosen.heartbeat_seconds, saves)
     return index, count

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.engine.beam_search import BeamSearch, Hypothesis, beam_steps
@@ -12,7 +12,7 @@ from glm_jax.engine.guide import Guide
 from glm_jax.engine.prompt import Prompt, PromptError, bucket, resolve
 from glm_jax.engine.request import Completion, Request, Token, completion
 from glm_jax.engine.sampling import Sampling
-from glm_jax.engine.stepwise import Steps
+from glm_jax.engine.stepwise import Steps, replayable
 from glm_jax.generation.blank_spaces import are_spaced
 from glm_jax.generation.driver import Answer, drive
 from glm_jax.generation.grammars import Grammar
@@ -319,6 +319,9 @@ class TokenStream:
     def __init__(self, on_tokens: OnTokens | None):
         self._on_tokens, self._count = on_tokens, 0
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenStream, (None,)  # who listens is in this process alone
+
     def show(self, partly: PartlyFilled, answer: Sequence[int]) -> None:
         if self._on_tokens is None:
             return
@@ -349,6 +352,7 @@ class TokenStream:
             self._on_tokens([tokens[i] for i in run], is_blank)
 
 
+@replayable
 def filling_by_beams(
     params: GLMParams,
     config: GLMConfig,

@@ -69,6 +69,7 @@ class Vocabulary:
             raise GrammarError(f"a {type(tokenizer).__name__} has no pieces: use a Tokenizer")
         import llguidance
 
+        self._tokenizer = tokenizer
         pieces = tokenizer.pieces()
         self.space = max(pieces) + 1
         texts = [b""] * (self.space + 1)
@@ -86,6 +87,9 @@ class Vocabulary:
         self._closing = [t for t, piece in pieces.items() if b">" in piece.text]
         wrapper = llguidance.TokenizerWrapper(_Wrapped(texts))
         self.tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=len(texts))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return vocabulary_of, (self._tokenizer,)  # the library's part cannot be pickled
 
     def _bits(self, tokens: Any) -> Mask:
         flags = np.zeros(self.words * 32, np.uint8)
@@ -148,6 +152,9 @@ class Grammar:
     _prepared: collections.deque[Any] = dataclasses.field(
         default_factory=lambda: collections.deque(maxlen=_MAX_PREPARED), repr=False, compare=False
     )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Grammar, (self.vocabulary, self.source, self.is_spaced)
 
     def prepare(self, answers: int) -> None:
         """Make what so many answers begin with, which takes up to half a second for a large schema,

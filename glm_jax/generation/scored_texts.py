@@ -14,7 +14,7 @@ from glm_jax.config import SpecialTokens
 from glm_jax.engine.prompt import Prompt, PromptError
 from glm_jax.engine.scoring import Score
 from glm_jax.engine.scoring_batch import ScoredSequence
-from glm_jax.engine.stepwise import Steps
+from glm_jax.engine.stepwise import Steps, replayable
 from glm_jax.generation.blank_filling import PartlyFilled, TextCodec
 from glm_jax.generation.shared_scoring import SharedScorer
 from glm_jax.tokenizer import MASK_WORDS
@@ -220,6 +220,7 @@ def _choice_tokens(
     return rest if is_behind else tokenizer.encode(choice, ())
 
 
+@replayable
 def _scoring(
     scorer: SharedScorer[Score],
     sequences: Sequence[ScoredSequence],

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 from glm_jax.engine.scoring import ScoringError
 from glm_jax.engine.scoring_batch import ScoredSequence
 from glm_jax.engine.sequence_batches import Numbered, SequenceBatches
-from glm_jax.engine.stepwise import Steps
+from glm_jax.engine.stepwise import Steps, replayable
 from glm_jax.generation.driver import Search
 
 _Result = TypeVar("_Result")
@@ -36,6 +36,7 @@ class SharedScorer(Generic[_Score]):
         self._scorer, self._batch_tokens = scorer, batch_tokens
         self._waiting: list[_Waiting[_Score]] = []
 
+    @replayable
     def steps(self, sequences: Sequence[ScoredSequence]) -> Steps[list[_Score]]:
         """Score sequences and return their scores in order; see `SequenceBatches.steps`.
 

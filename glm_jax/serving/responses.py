@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Hashable
@@ -38,9 +39,11 @@ async def answer(request: Request, run: Run, is_stream: bool) -> Response:
 
 
 def _client(request: Request, service: Service) -> Hashable:
-    """Return what identifies the client: its key, or its address where no keys are required."""
+    """Return what identifies the client: a digest of its key, or its address where no keys are
+    required."""
     if service.keys is not None:
-        return request.headers.get("authorization", "").partition(" ")[2].strip()
+        key = request.headers.get("authorization", "").partition(" ")[2].strip()
+        return hashlib.sha256(key.encode()).digest()
     return None if request.client is None else request.client.host
 
 

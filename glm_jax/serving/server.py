@@ -26,6 +26,7 @@ from glm_jax.serving.connections import (
 )
 from glm_jax.serving.guards import Hosts, check_proxies
 from glm_jax.serving.keys import Keys
+from glm_jax.serving.links import Followers
 from glm_jax.serving.metrics import Metrics
 from glm_jax.serving.service import DEFAULT_LIMITS, Limits, Service
 from glm_jax.serving.worker import ServedModel, Worker
@@ -94,16 +95,29 @@ class Server:
       is_interrupted: whether Ctrl-C ended it.
     """
 
-    def __init__(self, load: Callable[[], ServedModel], serving: Serving):
+    def __init__(
+        self,
+        load: Callable[[], ServedModel],
+        serving: Serving,
+        followers: Followers | None = None,
+    ):
         """
         Args:
           load: loads the model; called in a thread.
+          followers: processes that run the model together with this one.
         """
         metrics = Metrics()
         self.is_interrupted = False
+        self._was_told = False  # to drain, by whoever looks after this process
+        self._followers = followers
         self._failed = asyncio.Event()
         worker = Worker(
-            load, serving.max_waiting, metrics, self._failed.set, serving.max_waiting_tokens
+            load,
+            serving.max_waiting,
+            metrics,
+            self._failed.set,
+            serving.max_waiting_tokens,
+            followers,
         )
         self.service = Service(
             worker,
@@ -144,12 +158,16 @@ class Server:
 
     def drain(self) -> None:
         """Refuse new requests and end after the running ones; a second call ends at once."""
-        worker = self.service.worker
-        if worker.is_draining:
+        if self._was_told:
             self._uvicorn.force_exit = True
             for connection in list(self.connections):
                 connection.end()
-        else:
+        self._was_told = True
+        self._begin_draining()
+
+    def _begin_draining(self) -> None:
+        worker = self.service.worker
+        if not worker.is_draining:
             events.log.info("draining: %d requests are running", worker.open_sessions)
         self._uvicorn.should_exit = True
         worker.is_draining = True
@@ -171,6 +189,8 @@ class Server:
         """
         worker = self.service.worker
         worker.start()
+        if self._followers is not None:
+            self._watch(self._followers)
         watching = asyncio.create_task(self._drain_when_failed())
         await self._uvicorn.serve([listening])
         watching.cancel()
@@ -181,12 +201,30 @@ class Server:
         await worker.stop(is_waiting=not self._uvicorn.force_exit)
         events.log.info("ended")
 
+    def _watch(self, followers: Followers) -> None:
+        """Drain when a follower was asked to end, and end when one is gone."""
+        loop, worker = asyncio.get_running_loop(), self.service.worker
+
+        def look() -> None:
+            if followers.is_asked:
+                self._begin_draining()  # all may be asked at once: this is not a second signal
+            if followers.failure is not None:
+                worker.fail(followers.failure)
+
+        def on_change() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(look)
+
+        followers.watch(on_change)
+
     async def _drain_when_failed(self) -> None:
         await self._failed.wait()
         self.drain()
 
 
-def serve(load: Callable[[], ServedModel], serving: Serving) -> None:
+def serve(
+    load: Callable[[], ServedModel], serving: Serving, followers: Followers | None = None
+) -> None:
     """Serve until SIGTERM or SIGINT, then answer the running requests and end. A second signal
     ends the server at once.
 
@@ -194,6 +232,7 @@ def serve(load: Callable[[], ServedModel], serving: Serving) -> None:
 
     Args:
       load: loads the model; called in a thread.
+      followers: processes that run the model together with this one, and end with it.
 
     Raises:
       ServerError: the server cannot listen on the address.
@@ -209,20 +248,26 @@ def serve(load: Callable[[], ServedModel], serving: Serving) -> None:
     connections = dataclasses.replace(serving.connections, count=count)
     serving = dataclasses.replace(serving, connections=connections)
     with bound_socket(serving.host, serving.port) as listening:
-        server = uvloop.run(_serve(load, serving, listening))
+        server = uvloop.run(_serve(load, serving, listening, followers))
+    is_alive = server.service.worker.is_alive
+    if followers is not None:
+        followers.end(at_once=is_alive)
     if server.is_interrupted:
         raise KeyboardInterrupt
-    if server.service.worker.is_alive:
-        # A normal exit would abort, as the thread may be compiling.
+    if is_alive or followers is not None:
+        # A normal exit would abort, as the thread may be compiling, or wait for followers.
         sys.stdout.flush()
         os._exit(0)
 
 
 async def _serve(
-    load: Callable[[], ServedModel], serving: Serving, listening: socket.socket
+    load: Callable[[], ServedModel],
+    serving: Serving,
+    listening: socket.socket,
+    followers: Followers | None,
 ) -> Server:
     """Serve, and return the server when it has ended."""
-    server = Server(load, serving)
+    server = Server(load, serving, followers)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, server.drain)
     loop.add_signal_handler(signal.SIGINT, server.interrupt)

@@ -2,18 +2,17 @@
 
 The event loop hands answers to the thread, which queues them before its next turn, and gets the
 news of each turn in one call. Until an answer has ended, or is cancelled, it is the thread's.
+Where other processes run the model too, the thread has them do what it does.
 """
 
 import asyncio
 import contextlib
 import dataclasses
 import functools
-import gc
+import itertools
 import queue
 import threading
-import time
-from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Hashable
 
 from glm_jax.config import GLMConfig
 from glm_jax.engine.embedding import Embedder, Embedding
@@ -24,10 +23,9 @@ from glm_jax.engine.scoring import Score, Scorer
 from glm_jax.engine.slots import MAX_TOP_LOGPROBS
 from glm_jax.errors import UserError
 from glm_jax.generation.blank_filling import TextCodec
-from glm_jax.generation.driver import Answer, Driver
+from glm_jax.generation.driver import Answer
 from glm_jax.generation.shared_scoring import SharedScorer
 from glm_jax.model.params import GLMParams
-from glm_jax.serving import events
 from glm_jax.serving.errors import (
     BrokenError,
     BusyError,
@@ -35,10 +33,20 @@ from glm_jax.serving.errors import (
     TooSlowError,
     UnavailableError,
 )
+from glm_jax.serving.links import Followers
 from glm_jax.serving.metrics import Metrics
+from glm_jax.serving.replay import (
+    Begin,
+    Cancel,
+    Command,
+    CommandedDriver,
+    News,
+    Orders,
+    encode,
+    load_ready,
+)
 
 SCORED_TOKENS = 512  # of a batch, unless one text is longer
-_News = Sequence[tuple[Answer, Token | None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +91,8 @@ class Session:
         answer_tokens: float,
     ):
         self.model = model
-        self.turn: Turn = (client, self)
         self.answer_tokens = answer_tokens
+        self.turn: Turn = (client, worker.next_number())
         self._worker = worker
         self._deadline = asyncio.get_running_loop().time() + seconds
         self._seconds = seconds
@@ -164,6 +172,7 @@ class Worker:
         metrics: Metrics,
         on_failure: Callable[[], None],
         max_waiting_tokens: int | None = None,
+        followers: Followers | None = None,
     ):
         """
         Args:
@@ -172,18 +181,21 @@ class Worker:
           on_failure: called on the event loop when the thread has failed.
           max_waiting_tokens: that answers without a first token may come to, with their prompts;
             None for any number.
+          followers: processes that run the model together with this one.
         """
         self.model: ServedModel | None = None
         self.failure: Exception | None = None
         self.is_draining = False
         self._load, self._max_waiting, self._metrics = load, max_waiting, metrics
-        self._on_failure, self._max_waiting_tokens = on_failure, max_waiting_tokens
-        self._inbox: queue.SimpleQueue[Callable[[Driver[Answer]], object] | None]
-        self._inbox = queue.SimpleQueue()
+        self._on_failure, self._followers = on_failure, followers
+        self._max_waiting_tokens = max_waiting_tokens
+        # Commands, and what followers get of each.
+        self._inbox: queue.SimpleQueue[tuple[Command, bytes] | None] = queue.SimpleQueue()
         self._sessions: set[Session] = set()
-        self._unfinished: dict[Answer, tuple[Session, int]] = {}  # with the session's key
+        self._numbers = itertools.count()
+        # With the session's key, and the number that commands name.
+        self._unfinished: dict[Answer, tuple[Session, int, int]] = {}
         self._waiting: dict[Answer, float] = {}  # tokens of those without a first token
-        self._compiler = ThreadPoolExecutor(1, "compiler")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -260,7 +272,7 @@ class Worker:
         """
         model = self.ready_model()
         # A client that fills the queue must not shut the others out.
-        is_new = all(session.turn[0] != client for session, _ in self._unfinished.values())
+        is_new = all(session.turn[0] != client for session, *_ in self._unfinished.values())
         room = self.max_answers + (model.engine.slots if is_new else 0)
         if self.running + answers > room:
             raise BusyError(
@@ -290,32 +302,43 @@ class Worker:
                 "ask again later"
             )
 
+    def next_number(self) -> int:
+        """Return a number that no other answer and no other session has."""
+        return next(self._numbers)
+
     def discard(self, session: Session) -> None:
         """Remove a closed session."""
         self._sessions.discard(session)
 
     def submit(self, session: Session, key: int, answer: Answer) -> None:
         """Have the thread begin an answer before its next turn."""
-        self._unfinished[answer] = session, key
+        number = self.next_number()
+        self._command(Begin(number, answer, session.turn))
+        self._unfinished[answer] = session, key, number
         self._waiting[answer] = session.answer_tokens
-
-        def begin(driver: Driver[Answer]) -> None:
-            if not driver.submit(answer, session.turn):
-                self._call(functools.partial(self._deliver, [(answer, None)]))
-
-        self._inbox.put(begin)
 
     def cancel(self, answer: Answer) -> None:
         """Have the thread end an answer before its next turn, if it is unfinished."""
         self._waiting.pop(answer, None)
-        if self._unfinished.pop(answer, None) is not None:
-            self._inbox.put(lambda driver: driver.cancel(answer))
+        if (unfinished := self._unfinished.pop(answer, None)) is not None:
+            self._command(Cancel(unfinished[2]))
 
-    def _deliver(self, news: _News) -> None:
+    def _command(self, command: Command) -> None:
+        """Have the thread, and followers, carry out a command before the next turn."""
+        encoded = b"" if self._followers is None else encode(command, self.model)
+        self._inbox.put((command, encoded))
+
+    def fail(self, error: Exception) -> None:
+        """End by an error, unless there is one already: whoever waits for an answer gets it."""
+        if self.failure is None:
+            self.failure = error
+            self._break()
+
+    def _deliver(self, news: News) -> None:
         for answer, token in news:
             if answer not in self._unfinished:  # cancelled
                 continue
-            session, key = self._unfinished[answer]
+            session, key, _ = self._unfinished[answer]
             self._waiting.pop(answer, None)
             if token is None:
                 del self._unfinished[answer]
@@ -330,43 +353,48 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            events.log.info("loading the model")
-            began = time.perf_counter()
-            model = self._load()
-            loaded = time.perf_counter()
-            events.log.info("loaded in %.0f s; compiling", loaded - began)
-            model.engine.warm_up()
-            gc.collect()
-            gc.freeze()  # objects that live forever need no further collection passes
-            self.model = model
-            events.log.info("ready: compiled in %.0f s", time.perf_counter() - loaded)
-            driver: Driver[Answer] = Driver(model.engine, self._compile_ahead)
+            is_alone = self._followers is None
+            wait = (lambda: None) if self._followers is None else self._followers.wait_ready
+            self.model = model = load_ready(self._load, wait)
+            driver = CommandedDriver(model.engine, is_alone, self._command)
             while self._take_commands(driver):
-                if news := driver.turn():
-                    self._call(functools.partial(self._deliver, news))
+                news = driver.turn()
+                self._publish(news)
                 self._metrics.count_tokens(sum(token is not None for _, token in news))
         except Exception as error:
-            self.failure = error
-            self._call(self._break)
+            cause = error if self._followers is None else self._followers.cause(error)
+            self._call(functools.partial(self.fail, cause))
 
-    def _take_commands(self, driver: Driver[Answer]) -> bool:
+    def _take_commands(self, driver: CommandedDriver) -> bool:
         """Run the queued commands, and wait for one while idle; False when the thread is to end."""
+        assert self.model is not None
+        encoded: list[bytes] = []
         while True:
-            assert self.model is not None
-            self._metrics.observe_load(self.model.engine, driver.searches)
+            self._metrics.observe_load(self.model.engine, driver.driver.searches)
+            is_idle = driver.driver.is_idle
+            if is_idle:
+                self._order(driver, encoded)
             try:
-                command = self._inbox.get(block=driver.is_idle)
+                taken = self._inbox.get(block=is_idle)
             except queue.Empty:
+                self._order(driver, encoded, takes_turn=True)
                 return True
-            if command is None:
+            if taken is None:
                 return False
-            command(driver)
+            encoded.append(taken[1])
+            self._publish(driver.do(taken[0]))
 
-    def _compile_ahead(self, program: Callable[[], object]) -> Future[object]:
-        compiling = self._compiler.submit(program)
-        # Wakes the thread if it waits for a command.
-        compiling.add_done_callback(lambda _: self._inbox.put(lambda _: None))
-        return compiling
+    def _order(
+        self, driver: CommandedDriver, encoded: list[bytes], takes_turn: bool = False
+    ) -> None:
+        """Have followers do what this thread did, and is about to do."""
+        if self._followers is not None and (encoded or takes_turn):
+            self._followers.send(Orders(tuple(encoded), takes_turn, driver.checksum))
+        encoded.clear()
+
+    def _publish(self, news: News) -> None:
+        if news:
+            self._call(functools.partial(self._deliver, news))
 
     def _call(self, function: Callable[[], None]) -> None:
         """Have the event loop call a function."""

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -11,7 +12,7 @@ import yaml
 from running import slurm_variables
 
 ROOT = Path(__file__).parent.parent.parent
-JOBS = ("train", "evaluate", "decode", "convert")
+JOBS = ("train", "evaluate", "decode", "convert", "serve")
 # Of jobset.x-k8s.io/v1alpha2; a job's template is held against Kubernetes' own schema.
 JOBSET = {
     "type": "object",
@@ -75,6 +76,38 @@ def test_kubernetes_would_take_it(job):
         is_together = "failurePolicy" in jobset["spec"]
         expected = ("Never", 0) if is_together else ("OnFailure", 100)
         assert (spec["template"]["spec"]["restartPolicy"], spec["backoffLimit"]) == expected
+
+
+def test_a_service_leads_to_the_pod_that_listens():
+    """By the labels that the two controllers give it, under a name that the server takes."""
+    file = ROOT / "launch/kubernetes/serve_service.yaml"
+    service = yaml.safe_load(file.read_text(encoding="utf-8"))
+    kubernetes_validate.validate(service, "1.34", strict=True)
+    jobset = _jobset("serve")
+    assert service["spec"]["selector"] == {
+        "jobset.sigs.k8s.io/jobset-name": jobset["metadata"]["name"],
+        "batch.kubernetes.io/job-completion-index": "0",
+    }
+    [workers] = jobset["spec"]["replicatedJobs"]
+    spec = workers["template"]["spec"]["template"]["spec"]
+    [container] = spec["containers"]
+    [port] = service["spec"]["ports"]
+    assert container["ports"] == [{"containerPort": port["port"]}]
+    given = dict(argument.removeprefix("--").split("=", 1) for argument in container["args"])
+    assert given["port"] == str(port["port"])
+    assert given["allowed_host"] == service["metadata"]["name"]
+    assert spec["terminationGracePeriodSeconds"] > int(given["drain_seconds"])
+
+
+@pytest.mark.parametrize(("index", "status"), [("0", 1), ("1", 0)])
+def test_only_the_pod_that_listens_is_asked_whether_it_is_ready(index, status):
+    [workers] = _jobset("serve")["spec"]["replicatedJobs"]
+    [container] = workers["template"]["spec"]["template"]["spec"]["containers"]
+    *shell, script = container["readinessProbe"]["exec"]["command"]
+    script = script.replace("python", sys.executable).replace(":8000", ":1")  # where no one is
+    variables = {"JOB_COMPLETION_INDEX": index}
+    done = subprocess.run([*shell, script], env=variables, capture_output=True, check=False)
+    assert done.returncode == status, done.stderr
 
 
 def test_the_check_finds_what_is_wrong():
@@ -148,7 +181,7 @@ def test_the_training_script_starts_either_job(tmp_path, job):
     assert done.stdout == expected
 
 
-@pytest.mark.parametrize("job", ["train", "evaluate", "decode"])
+@pytest.mark.parametrize("job", ["train", "evaluate", "decode", "serve"])
 def test_of_many_nodes_the_first_coordinates(tmp_path, job):
     """More names than a pipe holds: none is read but the first."""
     variables = slurm_variables(tmp_path, 'echo "$GLM_JAX_COORDINATOR"')

@@ -64,13 +64,13 @@ class Served:
       loop: its event loop.
     """
 
-    def __init__(self, load, send_buffer=None, **serving):
+    def __init__(self, load, send_buffer=None, followers=None, **serving):
         self._listening = bound_socket("127.0.0.1", 0)
         if send_buffer is not None:
             self._listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
         self.error = None
-        self._load, self._serving = load, Serving(NAME, **serving)
+        self._arguments = load, Serving(NAME, **serving), followers
         self._is_there = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
         self._thread.start()
@@ -78,7 +78,7 @@ class Served:
         self.service = self.server.service
 
     async def _run(self):
-        self.server = Server(self._load, self._serving)
+        self.server = Server(*self._arguments)
         self.loop = asyncio.get_running_loop()
         self._is_there.set()
         try:

@@ -2,10 +2,21 @@
 
 import json
 import sys
+import time
 
+import httpx2
+import psutil
 import pytest
 from evaluation_folder import write_evaluation
-from running import Started, assert_trains_as_one_process, environment, in_kubernetes, in_slurm
+from running import (
+    Started,
+    assert_trains_as_one_process,
+    environment,
+    free_port,
+    in_kubernetes,
+    in_slurm,
+    ready,
+)
 
 from convert.model_readers import open_model
 from convert.verify import compare
@@ -50,6 +61,28 @@ def test_two_processes_decode_and_evaluate(folder, corpus, tmp_path, start):
         process.finish()
     tasks = json.loads((results / "results.json").read_text())["tasks"]
     assert {task["examples"] for task in tasks.values()} == {2 * EXAMPLES}
+
+
+@schedulers
+def test_two_processes_serve(folder, tmp_path, start):
+    """All are told to end at once, as a scheduler does it."""
+    port = free_port()
+    given = [f"--checkpoint={folder}/model", "--mesh=1,1,2", "--name=tiny", "--host=127.0.0.1"]
+    given += [f"--port={port}", "--slots=2", "--max_length=32", "--prefill_width=32"]
+    started = start(tmp_path, "serve", given, 1)
+    url = f"http://127.0.0.1:{port}"
+    while (status := ready(url)) != 200:
+        assert all(process.is_running() for process in started), status
+        time.sleep(0.2)
+    asked = {"model": "tiny", "prompt": "The capital of", "max_tokens": 5}
+    answer = httpx2.post(f"{url}/v1/completions", json=asked, timeout=60).json()
+    assert answer["usage"]["completion_tokens"]
+    below = psutil.Process().children(recursive=True)
+    tasks = {x.pid: x for x in below if x.cmdline()[:3] == [sys.executable, "-m", "launch.serve"]}
+    for task in tasks.values():
+        if task.ppid() not in tasks:
+            task.terminate()
+    assert "error" not in "".join(process.finish() for process in started)
 
 
 @schedulers
