@@ -33,13 +33,7 @@ from glm_jax.engine.engine_settings import EngineSettings
 from glm_jax.engine.fair_queue import ALONE, Turn
 from glm_jax.engine.generation_settings import SETTINGS
 from glm_jax.engine.guidance import Guidance
-from glm_jax.engine.page_pool import (
-    PageAllocation,
-    cache_pages,
-    page_count,
-    page_table,
-    table_size,
-)
+from glm_jax.engine.page_pool import PageAllocation, cache_pages, page_count, page_table, table_size
 from glm_jax.engine.prefill_batch import (
     PrefillBatch,
     make_prefill_batch,
@@ -110,12 +104,7 @@ class Engine:
             raise PromptError("this model's special tokens are not known: pass special_tokens")
         check_end_tokens(dataclasses.astuple(special), config)
         self.special: SpecialTokens = special
-        self.max_length = settings.max_length or config.max_sequence_length
-        if self.max_length > config.max_sequence_length:
-            raise PromptError(
-                f"max_length={self.max_length} is past the model's {config.max_sequence_length} "
-                "positions"
-            )
+        self.max_length = settings.longest(config)
         self._config, self._settings, self._mesh = config, settings, mesh_of(params)
         self._params = prepare(params)
         self._adapter_count = adapter_count(params)
@@ -127,17 +116,13 @@ class Engine:
         self._request_count = 0
         self._prefill: Prefill | None = None
         self._unchecked: list[PageAllocation] = []  # pages whose contents no step has looked at
-        self._speculation = Speculation(
-            settings.speculate, self._mesh, self._draft_model(small_model)
-        )
+        count, draft_model = settings.speculate, None
+        if small_model is not None and count:
+            small_model.check(config, self.max_length)
+            slots = self._slot_count
+            draft_model = DraftModel(small_model, special.sop, slots, self.max_length, count)
+        self._speculation = Speculation(count, self._mesh, draft_model)
         self._guidance = Guidance(config.vocab_size)
-
-    def _draft_model(self, small: SmallModel | None) -> DraftModel | None:
-        count = self._settings.speculate
-        if small is None or not count:
-            return None
-        small.check(self._config, self.max_length)
-        return DraftModel(small, self.special.sop, self._slot_count, self.max_length, count)
 
     def _widths_of_steps(self) -> list[int]:
         """Slots that a step may run: only a CPU saves by rows what more programs cost."""
@@ -147,9 +132,10 @@ class Engine:
         return [*(1 << i for i in halves), self._slot_count]
 
     def _make_state(self) -> None:
-        size, longest = self._settings.page_size, self.max_length
+        settings, longest = self._settings, self.max_length
+        size = settings.page_size
         typical = page_count(min(longest, _TYPICAL_LENGTH), size) * size
-        tokens = self._settings.cache_tokens or self._slot_count * typical
+        tokens = settings.cache_tokens or self._slot_count * typical
         pages = cache_pages(tokens, longest, self._shards, size)
         self._scheduler = Scheduler(
             SchedulerLimits(
@@ -158,11 +144,9 @@ class Engine:
                 pages=pages,
                 page_size=size,
                 max_length=longest,
-                prefill_width=self._settings.prefill_width,
-                step_tokens=1 + self._settings.speculate,
-                prefill_steps=functools.partial(
-                    self._settings.prefill_steps, self._config.num_layers
-                ),
+                prefill_width=settings.prefill_width,
+                step_tokens=1 + settings.speculate,
+                prefill_steps=functools.partial(settings.prefill_steps, self._config.num_layers),
             )
         )
         self._pages_a_layer = 0 if self._is_unrolled else pages
@@ -245,7 +229,8 @@ class Engine:
             if running.admitted.request_id == request_id:
                 with on_mesh(self._mesh):
                     self._slots = release(self._slots, np.int32(slot))
-                self._leave(slot)
+                self._scheduler.leave(slot)
+                self._guidance.end(slot)
 
     def step(self) -> list[Token]:
         """Prefills what may enter, then gives every running request a token, or several."""
@@ -312,17 +297,14 @@ class Engine:
         if token.finish_reason is None:
             running.answer.append(token.token)
         else:
-            self._leave(slot)
+            self._scheduler.leave(slot)
+            self._guidance.end(slot)
         return token
-
-    def _leave(self, slot: int) -> None:
-        self._scheduler.leave(slot)
-        self._guidance.end(slot)
 
     def _prefill_some(self) -> None:
         """Runs batches through layers, as many as the budget allows."""
         layers = self._config.num_layers
-        budget = math.inf
+        budget: float = math.inf
         if self._scheduler.running and self._settings.prefill_budget is not None:
             budget = self._settings.prefill_budget * layers
         while budget > 0 and (self._prefill is not None or self._begin_prefill()):
@@ -330,8 +312,9 @@ class Engine:
             assert prefill is not None
             width = prefill.batch.tokens.shape[1]
             remaining = layers - prefill.layers_done
-            affordable = remaining if budget == math.inf else max(1, int(budget) // width)
-            count = min(remaining, affordable)
+            count = (
+                remaining if budget == math.inf else min(remaining, max(1, int(budget) // width))
+            )
             self._run_layers(prefill, count)
             budget -= count * width
             if prefill.layers_done == layers:
@@ -350,10 +333,9 @@ class Engine:
 
     def _copy_pages(self, followers: Sequence[Admitted]) -> None:
         for copies in page_copies(followers, self._shards):
-            self._run_copies(copies)
+            self._run_copies(*copies.T)
 
-    def _run_copies(self, copies: np.ndarray) -> None:
-        sources, targets = copies.T
+    def _run_copies(self, sources: np.ndarray, targets: np.ndarray) -> None:
         self._cache = step_functions.copy_pages(self._cache, sources, targets, self._pages_a_layer)
 
     def _batch(self, admitted: Sequence[Admitted], width: int = 0) -> PrefillBatch:
@@ -382,11 +364,11 @@ class Engine:
     def _enter_all(self, prefill: Prefill) -> None:
         """Puts the requests of a prefilled batch into their slots."""
         self._copy_pages(prefill.admission.followers)
-        for admitted in prefill.admitted:
-            if admitted.request_id in prefill.cancelled:
-                self._unchecked.append(self._scheduler.give_up(admitted))
+        for one in prefill.admitted:
+            if one.request_id not in prefill.cancelled:
+                self._enter(one)
             else:
-                self._enter(admitted)
+                self._unchecked.append(self._scheduler.give_up(one))
 
     def _enter(self, admitted: Admitted) -> None:
         request, special = admitted.request, self.special
@@ -401,7 +383,6 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles all programs that requests of any kind will need."""
         longest = max(self._settings.prefill_width, self.max_length)
-        is_guided = self._settings.compiles_guided
         with on_mesh(self._mesh):
             for width in prefill_widths(longest):
                 prefill = Prefill(Admission([], [], []), self._batch([], width))
@@ -409,10 +390,11 @@ class Engine:
             self._slots = admit(self._slots, np.int32(0), self._empty)
             self._slots = set_table(self._slots, np.int32(0), self._empty.table)
             self._slots = release(self._slots, np.int32(0))
-            self._run_copies(no_copies(self._shards))
+            self._run_copies(*no_copies(self._shards).T)
             for width in self._step_widths:
                 self._run_step(range(width))
-                for drafts in self._speculation.shapes(width) if is_guided else ():
+                guided = self._speculation.shapes(width) if self._settings.compiles_guided else ()
+                for drafts in guided:
                     masks = functools.partial(self._guidance.masks, range(width), drafts)
                     self._run_step(range(width), drafts, masks)
             idle = lambda rows, drafts: self._run_idle_step(range(rows), drafts)

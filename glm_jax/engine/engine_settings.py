@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from glm_jax.config import GLMConfig
 from glm_jax.engine.page_pool import PAGE_SIZE
 from glm_jax.engine.prompt import PromptError
 
@@ -32,6 +33,19 @@ class EngineSettings:
     prefill_budget: int | None = None
     speculate: int = 0
     compiles_guided: bool = False
+
+    def longest(self, config: GLMConfig) -> int:
+        """Tokens of a request at most.
+
+        Raises:
+          PromptError: more than the model has positions.
+        """
+        longest = self.max_length or config.max_sequence_length
+        if longest > config.max_sequence_length:
+            raise PromptError(
+                f"max_length={longest} is past the model's {config.max_sequence_length} positions"
+            )
+        return longest
 
     def prefill_steps(self, num_layers: int, width: int) -> int:
         """Steps before which a prefill batch of this width runs through its layers, at most."""

@@ -15,8 +15,9 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from glm_jax.config import GLMConfig
+from glm_jax.engine.choosing import choose, choose_checked
 from glm_jax.engine.prefill_batch import PrefillBatch
-from glm_jax.engine.slots import Emitted, Slots, choose, choose_checked, put_back
+from glm_jax.engine.slots import Emitted, Slots, put_back
 from glm_jax.model import glm, paged_cache
 from glm_jax.model.layer_stacks import as_layers
 from glm_jax.model.layers import rotary_factors

@@ -6,17 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from glm_jax.config import GLMConfig, SpecialTokens
-from glm_jax.engine.beam_search import BeamSearch, Hypothesis, beam_steps
 from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.engine.guide import Guide
-from glm_jax.engine.prompt import Prompt, PromptError, bucket, resolve
+from glm_jax.engine.prompt import Prompt, PromptError, bucket
 from glm_jax.engine.request import Completion, Request, Token, completion
 from glm_jax.engine.sampling import Sampling
-from glm_jax.engine.stepwise import Steps, replayable
 from glm_jax.generation.blank_spaces import are_spaced
 from glm_jax.generation.driver import Answer, drive
 from glm_jax.generation.grammars import Grammar
-from glm_jax.model.device_layout import prepare
 from glm_jax.model.params import GLMParams
 from glm_jax.tokenizer import check_fits
 
@@ -350,37 +347,6 @@ class TokenStream:
             range(start, len(tokens)), key=lambda i: of_blank[i]
         ):
             self._on_tokens([tokens[i] for i in run], is_blank)
-
-
-@replayable
-def filling_by_beams(
-    params: GLMParams,
-    config: GLMConfig,
-    partly: PartlyFilled,
-    settings: BeamSearch,
-    max_tokens: int | None = None,
-    end_tokens: Sequence[int] | None = None,
-) -> Steps[list[tuple[PartlyFilled, Hypothesis]]]:
-    """Fill all blanks by beam search, a token at a time; `stepwise.finish` does it at once. Every
-    blank takes its best answer, except the last, of which all beams are returned.
-
-    Args:
-      max_tokens: maximum tokens of each blank; None for as many as there is room for.
-
-    Returns:
-      The text and the last blank's answer for each beam, best first.
-    """
-    params = prepare(params)
-    ends = partly.special.end_tokens if end_tokens is None else tuple(end_tokens)
-    filled = [(partly, Hypothesis((), 0.0))]
-    while filled[0][0].has_blank:
-        best, _ = filled[0]
-        prompt = best.prompt()
-        limit = min(best.limit, len(prompt) + (max_tokens or best.limit))
-        resolved = resolve([prompt], config, limit, ends, best.special)
-        hypotheses = yield from beam_steps(params, config, settings, resolved)
-        filled = [(best.filled(each.tokens, ends), each) for each in hypotheses]
-    return filled
 
 
 def encode_prompt(tokenizer: TextCodec, text: str) -> list[int]:

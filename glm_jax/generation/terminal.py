@@ -18,13 +18,13 @@ from glm_jax.engine.request import Request
 from glm_jax.engine.sampling import Sampling
 from glm_jax.engine.stepwise import finish
 from glm_jax.errors import UserError
+from glm_jax.generation.beam_filling import filling_by_beams
 from glm_jax.generation.blank_filling import (
     FilledText,
     OnTokens,
     PartlyFilled,
     TextCodec,
     fill,
-    filling_by_beams,
 )
 from glm_jax.generation.text_stream import TextStream
 from glm_jax.model.device_layout import prepare

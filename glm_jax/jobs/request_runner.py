@@ -13,11 +13,11 @@ from glm_jax.engine.request import Request, Token
 from glm_jax.engine.scoring import Scorer
 from glm_jax.engine.stepwise import Steps
 from glm_jax.errors import UserError, shown
+from glm_jax.generation.beam_filling import filling_by_beams
 from glm_jax.generation.blank_filling import (
     BlankFilling,
     PartlyFilled,
     TextCodec,
-    filling_by_beams,
 )
 from glm_jax.generation.driver import Answer, Search, drive
 from glm_jax.generation.scored_texts import ScoredChoice, score_choices

@@ -8,7 +8,11 @@ from glm_jax.engine.prompt import Prompt
 from glm_jax.engine.request import Request
 from glm_jax.engine.sampling import Sampling
 from glm_jax.engine.scoring import Score
-from glm_jax.generation.blank_filling import PartlyFilled, filling_by_beams, next_request
+from glm_jax.generation.beam_filling import filling_by_beams
+from glm_jax.generation.blank_filling import (
+    PartlyFilled,
+    next_request,
+)
 from glm_jax.generation.driver import Search, SingleRequest
 from glm_jax.generation.scored_texts import continuation
 from glm_jax.generation.shared_scoring import Scoring

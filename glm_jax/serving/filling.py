@@ -7,10 +7,10 @@ from typing import Any
 from glm_jax.engine.beam_search import BeamSearch
 from glm_jax.engine.prompt import Prompt
 from glm_jax.engine.request import Request
+from glm_jax.generation.beam_filling import filling_by_beams
 from glm_jax.generation.blank_filling import (
     BlankFilling,
     PartlyFilled,
-    filling_by_beams,
     next_request,
 )
 from glm_jax.generation.driver import Search

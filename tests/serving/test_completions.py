@@ -12,7 +12,10 @@ from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.engine.request import Request
 from glm_jax.engine.sampling import Sampling
 from glm_jax.engine.stepwise import finish
-from glm_jax.generation.blank_filling import PartlyFilled, filling_by_beams
+from glm_jax.generation.beam_filling import filling_by_beams
+from glm_jax.generation.blank_filling import (
+    PartlyFilled,
+)
 from glm_jax.generation.driver import complete_all
 
 pytest_plugins = ["serving_fixtures"]

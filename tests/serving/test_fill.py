@@ -11,7 +11,11 @@ from glm_jax.engine.beam_search import BeamSearch
 from glm_jax.engine.sampling import Sampling
 from glm_jax.engine.scoring import Scorer
 from glm_jax.engine.stepwise import finish
-from glm_jax.generation.blank_filling import PartlyFilled, fill_blanks, filling_by_beams
+from glm_jax.generation.beam_filling import filling_by_beams
+from glm_jax.generation.blank_filling import (
+    PartlyFilled,
+    fill_blanks,
+)
 from glm_jax.generation.scored_texts import continuation, score_choices
 from glm_jax.generation.shared_scoring import SharedScorer
 

@@ -17,7 +17,10 @@ from glm_jax.engine.prompt import Prompt
 from glm_jax.engine.request import Request
 from glm_jax.engine.stepwise import replayable
 from glm_jax.errors import UserError
-from glm_jax.generation.blank_filling import PartlyFilled, filling_by_beams
+from glm_jax.generation.beam_filling import filling_by_beams
+from glm_jax.generation.blank_filling import (
+    PartlyFilled,
+)
 from glm_jax.generation.driver import Search, SingleRequest
 from glm_jax.generation.scored_texts import continuation, score_choices
 from glm_jax.generation.shared_scoring import Scoring
