@@ -107,8 +107,7 @@ class Engine:
         self.max_length = settings.longest(config)
         self._config, self._settings, self._mesh = config, settings, mesh_of(params)
         self._params = prepare(params)
-        self._adapter_count = adapter_count(params)
-        self._shards = row_shards(self._mesh)
+        self._adapter_count, self._shards = adapter_count(params), row_shards(self._mesh)
         self._is_unrolled = as_layers(self._params.layers).is_apart
         self._slot_count = -(-settings.slots // self._shards) * self._shards
         self._step_widths = self._widths_of_steps()
@@ -312,9 +311,8 @@ class Engine:
             assert prefill is not None
             width = prefill.batch.tokens.shape[1]
             remaining = layers - prefill.layers_done
-            count = (
-                remaining if budget == math.inf else min(remaining, max(1, int(budget) // width))
-            )
+            affordable = remaining if budget == math.inf else int(budget) // width
+            count = min(remaining, max(1, affordable))
             self._run_layers(prefill, count)
             budget -= count * width
             if prefill.layers_done == layers:
