@@ -42,6 +42,7 @@ _WITHOUT_FLAG = (
     "banned_texts",
     "log_probabilities",
     "logit_bias",
+    "priority",  # which a command has no other request to compare with
     "guided_choice",
 )
 _DEFINE: dict[type, Any] = {
