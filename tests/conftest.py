@@ -20,6 +20,8 @@ if not _IS_ONE_DEVICE or importlib.util.find_spec("beartype") is not None:
     install_import_hook("glm_jax", "beartype.beartype")
 
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,23 @@ from glm_jax.tokenizer import Tokenizer, train_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 NUM_HEADS, POSITIONS = 8, 64
+
+
+def pytest_configure() -> None:
+    """Compiled programs are kept for the files that compile the same ones, by each process for
+    itself: jax does not write them in one piece."""
+    if not _IS_ONE_DEVICE and jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update(
+            "jax_compilation_cache_dir", tempfile.mkdtemp(prefix="glm_jax_in_process_")
+        )
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_unconfigure() -> None:
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    if folder is not None and Path(folder).name.startswith("glm_jax_in_process_"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -91,7 +91,13 @@ def test_a_request_gets_the_same_whatever_shares_its_batch(tiny_model, alone, bu
 
 
 @pytest.mark.parametrize(
-    "mesh", [(1, 1, 1), (2, 2, 2), pytest.param((4, 1, 2), marks=pytest.mark.slow), (1, 1, 8)]
+    "mesh",
+    [
+        (1, 1, 1),
+        (2, 2, 2),
+        pytest.param((4, 1, 2), marks=pytest.mark.slow),
+        pytest.param((1, 1, 8), marks=pytest.mark.slow),
+    ],
 )
 def test_a_mesh_gives_the_same(tiny_model, alone, mesh):
     config, params = tiny_model

@@ -44,6 +44,7 @@ def test_greedy_equals_the_original(golden_float32, case):
     assert [*prompt["context"], config.special_tokens.sop, *output] == case["greedy"]
 
 
+@pytest.mark.slow  # test_engine.py has it for its own requests
 def test_rows_of_one_batch_do_not_touch_each_other(golden_float32):
     config, params = golden_float32
     outputs = generate(params, config, [c["prompt"]["context"] for c in DECODE], max_length=31)

@@ -226,7 +226,12 @@ def small_model(tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("kind", "is_right"), [("layers apart", False), ("layers apart", True), ("mesh", True)]
+    ("kind", "is_right"),
+    [
+        ("layers apart", False),
+        ("layers apart", True),
+        pytest.param("mesh", True, marks=pytest.mark.slow),
+    ],
 )
 def test_drafts_of_a_small_model(model, small_model, plain, monkeypatch, kind, is_right):
     """The same answers; of the model itself nearly all drafts of greedy ones are accepted."""
