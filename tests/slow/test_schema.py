@@ -15,7 +15,7 @@ _TEMPLATE = "configs/chat/dialogue.jinja"
 
 
 def test_every_operation(tokenizer, tmp_path):
-    short = EngineSettings(slots=8, max_length=32, page_size=16, prefill_width=32)
+    short = EngineSettings(8, 32, page_size=16, prefill_width=32, compiles_guided=True)
     model = tiny_served(tokenizer, short)
     limits = Limits(seconds=60.0, beams=2)
     more = {"keys": Keys(["the-key"]), "chat_template": ChatTemplate.read(_TEMPLATE)}
