@@ -24,7 +24,7 @@ class GuidedAnswer:
     def __init__(self, guide: Guide, ends: Iterable[int], min_tokens: int):
         """
         Args:
-          min_tokens: as of `Sampling`; a grammar that allows nothing but the end ends before.
+          min_tokens: see `Sampling`; an answer ends earlier where its grammar allows only the end.
         """
         self._state, self._ends = guide.start(), np.array(sorted(ends), np.int64)
         self._min_tokens, self._count = min_tokens, 0
