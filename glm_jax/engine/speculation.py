@@ -1,7 +1,7 @@
 """Speculative decoding: tokens that may come next, guessed from a request's own text.
 
 A decode step reads all weights whatever the number of its tokens. So it runs the guesses (drafts)
-behind a request's next token, and `slots.choose_checked` accepts the first of them that are what
+behind a request's next token, and `choosing.choose_checked` accepts the first of them that are what
 would have been chosen without. A request whose drafts are not accepted gets none for a while.
 """
 
@@ -19,8 +19,8 @@ from glm_jax.engine.draft_model import DraftModel
 from glm_jax.engine.prompt import Prompt
 
 _MARGIN = 1.05  # for what measurements and expectations are wrong by
-_ROUNDS = (2, 30)
-_MEASURING = 0.3  # seconds
+_ROUNDS = (2, 30)  # the fewest and the most, besides the first two
+_MEASURING = 0.3  # seconds, about
 _NGRAMS = (3, 2)  # tokens in a row that must have come before, the longest first
 # Drafts that count as accepted and as refused before there are any; what is counted fades by each
 # token, so that a request that is refused two of them tries again some 50 tokens later.
