@@ -17,10 +17,8 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.engine.scoring import not_finite
 from glm_jax.engine.scoring_batch import ScoredSequence, ScoringBatch
-from glm_jax.engine.sequence_batches import SequenceBatches
-from glm_jax.model import glm
+from glm_jax.engine.sequence_batches import SequenceBatches, final_hidden
 from glm_jax.model.params import GLMParams
-from glm_jax.model.visibility import Visibility
 from glm_jax.sharding import constrain
 
 
@@ -113,13 +111,9 @@ def mean_hidden(
       ranges: first index and end (exclusive) of each; an empty one has zeros.
       adapter_ids: see `forward`.
     """
-    tokens = constrain(jnp.asarray(tokens), ("batch", "seq"))
-    visibility = Visibility(constrain(jnp.asarray(key_ranges), ("batch", "seq", None)))
-    hidden, _ = glm.forward_hidden(
-        params, config, tokens, position_ids, visibility, adapter_ids=adapter_ids
-    )
+    hidden = final_hidden(params, config, tokens, position_ids, key_ranges, adapter_ids)
     first, end = jnp.moveaxis(jnp.asarray(ranges)[..., None], 2, 0)
-    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    index = jnp.arange(hidden.shape[1], dtype=jnp.int32)
     weights = ((index >= first) & (index < end)) / jnp.maximum(end - first, 1)
     means = jnp.einsum(
         "rnw,rwe->rne",

@@ -43,10 +43,6 @@ class PagePool:
         """Pages that a group of devices has for sequences."""
         return len(self._free[shard])
 
-    def can_allocate(self, shard: int, tokens: int) -> bool:
-        """Whether a group of devices has pages for a sequence."""
-        return self.free_pages(shard) >= page_count(tokens, self._page_size)
-
     def allocate(self, shard: int, tokens: int) -> PageAllocation:
         """Pages for a sequence of at most so many tokens."""
         return self.extend(PageAllocation(shard, ()), tokens)

@@ -14,11 +14,10 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from glm_jax.config import GLMConfig
 from glm_jax.engine.scoring_batch import ScoredSequence, ScoringBatch
-from glm_jax.engine.sequence_batches import SequenceBatches
+from glm_jax.engine.sequence_batches import SequenceBatches, final_hidden
 from glm_jax.errors import UserError
 from glm_jax.model import glm
 from glm_jax.model.params import GLMParams
-from glm_jax.model.visibility import Visibility
 from glm_jax.sharding import constrain
 
 _CHUNK = 256  # tokens whose scores of the whole vocabulary are there at once
@@ -143,12 +142,8 @@ def log_probabilities(
     Args:
       adapter_ids: see `forward`.
     """
-    tokens, indices, targets = map(jnp.asarray, (tokens, indices, targets))
-    visibility = Visibility(constrain(jnp.asarray(key_ranges), ("batch", "seq", None)))
-    tokens = constrain(tokens, ("batch", "seq"))
-    hidden, _ = glm.forward_hidden(
-        params, config, tokens, position_ids, visibility, adapter_ids=adapter_ids
-    )
+    indices, targets = jnp.asarray(indices), jnp.asarray(targets)
+    hidden = final_hidden(params, config, tokens, position_ids, key_ranges, adapter_ids)
     chosen = jnp.take_along_axis(hidden, indices[:, :, None], axis=1)
     rows, count = indices.shape
     # The largest power of two that divides the count of targets, and is no more than fits.

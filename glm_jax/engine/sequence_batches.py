@@ -6,11 +6,16 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int
+
 from glm_jax.config import GLMConfig
 from glm_jax.engine.scoring_batch import ScoredSequence, ScoringBatch, make_batches
 from glm_jax.engine.stepwise import Steps
+from glm_jax.model import glm
 from glm_jax.model.params import GLMParams
-from glm_jax.sharding import mesh_of, on_mesh, row_shards
+from glm_jax.model.visibility import Visibility
+from glm_jax.sharding import constrain, mesh_of, on_mesh, row_shards
 
 _MIN_WIDTH = 512
 
@@ -115,3 +120,20 @@ class SequenceBatches(abc.ABC, Generic[_Result]):
     def _call(self, function: Callable[..., Any], batch: ScoringBatch) -> Any:
         with on_mesh(self._mesh):
             return function(self._params, self._config, *self._arrays(batch), **self._static)
+
+
+def final_hidden(
+    params: GLMParams,
+    config: GLMConfig,
+    tokens: Int[ArrayLike, "rows width"],
+    position_ids: Int[ArrayLike, "rows width"],
+    key_ranges: Int[ArrayLike, "rows width 4"],
+    adapter_ids: Int[ArrayLike, "rows width"] | None,
+) -> Float[Array, "rows width embed"]:
+    """Hidden states of a batch's rows after the final layer norm; for arguments see `forward`."""
+    tokens = constrain(jnp.asarray(tokens), ("batch", "seq"))
+    visibility = Visibility(constrain(jnp.asarray(key_ranges), ("batch", "seq", None)))
+    hidden, _ = glm.forward_hidden(
+        params, config, tokens, position_ids, visibility, adapter_ids=adapter_ids
+    )
+    return hidden
