@@ -26,7 +26,7 @@ class Case:
 
 
 def find_torch() -> Any:
-    """PyTorch, the peer; None, said in print, where it is not installed."""
+    """Import PyTorch, the peer; None, and a printed line, where it is not installed."""
     # Some virtual machines announce AMX and then refuse its instructions.
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
     try:

@@ -1,4 +1,4 @@
-"""The conversion of a made checkpoint of 12 GB beside a plain copy of its bytes."""
+"""Conversion of a synthetic 12 GB checkpoint, beside a plain copy of its bytes."""
 
 import io
 import os
@@ -24,7 +24,7 @@ _SETTLING = 10.0  # seconds
 
 
 def config(num_layers: int) -> GLMConfig:
-    """A layer of 0.4 GB and an embedding of 1.2 GB: 28 layers are 12.4 GB."""
+    """Config of a 12.4 GB model: 28 layers of 0.4 GB and an embedding of 1.2 GB."""
     return GLMConfig(
         num_layers=num_layers,
         hidden_size=4096,
@@ -35,7 +35,7 @@ def config(num_layers: int) -> GLMConfig:
 
 
 class PartWriter(io.RawIOBase):
-    """A file that is cut into parts as it is written: NAME.part_00 and so on."""
+    """A writable file that splits what it gets into NAME.part_00, NAME.part_01, ..."""
 
     def __init__(self, path: Path, part_bytes: int):
         self._path, self._part_bytes, self._written = path, part_bytes, 0
@@ -65,7 +65,7 @@ class PartWriter(io.RawIOBase):
 
 
 def make_parts(folder: Path, model: GLMConfig, shards: int, part_bytes: int) -> None:
-    """Writes a checkpoint of random blocks as the parts of a tar archive."""
+    """Write a checkpoint of random values as the parts of a tar archive."""
     rng = np.random.default_rng(0)
     block = rng.standard_normal(1 << 20, np.float32).astype(np.float16) / 50
     shapes, whole = (sat_layout.shard_shapes(model, count) for count in (shards, 1))
@@ -97,8 +97,8 @@ def make_parts(folder: Path, model: GLMConfig, shards: int, part_bytes: int) -> 
 
 
 def convert_suite(num_layers: int = 28) -> Iterator[tuple[str, dict[str, Case]]]:
-    """From downloaded parts to a model folder; and `cp` of the parts, each followed by
-    `sync`, for the conversion waits for the disk too."""
+    """Conversion from downloaded parts to a model folder, and `cp` of the parts. `cp` is followed
+    by `sync`, since the conversion waits for the disk too."""
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as place:
         folder = Path(place)
         source = folder / "downloads"
@@ -110,8 +110,8 @@ def convert_suite(num_layers: int = 28) -> Iterator[tuple[str, dict[str, Case]]]
             for name in ("converted", "copied"):
                 shutil.rmtree(folder / name, ignore_errors=True)
             os.sync()
-            # A virtual machine gives freed memory back to its host within some seconds. Who
-            # writes before that finds it ready; a conversion, which starts up first, would not.
+            # A virtual machine returns freed memory to its host within seconds. `cp` starts at once
+            # and would still have that memory; a conversion starts slower and would not.
             time.sleep(_SETTLING)
 
         def convert() -> None:

@@ -1,4 +1,4 @@
-"""Prompts to answers by the engine, beside a limit, static batches and other programs."""
+"""Decoding by the engine, beside a limit, static batches and other programs."""
 
 import dataclasses
 import functools
@@ -29,17 +29,17 @@ from launch.suites.products import decode_rows, stream_case, with_integer_activa
 PROMPT, ANSWER = 128, 128
 BATCH = 16
 _LENGTH = 1024  # positions: the longest prompt and answer of the mixed load
-# The whole model takes this many times as long for the mixed load: an hour on two cores.
+# The mixed load runs on this fraction of the model: all of it would take an hour on two cores.
 _MIXED_PART = 8
 _DRAFTS = 3
 SPECIAL = 9  # tokens of its model; those after them are text
 
 
 def decode_suite() -> Iterator[tuple[str, dict[str, Case]]]:
-    """The 1B model in INT4, embedding too: prompts of 128 tokens and answers of 128.
+    """The 1B model in INT4, including the embedding: prompts and answers of 128 tokens.
 
-    `stream` reads the bytes of all weights once: no step of one row can be faster. `a8` has
-    activations in 8 bits, else they are floats.
+    `stream` reads the bytes of all weights once, which bounds a step of one row. In cases named
+    `a8` activations are rounded to 8 bits; in others they are floats.
     """
     config = glm_config("1b", max_sequence_length=_LENGTH)
     int4 = make_int4(config)
@@ -66,7 +66,7 @@ def decode_suite() -> Iterator[tuple[str, dict[str, Case]]]:
 
 
 def part_of_model() -> GLMConfig:
-    """The 1B model with an eighth of its layers and words, all widths as they are."""
+    """The 1B model with an eighth of its layers and vocabulary, and its own widths."""
     config = glm_config("1b", max_sequence_length=_LENGTH)
     return config.replace(
         num_layers=config.num_layers // _MIXED_PART,
@@ -76,7 +76,7 @@ def part_of_model() -> GLMConfig:
 
 
 def make_int4(config: GLMConfig) -> GLMParams:
-    """Random weights in INT4, the embedding too."""
+    """Random weights in INT4, including the embedding."""
     params = glm_params.init(config, jax.random.key(0))
     quantized = glm_params.quantize_params(params, Scheme(4, search=False))
     del params  # 4.5 GB
@@ -84,7 +84,7 @@ def make_int4(config: GLMConfig) -> GLMParams:
 
 
 def random_prompt(config: GLMConfig, length: int, seed: int = 0) -> Prompt:
-    """Random text, written on from."""
+    """A random context to continue after [gMASK]."""
     special = config.special_tokens
     assert special is not None
     tokens = np.random.default_rng(seed).integers(SPECIAL, config.vocab_size, length - 1)
@@ -99,7 +99,12 @@ def _answers_case(
     sampling: Sampling | None = None,
     speculate: int = 0,
 ) -> Case:
-    """A step's part of `batch` answers, each token of every row counted."""
+    """Time per token of `batch` answers that run together.
+
+    Args:
+      whole: counts the prefill too; else it is done before the clock starts.
+      speculate: the most drafts of a step.
+    """
     settings = EngineSettings(batch, PROMPT + 1 + ANSWER, speculate=speculate)
     engine = Engine(params, config, settings)
     engine.warm_up()
@@ -123,8 +128,9 @@ def _answers_case(
 
 
 def _speculation(config: GLMConfig, params: GLMParams) -> dict[str, Case]:
-    """An answer that repeats itself, as greedy ones of random weights do; one of words at random;
-    and one of six words, any two of which came before, so that there are drafts, and few right."""
+    """Three answers, with and without drafts: one that repeats itself, as greedy decoding with
+    random weights does; one of random tokens; and one of six tokens in random order, for which
+    n-gram lookup always finds drafts, most of them wrong."""
     banned = tuple(t for t in range(config.vocab_size) if not SPECIAL <= t < SPECIAL + 6)
     texts = {
         "repeats itself": Sampling(),
@@ -215,7 +221,7 @@ def _llama_case(config: GLMConfig, whole: bool) -> dict[str, Case]:
 
 
 def _overhead(config: GLMConfig, params: GLMParams, batch: int) -> dict[str, Case]:
-    """The same steps by the engine and by their program alone, which chooses no tokens."""
+    """A step of the engine, and the decode program of that step alone, without sampling."""
     rows, *cached = decode_rows(config, params, batch, PROMPT, PROMPT + 1 + ANSWER)
 
     def finish() -> None:
@@ -232,10 +238,9 @@ def _overhead(config: GLMConfig, params: GLMParams, batch: int) -> dict[str, Cas
 
 
 def _mixed(config: GLMConfig, params: GLMParams) -> dict[str, Case]:
-    """A load of every length, in the order in which it comes.
+    """Requests of mixed lengths, answered in the order in which they arrive.
 
-    `continuous, same memory` has slots for as many requests of mean length as the static
-    batch's cache could hold.
+    `continuous, same memory` has twice the static batch's slots and a cache of the same size.
     """
     rng = np.random.default_rng(0)
     lengths = rng.integers(16, 512, 200).tolist()
@@ -267,7 +272,7 @@ def _mixed(config: GLMConfig, params: GLMParams) -> dict[str, Case]:
 
 
 def _static_batches(engine: Engine, requests: list[Request]) -> None:
-    """Batches of as many as come, all of whose rows go on until the longest answer ends."""
+    """Static batching: a batch ends with its longest answer, and then the next one starts."""
     for first in range(0, len(requests), BATCH):
         some = requests[first : first + BATCH]
         longest = max(request.max_tokens or 0 for request in some)

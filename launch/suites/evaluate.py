@@ -23,16 +23,16 @@ _EXAMPLES = 2000
 _MICRO_BATCH = 16  # the original's for most of its multiple-choice tasks is 1 to 32
 _WARM = 200  # examples that compile before anything is timed
 _MAX_TARGETS = 12
-_TILE = 32  # to a multiple of which the original pads a batch
+_TILE = 32  # the original pads a batch to a multiple of this
 
 
 def evaluate_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     """2,000 examples of 32 to 512 tokens, four choices of one to three tokens each.
 
-    `micro-batches` takes them as they come, 16 at a time, pads to the longest and computes the
-    scores of every position, as the original does; `at places` only those that are asked for.
-    `a context a choice` is packed, too, but runs the context again before each choice, as clients
-    do that ask for them one by one.
+    `micro-batches` takes 16 examples at a time in the given order, pads to the longest and computes
+    logits at every position, as the original does; `at places` only where they are needed.
+    `a context a choice` is packed too, but repeats the context for each choice, as clients do that
+    send a request per choice.
     """
     shape = {"hidden_size": 128, "inner_hidden_size": 352, "num_layers": 4, "vocab_size": 8192}
     config = glm_config("tiny", max_sequence_length=512, **shape)
@@ -54,7 +54,7 @@ def evaluate_suite() -> Iterator[tuple[str, dict[str, Case]]]:
 
 
 def _examples() -> list[tuple[tuple[int, ...], list[tuple[int, ...]]]]:
-    """Contexts with their choices."""
+    """Make contexts with their choices."""
     rng = np.random.default_rng(0)
     made = []
     for length in rng.integers(32, 513, _EXAMPLES).tolist():

@@ -1,4 +1,4 @@
-"""More requests than the cache has room for: pages that grow with answers, beside reserved ones."""
+"""More requests than the cache holds: pages allocated as answers grow, or reserved at first."""
 
 import collections
 import functools
@@ -22,18 +22,18 @@ _REQUESTS, _MAX_TOKENS, _SPECIAL = 80, 512, 9
 _LENGTH = 640  # of the longest request
 _LONGEST = 4  # requests of that length that the cache has room for
 _MEAN_LENGTHS = (20, 20, 20, 150)  # of answers, in turn
-# All but uniform draws, such that an answer ends by the share of tokens that end it.
+# Nearly uniform sampling: the number of end tokens sets the mean length of an answer.
 _RANDOM = Sampling(temperature=100.0)
 
 
 def overload_cases(steps: dict[str, int]) -> dict[str, Case]:
-    """`reserved` has a request wait until there are pages for it and all who run at their longest.
+    """`reserved` starts a request only when pages for the longest answers of all running ones fit.
 
     The model is small, in float32: a step takes about as long for two rows as for one, as that of a
     large model on a GPU does.
 
     Args:
-      steps: set to those of each case.
+      steps: filled with the number of engine steps of each case.
     """
     config = glm_config(
         "tiny",
@@ -49,7 +49,7 @@ def overload_cases(steps: dict[str, int]) -> dict[str, Case]:
     pages = _LONGEST * page_count(_LENGTH)
     engine = Engine(params, config, EngineSettings(32, _LENGTH, cache_tokens=pages * PAGE_SIZE))
     requests = _requests(config)
-    tokens, _ = _complete(engine, requests)  # which compiles, too
+    tokens, _ = _complete(engine, requests)  # compiles
 
     def run(name: str, reserved: int | None) -> None:
         again, steps[name] = _complete(engine, requests, reserved)
@@ -81,7 +81,8 @@ def _complete(
     """Complete requests, and return the numbers of tokens and of steps.
 
     Args:
-      reserved: pages that all who are asked for at once may come to; None for any number.
+      reserved: the most pages that the longest answers of running requests may need; None for no
+        limit.
     """
     waiting, longest = collections.deque(requests), dict[int, int]()
     tokens = steps = 0

@@ -29,7 +29,7 @@ SHAPES = ((4096, 16384), (16384, 4096))
 
 
 def decode_step_suite() -> Iterator[tuple[str, dict[str, Case]]]:
-    """One token of each row of the 1B model, in every form, beside a limit and a peer.
+    """A decode step of the 1B model in every precision, beside a limit and a peer.
 
     `float32` has XLA's products. `stream float32` reads the bytes of all float32 weights
     once: no float32 step can be faster. `torch float32` is PyTorch's linears of the same
@@ -104,12 +104,12 @@ def _products(x: jax.Array, weights: list[Any], rows: int) -> Case:
 
 
 def _few(weights: list[Any], rows: int) -> list[Any]:
-    """All of them where reading weights is the work, one where multiplying is."""
+    """All copies of a weight where memory is the limit, one where arithmetic is."""
     return weights if rows <= MAX_ROWS_OF_COPIES else weights[:1]
 
 
 def with_integer_activations(params: GLMParams) -> GLMParams:
-    """The same arrays, multiplied with activations in 8 bits."""
+    """The same weights, with activations rounded to 8 bits."""
     is_tiled = lambda leaf: isinstance(leaf, TiledArray)
     changed: GLMParams = jax.tree.map(
         lambda leaf: leaf.replace(activation_bits=8) if is_tiled(leaf) else leaf,
@@ -133,8 +133,8 @@ def _step_case(config: GLMConfig, params: GLMParams, batch: int) -> Case:
 def decode_rows(
     config: GLMConfig, params: GLMParams, batch: int, index: int, length: int
 ) -> tuple[Rows, Any, int]:
-    """What `step_functions.decode` takes of `batch` sequences whose next token is at `index`, with
-    pages for `length` tokens each: rows, cache, pages a layer."""
+    """Rows, cache and pages per layer for `step_functions.decode`: `batch` sequences whose next
+    token is at `index`, with pages for `length` tokens each."""
     count = page_count(length)
     pages = 1 + batch * count
     table = np.zeros((batch, table_size(length)), np.int32)
@@ -147,7 +147,7 @@ def decode_rows(
 
 
 def stream_case(name: str, size: int, copies: int) -> dict[str, Case]:
-    """Reads `size` bytes of each copy, by PyTorch's sum: XLA's on CPU reads a fifth slower."""
+    """Read `size` bytes of each copy by PyTorch's sum; XLA's on CPU is a fifth slower."""
     torch = find_torch()
     if torch is None:
         return {}
@@ -156,7 +156,7 @@ def stream_case(name: str, size: int, copies: int) -> dict[str, Case]:
 
 
 def _torch_steps(config: GLMConfig) -> dict[str, Callable[[int], None]]:
-    """A step's linears by PyTorch, and one reading of their weights; of a batch's size."""
+    """The linears of a decode step in PyTorch, and one reading of their weights."""
     torch = find_torch()
     if torch is None:
         return {}

@@ -20,13 +20,13 @@ _READERS = 4
 
 
 def restore_suite() -> Iterator[tuple[str, dict[str, Case]]]:
-    """Both into fresh memory: with the files in the system's cache, and from the disk."""
+    """Both read into fresh memory, with the files in the page cache and from the disk."""
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as place:
         source, folder = Path(place) / "downloads", Path(place) / "model"
         make_parts(source, config(_LAYERS), SHARDS, PART_BYTES)
         convert_shards(source, folder, Options())
         shutil.rmtree(source)
-        os.sync()  # or the disk is busy with what was written while the first case runs
+        os.sync()  # else the disk is still writing while the first case runs
         files = [path for path in folder.rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files)
 
@@ -44,7 +44,7 @@ def restore_suite() -> Iterator[tuple[str, dict[str, Case]]]:
 
 
 def _forget(files: list[Path]) -> None:
-    """Takes files out of the system's cache."""
+    """Drop files from the page cache."""
     os.sync()
     for path in files:
         descriptor = os.open(path, os.O_RDONLY)

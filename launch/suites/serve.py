@@ -119,7 +119,7 @@ def _asked(request: Request, stream: bool) -> dict[str, Any]:
 
 
 async def _ask_all(url: str, requests: list[Request], first_tokens: list[float]) -> None:
-    """Each client asks, reads its answer as it comes, and asks again."""
+    """Each client sends a request, reads the streamed answer, and sends the next one."""
     async with httpx2.AsyncClient(base_url=url, timeout=600) as client:
 
         async def ask(some: Iterable[Request]) -> None:
@@ -174,7 +174,7 @@ _MODELS: dict[str, Callable[[], tuple[GLMConfig, GLMParams]]] = {"load": _part, 
 
 @contextlib.contextmanager
 def _server(kind: str) -> Iterator[str]:
-    """The address of a server in a process of its own."""
+    """Start a server in its own process and yield its address."""
     command = [sys.executable, "-m", "launch.suites.serve", kind]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
