@@ -1,22 +1,18 @@
 """Backends for weights in the layout of the kernel for compute capability 9.0.
 
-On other devices, and for float32, the weight is restored first, whole: right, and slow.
+On other devices, and for float32, the weight is converted to floats tile by tile.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from glm_jax.kernels import target
-from glm_jax.kernels.dispatch import BackendError, unmet
-from glm_jax.kernels.quantized_matmul import xla
-from glm_jax.kernels.quantized_matmul.arguments import INTEGERS, Arguments, add_bias
+from glm_jax.kernels.dispatch import unmet
+from glm_jax.kernels.quantized_matmul import mosaic_converted
+from glm_jax.kernels.quantized_matmul.arguments import Arguments, add_bias
 from glm_jax.kernels.quantized_matmul.mosaic_blocks import supports
-from glm_jax.kernels.quantized_matmul.mosaic_layout import restore
-from glm_jax.quantization import QuantizedArray
 
 CAPABILITY = 9.0  # the only one: later devices have other matrix instructions
 _JAX = (0, 11)  # the oldest that has what the kernel is written in
@@ -44,7 +40,7 @@ class Mosaic:
 
 
 @dataclasses.dataclass(frozen=True)
-class MosaicRestored:
+class MosaicConverted:
     """A weight in the kernel's layout wherever the kernel does not run."""
 
     name: str = "mosaic"
@@ -54,28 +50,12 @@ class MosaicRestored:
         return unmet((arguments.weight.layout == "mosaic", "a weight in its own layout"))
 
     def __call__(self, arguments: Arguments) -> Array:
-        product = xla.matmul(arguments.x, restore(arguments.weight))
+        product = mosaic_converted.matmul(arguments.x, arguments.weight)
         return add_bias(product, arguments.bias)
 
 
-class MosaicTransposed(MosaicRestored):
+class MosaicTransposed(MosaicConverted):
     """The product with the transpose."""
 
     def __call__(self, arguments: Arguments) -> Array:
-        return xla.transposed_matmul(arguments.x, restore(arguments.weight))
-
-
-def check_layout(layout: str, weight: Any) -> QuantizedArray:
-    """Return the weight, or raise a BackendError where it cannot be laid out for the kernel."""
-    if layout != "mosaic":
-        raise BackendError(f"quantized_matmul: no layout is called {layout!r}; expected mosaic")
-    if not isinstance(weight, QuantizedArray):
-        raise BackendError(
-            f"quantized_matmul: expected a quantised weight as it is stored to lay out for "
-            f"mosaic, got {type(weight).__name__}"
-        )
-    is_integer = weight.stored_dtype in INTEGERS
-    reason = supports(weight, jnp.float16) if is_integer else f"it is {weight.stored_dtype}"
-    if reason is not None:
-        raise BackendError(f"quantized_matmul: mosaic does not take the weight: {reason}")
-    return weight
+        return mosaic_converted.transposed_matmul(arguments.x, arguments.weight)

@@ -6,6 +6,7 @@ them: `candidates` is what a measurement chooses from.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,6 +66,14 @@ class Blocks:
 
 
 @dataclasses.dataclass(frozen=True)
+class ConvertedTiles:
+    """Sizes of the tiles of `mosaic_converted`, multiples of 64 that divide a weight's."""
+
+    inputs: int
+    outputs: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Division:
     """Which steps a program takes: `share` of them one after another, tile after tile.
 
@@ -95,7 +104,8 @@ class Division:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A product [rows, inputs] times [inputs, outputs]."""
+    """A product [rows, inputs] times [inputs, outputs]; `transposed`: [rows, outputs] times the
+    transpose."""
 
     rows: int
     inputs: int
@@ -103,6 +113,7 @@ class Problem:
     bits: int
     group_size: int
     zeros: bool = False
+    transposed: bool = False
 
 
 def divide(problem: Problem, blocks: Blocks) -> Division:
@@ -116,12 +127,11 @@ def divide(problem: Problem, blocks: Blocks) -> Division:
 
 
 def supports(weight: QuantizedArray | MosaicArray, dtype: Any) -> str | None:
-    """Why the kernel does not multiply activations of a dtype with a weight; None if it does."""
-    if len(weight.shape) != 2:
-        return f"the weight is {list(weight.shape)}, not [K, N]"
+    """Why the kernel does not multiply activations of a dtype with a weight [K, *outputs]; None
+    if it does."""
     if jnp.dtype(dtype) not in (jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16)):
         return f"activations are {jnp.dtype(dtype)}, not float16 or bfloat16"
-    inputs, outputs = weight.shape
+    inputs, outputs = weight.shape[0], math.prod(weight.shape[1:])
     if inputs % TILE or outputs % TILE:
         return f"{inputs} inputs and {outputs} outputs are no multiples of {TILE}"
     if weight.group_size != 32 and weight.group_size % TILE:
@@ -129,17 +139,15 @@ def supports(weight: QuantizedArray | MosaicArray, dtype: Any) -> str | None:
     return None
 
 
-def choose(problem: Problem, programs: int) -> Blocks:
-    """The candidate that keeps most multiprocessors busy.
+def choose(problem: Problem, programs: int) -> Blocks | ConvertedTiles:
+    """The candidate for a device that nothing was measured on.
 
-    Of each two that follow each other the later must keep 2% more busy, or 10% where rows are
-    many: larger tiles read activations less often.
+    Of the kernel's blocks those that keep most multiprocessors busy: of each two that follow each
+    other the later must keep 2% more busy, or 10% where rows are many, as larger tiles read
+    activations less often. Converted tiles where no blocks divide the problem.
 
     Args:
       programs: multiprocessors of the device.
-
-    Raises:
-      ValueError: nothing divides the problem, which `supports` has a reason against.
     """
 
     step = 0.02 if problem.rows <= _FEW_ROWS else 0.1
@@ -148,18 +156,49 @@ def choose(problem: Problem, programs: int) -> Blocks:
         division = divide(problem, place[1])
         return division.total / (division.share * programs) - step * place[0]
 
-    ranked = list(enumerate(candidates(problem, programs)))
-    if not ranked:
-        raise ValueError(f"no blocks of the kernel divide {problem}")
-    return max(ranked, key=busy)[1]
+    ranked = list(enumerate(_kernel_blocks(problem, programs)))
+    return max(ranked, key=busy)[1] if ranked else converted_tiles(problem)
 
 
-def candidates(problem: Problem, programs: int) -> Iterator[Blocks]:
-    """Blocks worth measuring, those first that are expected to be the fastest.
+def candidates(problem: Problem, programs: int) -> Iterator[Blocks | ConvertedTiles]:
+    """Divisions worth measuring, those first that are expected to be the fastest.
 
     Args:
       programs: multiprocessors of the device.
     """
+    if not problem.transposed:
+        yield from _kernel_blocks(problem, programs)
+    if problem.transposed or problem.rows > _FEW_ROWS:
+        # The last ones are larger than what surely stays in the cache, and make fewer steps.
+        sizes = ((4096, 2048), (2048, 4096), (2048, 2048), (8192, 1024), (4096, 4096))
+        yield from dict.fromkeys(converted_tiles(problem, *size) for size in sizes)
+
+
+def converted_tiles(problem: Problem, taken: int = 4096, made: int = 2048) -> ConvertedTiles:
+    """Tiles of 16 MiB in float16, less where larger ones do not divide the weight.
+
+    As many outputs and rows as keep all multiprocessors of a GPU busy with one product.
+
+    Args:
+      taken: at most so many of what is summed over: inputs, outputs in the transposed product.
+      made: at most so many of the others.
+    """
+    inputs, outputs = (made, taken) if problem.transposed else (taken, made)
+    group = problem.group_size
+    fits = lambda size: size % group == 0 or group % size == 0
+    return ConvertedTiles(
+        inputs=max(filter(fits, _divisors(problem.inputs, inputs)), default=TILE),
+        outputs=max(_divisors(problem.outputs, outputs)),
+    )
+
+
+def _divisors(size: int, limit: int) -> Iterator[int]:
+    """Multiples of 64 up to a limit that divide a size."""
+    return (n for n in range(TILE, max(limit, TILE) + 1, TILE) if size % n == 0)
+
+
+def _kernel_blocks(problem: Problem, programs: int) -> Iterator[Blocks]:
+    """The kernel's, those first that are expected to be the fastest."""
     few = problem.rows <= _FEW_ROWS
     rows = -(-problem.rows // 8) * 8 if few else 128
     # Accumulators of 64 outputs take rows / 2 registers, twice where groups are added to totals.
