@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from glm_jax.quantization import QuantizedArray
 from glm_jax.sharding import data_axis, mesh_to_divide, parameter_spec, per_device
 
 Divisible = QuantizedArray | MosaicArray
-_Form = TypeVar("_Form", QuantizedArray, MosaicArray)
 Product = Callable[[Array, Divisible, Array | None], Array]
 Transposed = Callable[[Array, Divisible], Array]
 
@@ -92,7 +91,7 @@ def transposed_matmul(
     )(gradient, weight)
 
 
-def divide(weight: _Form) -> tuple[_Form, Any, PartitionSpec]:
+def divide(weight: Divisible) -> tuple[Any, Any, PartitionSpec]:
     """The weight, its groups split so that each part has whole ones; the mesh axes of its arrays
     in a tree like it; and those of [K, *outputs]."""
     assert weight.axes is not None
