@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from glm_jax.kernels.quantized_matmul.mosaic_layout import TILE, MosaicArray
 from glm_jax.quantization import QuantizedArray
@@ -115,6 +116,12 @@ class Problem:
     zeros: bool = False
     transposed: bool = False
 
+    @classmethod
+    def of(cls, x: Array, weight: MosaicArray, transposed: bool = False) -> "Problem":
+        """The product of activations and a weight [K, N]."""
+        (inputs, outputs), has_zeros = weight.shape, weight.zero_points is not None
+        return cls(len(x), inputs, outputs, weight.bits, weight.group_size, has_zeros, transposed)
+
 
 def divide(problem: Problem, blocks: Blocks) -> Division:
     """Divides a product among programs; its rows are rounded up to whole tiles."""
@@ -139,15 +146,17 @@ def supports(weight: QuantizedArray | MosaicArray, dtype: Any) -> str | None:
     return None
 
 
-def choose(problem: Problem, programs: int) -> Blocks | ConvertedTiles:
-    """The candidate for a device that nothing was measured on.
+def choose(problem: Problem, programs: int) -> Blocks:
+    """The candidate that keeps most multiprocessors busy, for devices that nobody measured.
 
-    Of the kernel's blocks those that keep most multiprocessors busy: of each two that follow each
-    other the later must keep 2% more busy, or 10% where rows are many, as larger tiles read
-    activations less often. Converted tiles where no blocks divide the problem.
+    Of each two that follow each other the later must keep 2% more busy, or 10% where rows are
+    many: larger tiles read activations less often.
 
     Args:
       programs: multiprocessors of the device.
+
+    Raises:
+      ValueError: nothing divides the problem, which `supports` has a reason against.
     """
 
     step = 0.02 if problem.rows <= _FEW_ROWS else 0.1
@@ -156,18 +165,15 @@ def choose(problem: Problem, programs: int) -> Blocks | ConvertedTiles:
         division = divide(problem, place[1])
         return division.total / (division.share * programs) - step * place[0]
 
-    ranked = list(enumerate(_kernel_blocks(problem, programs)))
-    return max(ranked, key=busy)[1] if ranked else converted_tiles(problem)
+    ranked = list(enumerate(candidates(problem, programs)))
+    if not ranked:
+        raise ValueError(f"no blocks of the kernel divide {problem}")
+    return max(ranked, key=busy)[1]
 
 
-def candidates(problem: Problem, programs: int) -> Iterator[Blocks | ConvertedTiles]:
-    """Divisions worth measuring, those first that are expected to be the fastest.
-
-    Args:
-      programs: multiprocessors of the device.
-    """
-    if not problem.transposed:
-        yield from _kernel_blocks(problem, programs)
+def converted_candidates(problem: Problem) -> Iterator[ConvertedTiles]:
+    """Tiles worth measuring, those first that are expected to be the fastest; none where rows are
+    few, and the kernel reads less."""
     if problem.transposed or problem.rows > _FEW_ROWS:
         # The last ones are larger than what surely stays in the cache, and make fewer steps.
         sizes = ((4096, 2048), (2048, 4096), (2048, 2048), (8192, 1024), (4096, 4096))
@@ -197,8 +203,12 @@ def _divisors(size: int, limit: int) -> Iterator[int]:
     return (n for n in range(TILE, max(limit, TILE) + 1, TILE) if size % n == 0)
 
 
-def _kernel_blocks(problem: Problem, programs: int) -> Iterator[Blocks]:
-    """The kernel's, those first that are expected to be the fastest."""
+def candidates(problem: Problem, programs: int) -> Iterator[Blocks]:
+    """Blocks worth measuring, those first that are expected to be the fastest.
+
+    Args:
+      programs: multiprocessors of the device.
+    """
     few = problem.rows <= _FEW_ROWS
     rows = -(-problem.rows // 8) * 8 if few else 128
     # Accumulators of 64 outputs take rows / 2 registers, twice where groups are added to totals.

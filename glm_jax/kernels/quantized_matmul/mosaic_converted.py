@@ -31,7 +31,7 @@ def matmul(
     Returns:
       float32 [rows, N].
     """
-    tiles = tiles or converted_tiles(_problem(x, weight, transposed=False))
+    tiles = tiles or converted_tiles(Problem.of(x, weight))
 
     def one(part: Array, inputs: Array, outputs: Array) -> Array:
         tile = _convert(weight, inputs, outputs, tiles, x.dtype)
@@ -52,7 +52,7 @@ def transposed_matmul(
     Returns:
       [rows, K] in y's dtype, to which weights are rounded too; sums are float32.
     """
-    tiles = tiles or converted_tiles(_problem(y, weight, transposed=True))
+    tiles = tiles or converted_tiles(Problem.of(y, weight, transposed=True))
 
     def one(part: Array, outputs: Array, inputs: Array) -> Array:
         tile = _convert(weight, inputs, outputs, tiles, y.dtype)
@@ -60,14 +60,6 @@ def transposed_matmul(
 
     sizes = (tiles.outputs, tiles.inputs)
     return _over_tiles(y, weight.shape[0], sizes, y.dtype, one)
-
-
-def _problem(x: Array, weight: MosaicArray, transposed: bool) -> Problem:
-    has_zeros = weight.zero_points is not None
-    rows, (inputs, outputs) = len(x), weight.shape
-    return Problem(
-        rows, inputs, outputs, weight.bits, weight.group_size, has_zeros, transposed=transposed
-    )
 
 
 def _over_tiles(

@@ -19,11 +19,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend import backend
 from jaxtyping import Array, Float
 
-from glm_jax.kernels.quantized_matmul import mosaic_converted, mosaic_registers
+from glm_jax.kernels.quantized_matmul import mosaic_registers
 from glm_jax.kernels.quantized_matmul.mosaic_blocks import (
     COPYING_REGISTERS,
     Blocks,
-    ConvertedTiles,
     Division,
     Problem,
     choose,
@@ -36,7 +35,7 @@ from glm_jax.kernels.quantized_matmul.mosaic_plan import Plan
 def matmul(
     x: Float[Array, "rows inputs"],
     weight: MosaicArray,
-    blocks: Blocks | ConvertedTiles | None = None,
+    blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "rows outputs"]:
     """x [rows, K], float16 or bfloat16, times weight [K, N], accumulated in float32.
@@ -50,13 +49,10 @@ def matmul(
     Returns:
       float32 [rows, N].
     """
-    rows, (inputs, outputs) = x.shape[0], weight.shape
-    has_zeros = weight.zero_points is not None
-    problem = Problem(rows, inputs, outputs, weight.bits, weight.group_size, has_zeros)
+    rows, outputs = x.shape[0], weight.shape[1]
+    problem = Problem.of(x, weight)
     if blocks is None:
         blocks = choose(problem, backend.get_default_device().core_count)
-    if isinstance(blocks, ConvertedTiles):
-        return mosaic_converted.matmul(x, weight, blocks)
     division = divide(problem, blocks)
     x = jnp.pad(x, ((0, -rows % blocks.rows), (0, 0)))
     parts = _call(x, weight, blocks, division, interpret)
