@@ -12,6 +12,7 @@ from glm_jax.kernels.dispatch import Backend, BackendError, dispatch
 from glm_jax.kernels.quantized_matmul import cpu, sharded
 from glm_jax.kernels.quantized_matmul.arguments import Arguments
 from glm_jax.kernels.quantized_matmul.cpu import CPUKernel, CPUTransposed, TiledArray, take_outputs
+from glm_jax.kernels.quantized_matmul.mma import Mma
 from glm_jax.kernels.quantized_matmul.mosaic import (
     Mosaic,
     MosaicConverted,
@@ -40,6 +41,7 @@ Weight = QuantizedArray | TiledArray | MosaicArray
 _BACKENDS: tuple[Backend[Arguments], ...] = (
     CPUKernel(),
     Mosaic(),
+    Mma(),
     MosaicConverted(),
     PallasGPU(),
     PallasTPU(),

@@ -29,6 +29,7 @@ from glm_jax.kernels.quantized_matmul.mosaic_blocks import (
     divide,
 )
 from glm_jax.kernels.quantized_matmul.mosaic_layout import LANES, TILE, MosaicArray
+from glm_jax.kernels.quantized_matmul.mosaic_parts import add_parts
 from glm_jax.kernels.quantized_matmul.mosaic_plan import Plan
 
 
@@ -56,14 +57,7 @@ def matmul(
     division = divide(problem, blocks)
     x = jnp.pad(x, ((0, -rows % blocks.rows), (0, 0)))
     parts = _call(x, weight, blocks, division, interpret)
-    # A tile has as many parts as programs worked on it; what lies behind those is not written.
-    tiles = (division.output_tiles, 1, division.row_tiles, 1)
-    written = jnp.array(division.parts()).reshape(tiles)
-    by_tile = (division.output_tiles, blocks.outputs, division.row_tiles, blocks.rows)
-    total = parts[0].reshape(by_tile)
-    for index in range(1, len(parts)):
-        total = total + jnp.where(index < written, parts[index].reshape(by_tile), 0)
-    return total.reshape(outputs, len(x)).T[:rows]
+    return add_parts(parts, blocks, division).T[:rows]
 
 
 def _call(
