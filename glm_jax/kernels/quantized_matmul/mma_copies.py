@@ -15,6 +15,8 @@ from glm_jax.kernels.quantized_matmul.mma_ptx import address, asm, global_addres
 
 _THREADS = 128
 _BYTES = 16  # that a thread copies at once
+# An instruction's own offset goes from here below its address to as much, less one, above it.
+_NEAR = 2048
 
 
 def start(source: Any, target: Any, exchanged: bool = False, once: bool = False) -> None:
@@ -46,7 +48,7 @@ def start(source: Any, target: Any, exchanged: bool = False, once: bool = False)
                 offsets = _offsets(first, chunks, stride * size, exchanged, row, chunk)
                 starts = address(target), global_address(source)
                 bases[key] = tuple(map(arith.addi, starts, offsets))
-            at = (row * chunks + chunk) * _BYTES, row * stride * size + chunk * _BYTES
+            at = (row * chunks + chunk) * _BYTES, row * stride * size + chunk * _BYTES - _NEAR
             _copy(bases[key], at, policy, rows * chunks - first)
         return ()
 
@@ -56,7 +58,8 @@ def start(source: Any, target: Any, exchanged: bool = False, once: bool = False)
 def _offsets(
     first: int, chunks: int, stride: int, exchanged: bool, row: int, chunk: int
 ) -> tuple[Any, Any]:
-    """Of a thread in the target and in the source, less those of a row and a chunk.
+    """Of a thread in the target, and in the source and _NEAR bytes on, less those of a row and a
+    chunk.
 
     Args:
       first: chunk that the first thread copies, of all.
@@ -68,6 +71,7 @@ def _offsets(
     rows = arith.subi(at_row, i32(row))
     to = _sum((rows, chunks * _BYTES), (arith.subi(place, i32(chunk)), _BYTES))
     source = _sum((rows, stride), (arith.subi(at, i32(chunk)), _BYTES))
+    source = arith.addi(source, i32(_NEAR))
     return to, arith.extui(ir.IntegerType.get_signless(64), source)
 
 

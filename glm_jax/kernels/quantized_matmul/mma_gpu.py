@@ -58,11 +58,7 @@ def _call(
     plan = Plan(blocks, division, weight.bits, weight.group_size, x.dtype, has_zeros, interpret)
     words = blocks.inputs // TILE * weight.bits * LANES  # of a step's 64 outputs
     of_groups = (stages, plan.groups, blocks.outputs)
-    operands = {
-        "x": x,
-        "values": weight.values.reshape(outputs // TILE, -1),
-        "scales": weight.scales,
-    }
+    operands = {"scales": weight.scales}
     scratch: dict[str, Any] = {
         "x": plgpu.SMEM((stages, blocks.rows, blocks.inputs), x.dtype),
         "values": plgpu.SMEM((stages, blocks.tiles, words), jnp.int32),
@@ -75,6 +71,8 @@ def _call(
         by_group = x.astype(jnp.float32).reshape(len(x), -1, plan.group)
         operands["sums"] = by_group.sum(-1).T
         scratch["sums"] = plgpu.SMEM((stages, plan.groups, blocks.rows), jnp.float32)
+    # Last, as all threads copy them: then no copy by some threads takes a branch.
+    operands |= {"x": x, "values": weight.values.reshape(outputs // TILE, -1)}
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan=plan, form=form, names=tuple(operands)),
         out_type=jax.ShapeDtypeStruct((max(division.parts()), outputs, len(x)), jnp.float32),
@@ -100,10 +98,15 @@ def _kernel(
     stop = jnp.minimum(first + division.share, division.total)
     ahead = blocks.stages - 1  # steps that are copied while one is multiplied
 
+    def stage(index: Array) -> Array:
+        # Without signs the remainder takes fewer instructions.
+        return lax.rem((index - first).astype(jnp.uint32), jnp.uint32(blocks.stages)).astype(
+            jnp.int32
+        )
+
     def copy(index: Array, tile: Array, step: Array) -> tuple[Array, Array]:
         """Copies a step, if it is this program's; returns the place of the next."""
-        stage = lax.rem(index - first, blocks.stages)
-        pl.when(index < stop)(lambda: _copy(memory, shared, stage, tile, step, plan))
+        pl.when(index < stop)(lambda: _copy(memory, shared, stage(index), tile, step, plan))
         if not plan.interpret:
             mma_copies.end_group()
         is_last = step + 1 == division.steps
@@ -114,8 +117,7 @@ def _kernel(
         if not plan.interpret:
             mma_copies.wait(ahead - 1)
         place = copy(index + ahead, *place)  # to where the step before this one was
-        stage = lax.rem(index - first, blocks.stages)
-        here = {name: ref.at[stage] for name, ref in shared.items()}
+        here = {name: ref.at[stage(index)] for name, ref in shared.items()}
         multiply = _emulated_step if plan.interpret else mma_registers.multiply_step
         return (multiply(here, totals, plan, form), *place)
 
@@ -158,10 +160,9 @@ def _copy(
     blocks = plan.blocks
     output, row = _tile(tile, plan)
     rows, words = pl.ds(row * blocks.rows, blocks.rows), shared["values"].shape[-1]
-    of_groups = (
-        pl.ds(lax.div(step * blocks.inputs, plan.group_size), plan.groups),
-        pl.ds(output * TILE, blocks.outputs),
-    )
+    # A step has whole groups, or a group whole steps.
+    group = lax.div(step, max(1, plan.group_size // blocks.inputs)) * plan.groups
+    of_groups = pl.ds(group, plan.groups), pl.ds(output * TILE, blocks.outputs)
     slices = {
         "x": (rows, pl.ds(step * blocks.inputs, blocks.inputs)),
         "values": (pl.ds(output, blocks.tiles), pl.ds(step * words, words)),
