@@ -306,7 +306,7 @@ def load_model(mesh: Mesh | None) -> tuple[GLMConfig, GLMParams]:
         print(f"{FLAGS.checkpoint}: random weights: the answers mean nothing", file=sys.stderr)
         config, params = random_model(FLAGS.checkpoint, *form)
     config = config.replace(cache_dtype=FLAGS.cache_dtype)
-    return config, prepare(params, FLAGS.activation_bits, FLAGS.embedding_bits)
+    return config, prepare(params, FLAGS.activation_bits, FLAGS.embedding_bits, donate=True)
 
 
 def load_small_model(mesh: Mesh | None, tokenizer: Tokenizer) -> SmallModel | None:

@@ -8,8 +8,9 @@ import jax
 from jaxtyping import Array
 
 from glm_jax.errors import UserError
-from glm_jax.kernels.quantized_matmul import cpu
+from glm_jax.kernels.quantized_matmul import cpu, mosaic_check
 from glm_jax.kernels.quantized_matmul.api import prepare as prepare_weight
+from glm_jax.model import gpu_layout
 from glm_jax.model.layer_stacks import as_layers, map_linears, unstack_layers
 from glm_jax.model.params import GLMParams, LinearParams
 from glm_jax.model.weights import TransposedWeight
@@ -23,19 +24,25 @@ class PrecisionError(UserError):
 
 
 def prepare(
-    params: GLMParams, activation_bits: int | None = None, embedding_bits: int | None = None
+    params: GLMParams,
+    activation_bits: int | None = None,
+    embedding_bits: int | None = None,
+    donate: bool = False,
 ) -> GLMParams:
     """Lays parameters out for fast decoding on the devices that they are on.
 
     A loop over stacked layers copies each layer's weights in every step, so layers are unstacked;
     where `restore` did that already, nothing is copied. On a single CPU device kernels and
-    embedding are laid out for the CPU kernel. Call it once before many prompts.
+    embedding are laid out for the CPU kernel; on GPUs of compute capability 9.0 quantised
+    kernels are for theirs, see `gpu_layout`. Call it once before many prompts.
 
     Args:
       activation_bits: 8 to round activations too and multiply integers, of quantised
         weights alone: faster, for about half a percent of error a product.
       embedding_bits: 8 or 4 to quantise the embedding, which is also the output projection;
         in 4 bits with a scale for each 128 inputs.
+      donate: on GPUs, delete each weight of `params` when it is laid out: without it there are
+        two copies until the caller lets `params` go.
 
     Raises:
       PrecisionError: one of these was asked for, and this is not one CPU device with the
@@ -51,8 +58,10 @@ def prepare(
             "and all weights in its memory: leave out activation_bits and embedding_bits"
         )
     params = unstack_layers(params)
-    if is_streamed or not is_one_cpu:
+    if is_streamed:
         return params
+    if not is_one_cpu:
+        return gpu_layout.lay_out(params, donate) if mosaic_check.is_for(device) else params
 
     def lay_out_kernel(_: str, linear: LinearParams) -> LinearParams:
         tile = functools.partial(prepare_weight, activation_bits=activation_bits)

@@ -18,6 +18,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from glm_jax.kernels.quantized_matmul.api import (
+    MosaicArray,
     TiledArray,
     quantized_matmul,
     take_outputs,
@@ -293,6 +294,7 @@ def as_weight(leaf: Any) -> Any:
 
 as_weight.register(QuantizedArray, KernelWeight)
 as_weight.register(TiledArray, KernelWeight)
+as_weight.register(MosaicArray, KernelWeight)
 as_weight.register(AdaptedWeight, lambda weight: weight)
 as_weight.register(MultiAdaptedWeight, lambda weight: weight)
 as_weight.register(TransposedWeight, lambda weight: weight)

@@ -14,6 +14,8 @@ from glm_jax.engine.page_pool import PAGE_SIZE, cache_pages, page_count, table_s
 from glm_jax.engine.prefill_batch import make_prefill_batch
 from glm_jax.engine.scoring import log_probabilities
 from glm_jax.engine.slots import empty_slot, empty_slots
+from glm_jax.kernels.quantized_matmul import mosaic_check
+from glm_jax.model import gpu_layout
 from glm_jax.model import params as glm_params
 from glm_jax.model.abstract_params import abstract_quantized
 from glm_jax.model.layer_stacks import as_layers, described_apart
@@ -154,6 +156,8 @@ def abstract_params(
     layers: Any = params.layers
     whole = described_apart(params)
     apart: Any = whole.layers
+    if mosaic_check.is_for(mesh.devices.flat[0]):
+        whole = gpu_layout.describe(whole, mesh)
     if weight_memory_limit is None:
         return whole
     rest = device_bytes(params) - device_bytes(layers)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from glm_jax.kernels.dispatch import BackendError
-from glm_jax.kernels.quantized_matmul import mosaic_blocks, mosaic_layout
+from glm_jax.kernels.quantized_matmul import mosaic_blocks, mosaic_converted, mosaic_layout
 from glm_jax.kernels.quantized_matmul.api import prepare, quantized_matmul
-from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks, Problem
+from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks, ConvertedTiles, Problem
 from glm_jax.kernels.quantized_matmul.mosaic_layout import TILE
 from glm_jax.quantization import QuantizedArray, dequantize
 from glm_jax.quantization.packing import pack_int4, unpack_int4
@@ -159,6 +159,59 @@ def test_the_product_is_that_of_float64(case):
     wanted = np.asarray(x, np.float64) @ np.asarray(dequantize(weight, jnp.float32), np.float64)
     scaled = 1e-3 if sizes.get("scale_first") else 2e-6  # weights are rounded to float16
     np.testing.assert_allclose(product, wanted, atol=scaled * np.abs(wanted).max())
+
+
+DRAWS = np.random.default_rng(25)
+ROWS_DRAWN = [int(n) for n in (*DRAWS.integers(1, 34, 3), *DRAWS.integers(48, 2050, 2))]
+
+
+@pytest.mark.parametrize("number", range(len(ROWS_DRAWN)))
+def test_rows_drawn_at_random_as_they_are_divided(number):
+    """Each draw has other bits, types, zero points and an odd number of groups."""
+    kernel = pytest.importorskip("glm_jax.kernels.quantized_matmul.mosaic_gpu")
+    if jax.__version_info__ < (0, 11):
+        pytest.skip("JAX before 0.11 has no interpreter of the kernel")
+    rows, bits = ROWS_DRAWN[number], (4, 8)[number % 2]
+    dtype = ("bfloat16", "float16")[number // 2 % 2]
+    weight = _weight(192, 64, (3, 1)[number % 2], bits, number % 3 == 0, dtype)
+    blocks = mosaic_blocks.choose(Problem(rows, 192, 64, bits, weight.group_size), 3)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(rows, 192)), dtype)
+    product = kernel.matmul(x, mosaic_layout.lay_out(weight), blocks, interpret=True)
+    wanted = np.asarray(x, np.float64) @ np.asarray(dequantize(weight, jnp.float32), np.float64)
+    rounded = 2e-3 if dtype == "float16" else 1.6e-2  # weights, from 65 rows on
+    tolerance = rounded if blocks.scale_first else 2e-6
+    np.testing.assert_allclose(product, wanted, atol=tolerance * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("groups", [1, 3, 12])
+@pytest.mark.parametrize("tiles", [None, ConvertedTiles(64, 128)])
+def test_converted_tiles_give_both_products(bits, groups, tiles):
+    weight = _weight(384, 256, groups, bits, True, "float16")
+    laid_out = mosaic_layout.lay_out(weight)
+    exact = np.asarray(dequantize(weight, jnp.float32), np.float64)
+    rng = np.random.default_rng(1)
+    for product, matrix in (
+        (mosaic_converted.matmul, exact),
+        (mosaic_converted.transposed_matmul, exact.T),
+    ):
+        x = jnp.asarray(rng.normal(size=(5, len(matrix))), jnp.float16)
+        wanted = np.asarray(x, np.float64) @ matrix
+        ours = product(x, laid_out, tiles).astype(jnp.float32)
+        np.testing.assert_allclose(ours, wanted, atol=1e-3 * np.abs(wanted).max())
+
+
+def test_a_converted_tile_stays_in_the_cache():
+    """Of every product of the 130B, whole and divided by 8, in float16."""
+    for inputs, outputs in ((12288, 36864), (12288, 65536), (32768, 12288), (12288, 4608)):
+        for transposed in (False, True):
+            problem = Problem(2048, inputs, outputs, 4, 128, transposed=transposed)
+            tiles = mosaic_blocks.converted_tiles(problem)
+            assert 4 << 20 <= 2 * tiles.inputs * tiles.outputs <= 16 << 20
+            choices = list(mosaic_blocks.converted_candidates(problem))
+            assert tiles in choices
+            for other in choices:
+                assert (inputs % other.inputs, outputs % other.outputs) == (0, 0)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 16, 33, 64, 65, 2049])

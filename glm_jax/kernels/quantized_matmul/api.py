@@ -8,17 +8,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from glm_jax.kernels.dispatch import Backend, dispatch
+from glm_jax.kernels.dispatch import Backend, BackendError, dispatch
 from glm_jax.kernels.quantized_matmul import cpu, sharded
 from glm_jax.kernels.quantized_matmul.arguments import Arguments
 from glm_jax.kernels.quantized_matmul.cpu import CPUKernel, CPUTransposed, TiledArray, take_outputs
+from glm_jax.kernels.quantized_matmul.mma import Mma
 from glm_jax.kernels.quantized_matmul.mosaic import (
     Mosaic,
-    MosaicRestored,
+    MosaicConverted,
     MosaicTransposed,
-    check_layout,
 )
-from glm_jax.kernels.quantized_matmul.mosaic_layout import MosaicArray, lay_out
+from glm_jax.kernels.quantized_matmul.mosaic_layout import MosaicArray
+from glm_jax.kernels.quantized_matmul.mosaic_prepare import place
 from glm_jax.kernels.quantized_matmul.pallas_gpu import PallasGPU
 from glm_jax.kernels.quantized_matmul.pallas_tpu import PallasTPU
 from glm_jax.kernels.quantized_matmul.reference import Reference
@@ -26,6 +27,7 @@ from glm_jax.kernels.quantized_matmul.xla import XLA, XLATransposed
 from glm_jax.quantization import QuantizedArray
 
 __all__ = [
+    "MosaicArray",
     "TiledArray",
     "Weight",
     "prepare",
@@ -39,7 +41,8 @@ Weight = QuantizedArray | TiledArray | MosaicArray
 _BACKENDS: tuple[Backend[Arguments], ...] = (
     CPUKernel(),
     Mosaic(),
-    MosaicRestored(),
+    Mma(),
+    MosaicConverted(),
     PallasGPU(),
     PallasTPU(),
     Reference(platform="cpu"),
@@ -62,14 +65,15 @@ def prepare(
 
     Args:
       activation_bits: 8 for integer products; see `TiledArray`.
-      layout: "mosaic" for the kernel for compute capability 9.0, which no GPU has run yet; it
-        takes a quantised weight [K, N].
+      layout: "mosaic" for the kernel for compute capability 9.0, on any device.
 
     Raises:
       BackendError: the layout is another, or its kernel does not take the weight.
     """
     if layout is not None:
-        return lay_out(check_layout(layout, weight))
+        if layout != "mosaic":
+            raise BackendError(f"quantized_matmul: no layout is called {layout!r}; expected mosaic")
+        return place(weight)
     if not isinstance(weight, TiledArray | MosaicArray) and cpu.can_tile(weight):
         return cpu.tile(weight, activation_bits)
     return weight

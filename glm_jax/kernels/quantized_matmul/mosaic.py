@@ -1,22 +1,27 @@
 """Backends for weights in the layout of the kernel for compute capability 9.0.
 
-On other devices, and for float32, the weight is restored first, whole: right, and slow.
+On other devices, and for float32, the weight is converted to floats tile by tile.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
+from jax.extend import backend
 from jaxtyping import Array
 
 from glm_jax.kernels import target
-from glm_jax.kernels.dispatch import BackendError, unmet
-from glm_jax.kernels.quantized_matmul import xla
-from glm_jax.kernels.quantized_matmul.arguments import INTEGERS, Arguments, add_bias
-from glm_jax.kernels.quantized_matmul.mosaic_blocks import supports
-from glm_jax.kernels.quantized_matmul.mosaic_layout import restore
-from glm_jax.quantization import QuantizedArray
+from glm_jax.kernels.dispatch import unmet
+from glm_jax.kernels.quantized_matmul import mosaic_converted
+from glm_jax.kernels.quantized_matmul.arguments import Arguments, add_bias
+from glm_jax.kernels.quantized_matmul.mosaic_blocks import (
+    Blocks,
+    ConvertedTiles,
+    Problem,
+    candidates,
+    converted_candidates,
+    supports,
+)
 
 CAPABILITY = 9.0  # the only one: later devices have other matrix instructions
 _JAX = (0, 11)  # the oldest that has what the kernel is written in
@@ -24,8 +29,13 @@ _JAX = (0, 11)  # the oldest that has what the kernel is written in
 
 @dataclasses.dataclass(frozen=True)
 class Mosaic:
-    """The kernel itself, for activations in 16 bits."""
+    """The kernel itself, for activations in 16 bits.
 
+    Attributes:
+      blocks: how a product is divided; None for what `choose` finds.
+    """
+
+    blocks: Blocks | None = None
     name: str = "mosaic"
     platform: str = "cuda"
 
@@ -36,46 +46,47 @@ class Mosaic:
             (jax.__version_info__ >= _JAX, "JAX {}.{} or newer".format(*_JAX)),
         ) or supports(arguments.weight, arguments.x.dtype)
 
+    def variants(self, arguments: Arguments) -> Iterator["Mosaic"]:
+        """Yield this backend with each of the blocks that are worth measuring."""
+        cores = backend.get_default_device().core_count
+        for blocks in candidates(Problem.of(arguments.x, arguments.weight), cores):
+            yield dataclasses.replace(self, blocks=blocks)
+
     def __call__(self, arguments: Arguments) -> Array:
         # Not before it is asked for: older JAX has no such kernels.
         from glm_jax.kernels.quantized_matmul import mosaic_gpu
 
-        return add_bias(mosaic_gpu.matmul(arguments.x, arguments.weight), arguments.bias)
-
-
-@dataclasses.dataclass(frozen=True)
-class MosaicRestored:
-    """A weight in the kernel's layout wherever the kernel does not run."""
-
-    name: str = "mosaic"
-    platform: None = None
-
-    def supports(self, arguments: Arguments) -> str | None:
-        return unmet((arguments.weight.layout == "mosaic", "a weight in its own layout"))
-
-    def __call__(self, arguments: Arguments) -> Array:
-        product = xla.matmul(arguments.x, restore(arguments.weight))
+        product = mosaic_gpu.matmul(arguments.x, arguments.weight, self.blocks)
         return add_bias(product, arguments.bias)
 
 
-class MosaicTransposed(MosaicRestored):
+@dataclasses.dataclass(frozen=True)
+class MosaicConverted:
+    """A weight in the kernel's layout converted to floats tile by tile, on any device.
+
+    Attributes:
+      blocks: the tiles; None for those of `converted_tiles`.
+    """
+
+    blocks: ConvertedTiles | None = None
+    name: str = "converted"
+    platform: str | None = None
+
+    def supports(self, arguments: Arguments) -> str | None:
+        return unmet((arguments.weight.layout == "mosaic", "a weight in the layout of mosaic"))
+
+    def variants(self, arguments: Arguments) -> Iterator["MosaicConverted"]:
+        """Yield this backend with each of the tiles that are worth measuring."""
+        for blocks in converted_candidates(Problem.of(arguments.x, arguments.weight)):
+            yield dataclasses.replace(self, blocks=blocks)
+
+    def __call__(self, arguments: Arguments) -> Array:
+        product = mosaic_converted.matmul(arguments.x, arguments.weight, self.blocks)
+        return add_bias(product, arguments.bias)
+
+
+class MosaicTransposed(MosaicConverted):
     """The product with the transpose."""
 
     def __call__(self, arguments: Arguments) -> Array:
-        return xla.transposed_matmul(arguments.x, restore(arguments.weight))
-
-
-def check_layout(layout: str, weight: Any) -> QuantizedArray:
-    """Return the weight, or raise a BackendError where it cannot be laid out for the kernel."""
-    if layout != "mosaic":
-        raise BackendError(f"quantized_matmul: no layout is called {layout!r}; expected mosaic")
-    if not isinstance(weight, QuantizedArray):
-        raise BackendError(
-            f"quantized_matmul: expected a quantised weight as it is stored to lay out for "
-            f"mosaic, got {type(weight).__name__}"
-        )
-    is_integer = weight.stored_dtype in INTEGERS
-    reason = supports(weight, jnp.float16) if is_integer else f"it is {weight.stored_dtype}"
-    if reason is not None:
-        raise BackendError(f"quantized_matmul: mosaic does not take the weight: {reason}")
-    return weight
+        return mosaic_converted.transposed_matmul(arguments.x, arguments.weight, self.blocks)

@@ -6,10 +6,12 @@ them: `candidates` is what a measurement chooses from.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from glm_jax.kernels.quantized_matmul.mosaic_layout import TILE, MosaicArray
 from glm_jax.quantization import QuantizedArray
@@ -65,6 +67,14 @@ class Blocks:
 
 
 @dataclasses.dataclass(frozen=True)
+class ConvertedTiles:
+    """Sizes of the tiles of `mosaic_converted`, multiples of 64 that divide a weight's."""
+
+    inputs: int
+    outputs: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Division:
     """Which steps a program takes: `share` of them one after another, tile after tile.
 
@@ -95,7 +105,8 @@ class Division:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A product [rows, inputs] times [inputs, outputs]."""
+    """A product [rows, inputs] times [inputs, outputs]; `transposed`: [rows, outputs] times the
+    transpose."""
 
     rows: int
     inputs: int
@@ -103,6 +114,13 @@ class Problem:
     bits: int
     group_size: int
     zeros: bool = False
+    transposed: bool = False
+
+    @classmethod
+    def of(cls, x: Array, weight: MosaicArray, transposed: bool = False) -> "Problem":
+        """The product of activations and a weight [K, N]."""
+        (inputs, outputs), has_zeros = weight.shape, weight.zero_points is not None
+        return cls(len(x), inputs, outputs, weight.bits, weight.group_size, has_zeros, transposed)
 
 
 def divide(problem: Problem, blocks: Blocks) -> Division:
@@ -116,12 +134,11 @@ def divide(problem: Problem, blocks: Blocks) -> Division:
 
 
 def supports(weight: QuantizedArray | MosaicArray, dtype: Any) -> str | None:
-    """Why the kernel does not multiply activations of a dtype with a weight; None if it does."""
-    if len(weight.shape) != 2:
-        return f"the weight is {list(weight.shape)}, not [K, N]"
+    """Why the kernel does not multiply activations of a dtype with a weight [K, *outputs]; None
+    if it does."""
     if jnp.dtype(dtype) not in (jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16)):
         return f"activations are {jnp.dtype(dtype)}, not float16 or bfloat16"
-    inputs, outputs = weight.shape
+    inputs, outputs = weight.shape[0], math.prod(weight.shape[1:])
     if inputs % TILE or outputs % TILE:
         return f"{inputs} inputs and {outputs} outputs are no multiples of {TILE}"
     if weight.group_size != 32 and weight.group_size % TILE:
@@ -130,7 +147,7 @@ def supports(weight: QuantizedArray | MosaicArray, dtype: Any) -> str | None:
 
 
 def choose(problem: Problem, programs: int) -> Blocks:
-    """The candidate that keeps most multiprocessors busy.
+    """The candidate that keeps most multiprocessors busy, for devices that nobody measured.
 
     Of each two that follow each other the later must keep 2% more busy, or 10% where rows are
     many: larger tiles read activations less often.
@@ -152,6 +169,38 @@ def choose(problem: Problem, programs: int) -> Blocks:
     if not ranked:
         raise ValueError(f"no blocks of the kernel divide {problem}")
     return max(ranked, key=busy)[1]
+
+
+def converted_candidates(problem: Problem) -> Iterator[ConvertedTiles]:
+    """Tiles worth measuring, those first that are expected to be the fastest; none where rows are
+    few, and the kernel reads less."""
+    if problem.transposed or problem.rows > _FEW_ROWS:
+        # The last ones are larger than what surely stays in the cache, and make fewer steps.
+        sizes = ((4096, 2048), (2048, 4096), (2048, 2048), (8192, 1024), (4096, 4096))
+        yield from dict.fromkeys(converted_tiles(problem, *size) for size in sizes)
+
+
+def converted_tiles(problem: Problem, taken: int = 4096, made: int = 2048) -> ConvertedTiles:
+    """Tiles of 16 MiB in float16, less where larger ones do not divide the weight.
+
+    As many outputs and rows as keep all multiprocessors of a GPU busy with one product.
+
+    Args:
+      taken: at most so many of what is summed over: inputs, outputs in the transposed product.
+      made: at most so many of the others.
+    """
+    inputs, outputs = (made, taken) if problem.transposed else (taken, made)
+    group = problem.group_size
+    fits = lambda size: size % group == 0 or group % size == 0
+    return ConvertedTiles(
+        inputs=max(filter(fits, _divisors(problem.inputs, inputs)), default=TILE),
+        outputs=max(_divisors(problem.outputs, outputs)),
+    )
+
+
+def _divisors(size: int, limit: int) -> Iterator[int]:
+    """Multiples of 64 up to a limit that divide a size."""
+    return (n for n in range(TILE, max(limit, TILE) + 1, TILE) if size % n == 0)
 
 
 def candidates(problem: Problem, programs: int) -> Iterator[Blocks]:

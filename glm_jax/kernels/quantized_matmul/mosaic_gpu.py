@@ -29,6 +29,7 @@ from glm_jax.kernels.quantized_matmul.mosaic_blocks import (
     divide,
 )
 from glm_jax.kernels.quantized_matmul.mosaic_layout import LANES, TILE, MosaicArray
+from glm_jax.kernels.quantized_matmul.mosaic_parts import add_parts
 from glm_jax.kernels.quantized_matmul.mosaic_plan import Plan
 
 
@@ -49,22 +50,14 @@ def matmul(
     Returns:
       float32 [rows, N].
     """
-    rows, (inputs, outputs) = x.shape[0], weight.shape
-    has_zeros = weight.zero_points is not None
-    problem = Problem(rows, inputs, outputs, weight.bits, weight.group_size, has_zeros)
+    rows, outputs = x.shape[0], weight.shape[1]
+    problem = Problem.of(x, weight)
     if blocks is None:
         blocks = choose(problem, backend.get_default_device().core_count)
     division = divide(problem, blocks)
     x = jnp.pad(x, ((0, -rows % blocks.rows), (0, 0)))
     parts = _call(x, weight, blocks, division, interpret)
-    # A tile has as many parts as programs worked on it; what lies behind those is not written.
-    tiles = (division.output_tiles, 1, division.row_tiles, 1)
-    written = jnp.array(division.parts()).reshape(tiles)
-    by_tile = (division.output_tiles, blocks.outputs, division.row_tiles, blocks.rows)
-    total = parts[0].reshape(by_tile)
-    for index in range(1, len(parts)):
-        total = total + jnp.where(index < written, parts[index].reshape(by_tile), 0)
-    return total.reshape(outputs, len(x)).T[:rows]
+    return add_parts(parts, blocks, division).T[:rows]
 
 
 def _call(

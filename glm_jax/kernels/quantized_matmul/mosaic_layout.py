@@ -10,6 +10,8 @@ of them bits of a float's mantissa. For that words of 4-bit values are rotated t
 bits: the mantissa of float16 then holds two values of a half of the word, that of bfloat16 one.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -40,32 +42,46 @@ _ORDER = {
 
 @struct.dataclass
 class MosaicArray:
-    """A weight [K, N] in the kernel's layout; slices of whole tiles are one again.
+    """A weight [K, *outputs] in the kernel's layout; slices of whole tiles are one again.
+
+    Outputs are [*outer, *inner], the inner ones as few as have whole tiles of 64. A device that
+    has a part of one of the outer axes, or of the first of the inner ones, then has its own
+    outputs in whole tiles too.
 
     Attributes:
-      values: int32 [N / 64, K / 64, bits, 128].
-      scales: float [groups, N]; group g scales K / groups neighbouring inputs.
+      values: int32 [*outer, inner / 64, K / 64, bits, 128].
+      scales: float [groups, *outputs]; group g scales K / groups neighbouring inputs.
       bits: 8 or 4.
       zero_points: of the scales' shape and dtype; None where the weight is symmetric.
+      axes: logical axes of [K, *outputs]; see `QuantizedArray`.
     """
 
     values: Any  # or what jax puts in its place while it transforms a function
     scales: Any
     bits: int = struct.field(pytree_node=False)
     zero_points: Any = None
+    axes: tuple[str | None, ...] | None = struct.field(pytree_node=False, default=None)
 
     layout = "mosaic"
-    axes = None  # no product of it is divided among devices yet
-    contraction_axis = -2
 
     def flattened(self) -> "MosaicArray":
-        """The same weight as [K, N], which it is."""
-        return self
+        """The same weight as [K, N], without logical axes."""
+        flat = lambda a: None if a is None else a.reshape(a.shape[0], -1)
+        return MosaicArray(
+            values=self.values.reshape(-1, *self.values.shape[-3:]),
+            scales=flat(self.scales),
+            bits=self.bits,
+            zero_points=flat(self.zero_points),
+        )
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """[K, N] of the float array that this stands for."""
-        return TILE * self.values.shape[1], TILE * self.values.shape[0]
+    def shape(self) -> tuple[int, ...]:
+        """[K, *outputs] of the float array that this stands for."""
+        return TILE * self.values.shape[-3], *self.scales.shape[1:]
+
+    @property
+    def contraction_axis(self) -> int:
+        return -len(self.shape)
 
     @property
     def groups(self) -> int:
@@ -77,38 +93,52 @@ class MosaicArray:
         return self.shape[0] // self.groups
 
 
+def count_outer(outputs: Sequence[int]) -> int:
+    """How many of the leading axes of the outputs stay apart, as `MosaicArray` says.
+
+    Args:
+      outputs: sizes of the axes; their product is a multiple of 64.
+    """
+    whole = [i for i in range(len(outputs)) if math.prod(outputs[i:]) % TILE == 0]
+    return max(whole)
+
+
 def lay_out(weight: QuantizedArray) -> MosaicArray:
-    """A weight [K, N], both multiples of 64, in the kernel's layout. Inverse of `restore`."""
+    """A weight [K, *outputs], K and all outputs multiples of 64, in the kernel's layout. Inverse
+    of `restore`."""
     values = weight.values if weight.bits == 8 else unpack_int4(weight.values, 0)
-    zeros = weight.zero_points
+    inputs, *outputs = values.shape
+    words, zeros = _words(values.reshape(inputs, -1), weight.bits), weight.zero_points
     return MosaicArray(
-        values=_words(values, weight.bits),
+        values=words.reshape(*outputs[: count_outer(outputs)], -1, *words.shape[1:]),
         scales=weight.scales,
         bits=weight.bits,
         # Integers of 8 bits are exact in every float type.
         zero_points=None if zeros is None else zeros.astype(weight.scales.dtype),
+        axes=weight.axes,
     )
 
 
 def restore(weight: MosaicArray) -> QuantizedArray:
-    """The weight [K, N] as it is stored. Inverse of `lay_out`."""
-    values, zeros = integers(weight), weight.zero_points
+    """The weight [K, *outputs] as it is stored. Inverse of `lay_out`."""
+    values, zeros = integers(weight).reshape(weight.shape), weight.zero_points
     return QuantizedArray(
         values=values if weight.bits == 8 else pack_int4(values, 0),
         scales=weight.scales,
         bits=weight.bits,
-        contraction_axis=-2,
+        contraction_axis=weight.contraction_axis,
         zero_points=None if zeros is None else zeros.astype(jnp.int8),
+        axes=weight.axes,
     )
 
 
 def integers(weight: MosaicArray) -> Int8[Array, "K N"]:
-    """The weight's integers, with their signs."""
+    """The weight's integers, with their signs, outputs flattened."""
     bits, words = weight.bits, weight.values
     if bits == 4:
         words = _rotate(words, -_ROTATION)
     order = _ORDER[bits]
-    inputs, outputs = weight.shape
+    inputs, outputs = weight.shape[0], math.prod(weight.shape[1:])
     apart = (inputs // TILE, *_INPUTS, outputs // TILE, *_OUTPUTS)
     lanes = tuple(apart[axis] for axis in order)
     octets = jax.lax.bitcast_convert_type(words, jnp.uint8)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 import jax
@@ -10,14 +10,16 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from glm_jax.kernels.quantized_matmul.mosaic_layout import MosaicArray, count_outer
 from glm_jax.quantization import QuantizedArray
 from glm_jax.sharding import data_axis, mesh_to_divide, parameter_spec, per_device
 
-Product = Callable[[Array, QuantizedArray, Array | None], Array]
-Transposed = Callable[[Array, QuantizedArray], Array]
+Divisible = QuantizedArray | MosaicArray
+Product = Callable[[Array, Divisible, Array | None], Array]
+Transposed = Callable[[Array, Divisible], Array]
 
 
-def applies(weight: Any) -> TypeGuard[QuantizedArray]:
+def applies(weight: Any) -> TypeGuard[Divisible]:
     """Whether there is a mesh to divide the product over, and the weight's axes are known."""
     return weight.axes is not None and mesh_to_divide() is not None
 
@@ -25,7 +27,7 @@ def applies(weight: Any) -> TypeGuard[QuantizedArray]:
 def matmul(
     product: Product,
     x: Float[Array, "..."],
-    weight: QuantizedArray,
+    weight: Divisible,
     bias: Float[Array, "..."] | None,
 ) -> Float[Array, "..."]:
     """x [..., K] times weight [K, *outputs] plus bias, each device with its part.
@@ -40,11 +42,10 @@ def matmul(
     Returns:
       float32 [..., *outputs], outputs divided as the weight's are.
     """
-    weight, weight_spec = _divided(weight)
-    inputs, *outputs = weight_spec.values
+    weight, weight_spec, (inputs, *outputs) = divide(weight)
     batch = _batch_axes(x.shape[:-1])
 
-    def local(x: Array, weight: QuantizedArray, bias: Array | None) -> Array:
+    def local(x: Array, weight: Divisible, bias: Array | None) -> Array:
         if inputs is None:
             return product(x, weight, bias)
         total = jax.lax.psum(product(x, weight, None), inputs)
@@ -62,7 +63,7 @@ def matmul(
 
 
 def transposed_matmul(
-    product: Transposed, gradient: Float[Array, "..."], weight: QuantizedArray
+    product: Transposed, gradient: Float[Array, "..."], weight: Divisible
 ) -> Float[Array, "..."]:
     """gradient [..., *outputs] times the transpose of weight, as `matmul` divides it.
 
@@ -75,12 +76,11 @@ def transposed_matmul(
     Returns:
       [..., K], divided as the weight's inputs are.
     """
-    weight, weight_spec = _divided(weight)
-    inputs, *outputs = weight_spec.values
+    weight, weight_spec, (inputs, *outputs) = divide(weight)
     batch = _batch_axes(gradient.shape[: gradient.ndim - len(outputs)])
     summed = tuple(axis for axis in outputs if axis is not None)
 
-    def local(gradient: Array, weight: QuantizedArray) -> Array:
+    def local(gradient: Array, weight: Divisible) -> Array:
         part = product(gradient, weight)
         return jax.lax.psum(part, summed) if summed else part
 
@@ -91,21 +91,47 @@ def transposed_matmul(
     )(gradient, weight)
 
 
-def _divided(weight: QuantizedArray) -> tuple[QuantizedArray, Any]:
-    """The weight, its groups split so that each part has whole ones, and the mesh axes of its
-    arrays in a tree like it."""
+def divide(weight: Divisible) -> tuple[Any, Any, PartitionSpec]:
+    """The weight, its groups split so that each part has whole ones; the mesh axes of its arrays
+    in a tree like it; and those of [K, *outputs]."""
     assert weight.axes is not None
     mesh = jax.sharding.get_abstract_mesh()
-    inputs, *outputs = parameter_spec(mesh.shape, weight.axes, weight.values.shape)
+    if isinstance(weight, MosaicArray):
+        tiles = weight.values.shape[-3]
+        spec = parameter_spec(mesh.shape, weight.axes, (tiles, *weight.shape[1:]))
+        inputs, *outputs = spec
+        return weight, specs_of_tiles(weight, inputs, outputs), spec
+    spec = parameter_spec(mesh.shape, weight.axes, weight.values.shape)
+    inputs, *outputs = spec
     weight = _with_groups_for(weight, 1 if inputs is None else mesh.shape[inputs])
     scales_spec = PartitionSpec(inputs if weight.groups > 1 else None, *outputs)
-    spec = dataclasses.replace(
+    tree = dataclasses.replace(
         weight,
-        values=PartitionSpec(inputs, *outputs),
+        values=spec,
         scales=scales_spec,
         zero_points=None if weight.zero_points is None else scales_spec,
     )
-    return weight, spec
+    return weight, tree, spec
+
+
+def specs_of_tiles(
+    weight: Divisible, inputs: str | None, outputs: Sequence[str | None]
+) -> MosaicArray:
+    """The mesh axes of a `MosaicArray`, in a tree like it.
+
+    Args:
+      weight: that array, or the weight as it is stored.
+      inputs, outputs: mesh axes of K and of the outputs.
+    """
+    outer = count_outer(weight.shape[1:])
+    of_scales = PartitionSpec(inputs if weight.groups > 1 else None, *outputs)
+    return MosaicArray(
+        values=PartitionSpec(*outputs[: outer + 1], inputs, None, None),
+        scales=of_scales,
+        bits=weight.bits,
+        zero_points=None if weight.zero_points is None else of_scales,
+        axes=weight.axes,
+    )
 
 
 def _batch_axes(leading: tuple[int, ...]) -> list[str | None]:

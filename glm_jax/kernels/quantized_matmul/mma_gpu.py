@@ -1,0 +1,205 @@
+"""The kernel for compute capability 8.0 and later, of warps' matrix instructions (Mosaic GPU).
+
+It takes the layout of the kernel for 9.0, in which a thread's bytes are its own operands here
+too. Outputs lie along M of the instruction, 16, and rows along its N, 8. Programs of four warps,
+several a multiprocessor, share all (tile, step) pairs evenly; each copies steps of weights,
+activations and scales into shared memory, a few steps ahead of what it multiplies.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from glm_jax.kernels.quantized_matmul import mma_copies, mma_registers
+from glm_jax.kernels.quantized_matmul.mma_form import Form, form_of
+from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks, Division, Problem, divide
+from glm_jax.kernels.quantized_matmul.mosaic_layout import LANES, TILE, MosaicArray, integers
+from glm_jax.kernels.quantized_matmul.mosaic_parts import add_parts
+from glm_jax.kernels.quantized_matmul.mosaic_plan import Plan
+
+
+def matmul(
+    x: Float[Array, "rows inputs"], weight: MosaicArray, blocks: Blocks, interpret: bool = False
+) -> Float[Array, "rows outputs"]:
+    """x [rows, K], float16 or bfloat16, times weight [K, N], accumulated in float32.
+
+    Args:
+      weight: one that `mosaic_blocks.supports` has no reason against.
+      blocks: one of `mma_blocks.candidates`.
+      interpret: runs the kernel's program step by step on any device, for tests.
+
+    Returns:
+      float32 [rows, N].
+    """
+    rows, (inputs, outputs) = x.shape[0], weight.shape
+    problem = Problem(rows, inputs, outputs, weight.bits, weight.group_size)
+    division = divide(problem, blocks)
+    x = jnp.pad(x, ((0, -rows % blocks.rows), (0, 0)))
+    form = form_of(weight.bits, x.dtype, blocks.scale_first)
+    parts = _call(x, weight, blocks, division, form, interpret)
+    # [16 outputs, first or last 8, 8, rows]
+    total = add_parts(parts, blocks, division).reshape(-1, 2, 8, len(x))
+    total = total / jnp.array(form.factors)[:, None, None]
+    return total.reshape(outputs, len(x)).T[:rows]
+
+
+def _call(
+    x: Array, weight: MosaicArray, blocks: Blocks, division: Division, form: Form, interpret: bool
+) -> Array:
+    """Parts of the product, [parts, N, rows]; tiles that have fewer leave the rest unwritten."""
+    outputs, stages = weight.shape[1], blocks.stages
+    has_zeros = weight.zero_points is not None
+    plan = Plan(blocks, division, weight.bits, weight.group_size, x.dtype, has_zeros, interpret)
+    words = blocks.inputs // TILE * weight.bits * LANES  # of a step's 64 outputs
+    of_groups = (stages, plan.groups, blocks.outputs)
+    operands = {"scales": weight.scales}
+    scratch: dict[str, Any] = {
+        "x": plgpu.SMEM((stages, blocks.rows, blocks.inputs), x.dtype),
+        "values": plgpu.SMEM((stages, blocks.tiles, words), jnp.int32),
+        "scales": plgpu.SMEM(of_groups, weight.scales.dtype),
+    }
+    if has_zeros:
+        operands["zeros"] = weight.zero_points
+        scratch["zeros"] = plgpu.SMEM(of_groups, weight.zero_points.dtype)
+    if not blocks.scale_first and (has_zeros or form.offsets[0]):
+        by_group = x.astype(jnp.float32).reshape(len(x), -1, plan.group)
+        operands["sums"] = by_group.sum(-1).T
+        scratch["sums"] = plgpu.SMEM((stages, plan.groups, blocks.rows), jnp.float32)
+    # Last, as all threads copy them: then no copy by some threads takes a branch.
+    operands |= {"x": x, "values": weight.values.reshape(outputs // TILE, -1)}
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, plan=plan, form=form, names=tuple(operands)),
+        out_type=jax.ShapeDtypeStruct((max(division.parts()), outputs, len(x)), jnp.float32),
+        scratch_types={"shared": scratch},
+        grid=(division.programs,),
+        grid_names=("program",),
+        kernel_name=f"quantized_matmul_int{weight.bits}",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )
+    parts: Array = kernel(*operands.values())
+    return parts
+
+
+def _kernel(
+    *refs: Any, plan: Plan, form: Form, names: tuple[str, ...], shared: dict[str, Any]
+) -> None:
+    blocks, division = plan.blocks, plan.division
+    *operands, out = refs
+    memory = dict(zip(names, operands, strict=True))
+    program = lax.axis_index("program")
+    first = program * division.share
+    stop = jnp.minimum(first + division.share, division.total)
+    ahead = blocks.stages - 1  # steps that are copied while one is multiplied
+
+    def stage(index: Array) -> Array:
+        # Without signs the remainder takes fewer instructions.
+        return lax.rem((index - first).astype(jnp.uint32), jnp.uint32(blocks.stages)).astype(
+            jnp.int32
+        )
+
+    def copy(index: Array, tile: Array, step: Array) -> tuple[Array, Array]:
+        """Copies a step, if it is this program's; returns the place of the next."""
+        pl.when(index < stop)(lambda: _copy(memory, shared, stage(index), tile, step, plan))
+        if not plan.interpret:
+            mma_copies.end_group()
+        is_last = step + 1 == division.steps
+        return jnp.where(is_last, tile + 1, tile), jnp.where(is_last, 0, step + 1)
+
+    def one_step(index: Array, carried: Any) -> Any:
+        totals, *place = carried
+        if not plan.interpret:
+            mma_copies.wait(ahead - 1)
+        place = copy(index + ahead, *place)  # to where the step before this one was
+        here = {name: ref.at[stage(index)] for name, ref in shared.items()}
+        multiply = _emulated_step if plan.interpret else mma_registers.multiply_step
+        return (multiply(here, totals, plan, form), *place)
+
+    def one_tile(tile: Array, place: Any) -> Any:
+        start = tile * division.steps
+        steps = jnp.maximum(start, first), jnp.minimum(start + division.steps, stop)
+        zero = jnp.zeros((TILE, blocks.rows), jnp.float32)
+        if not plan.interpret:
+            zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
+        totals, *place = lax.fori_loop(*steps, one_step, ((zero,) * blocks.tiles, *place))
+        outputs, rows = _tile(tile, plan)
+        part = program - lax.div(start, division.share)
+        for index, total in enumerate(totals):
+            of_tile = pl.ds((outputs + index) * TILE, TILE)
+            out[part, of_tile, pl.ds(rows * blocks.rows, blocks.rows)] = total
+        return tuple(place)
+
+    place = lax.div(first, division.steps), lax.rem(first, division.steps)
+    for index in range(ahead):
+        place = copy(first + index, *place)
+    tiles = lax.div(first, division.steps), lax.div(stop - 1, division.steps) + 1
+    lax.fori_loop(*tiles, one_tile, place)
+
+
+def _tile(tile: Array, plan: Plan) -> tuple[Array, Array]:
+    """First tile of 64 outputs, and tile of rows."""
+    rows = plan.division.row_tiles
+    return lax.div(tile, rows) * plan.blocks.tiles, lax.rem(tile, rows)
+
+
+def _copy(
+    memory: dict[str, Any],
+    shared: dict[str, Any],
+    stage: Array,
+    tile: Array,
+    step: Array,
+    plan: Plan,
+) -> None:
+    """Copies what a step takes into shared memory."""
+    blocks = plan.blocks
+    output, row = _tile(tile, plan)
+    rows, words = pl.ds(row * blocks.rows, blocks.rows), shared["values"].shape[-1]
+    # A step has whole groups, or a group whole steps.
+    group = lax.div(step, max(1, plan.group_size // blocks.inputs)) * plan.groups
+    of_groups = pl.ds(group, plan.groups), pl.ds(output * TILE, blocks.outputs)
+    slices = {
+        "x": (rows, pl.ds(step * blocks.inputs, blocks.inputs)),
+        "values": (pl.ds(output, blocks.tiles), pl.ds(step * words, words)),
+        "scales": of_groups,
+        "zeros": of_groups,
+        "sums": (pl.ds(step * plan.groups, plan.groups), rows),
+    }
+    for name, ref in memory.items():
+        source, target = ref.at[slices[name]], shared[name].at[stage]
+        if plan.interpret:
+            target[...] = source[...]
+        else:
+            mma_copies.start(source, target, exchanged=name == "x", once=name == "values")
+
+
+def _emulated_step(
+    here: dict[str, Any], totals: tuple[Array, ...], plan: Plan, form: Form
+) -> tuple[Array, ...]:
+    """What `multiply_step` returns, in plain operations, for the interpreter."""
+    blocks, dtype = plan.blocks, plan.dtype
+    words = here["values"][...].reshape(blocks.tiles, -1, plan.bits, LANES)
+    scales = here["scales"][...].astype(jnp.float32)[..., None]  # [groups, outputs, 1]
+    zeros = here["zeros"][...].astype(jnp.float32)[..., None] if plan.zeros else 0 * scales
+    array = MosaicArray(values=words, scales=scales[..., 0], bits=plan.bits)
+    values = integers(array).T.astype(jnp.float32)
+    x = here["x"][...].astype(jnp.float32)
+    is_first = lax.broadcasted_iota(jnp.int32, (blocks.outputs, 1), 0) % 16 < 8
+    offset, factor = (jnp.where(is_first, *pair) for pair in (form.offsets, form.factors))
+    added = jnp.concatenate(totals)
+    for group in range(plan.groups):
+        inputs = slice(group * plan.group, (group + 1) * plan.group)
+        if blocks.scale_first:
+            scaled = (values[:, inputs] - zeros[group]).astype(dtype) * scales[group].astype(dtype)
+            added += jnp.dot(scaled.astype(jnp.float32), x[:, inputs].T)
+            continue
+        product = jnp.dot((values[:, inputs] + offset) * factor, x[:, inputs].T)
+        if "sums" in here:
+            product -= (zeros[group] + offset) * factor * here["sums"][...][group]
+        added += product * scales[group]
+    return tuple(jnp.split(added, blocks.tiles))

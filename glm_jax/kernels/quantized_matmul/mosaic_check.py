@@ -1,0 +1,156 @@
+"""Whether the kernel for compute capability 9.0 is right on this machine's GPU, before it is used.
+
+A process of its own multiplies small weights and compares: a kernel that does not end, or that
+breaks the process's GPU context, then breaks nothing else.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from glm_jax import processes
+from glm_jax.kernels.quantized_matmul import mosaic_layout
+from glm_jax.kernels.quantized_matmul.mosaic import CAPABILITY
+from glm_jax.quantization import QuantizedArray, dequantize
+
+SECONDS = 180  # for the process to start, to compile and to end
+ROWS = (1, 16, 33, 130, 3000)  # from each way in which the kernel divides its work
+TOLERANCES = {"float16": 2e-3, "bfloat16": 1.6e-2}  # relative, of a product's norm
+_MAX_INPUTS, _OUTPUTS = 4096, 6144
+_ROOT = Path(__file__).parents[3]
+Product = Callable[[jax.Array, Any], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Kind:
+    """What products of a model have in common.
+
+    Attributes:
+      bits: of a weight.
+      inputs: of the weights that are tried.
+      group_size: inputs that share a scale.
+      dtype: of activations.
+      zeros: whether weights have zero points.
+    """
+
+    bits: int
+    inputs: int
+    group_size: int
+    dtype: str
+    zeros: bool
+
+    @classmethod
+    def of(cls, weight: QuantizedArray) -> "Kind":
+        """The kind of a weight's products, with fewer inputs where it has very many."""
+        group_size = min(weight.group_size, _MAX_INPUTS)
+        inputs = min(weight.shape[0], _MAX_INPUTS) // group_size * group_size
+        has_zeros = weight.zero_points is not None
+        return cls(weight.bits, inputs, group_size, str(weight.scales.dtype), has_zeros)
+
+
+def is_for(device: Any) -> bool:
+    """Whether the kernel is for a device, here or described."""
+    return bool(device.platform == "gpu" and float(device.compute_capability) == CAPABILITY)
+
+
+@functools.cache
+def why_not(kinds: frozenset[Kind]) -> str | None:
+    """Return why the kernel must not be used for products of these kinds, None if it is right.
+
+    Process 0 tries it once, by `check_apart`.
+    """
+    reason = check_apart(sorted(kinds)) if processes.is_first() else None
+    is_right = processes.agree(float(reason is None))
+    return reason if is_right or reason else "process 0 could not use it"
+
+
+def check_apart(
+    kinds: Sequence[Kind], command: Sequence[str] | None = None, seconds: float = SECONDS
+) -> str | None:
+    """Try kinds of products in a process of its own; see `why_not`.
+
+    Args:
+      command: of the process, which prints a reason and fails; by default this module.
+    """
+    described = json.dumps([dataclasses.asdict(kind) for kind in kinds])
+    paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
+    variables = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # this process has most of the memory
+    }
+    try:
+        done = subprocess.run(
+            command or [sys.executable, "-m", __name__, described],
+            env=variables, capture_output=True, text=True, timeout=seconds, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"its check did not end within {seconds:g} seconds"
+    if done.returncode == 0:
+        return None
+    lines = (done.stdout.strip() or done.stderr.strip()).splitlines()
+    return f"its check failed: {lines[-1] if lines else f'exit status {done.returncode}'}"
+
+
+def first_fault(
+    kind: Kind, product: Product, rows: Sequence[int] = ROWS, outputs: int = _OUTPUTS
+) -> str | None:
+    """Return what is wrong with products of a kind, None if all equal those of plain floats.
+
+    Args:
+      product: of x [rows, K] and a laid-out weight.
+      rows: numbers of rows to try.
+      outputs: of the weight.
+    """
+    weight = _random_weight(kind, outputs)
+    laid_out = jax.jit(mosaic_layout.lay_out)(weight)
+    floats = dequantize(weight, "float32")
+    draw = jax.random.normal(jax.random.key(1), (max(rows), kind.inputs)) + 0.5
+    for count in rows:
+        x = (0.1 * draw[:count]).astype(kind.dtype)
+        exact = jnp.matmul(x.astype(jnp.float32), floats, precision="highest")
+        difference = jnp.linalg.norm(jax.jit(product)(x, laid_out) - exact)
+        error = float(difference / jnp.linalg.norm(exact))
+        if not error <= TOLERANCES[kind.dtype]:  # not a number either
+            return f"{kind.bits} bits, {count} rows: a relative error of {error:.2g}"
+    return None
+
+
+def _random_weight(kind: Kind, outputs: int) -> QuantizedArray:
+    values, scales, points = jax.random.split(jax.random.key(0), 3)
+    groups = (kind.inputs // kind.group_size, outputs)
+    size = (kind.inputs * kind.bits // 8, outputs)
+    zeros = jax.random.randint(points, groups, -3, 4, jnp.int8)
+    return QuantizedArray(
+        values=jax.random.bits(values, size, jnp.uint8).astype(jnp.int8),
+        scales=jax.random.uniform(scales, groups, minval=0.005, maxval=0.015).astype(kind.dtype),
+        bits=kind.bits,
+        contraction_axis=-2,
+        zero_points=zeros if kind.zeros else None,
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Check the kinds of products that the argument describes in JSON, on the first GPU."""
+    from glm_jax.kernels.quantized_matmul import mosaic_gpu
+
+    if not is_for(jax.devices()[0]):
+        print(f"no GPU of compute capability {CAPABILITY} could be used by a second process")
+        return 1
+    for kind in json.loads(arguments[0]):
+        if fault := first_fault(Kind(**kind), mosaic_gpu.matmul):
+            print(fault)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

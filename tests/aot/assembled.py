@@ -1,0 +1,84 @@
+"""What the assembler makes of a Mosaic kernel's PTX."""
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from aot.compiling import PTXAS, compile_for
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_PTX_VERSION = "8.6"
+_made: dict[tuple[str, str, str], str] = {}  # a process compiles a kernel once
+
+
+def ptx_of(capfd: Any, gpu: str, function: Any, *arguments: Any) -> str:
+    """PTX of the Mosaic kernel in a function that is compiled for a GPU.
+
+    Args:
+      capfd: pytest's; MOSAIC_GPU_DUMP_PTX has it written to the standard output.
+    """
+    key = gpu, str(function), str(arguments)
+    if key in _made:
+        return _made[key]
+    if gpu != "h100":
+        _compile_for_latest()
+    capfd.readouterr()
+    compile_for(gpu, function, *arguments)
+    written = capfd.readouterr().out
+    ptx = written[written.index(".version") : written.rindex("}") + 1]
+    # XLA may have found a newer ptxas, which knows a newer version; nothing of it is used.
+    _made[key] = re.sub(r"^\.version [\d.]+", f".version {_PTX_VERSION}", ptx)
+    return _made[key]
+
+
+def _compile_for_latest() -> None:
+    """Compiles something for the H100: a process's first Mosaic kernel sets the latest
+    architecture that it assembles for."""
+
+    def kernel(out: Any) -> None:
+        out[...] = plgpu.layout_cast(
+            jnp.zeros(128, jnp.float32), plgpu.Layout.WG_STRIDED((128,), 1)
+        )
+
+    zeros = plgpu.kernel(kernel, out_type=jax.ShapeDtypeStruct((128,), jnp.float32))
+    compile_for("h100", zeros)
+
+
+def assemble(ptx: str, architecture: str, folder: Path) -> tuple[str, Path]:
+    """What the assembler says, and its binary."""
+    source, binary = folder / "kernel.ptx", folder / "kernel.cubin"
+    source.write_text(ptx)
+    command = [PTXAS, "-v", f"-arch={architecture}", source, "-o", binary]
+    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return log, binary
+
+
+def smallest_loop(binary: Path, instruction: str) -> list[str] | None:
+    """The instructions of the smallest loop that has one of a kind; None where nothing
+    disassembles."""
+    wheels = Path(sysconfig.get_paths()["purelib"]).glob("nvidia/*/bin/nvdisasm")
+    tool = shutil.which("nvdisasm") or next(wheels, None)
+    if tool is None:
+        return None
+    command = [tool, "-c", binary]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    labels, code, loops = {}, [], []
+    for line in text.splitlines():
+        line = re.sub(r"/\*.*?\*/", "", line).strip()
+        if label := re.fullmatch(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif line.endswith(";"):
+            code.append(line)
+            jump = re.search(r"BRA .*\((\.L_x_\d+)\)", line)
+            if jump and jump[1] in labels:
+                loops.append(code[labels[jump[1]] :])
+    return min((loop for loop in loops if count(loop, instruction)), key=len)
+
+
+def count(loop: list[str], instruction: str) -> int:
+    return sum(instruction in line for line in loop)

@@ -1,0 +1,139 @@
+"""A quantised model laid out for GPUs of compute capability 9.0, on CPU devices."""
+
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_jax.config import GLMConfig
+from glm_jax.kernels.quantized_matmul import mosaic_check
+from glm_jax.kernels.quantized_matmul.api import MosaicArray
+from glm_jax.kernels.quantized_matmul.mosaic_check import Kind, check_apart, first_fault
+from glm_jax.model import device_layout, gpu_layout
+from glm_jax.model import params as glm_params
+from glm_jax.model.adapters import AdapterConfig, attach
+from glm_jax.model.adapters import specs as adapter_specs
+from glm_jax.model.glm import forward
+from glm_jax.model.layer_stacks import unstack_layers
+from glm_jax.quantization import QuantizedArray, Scheme
+from glm_jax.sharding import make_mesh, on_mesh
+
+KIND = Kind(bits=4, inputs=128, group_size=64, dtype="float16", zeros=True)
+CONFIG = GLMConfig(1, 128, 256, 2, 64, 16, param_dtype="float16", compute_dtype="float16")
+IS_RIGHT = lambda kinds: None
+
+
+def _params(mesh=None, config=CONFIG):
+    params = glm_params.init(config, jax.random.key(0), mesh)
+    scheme = Scheme(4, 64, True)
+    with on_mesh(mesh):
+        quantized = jax.jit(lambda p: glm_params.quantize_params(p, scheme))(params)
+    return unstack_layers(quantized)
+
+
+def _kernels(params):
+    [layer] = params.layers
+    return [getattr(layer, name).kernel for name in glm_params.LINEAR_NAMES]
+
+
+def _logits(params, mesh=None):
+    tokens = jnp.arange(4)[None]
+    mask = jnp.ones((1, 4, 4), bool)
+    with on_mesh(mesh):
+        return np.asarray(forward(params, CONFIG, tokens, tokens, mask))
+
+
+def test_a_laid_out_model_gives_the_same_logits_and_takes_adapters():
+    params = _params()
+    adapters = glm_params.init_of(adapter_specs(CONFIG, AdapterConfig(2)), jax.random.key(1), None)
+    adapted = attach(params, adapters, 2.0)
+    expected = _logits(adapted)
+    laid_out = gpu_layout.lay_out(adapted, why_not=IS_RIGHT)
+    assert all(isinstance(kernel.frozen, MosaicArray) for kernel in _kernels(laid_out))
+    np.testing.assert_allclose(_logits(laid_out), expected, atol=2e-2)
+    again = gpu_layout.lay_out(laid_out, why_not=None)  # nothing is left to check
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, laid_out, again))
+
+
+def test_prepare_lays_a_model_on_a_mesh_out_where_its_devices_are_for_it(monkeypatch):
+    mesh = make_mesh((1, 1, 2))
+    params = _params(mesh)
+    expected = _logits(params, mesh)
+    asked = []
+    monkeypatch.setattr(mosaic_check, "is_for", lambda device: True)
+    monkeypatch.setattr(gpu_layout.mosaic_check, "why_not", asked.append)
+    prepared = device_layout.prepare(params)
+    assert all(isinstance(kernel, MosaicArray) for kernel in _kernels(prepared))
+    assert {kind.bits for kind in asked[0]} == {4}
+    np.testing.assert_allclose(_logits(prepared, mesh), expected, atol=2e-2)
+    donated = device_layout.prepare(params, donate=True)
+    assert all(kernel.values.is_deleted() for kernel in _kernels(params))
+    np.testing.assert_allclose(_logits(donated, mesh), expected, atol=2e-2)
+
+
+def test_a_weight_without_whole_tiles_stays_as_stored():
+    """Heads of 32 on two devices have 96 outputs, the other linears have whole tiles."""
+    config = GLMConfig(1, 64, 128, 2, 64, 16, param_dtype="float16", compute_dtype="float16")
+    mesh = make_mesh((1, 1, 2))
+    with pytest.warns(UserWarning, match="stay as they are stored.*no multiples of 64"):
+        laid_out = gpu_layout.lay_out(_params(mesh, config), why_not=IS_RIGHT)
+    kinds = [type(kernel) for kernel in _kernels(laid_out)]
+    assert kinds[0] is QuantizedArray
+    assert MosaicArray in kinds
+
+
+def test_a_kernel_that_fails_its_check_is_not_used(monkeypatch):
+    params = _params()
+    with pytest.warns(UserWarning, match="slower: off by two") as caught:
+        assert gpu_layout.lay_out(params, why_not=lambda kinds: "off by two") is params
+    assert len(caught) == 1
+    monkeypatch.setenv("GLM_JAX_QUANTIZED_LAYOUT", "stored")
+    with warnings.catch_warnings(action="error"):
+        assert gpu_layout.lay_out(params, why_not=None) is params
+    monkeypatch.setenv("GLM_JAX_QUANTIZED_LAYOUT", "fast")
+    with pytest.raises(gpu_layout.LayoutError, match="=fast: expected stored"):
+        gpu_layout.lay_out(params)
+
+
+def test_there_must_be_memory_for_both_forms_of_weights_that_stay(monkeypatch):
+    params = _params()
+    statistics = {"bytes_limit": 1000, "bytes_in_use": 900}
+    monkeypatch.setattr(gpu_layout, "_statistics", lambda device: statistics)
+    with pytest.warns(UserWarning, match="donate=True"):
+        assert gpu_layout.lay_out(params, why_not=IS_RIGHT) is params
+    assert gpu_layout.lay_out(params, donate=True, why_not=IS_RIGHT) is not params
+
+
+def test_the_check_finds_wrong_products():
+    kernel = pytest.importorskip("glm_jax.kernels.quantized_matmul.mosaic_converted")
+    assert first_fault(KIND, kernel.matmul, (1, 3), 64) is None
+    wrong = lambda x, weight: kernel.matmul(x, weight) * 1.01
+    assert first_fault(KIND, wrong, (1, 3), 64).startswith(
+        "4 bits, 1 rows: a relative error of 0.0"
+    )
+    missing = lambda x, weight: kernel.matmul(x, weight).at[-1].set(jnp.nan)
+    assert "error of nan" in first_fault(KIND, missing, (3,), 64)
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("pass", None),
+        ("print('8 bits: wrong'); raise SystemExit(1)", "its check failed: 8 bits: wrong"),
+        ("raise ValueError('no such instruction')", "failed: ValueError: no such instruction"),
+        ("import os; os.abort()", "failed: exit status -6"),
+        ("import time; time.sleep(60)", "did not end within 0.5 seconds"),
+    ],
+)
+def test_the_process_of_the_check_may_end_in_any_way(program, reason):
+    seconds = 0.5 if "sleep" in program else 60.0
+    said = check_apart([KIND], [sys.executable, "-S", "-c", program], seconds)
+    assert said == reason if reason is None else reason in said
+
+
+def test_the_check_needs_a_gpu_of_its_own(capsys):
+    assert mosaic_check.main(["[]"]) == 1
+    assert "no GPU of compute capability 9.0" in capsys.readouterr().out
