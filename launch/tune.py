@@ -39,6 +39,12 @@ flags.DEFINE_multi_integer(
     "rows of activations, the most important first; may be repeated",
     lower_bound=1,
 )
+flags.DEFINE_integer(
+    "candidates",
+    12,
+    "block sizes of each kernel to try at most, those that its rules expect to be fast first",
+    lower_bound=1,
+)
 
 
 def main() -> None:
@@ -49,6 +55,7 @@ def main() -> None:
         tensor_parallel=FLAGS.tensor_parallel,
         quantization=FLAGS.quantization,
         rows=FLAGS.rows,
+        candidates=FLAGS.candidates,
     )
     if FLAGS.measure:
         tuning.run(request)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -29,8 +30,9 @@ Trial = Callable[[Failure], AbstractContextManager[None]]
 
 # Rows, those that tell most first: a decode step, a batch of them, a prompt.
 ROWS = (1, 32, 2048, 8, 128, 64, 16, 512)
-_COMPILERS = 8  # programs that are compiled at once
 _FINALISTS = 4  # of all candidates, after one round
+_PROGRAM_BYTES = 2 << 30  # of weights that a program of short products reads
+_MAX_SHORT_ROWS = 64  # whose products take no longer than reading the weight
 _MAX_REASON = 200  # characters
 _MAX_ERROR = 0.02  # of a number, as a share of all numbers' root mean square
 
@@ -144,7 +146,8 @@ def measure(
     case: Case,
     backends: Sequence[Backend[Arguments]],
     trial: Trial,
-    left_out: Sequence[Failure] = (),
+    left_out: Sequence[Failure],
+    candidates: int,
 ) -> tuple[Entry | None, list[Failure]]:
     """Find the fastest of all ways to multiply, beside XLA's float16 product.
 
@@ -152,48 +155,68 @@ def measure(
       backends: the op's; each is tried with all of its blocks.
       trial: entered while a candidate runs for the first time, with its record.
       left_out: candidates that failed before, by their records.
+      candidates: block sizes of each backend to try at most, its first ones.
 
     Returns:
       The fastest that is right, None if there is none, and those that failed now, with `reason`.
     """
     product = case.product
-    count = copies_of(SHAPES["full"], product.inputs * product.outputs * product.bits // 8)
     make = jax.jit(lambda seed: example(product, seed))
-    weights = [make(seed) for seed in range(count)]
-    x = 0.1 * jax.random.normal(jax.random.key(0), (case.rows, product.inputs), jnp.float16)
+    operands = _operands(case, product.bits, make)
     ways: dict[str, tuple[Failure, Backend[Arguments]]] = {}
-    for backend in variants(backends, Arguments(x, weights[0])):
-        record = record_of(case, backend)
-        if not any(record.items() <= failure.items() for failure in left_out):
-            ways.setdefault(str(record), (record, backend))
-    compiled, failures = _compile(x, weights, ways)
-    exact = _exact(product, x)
+    for backend in backends:
+        for way in itertools.islice(variants([backend], arguments_of(case)), candidates):
+            record = record_of(case, way)
+            if not any(record.items() <= failure.items() for failure in left_out):
+                ways.setdefault(str(record), (record, way))
+    compiled, failures = _compile(operands, ways)
+    exact = _exact(product, operands[0][0])
     programs = {}
     for name, program in compiled.items():
         record = ways[name][0]
         with trial(record):
-            first, *_ = jax.block_until_ready(program(x, weights))
+            first, *_ = jax.block_until_ready(program(*operands))
         error = float(jnp.max(jnp.abs(first - exact)) / jnp.sqrt(jnp.mean(exact**2)))
         if error <= _MAX_ERROR:
-            programs[name] = functools.partial(program, x, weights)
+            programs[name] = functools.partial(program, *operands)
         else:
             failures.append(record | {"reason": f"wrong numbers, off by {error:.3g} of their size"})
     if not programs:
         return None, failures
-    fastest, us, float16_us = _race(product, x, count, programs)
+    fastest, us, float16_us = _race(case, len(operands[0]) * len(operands[1]), programs)
     record, backend = ways[fastest]
     return Entry(product, case.rows, backend.name, record["blocks"], us, float16_us), failures
 
 
+def _operands(
+    case: Case, bits: int, make: Callable[[int], Any]
+) -> tuple[list[jax.Array], list[Any]]:
+    """Return activations and weights, each of which a program multiplies with each.
+
+    Weights are more than a cache holds. Where products are short, a GPU would wait for the host to
+    start the next program: there are more activations then, all different.
+    """
+    product = case.product
+    size = product.inputs * product.outputs * bits // 8
+    count = copies_of(SHAPES["full"], size)
+    is_short = jax.default_backend() == "gpu" and case.rows <= _MAX_SHORT_ROWS
+    turns = max(1, min(8, _PROGRAM_BYTES // (count * size))) if is_short else 1
+    shape = case.rows, product.inputs
+    keys = jax.random.split(jax.random.key(0), turns)
+    activations = [0.1 * jax.random.normal(key, shape, jnp.float16) for key in keys]
+    return activations, [make(seed) for seed in range(count)]
+
+
 def _compile(
-    x: jax.Array, weights: list[Any], ways: dict[str, tuple[Failure, Backend[Arguments]]]
+    operands: tuple[list[jax.Array], list[Any]],
+    ways: dict[str, tuple[Failure, Backend[Arguments]]],
 ) -> tuple[dict[str, Any], list[Failure]]:
     """Return the program of each way, and the ways that have none."""
     compiled, failures, lowered = {}, [], {}
-    with concurrent.futures.ThreadPoolExecutor(_COMPILERS) as pool:
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, (record, backend) in ways.items():
             try:
-                program = _all_of(functools.partial(_product, backend)).lower(x, weights)
+                program = _all_of(functools.partial(_product, backend)).lower(*operands)
                 lowered[name] = pool.submit(program.compile)
             except Exception as error:  # whatever a compiler raises
                 failures.append(record | {"reason": _line(error)})
@@ -210,9 +233,9 @@ def _product(backend: Backend[Arguments], x: jax.Array, weight: Any) -> jax.Arra
 
 
 def _all_of(product: Callable[[jax.Array, Any], jax.Array]) -> Any:
-    """Return a program that multiplies with each of several weights; the product is traced once."""
+    """Return a program of all activations times all weights; the product is traced once."""
     once = jax.jit(product)
-    return jax.jit(lambda x, weights: [once(x, weight) for weight in weights])
+    return jax.jit(lambda xs, weights: [once(x, weight) for x in xs for weight in weights])
 
 
 def _line(error: Exception) -> str:
@@ -228,7 +251,7 @@ def _exact(product: Product, x: jax.Array) -> jax.Array:
 
 
 def _race(
-    product: Product, x: jax.Array, count: int, programs: Mapping[str, Callable[[], object]]
+    case: Case, count: int, programs: Mapping[str, Callable[[], object]]
 ) -> tuple[str, float, float]:
     """Return the fastest, its microseconds for one product, and those of XLA's in float16.
 
@@ -237,13 +260,12 @@ def _race(
     """
     once = interleaved({name: often(run) for name, run in programs.items()}, rounds=1)
     finalists = sorted(once, key=lambda name: once[name])[:_FINALISTS]
-    size = product.inputs, product.outputs
-    float_count = copies_of(SHAPES["full"], 2 * math.prod(size))
-    floats = [example_weight("float16", *size, seed) for seed in range(float_count)]
+    size = case.product.inputs, case.product.outputs
+    floats = _operands(case, 16, lambda seed: example_weight("float16", *size, seed))
     plain = _all_of(jnp.matmul)
     runs = {name: often(programs[name]) for name in finalists}
-    taken = interleaved(runs | {"float16": often(lambda: plain(x, floats))})
-    float16 = taken.pop("float16") / (REPEATS * float_count)
+    taken = interleaved(runs | {"float16": often(lambda: plain(*floats))})
+    float16 = taken.pop("float16") / (REPEATS * len(floats[0]) * len(floats[1]))
     fastest = min(taken, key=lambda name: taken[name])
     return fastest, _us(taken[fastest] / (REPEATS * count)), _us(float16)
 

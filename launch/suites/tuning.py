@@ -56,6 +56,7 @@ class Request:
       checkpoints: model folders, or random:SIZE.
       tensor_parallel: numbers of devices that models are divided among.
       quantization: schemes, those that matter most first; `rows` likewise.
+      candidates: block sizes of each backend to try at most.
     """
 
     output: str
@@ -64,6 +65,7 @@ class Request:
     tensor_parallel: Sequence[int]
     quantization: Sequence[str]
     rows: Sequence[int]
+    candidates: int
 
     def shapes(self) -> list[tuple[int, int]]:
         """Return [K, N] of all linears.
@@ -200,7 +202,7 @@ def measure_all(
             print(f"no more time: {len(todo) - number} products are left; run it again to go on")
             break
         trial = lambda record: _trial(folder / _TRIAL, {"device": device} | record)
-        entry, failures = measure(case, backends, trial, table.left_out)
+        entry, failures = measure(case, backends, trial, table.left_out, request.candidates)
         for failure in failures:
             print(_failure_line(failure), flush=True)
         entries = table.entries if entry is None else table.entries | {_key(case): entry}

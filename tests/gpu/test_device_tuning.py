@@ -18,7 +18,9 @@ SHAPE = (512, 256) if jax.default_backend() == "gpu" else (128, 64)
 
 def test_a_table_is_measured_and_used(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "linear_shapes", lambda config, parallel: [SHAPE])
-    request = tuning.Request(str(tmp_path), 300.0, ("random:tiny",), (1,), ("int4,group=64",), (8,))
+    request = tuning.Request(
+        str(tmp_path), 300.0, ("random:tiny",), (1,), ("int4,group=64",), (8,), 4
+    )
     table = tuning.measure_all(request)
     assert table.entries
     monkeypatch.setenv(measured.FOLDER, str(tmp_path))

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import json
 import time
+import types
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -17,7 +19,7 @@ from glm_jax.quantization import Scheme
 from launch.suites import tuned_products, tuning
 from launch.suites.tuned_products import arguments_of, cases, example, linear_shapes
 
-REQUEST = tuning.Request("", 60.0, ("random:tiny",), (1,), ("int4,group=32",), (1, 4))
+REQUEST = tuning.Request("", 60.0, ("random:tiny",), (1,), ("int4,group=32",), (1, 4), 9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +102,34 @@ def test_a_run_goes_on_where_it_was_and_leaves_out_what_failed(request_here, tmp
     assert [each["blocks"]["size"] for each in resumed.left_out] == [3, 1, 4, 5]
 
 
+def test_no_more_candidates_than_asked_for(request_here):
+    request = dataclasses.replace(request_here, rows=(1,), candidates=1)
+    table = tuning.measure_all(request, [Kernel()])
+    assert [each["blocks"]["size"] for each in table.left_out] == [1]
+
+
+def test_short_products_are_many_on_a_gpu(monkeypatch):
+    case = tuned_products.Case(measured.Product("stored", 4, 64, False, 1024, 1024), 8)
+    xs, weights = tuned_products._operands(case, 4, lambda seed: seed)
+    assert (len(xs), weights) == (1, list(range(8)))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    xs, weights = tuned_products._operands(case, 4, lambda seed: seed)
+    assert (len(xs), weights) == (8, list(range(8)))
+    assert len({float(x[0, 0]) for x in xs}) == 8
+    xs, _ = tuned_products._operands(dataclasses.replace(case, rows=128), 4, lambda seed: seed)
+    assert len(xs) == 1
+
+
 def test_no_product_is_begun_without_time_for_it(request_here, monkeypatch, capsys):
+    clock = [0.0]
+
     def slow(*_):
-        time.sleep(0.02)
+        clock[0] += 20
         return None, []
 
     monkeypatch.setattr(tuning, "measure", slow)
-    tuning.measure_all(dataclasses.replace(request_here, seconds=0.03), [Kernel()])
+    monkeypatch.setattr(tuning, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    tuning.measure_all(dataclasses.replace(request_here, seconds=30.0), [Kernel()])
     assert "no more time: 1 products are left; run it again to go on" in capsys.readouterr().out
 
 

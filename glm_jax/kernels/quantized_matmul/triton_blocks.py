@@ -61,16 +61,21 @@ def choose(problem: Problem) -> Blocks | None:
 
 
 def candidates(problem: Problem) -> Iterator[Blocks]:
-    """Yield the blocks worth measuring."""
-    outputs = [size for size in (128, 64) if problem.outputs % size == 0] or [32]
+    """Yield the blocks worth measuring: those of `choose`, then such as differ most first."""
+    first = choose(problem)
+    if first is not None:
+        yield from dict.fromkeys((first, *_fitting(problem)))
+
+
+def _fitting(problem: Problem) -> Iterator[Blocks]:
+    rows = (16,) if problem.rows <= 16 else (32,) if problem.rows <= 32 else (64, 128)
+    splits = _SPLITS if problem.rows <= _MAX_ROWS_SPLIT else (1,)
     # Fewer inputs a block than 64 leave the loop itself dear.
     inputs = [size for size in (128, 64) if problem.group_size % size == 0] or [32]
-    splits = _SPLITS if problem.rows <= _MAX_ROWS_SPLIT else (1,)
-    rows = (16,) if problem.rows <= 16 else (32,) if problem.rows <= 32 else (64, 128)
-    sizes = itertools.product(rows, outputs, inputs, splits, (3, 4, 5))
-    for row, output, input_, count, stages in sizes:
-        if problem.outputs % output or problem.group_size % input_:
-            continue
+    outputs = [size for size in (128, 64) if problem.outputs % size == 0] or [32]
+    for stages, row, input_, output, count in itertools.product(
+        (3, 4, 5), rows, inputs, outputs, splits
+    ):
         if problem.inputs % (count * input_) == 0:
             yield Blocks(row, output, input_, count, _warps(row, output), stages)
 
