@@ -44,6 +44,12 @@ class Case:
     product: Product
     rows: int
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of values, scales and zero points."""
+        stored = dataclasses.replace(self.product, layout="stored")
+        return int(_described(stored).nbytes)
+
     def __str__(self) -> str:
         product = self.product
         groups = "" if product.group_size == product.inputs else f" group={product.group_size}"
@@ -203,7 +209,9 @@ def _operands(
     turns = max(1, min(8, _PROGRAM_BYTES // (count * size))) if is_short else 1
     shape = case.rows, product.inputs
     keys = jax.random.split(jax.random.key(0), turns)
-    activations = [0.1 * jax.random.normal(key, shape, jnp.float16) for key in keys]
+    # With a mean, which kernels that take offsets off by sums of activations could get wrong.
+    draw = jax.jit(lambda key: 0.1 * (jax.random.normal(key, shape, jnp.float16) + 0.5))
+    activations = [draw(key) for key in keys]
     return activations, [make(seed) for seed in range(count)]
 
 

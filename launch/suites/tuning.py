@@ -239,8 +239,10 @@ def line(case: Case, entry: measured.Entry | None) -> str:
     """Return what was found, in a line."""
     if entry is None:
         return f"{case}: nothing that is right"
-    speed = f"{entry.us:.4g} us, {entry.float16_us / entry.us:.2f} times float16's speed"
-    return f"{case}: {entry.implementation} {_blocks_text(entry.blocks)}: {speed}"
+    name = " ".join(filter(None, (entry.implementation, _blocks_text(entry.blocks))))
+    rate = f"{case.weight_bytes / entry.us / 1e6:.3g} TB/s of the weight"
+    speed = f"{entry.float16_us / entry.us:.2f} times float16's speed"
+    return f"{case}: {name}: {entry.us:.4g} us, {rate}, {speed}"
 
 
 def report() -> Iterator[str]:

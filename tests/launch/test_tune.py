@@ -223,6 +223,16 @@ def test_what_matters_most_comes_first():
     assert [case.product.layout for case in found].index("stored") == len(found) // 2
 
 
+def test_a_line_has_what_matters():
+    case = tuned_products.Case(measured.Product("mosaic", 4, 64, True, 12288, 1024), 1)
+    assert case.weight_bytes == 12288 * 1024 // 2 + 192 * 1024 * 3
+    entry = measured.Entry(case.product, 1, "mosaic", {"rows": 8, "raw": True}, 2.5, 10.0)
+    assert tuning.line(case, entry) == (
+        "int4 group=64 zero_point 12288 x 1024 mosaic, 1 row: mosaic rows=8 raw=1: 2.5 us, "
+        "2.75 TB/s of the weight, 4.00 times float16's speed"
+    )
+
+
 def test_groups_that_divide_no_linear_are_refused(request_here):
     request = dataclasses.replace(request_here, quantization=("int4,group=128",))
     with pytest.raises(UserError, match="int4,group=128: no linear of random:tiny divides"):
