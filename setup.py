@@ -82,6 +82,7 @@ setup(
     package_data={
         "configs": ["*.yaml", "chat/*.jinja", "prompts/*.yaml", "tasks/**/*.yaml"],
         "glm_jax.data.tables": ["*.tsv"],
+        "glm_jax.kernels.quantized_matmul": ["tables/*.json"],
         "glm_jax.serving": ["page/*"],
         "launch": ["kubernetes/*.yaml", "slurm/*.sh"],
     },

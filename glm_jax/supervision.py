@@ -50,11 +50,16 @@ def go_on_supervised(name: str) -> None:
         os.close(reader)
         os.dup2(writer, 2)
         os.close(writer)
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+        die_with_parent()
         return
     os.close(writer)
     os._exit(_supervise(name, child, reader))
+
+
+def die_with_parent() -> None:
+    """Have the system kill this process when the one that started it ends, where it can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
 
 def _supervise(name: str, child: int, reader: int) -> int:

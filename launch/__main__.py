@@ -37,6 +37,7 @@ COMMANDS = {
     "plot": "launch.plot",
     "plan": "launch.plan",
     "benchmark": "launch.benchmark",
+    "tune": "launch.tune",
     "demo": "launch.demo",
     "env": "launch.env",
 }

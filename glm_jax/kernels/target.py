@@ -17,6 +17,16 @@ def platform() -> str:
     return "cuda" if name == "gpu" else name
 
 
+def device_kind() -> str:
+    """Return the kind of the surrounding mesh's devices, else of the default device.
+
+    Returns:
+      JAX's name for it, such as "NVIDIA H200".
+    """
+    described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return str((described or backend.get_default_device()).device_kind)
+
+
 def compute_capability() -> float:
     """Return the compute capability of the surrounding mesh's GPUs, else of the first GPU.
 

@@ -11,7 +11,7 @@ from aot.compiling import abstract_weight, assembly, compile_for
 from glm_jax.config import glm_config
 from glm_jax.kernels.quantized_matmul import reference
 from glm_jax.kernels.quantized_matmul.api import quantized_matmul
-from glm_jax.kernels.quantized_matmul.tuning import Problem
+from glm_jax.kernels.quantized_matmul.triton_blocks import Problem
 
 GPUS = {"a100_80gb": 8.0, "rtx_3090": 8.6, "h100": 9.0}
 CONFIG = glm_config("130b")

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from configs.hardware import a100_80gb, h100, rtx_3090
-from glm_jax.kernels.quantized_matmul import cpu, reference, tuning
+from glm_jax.kernels.quantized_matmul import cpu, reference
 from glm_jax.kernels.quantized_matmul.api import quantized_matmul
-from glm_jax.kernels.quantized_matmul.tuning import Problem
+from glm_jax.kernels.quantized_matmul.triton_blocks import Problem, candidates, choose
 from glm_jax.model.params import KERNEL_AXES
 from glm_jax.quantization import Scheme, dequantize, quantize
 from glm_jax.sharding import make_mesh, parameter_spec
@@ -96,24 +95,12 @@ def test_shapes_that_do_not_belong_together_are_refused():
 
 def test_blocks_fit_every_problem_that_they_are_chosen_for():
     for problem in (Problem(1, 12288, 36864, 12288, 4), Problem(40, 768, 96, 32, 8)):
-        blocks = tuning.blocks_for(problem, 8.6)
+        blocks = choose(problem)
         assert blocks is not None
-        assert problem.outputs % blocks.outputs == 0
-        assert problem.group_size % blocks.inputs == 0
-        assert problem.inputs % (blocks.inputs * blocks.splits) == 0
-    assert tuning.blocks_for(Problem(1, 48, 40, 24, 4), 8.6) is None
+        for each in (blocks, *candidates(problem)):
+            assert problem.outputs % each.outputs == 0
+            assert problem.group_size % each.inputs == 0
+            assert problem.inputs % (each.inputs * each.splits) == 0
+    assert choose(Problem(1, 48, 40, 24, 4)) is None
     # Few rows and few outputs: the inputs are split, so that all multiprocessors read.
-    assert tuning.blocks_for(Problem(1, 32768 // 8, 12288, 32768 // 8, 4), 8.0).splits > 1
-
-
-@pytest.mark.parametrize("module", [a100_80gb, rtx_3090, h100])
-def test_figures_of_gpus_are_those_of_the_hardware_files(module):
-    hardware = module.get_config()
-    assert tuning.GPUS[hardware.compute_capability] == tuning.Gpu(
-        hardware.multiprocessors,
-        float(hardware.memory_bandwidth),
-        hardware.matrix_flops,
-        hardware.shared_memory_per_multiprocessor,
-        hardware.shared_memory_per_block,
-        hardware.threads_per_multiprocessor,
-    )
+    assert choose(Problem(1, 32768 // 8, 12288, 32768 // 8, 4)).splits > 1

@@ -46,6 +46,9 @@ COMMANDS = {
     "launch.plot": ({"workdir": "folder"}, [], ["workdir"], []),
     "launch.plan": ({"hardware": "a100-40g", "output": "OUT"}, [], [], []),
     "launch.benchmark": ({"suite": "decode_step", "output": "OUT"}, [], [], ["output"]),
+    "launch.tune": (
+        {"measure": "true", "checkpoint": "model", "output": "OUT"}, [], ["checkpoint"], ["output"],
+    ),
     "launch.demo": ({"output": "OUT", "steps": "1"}, [], [], ["output"]),
     "launch.train_tokenizer": (
         {"input": "text.txt", "output": "OUT", "num_text_tokens": "400"},

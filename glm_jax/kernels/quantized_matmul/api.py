@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from glm_jax.kernels.dispatch import Backend, BackendError, dispatch
-from glm_jax.kernels.quantized_matmul import cpu, sharded
+from glm_jax.kernels.quantized_matmul import cpu, measured, sharded
 from glm_jax.kernels.quantized_matmul.arguments import Arguments
 from glm_jax.kernels.quantized_matmul.cpu import CPUKernel, CPUTransposed, TiledArray, take_outputs
 from glm_jax.kernels.quantized_matmul.mma import Mma
@@ -38,7 +38,7 @@ __all__ = [
 
 Weight = QuantizedArray | TiledArray | MosaicArray
 
-_BACKENDS: tuple[Backend[Arguments], ...] = (
+BACKENDS: tuple[Backend[Arguments], ...] = (
     CPUKernel(),
     Mosaic(),
     Mma(),
@@ -150,7 +150,8 @@ def _product(x: Array, weight: Weight, bias: Array | None, implementation: str |
     rows = x.reshape(-1, x.shape[-1])
     bias = None if bias is None else bias.reshape(-1)
     arguments = Arguments(rows, weight.flattened(), bias)
-    product = dispatch("quantized_matmul", _BACKENDS, arguments, implementation)
+    backends = measured.preferred(BACKENDS, arguments)
+    product = dispatch("quantized_matmul", backends, arguments, implementation)
     return product.reshape(*x.shape[:-1], *weight.shape[1:])
 
 

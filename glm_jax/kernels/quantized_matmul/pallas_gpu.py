@@ -8,6 +8,7 @@ multiprocessors read; what those write is summed afterwards, always in the same 
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,9 +19,8 @@ from jaxtyping import Array, Float
 
 from glm_jax.kernels import target
 from glm_jax.kernels.dispatch import unmet
-from glm_jax.kernels.quantized_matmul import tuning
 from glm_jax.kernels.quantized_matmul.arguments import Arguments
-from glm_jax.kernels.quantized_matmul.tuning import Blocks
+from glm_jax.kernels.quantized_matmul.triton_blocks import Blocks, Problem, candidates, choose
 from glm_jax.quantization import QuantizedArray
 from glm_jax.quantization.packing import interleaved_planes, split_bytes
 
@@ -32,10 +32,12 @@ class PallasGPU:
     Attributes:
       capability: compute capability of the GPU; None for that of the GPU that is compiled for.
       interpret: runs the kernel's program step by step on any device, for tests.
+      blocks: sizes that divide the weight's; None for those of `choose`.
     """
 
     capability: float | None = None
     interpret: bool = False
+    blocks: Blocks | None = None
     name: str = "pallas"
     platform: str = "cuda"
 
@@ -49,6 +51,11 @@ class PallasGPU:
             (self._blocks(arguments) is not None, "sizes that its blocks divide"),
         )
 
+    def variants(self, arguments: Arguments) -> Iterator["PallasGPU"]:
+        """Yield this backend with each of the blocks that are worth measuring."""
+        for blocks in candidates(_problem(arguments)):
+            yield dataclasses.replace(self, blocks=blocks)
+
     def __call__(self, arguments: Arguments) -> Array:
         blocks = self._blocks(arguments)
         assert blocks is not None
@@ -58,11 +65,13 @@ class PallasGPU:
         return target.compute_capability() if self.capability is None else self.capability
 
     def _blocks(self, arguments: Arguments) -> Blocks | None:
-        weight = arguments.weight
-        inputs, outputs = weight.shape
-        rows = len(arguments.x)
-        problem = tuning.Problem(rows, inputs, outputs, weight.group_size, weight.bits)
-        return tuning.blocks_for(problem, self._capability())
+        return self.blocks or choose(_problem(arguments))
+
+
+def _problem(arguments: Arguments) -> Problem:
+    weight = arguments.weight
+    inputs, outputs = weight.shape
+    return Problem(len(arguments.x), inputs, outputs, weight.group_size, weight.bits)
 
 
 def matmul(

@@ -25,7 +25,7 @@ class XLA:
     """Any quantised weight, on any platform."""
 
     name: str = "xla"
-    platform: None = None
+    platform: str | None = None
 
     def supports(self, arguments: Arguments) -> str | None:
         return unmet(arguments.is_as_stored)
