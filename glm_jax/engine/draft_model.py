@@ -254,7 +254,9 @@ class DraftModel:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "count", "pages_a_layer"), donate_argnames="cache"
+    step_functions.jit_step,
+    static_argnames=("config", "count", "pages_a_layer"),
+    donate_argnames="cache",
 )
 def _draft(
     params: GLMParams,
@@ -273,7 +275,9 @@ def _draft(
       position_steps: how far apart their positions are.
       count: of drafts in a row of the result, -1 after the last.
     """
-    run = functools.partial(step_functions.decode, params, config, pages_a_layer=pages_a_layer)
+    run = functools.partial(
+        step_functions.forward_rows, params, config, pages_a_layer=pages_a_layer
+    )
     of_row = jnp.sum(rows.is_active, axis=1)
     last = jnp.maximum(of_row - 1, 0)[:, None]
     logits, cache = run(rows=rows, cache=cache)

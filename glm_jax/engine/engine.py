@@ -12,6 +12,7 @@ goes on from its answer so far as if it had never stopped.
 What always holds:
 - A request is in one place: in the queue, in the one prefill batch, or in a slot.
 - Before a step it has pages for all that the step may write, and no other has those.
+- What a step gave is known one step later where the device runs one ahead (`steps_in_flight`).
 - A slot without a request is inactive on the device: it writes to page 0, which no one reads.
 - A request's failure reaches no other: what it left in its pages is cleared before others have
   them.
@@ -31,30 +32,28 @@ from glm_jax.engine import step_functions
 from glm_jax.engine.draft_model import DraftModel, SmallModel
 from glm_jax.engine.engine_settings import EngineSettings
 from glm_jax.engine.fair_queue import ALONE, Turn
-from glm_jax.engine.generation_settings import SETTINGS
 from glm_jax.engine.guidance import Guidance
-from glm_jax.engine.page_pool import PageAllocation, cache_pages, page_count, page_table, table_size
+from glm_jax.engine.page_pool import PageAllocation, page_table, table_size
 from glm_jax.engine.prefill_batch import (
     PrefillBatch,
+    fitting_width,
     make_prefill_batch,
-    prefill_length,
-    prefill_width,
     prefill_widths,
 )
-from glm_jax.engine.prompt import PromptError, check_adapter, check_end_tokens, check_prompt
+from glm_jax.engine.prompt import PromptError, check_end_tokens
 from glm_jax.engine.request import Request, Token
+from glm_jax.engine.request_checks import check_request
 from glm_jax.engine.request_state import Admission, Admitted, Prefill
 from glm_jax.engine.scheduler import (
     Scheduler,
-    SchedulerLimits,
     SchedulingCounts,
     no_copies,
     page_copies,
+    scheduler_limits,
 )
 from glm_jax.engine.slots import (
     Emitted,
     admit,
-    check_sampling,
     empty_slot,
     empty_slots,
     release,
@@ -62,6 +61,13 @@ from glm_jax.engine.slots import (
     set_table,
 )
 from glm_jax.engine.speculation import DraftCounts, Speculation
+from glm_jax.engine.steps_in_flight import (
+    StepInFlight,
+    StepsInFlight,
+    in_next_step,
+    max_in_flight,
+    step_widths,
+)
 from glm_jax.model.adapters import adapter_count
 from glm_jax.model.device_layout import prepare
 from glm_jax.model.layer_stacks import as_layers
@@ -69,8 +75,6 @@ from glm_jax.model.params import GLMParams
 from glm_jax.sharding import mesh_of, on_mesh, row_shards
 
 __all__ = ["Engine", "EngineSettings"]
-
-_TYPICAL_LENGTH = 512  # tokens of a request that the cache has room for by default, each slot
 
 
 class Engine:
@@ -110,7 +114,10 @@ class Engine:
         self._adapter_count, self._shards = adapter_count(params), row_shards(self._mesh)
         self._is_unrolled = as_layers(self._params.layers).is_apart
         self._slot_count = -(-settings.slots // self._shards) * self._shards
-        self._step_widths = self._widths_of_steps()
+        device, *_ = jax.tree.leaves(self._params)[0].devices()
+        is_one_cpu = self._is_unrolled and self._mesh is None and device.platform == "cpu"
+        self._step_widths = step_widths(self._slot_count, is_one_cpu)
+        self._in_flight, self._max_in_flight = StepsInFlight(), max_in_flight(device.platform)
         self._make_state()
         self._request_count = 0
         self._prefill: Prefill | None = None
@@ -118,36 +125,16 @@ class Engine:
         count, draft_model = settings.speculate, None
         if small_model is not None and count:
             small_model.check(config, self.max_length)
-            slots = self._slot_count
-            draft_model = DraftModel(small_model, special.sop, slots, self.max_length, count)
+            size = self._slot_count, self.max_length
+            draft_model = DraftModel(small_model, special.sop, *size, count)
         self._speculation = Speculation(count, self._mesh, draft_model)
         self._guidance = Guidance(config.vocab_size)
 
-    def _widths_of_steps(self) -> list[int]:
-        """Slots that a step may run: only a CPU saves by rows what more programs cost."""
-        device, *_ = jax.tree.leaves(self._params)[0].devices()
-        is_one_cpu = self._is_unrolled and self._mesh is None and device.platform == "cpu"
-        halves = range((self._slot_count - 1).bit_length() if is_one_cpu else 0)
-        return [*(1 << i for i in halves), self._slot_count]
-
     def _make_state(self) -> None:
-        settings, longest = self._settings, self.max_length
-        size = settings.page_size
-        typical = page_count(min(longest, _TYPICAL_LENGTH), size) * size
-        tokens = settings.cache_tokens or self._slot_count * typical
-        pages = cache_pages(tokens, longest, self._shards, size)
-        self._scheduler = Scheduler(
-            SchedulerLimits(
-                shards=self._shards,
-                slots=self._slot_count,
-                pages=pages,
-                page_size=size,
-                max_length=longest,
-                prefill_width=settings.prefill_width,
-                step_tokens=1 + settings.speculate,
-                prefill_steps=functools.partial(settings.prefill_steps, self._config.num_layers),
-            )
-        )
+        longest, size = self.max_length, self._settings.page_size
+        limits = scheduler_limits(self._settings, self._config, self._shards, self._slot_count)
+        pages = limits.pages
+        self._scheduler = Scheduler(limits)
         self._pages_a_layer = 0 if self._is_unrolled else pages
         self._empty = empty_slot(self._config, longest, table_size(longest, size))
         with on_mesh(self._mesh):
@@ -204,20 +191,8 @@ class Engine:
         return request_id
 
     def check(self, request: Request) -> None:
-        """Whether `submit` takes a request; from any thread.
-
-        Raises:
-          PromptError: no room for an answer, or a token, end token or adapter that is none.
-          SamplingError: a seed out of range, or more banned sequences than there is room for.
-        """
-        check_prompt(request.prompt, self._config, self.max_length)
-        check_adapter(request.prompt, self._adapter_count)
-        if request.max_tokens is not None and request.max_tokens < 1:
-            raise PromptError(f"max_tokens={request.max_tokens}: at least 1")
-        for name in ("seed", "priority"):
-            SETTINGS[name].checked(name, getattr(request, name))
-        check_end_tokens(request.end_tokens or (), self._config)
-        check_sampling(request.sampling, self._config.vocab_size)
+        """Whether `submit` takes a request; from any thread. Raises: as `check_request`."""
+        check_request(request, self._config, self.max_length, self._adapter_count)
 
     def cancel(self, request_id: int) -> None:
         """Ends a request wherever it is; its slot is free for the next step."""
@@ -228,32 +203,61 @@ class Engine:
             if running.admitted.request_id == request_id:
                 with on_mesh(self._mesh):
                     self._slots = release(self._slots, np.int32(slot))
-                self._scheduler.leave(slot)
+                pages = self._scheduler.leave(slot)
+                if not self._in_flight.defer(pages):
+                    self._scheduler.pool.free(pages)
                 self._guidance.end(slot)
 
     def step(self) -> list[Token]:
         """Prefills what may enter, then gives every running request a token, or several."""
-        scheduler = self._scheduler
         with on_mesh(self._mesh):
             self._prefill_some()
             if self._unchecked:  # before anyone is preempted for want of these pages
                 self._clear_failed()
-            self._grow()
-            if not scheduler.running:
-                return []
-            width = next(w for w in self._step_widths if w >= len(scheduler.running))
-            order = [*scheduler.running, *scheduler.free_slots(), *scheduler.entering]
-            numbers = sorted(order[:width])
-            rooms = {slot: scheduler.draft_room(one) for slot, one in scheduler.running.items()}
-            run = functools.partial(self._run_idle_step, numbers)
-            drafts = self._speculation.propose(numbers, rooms, run)
-            masks = self._guidance.making(numbers, drafts)
-            emitted = jax.device_get(self._run_step(numbers, drafts, masks))
-            if emitted.failures.any():
-                self._clear_failed()
-        self._speculation.take(numbers, drafts, emitted.tokens)
-        given = [(row, new) for row, new in np.argwhere(emitted.tokens >= 0).tolist()]
-        return [self._take_token(numbers[at[0]], emitted, at) for at in given]
+            if self._in_flight and not self._in_flight.is_first_for(self._scheduler.running):
+                self._read_step()
+            while self._may_start_step():
+                self._start_step()
+            return self._read_step() if self._in_flight else []
+
+    def _may_start_step(self) -> bool:
+        running, count = self._scheduler.running, len(self._in_flight)
+        if not count:
+            return bool(running)
+        # Drafts and masks are made of all tokens before them, and so is a request that waits again.
+        needs_tokens = self._settings.speculate or self._guidance.has_answers
+        return (
+            count < self._max_in_flight
+            and not needs_tokens
+            and self._scheduler.can_grow()
+            and bool(in_next_step(running))
+        )
+
+    def _start_step(self) -> None:
+        scheduler = self._scheduler
+        self._grow()
+        if not scheduler.running:
+            return
+        width = next(w for w in self._step_widths if w >= len(scheduler.running))
+        order = [*scheduler.running, *scheduler.free_slots(), *scheduler.entering]
+        numbers = sorted(order[:width])
+        rooms = {slot: scheduler.draft_room(one) for slot, one in scheduler.running.items()}
+        run = functools.partial(self._run_idle_step, numbers)
+        drafts = self._speculation.propose(numbers, rooms, run)
+        masks = self._guidance.making(numbers, drafts)
+        emitted = self._run_step(numbers, drafts, masks)
+        requests = in_next_step(scheduler.running)
+        self._in_flight.start(StepInFlight(numbers, drafts, emitted, requests))
+
+    def _read_step(self) -> list[Token]:
+        step, emitted = self._in_flight.read()
+        if emitted.failures.any():
+            self._clear_failed()
+        for pages in step.pages:
+            self._scheduler.pool.free(pages)
+        self._speculation.take(step.numbers, step.drafts, emitted.tokens)
+        given = step.given(emitted, self._scheduler.running)
+        return [self._take_token(step.numbers[at[0]], emitted, at) for at in given]
 
     def _grow(self) -> None:
         """Gives requests pages for the next step's tokens."""
@@ -296,25 +300,23 @@ class Engine:
         if token.finish_reason is None:
             running.answer.append(token.token)
         else:
-            self._scheduler.leave(slot)
+            # Its slot is inactive on the device: steps under way do not write to its pages.
+            self._scheduler.pool.free(self._scheduler.leave(slot))
             self._guidance.end(slot)
         return token
 
     def _prefill_some(self) -> None:
         """Runs batches through layers, as many as the budget allows."""
         layers = self._config.num_layers
-        budget: float = math.inf
+        budget = math.inf
         if self._scheduler.running and self._settings.prefill_budget is not None:
-            budget = self._settings.prefill_budget * layers
+            budget = float(self._settings.prefill_budget * layers)
         while budget > 0 and (self._prefill is not None or self._begin_prefill()):
             prefill = self._prefill
             assert prefill is not None
-            width = prefill.batch.tokens.shape[1]
-            remaining = layers - prefill.layers_done
-            affordable = remaining if budget == math.inf else int(budget) // width
-            count = min(remaining, max(1, affordable))
+            count = prefill.layers_within(budget, layers)
             self._run_layers(prefill, count)
-            budget -= count * width
+            budget -= count * prefill.batch.tokens.shape[1]
             if prefill.layers_done == layers:
                 self._enter_all(prefill)
                 self._prefill = None
@@ -337,13 +339,11 @@ class Engine:
         self._cache = step_functions.copy_pages(self._cache, sources, targets, self._pages_a_layer)
 
     def _batch(self, admitted: Sequence[Admitted], width: int = 0) -> PrefillBatch:
-        used = [0] * self._shards
-        for one in admitted:
-            used[one.allocation.shard] += prefill_length(one.text)
+        texts = [(one.text, one.allocation) for one in admitted]
         return make_prefill_batch(
-            [(one.text, one.allocation) for one in admitted],
+            texts,
             self._shards,
-            prefill_width(max(width, *used)),
+            fitting_width(texts, self._shards, width),
             self._settings.page_size,
             self._pages_a_layer,
             self.special.sop,

@@ -90,6 +90,11 @@ class Guidance:
         self._words = -(-vocab // 32)
         self._answers: dict[int, GuidedAnswer] = {}
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether a running request is guided."""
+        return bool(self._answers)
+
     def begin(
         self, slot: int, request: Request, ends: Iterable[int], answer: Sequence[int] = ()
     ) -> None:

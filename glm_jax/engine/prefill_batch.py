@@ -53,6 +53,20 @@ def prefill_length(prompt: Prompt) -> int:
     return len(prompt) - 1
 
 
+def fitting_width(
+    prompts: Sequence[tuple[Prompt, PageAllocation]], shards: int, at_least: int
+) -> int:
+    """The narrowest width that holds these prompts, each in its allocation's shard.
+
+    Args:
+      at_least: tokens that it holds anyway.
+    """
+    used = [0] * shards
+    for prompt, allocation in prompts:
+        used[allocation.shard] += prefill_length(prompt)
+    return prefill_width(max(at_least, *used))
+
+
 def make_prefill_batch(
     prompts: Sequence[tuple[Prompt, PageAllocation]],
     shards: int,

@@ -1,6 +1,7 @@
 """What the engine knows of a request between its place in the queue and its last token."""
 
 import dataclasses
+import math
 from typing import Any
 
 from glm_jax.engine.page_pool import PageAllocation
@@ -89,6 +90,18 @@ class Prefill:
         """All who enter when it is done."""
         return [*self.admission.prefilled, *self.admission.followers]
 
+    def layers_within(self, budget: float, layers: int) -> int:
+        """Return how many of its next layers to run, at least one.
+
+        Args:
+          budget: tokens times layers.
+          layers: of the model.
+        """
+        remaining = layers - self.layers_done
+        if budget == math.inf:
+            return remaining
+        return min(remaining, max(1, int(budget) // self.batch.tokens.shape[1]))
+
 
 @dataclasses.dataclass
 class Running:
@@ -97,12 +110,14 @@ class Running:
     Attributes:
       allocation: its pages, which are more as it grows.
       answer: tokens that it was given.
+      unread: steps that run it and whose tokens have not been read.
     """
 
     admitted: Admitted
     end_tokens: frozenset[int]
     allocation: PageAllocation
     answer: list[int]
+    unread: int = 0
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -113,6 +128,11 @@ class Running:
     def length(self) -> int:
         """Tokens so far, sop included, the last of which the next step runs."""
         return len(self.admitted.request.prompt) + len(self.answer)
+
+    @property
+    def next_length(self) -> int:
+        """Tokens that the next step needs pages for. One that ends before has no more."""
+        return min(self.length + self.unread, self.admitted.end - 1)
 
     @property
     def remaining(self) -> int:

@@ -11,18 +11,22 @@ context's first tokens see its last, so that only whole prompts can be shared, n
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
+from glm_jax.config import GLMConfig
+from glm_jax.engine.engine_settings import EngineSettings
 from glm_jax.engine.fair_queue import Turn, Turns
-from glm_jax.engine.page_pool import PageAllocation, PagePool
+from glm_jax.engine.page_pool import PageAllocation, PagePool, cache_pages, page_count
 from glm_jax.engine.prefill_batch import prefill_length, prefill_width
 from glm_jax.engine.request import Request
 from glm_jax.engine.request_state import Admission, Admitted, Queued, Running
 
+_TYPICAL_LENGTH = 512  # tokens of a request that the cache has room for by default, each slot
 _COPIES = 4  # pages of each shard that a program copies
 
 
@@ -56,6 +60,28 @@ class SchedulerLimits:
     prefill_width: int
     step_tokens: int
     prefill_steps: Callable[[int], int]
+
+
+def scheduler_limits(
+    settings: EngineSettings, config: GLMConfig, shards: int, slots: int
+) -> SchedulerLimits:
+    """Return what an engine has room for.
+
+    Args:
+      shards, slots: see `SchedulerLimits`.
+    """
+    longest, size = settings.longest(config), settings.page_size
+    typical = page_count(min(longest, _TYPICAL_LENGTH), size) * size
+    return SchedulerLimits(
+        shards=shards,
+        slots=slots,
+        pages=cache_pages(settings.cache_tokens or slots * typical, longest, shards, size),
+        page_size=size,
+        max_length=longest,
+        prefill_width=settings.prefill_width,
+        step_tokens=1 + settings.speculate,
+        prefill_steps=functools.partial(settings.prefill_steps, config.num_layers),
+    )
 
 
 class Scheduler:
@@ -199,7 +225,7 @@ class Scheduler:
         ahead = max(limits.prefill_steps(width) * limits.step_tokens, limits.page_size // 2)
         growing = [
             (shared, len(queued.text), self._end(queued.request)),
-            *((one.allocation, one.length, one.admitted.end) for one in self.running.values()),
+            *((one.allocation, one.next_length, one.admitted.end) for one in self.running.values()),
             *((one.allocation, len(one.text), one.end) for one in self.entering.values()),
         ]
         needed = sum(
@@ -240,7 +266,7 @@ class Scheduler:
         before = {slot: one.allocation for slot, one in self.running.items()}
         ranked = sorted(self.running.values(), key=lambda one: one.rank)
         for one in ranked:
-            while one.admitted.slot in self.running and not self._extend(one, one.length):
+            while one.admitted.slot in self.running and not self._extend(one, one.next_length):
                 preempted.append(self._preempt_last(one.allocation.shard))
         for one in ranked:  # drafts have pages where some are left
             if one.admitted.slot in self.running:
@@ -252,6 +278,13 @@ class Scheduler:
             if one.allocation is not before[slot]
         }
         return preempted, grown
+
+    def can_grow(self) -> bool:
+        """Whether `grow` would preempt no request."""
+        missing = [0] * self._limits.shards
+        for one in self.running.values():
+            missing[one.allocation.shard] += self.pool.missing(one.allocation, one.next_length)
+        return all(count <= self.pool.free_pages(shard) for shard, count in enumerate(missing))
 
     def _extend(self, one: Running, tokens: int) -> bool:
         missing = self.pool.missing(one.allocation, tokens)
@@ -278,11 +311,15 @@ class Scheduler:
         tokens = len(one.allocation.pages) * self._limits.page_size
         return min(one.remaining - 1, tokens - one.length)
 
-    def leave(self, slot: int) -> None:
-        """End the request of a slot; its pages are free."""
+    def leave(self, slot: int) -> PageAllocation:
+        """End the request of a slot.
+
+        Returns:
+          Its pages, which the caller frees.
+        """
         one = self.running.pop(slot)
-        self.pool.free(one.allocation)
         self.queue.drop(one.admitted.request_id)
+        return one.allocation
 
 
 def page_copies(

@@ -14,6 +14,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from glm_jax import compiler_settings
 from glm_jax.config import GLMConfig
 from glm_jax.engine.choosing import choose, choose_checked
 from glm_jax.engine.prefill_batch import PrefillBatch
@@ -25,6 +26,9 @@ from glm_jax.model.paged_cache import PagedKVCache, Paging, init_paged_cache
 from glm_jax.model.params import GLMParams
 from glm_jax.model.visibility import Visibility
 from glm_jax.sharding import mesh_of
+
+# Compiles a decode step. Whatever step is compiled by it, no other program may call.
+jit_step = functools.partial(jax.jit, compiler_options=compiler_settings.of_decoding())
 
 
 @struct.dataclass
@@ -138,7 +142,7 @@ def prefill_arguments(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "pages_a_layer"), donate_argnames=("slots", "cache")
+    jit_step, static_argnames=("config", "pages_a_layer"), donate_argnames=("slots", "cache")
 )
 def step(
     params: GLMParams,
@@ -161,11 +165,11 @@ def step(
       What it gives those that ran; then slots and pages.
     """
     rows = _rows(_numbered(slots, numbers), drafts)
-    logits, cache = _decode(params, config, rows, cache, pages_a_layer)
+    logits, cache = forward_rows(params, config, rows, cache, pages_a_layer)
     return *_choose(logits, slots, numbers, drafts, None), cache
 
 
-@functools.partial(jax.jit, static_argnames=("config", "pages_a_layer"), donate_argnames="cache")
+@functools.partial(jit_step, static_argnames=("config", "pages_a_layer"), donate_argnames="cache")
 def begin_step(
     params: GLMParams,
     config: GLMConfig,
@@ -182,10 +186,10 @@ def begin_step(
       As of `step`.
     """
     rows = _rows(_numbered(slots, numbers), drafts)
-    return _decode(params, config, rows, cache, pages_a_layer)
+    return forward_rows(params, config, rows, cache, pages_a_layer)
 
 
-@functools.partial(jax.jit, donate_argnames="slots")
+@functools.partial(jit_step, donate_argnames="slots")
 def finish_step(
     slots: Slots,
     logits: Float[Array, "rows new vocab"],
@@ -263,7 +267,7 @@ def _rows(slots: Slots, drafts: Int[Any, "rows drafts"] | None) -> Rows:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "pages_a_layer"), donate_argnames="cache")
+@functools.partial(jit_step, static_argnames=("config", "pages_a_layer"), donate_argnames="cache")
 def decode(
     params: GLMParams, config: GLMConfig, rows: Rows, cache: PagedKVCache, pages_a_layer: int
 ) -> tuple[Float[Array, "rows new vocab"], PagedKVCache]:
@@ -272,7 +276,7 @@ def decode(
     Args:
       pages_a_layer: of a device where layers share an array, else 0.
     """
-    return _decode(params, config, rows, cache, pages_a_layer)
+    return forward_rows(params, config, rows, cache, pages_a_layer)
 
 
 @functools.partial(jax.jit, static_argnames="pages_a_layer", donate_argnames="cache")
@@ -304,9 +308,10 @@ def clear_failed(cache: PagedKVCache) -> PagedKVCache:
     return cleared
 
 
-def _decode(
+def forward_rows(
     params: GLMParams, config: GLMConfig, rows: Rows, cache: PagedKVCache, pages_a_layer: int
 ) -> tuple[Float[Array, "rows new vocab"], PagedKVCache]:
+    """A `decode` that is part of another program."""
     page_size = jax.tree.leaves(cache)[0].shape[2]
     table, active = jnp.asarray(rows.table), jnp.asarray(rows.is_active)
     index = jnp.asarray(rows.index)[:, None] + jnp.arange(active.shape[1], dtype=jnp.int32)

@@ -27,6 +27,9 @@ _EVERY_GPU = {
     "registers_per_core_limit": 2**16,
     "registers_per_block_limit": 2**16,
 }
+# Of the CUDA toolkit and driver, as XLA asks before it makes CUDA graphs of what it captures.
+_CUDA_VERSIONS = ("driver_version", "runtime_version", "compile_time_toolkit_version")
+_CUDA_VERSION = "12.9.0"
 # Where libraries ask for the default device. JAX's Triton backend, from 0.11 on, asks the second:
 # it has a table of GPUs by name, and asks the device itself for one that is not in it.
 _DEFAULT_DEVICE = (
@@ -50,6 +53,7 @@ def target_config(hardware: ConfigDict) -> str:
     }
     lines = [f"{name}: {value}" for name, value in info.items()]
     lines.append(f"cuda_compute_capability {{ major: {major} minor: {minor} }}")
+    lines += [f'{name}: "{_CUDA_VERSION}"' for name in _CUDA_VERSIONS]
     return (
         f"gpu_device_info {{ {' '.join(lines)} }}\n"
         'platform_name: "CUDA"\n'

@@ -38,7 +38,7 @@ class _Simulated:
         self.cancelled.add(request_id)
         for slot, one in list(self.scheduler.running.items()):
             if one.admitted.request_id == request_id:
-                self.scheduler.leave(slot)
+                self.scheduler.pool.free(self.scheduler.leave(slot))
 
     def step(self, draw):
         """As `Engine.step`."""
@@ -55,7 +55,7 @@ class _Simulated:
                 token = _next_token(admitted.request, text)
                 self.answers[admitted.request_id].append(token)
                 if token in admitted.request.end_tokens or one.remaining == 1:
-                    scheduler.leave(slot)
+                    scheduler.pool.free(scheduler.leave(slot))
                     break
                 one.answer.append(token)
 

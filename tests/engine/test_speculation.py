@@ -184,7 +184,7 @@ POISON = 7
 
 def test_a_draft_that_gives_no_numbers_fails_no_request(model, monkeypatch):
     """Nor stays in pages: the step is run again without, and what was written is cleared."""
-    real_decode = step_functions._decode
+    real_decode = step_functions.forward_rows
 
     def poisoned(params, config, rows, cache, pages_a_layer):
         logits, cache = real_decode(params, config, rows, cache, pages_a_layer)
@@ -195,7 +195,7 @@ def test_a_draft_that_gives_no_numbers_fails_no_request(model, monkeypatch):
     config = config.replace(layernorm_epsilon=2e-5)  # programs of its own
     request = Request(Prompt((5, 240), 1), max_tokens=9, end_tokens=())
     [expected] = complete_all(Engine(params, config, SMALL), [request])
-    monkeypatch.setattr(step_functions, "_decode", poisoned)
+    monkeypatch.setattr(step_functions, "forward_rows", poisoned)
     monkeypatch.setattr(Speculation, "measure", lambda *_: (0.01, 0.0))
     engine, cleared = _speculating((config, params)), []
     clear = step_functions.clear_failed
