@@ -50,7 +50,7 @@ def matmul(
     Returns:
       float32 [rows, N].
     """
-    rows, outputs = x.shape[0], weight.shape[1]
+    rows = len(x)
     problem = Problem.of(x, weight)
     if blocks is None:
         blocks = choose(problem, backend.get_default_device().core_count)
