@@ -3,14 +3,16 @@
     python -m launch.suites.mosaic --output=mosaic.jsonl
 
 Each line is a shape and a number of rows, in microseconds: XLA's product in float16, the kernel
-that products have by default, the Mosaic kernel as `choose` divides it and, with
-`--candidates`, by every other division; beside them its relative error. `--shapes=tiny` tries
-it on a CPU, where the laid-out weight is restored and multiplied by XLA.
+that products have by default, the Mosaic kernel as `choose` divides it, tiles converted to floats
+and, with `--candidates`, every other division of both; beside them its relative error. From 65 rows
+on the product with the transpose, in float16 and from the laid-out weight, is timed too.
+`--shapes=tiny` tries it on a CPU, where the kernel does not run.
 """
 
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +21,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from glm_jax.kernels.quantized_matmul.api import prepare, quantized_matmul
-from glm_jax.kernels.quantized_matmul.mosaic_blocks import Problem, candidates
+from glm_jax.kernels.quantized_matmul import mosaic_converted
+from glm_jax.kernels.quantized_matmul.api import prepare, quantized_matmul, transposed_matmul
+from glm_jax.kernels.quantized_matmul.mosaic_blocks import (
+    Problem,
+    candidates,
+    converted_candidates,
+)
 from glm_jax.quantization import QuantizedArray, dequantize
 from launch.suites.gpu_parts import (
     REPEATS,
@@ -35,6 +42,7 @@ from launch.suites.gpu_parts import (
 )
 
 GROUP_SIZE = 128
+_FEW_ROWS = 64
 _COMPARED = 256  # outputs
 
 
@@ -64,23 +72,25 @@ def _measure(
     plain = [example_weight("float16", inputs, outputs, seed) for seed in range(floats)]
     x = 0.1 * jax.random.normal(jax.random.key(rows), (rows, inputs), jnp.float16)
     runs = {
-        "float16": (_all_of(jnp.matmul), plain),
-        "default": (_all_of(quantized_matmul), stored),
-        "mosaic": (_all_of(quantized_matmul), laid_out),
+        "float16": (_all_of(jnp.matmul), x, plain),
+        "default": (_all_of(quantized_matmul), x, stored),
+        "mosaic": (_all_of(quantized_matmul), x, laid_out),
     }
-    group_size = min(GROUP_SIZE, inputs)
-    if every and jax.default_backend() == "gpu":
-        from glm_jax.kernels.quantized_matmul import mosaic_gpu
-
-        problem = Problem(rows, inputs, outputs, bits, group_size)
-        for blocks in candidates(problem, jax.devices()[0].core_count):
-            multiply = functools.partial(mosaic_gpu.matmul, blocks=blocks)
-            name = ",".join(f"{k}={int(v)}" for k, v in dataclasses.asdict(blocks).items())
-            runs[name] = (_all_of(multiply), laid_out)
+    for name, multiply in _others(x, laid_out[0], every).items():
+        runs[name] = (_all_of(multiply), x, laid_out)
+    if rows > _FEW_ROWS:
+        y = 0.1 * jax.random.normal(jax.random.key(rows), (rows, outputs), jnp.float16)
+        turned = lambda y, weight: jnp.matmul(y, weight.T)
+        runs["transposed float16"] = (_all_of(turned), y, plain)
+        runs["transposed default"] = (_all_of(transposed_matmul), y, stored)
+        runs["transposed"] = (_all_of(transposed_matmul), y, laid_out)
+        for name, multiply in _others_transposed(y, laid_out[0], every).items():
+            runs[name] = (_all_of(multiply), y, laid_out)
+    group_size = laid_out[0].group_size
     taken = interleaved(
-        {name: often(functools.partial(run, x, w)) for name, (run, w) in runs.items()}
+        {name: often(functools.partial(run, a, w)) for name, (run, a, w) in runs.items()}
     )
-    each = {name: 1e6 * taken[name] / (REPEATS * len(w)) for name, (_, w) in runs.items()}
+    each = {name: 1e6 * taken[name] / (REPEATS * len(w)) for name, (_, _, w) in runs.items()}
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(laid_out[0]))
     return {
         "inputs": inputs,
@@ -92,6 +102,31 @@ def _measure(
         "error": _error(x, stored[0], laid_out[0]),
         "us": each,
     }
+
+
+def _others(x: jax.Array, weight: Any, every: bool) -> dict[str, Callable[..., Any]]:
+    """Products by converted tiles and, if `every`, by all candidates."""
+    problem, found = Problem.of(x, weight), {}
+    for tiles in itertools.islice(converted_candidates(problem), None if every else 1):
+        multiply = functools.partial(mosaic_converted.matmul, tiles=tiles)
+        found[f"converted {_name(tiles)}"] = multiply
+    if every and jax.default_backend() == "gpu":
+        from glm_jax.kernels.quantized_matmul import mosaic_gpu
+
+        for blocks in candidates(problem, jax.devices()[0].core_count):
+            found[_name(blocks)] = functools.partial(mosaic_gpu.matmul, blocks=blocks)
+    return found
+
+
+def _others_transposed(y: jax.Array, weight: Any, every: bool) -> dict[str, Callable[..., Any]]:
+    """Products with the transpose by all candidates, if `every`."""
+    tiles = converted_candidates(Problem.of(y, weight, transposed=True)) if every else ()
+    multiply = mosaic_converted.transposed_matmul
+    return {f"transposed {_name(t)}": functools.partial(multiply, tiles=t) for t in tiles}
+
+
+def _name(blocks: Any) -> str:
+    return ",".join(f"{k}={int(v)}" for k, v in dataclasses.asdict(blocks).items())
 
 
 def _all_of(product: Callable[..., Any]) -> Any:

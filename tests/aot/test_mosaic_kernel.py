@@ -11,10 +11,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 from aot.compiling import PTXAS, compile_for
+from aot.written import written
 
 from glm_jax.kernels.quantized_matmul.api import quantized_matmul
+from glm_jax.kernels.quantized_matmul.arguments import Arguments
+from glm_jax.kernels.quantized_matmul.mosaic import MosaicConverted, MosaicTransposed
 from glm_jax.kernels.quantized_matmul.mosaic_blocks import Problem, choose, divide
 from glm_jax.kernels.quantized_matmul.mosaic_layout import LANES, TILE, MosaicArray
+from glm_jax.planning.training_programs import memory
 
 # The 130B's linears: inputs, outputs, and which of them tensor parallelism divides.
 LINEARS = [(12288, 36864, 1), (12288, 12288, 0), (12288, 65536, 1), (32768, 12288, 0)]
@@ -49,14 +53,7 @@ def make(capfd, monkeypatch, tmp_path):
         return _made[key]
 
     def compiled(rows, inputs, outputs, bits, dtype, group_size=128, zeros=False) -> Made:
-        groups = jax.ShapeDtypeStruct((inputs // group_size, outputs), dtype)
-        values = (outputs // TILE, inputs // TILE, bits, LANES)
-        weight = MosaicArray(
-            values=jax.ShapeDtypeStruct(values, jnp.int32),
-            scales=groups,
-            bits=bits,
-            zero_points=groups if zeros else None,
-        )
+        weight = _weight(inputs, outputs, bits, dtype, group_size, zeros)
         x = jax.ShapeDtypeStruct((rows, inputs), dtype)
         compile_for("h100", quantized_matmul, x, weight)
         written = capfd.readouterr().out
@@ -70,6 +67,18 @@ def make(capfd, monkeypatch, tmp_path):
         return Made(ptx, log, _instructions_a_weight(binary))
 
     return made
+
+
+def _weight(inputs, outputs, bits, dtype, group_size=128, zeros=False) -> MosaicArray:
+    """One that does not exist."""
+    groups = jax.ShapeDtypeStruct((inputs // group_size, outputs), dtype)
+    values = (outputs // TILE, inputs // TILE, bits, LANES)
+    return MosaicArray(
+        values=jax.ShapeDtypeStruct(values, jnp.int32),
+        scales=groups,
+        bits=bits,
+        zero_points=groups if zeros else None,
+    )
 
 
 def _instructions_a_weight(binary: Path) -> float | None:
@@ -133,6 +142,22 @@ def test_more_rows(make, bits, zeros, rows):
 @pytest.mark.parametrize("zeros", [False, True])
 def test_groups_and_zero_points(make, group_size, zeros):
     _check(make(1, 12288, 12288, 4, "bfloat16", group_size, zeros))
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_converted_tiles_are_all_that_is_written_in_floats(is_transposed):
+    """2048 rows of the 130B's largest output projection: no buffer beside results of over 16 MiB,
+    and products by matrix instructions or the library."""
+    rows, inputs, outputs = 2048, 12288, 36864
+    weight = _weight(inputs, outputs, 4, "float16")
+    x = jax.ShapeDtypeStruct((rows, outputs if is_transposed else inputs), "float16")
+    backend = MosaicTransposed() if is_transposed else MosaicConverted()
+    compiled = compile_for("h100", lambda x, w: backend(Arguments(x, w)), x, weight)
+    result = (rows, inputs if is_transposed else outputs)
+    others = [w for w in written(compiled.as_text(), 1 << 20) if w.shape != result]
+    assert others
+    assert max(w.bytes for w in others) <= 16 << 20, others
+    assert memory(compiled).temporaries <= 64 << 20
 
 
 def test_the_130b_keeps_all_multiprocessors_reading():

@@ -1,6 +1,6 @@
 """The Mosaic kernel equals float64, on a GPU of compute capability 9.0 at the 130B's shapes.
 
-Elsewhere a laid-out weight is restored and multiplied by XLA; sizes are small there.
+Elsewhere a laid-out weight is converted tile by tile and multiplied by XLA; sizes are small there.
 """
 
 import jax
@@ -8,8 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glm_jax.config import GLMConfig
+from glm_jax.kernels.quantized_matmul import mosaic_check
 from glm_jax.kernels.quantized_matmul.api import prepare, quantized_matmul
-from glm_jax.quantization import QuantizedArray, dequantize
+from glm_jax.kernels.quantized_matmul.arguments import Arguments
+from glm_jax.kernels.quantized_matmul.mosaic import MosaicConverted
+from glm_jax.kernels.quantized_matmul.mosaic_check import Kind
+from glm_jax.model import device_layout
+from glm_jax.model import params as glm_params
+from glm_jax.model.glm import forward
+from glm_jax.quantization import QuantizedArray, Scheme, dequantize
+from glm_jax.sharding import make_mesh, on_mesh
 
 pytestmark = pytest.mark.gpu
 IS_GPU = jax.default_backend() == "gpu"
@@ -24,13 +33,10 @@ SHAPES = (
 TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3}
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("zeros", [False, True])
-def test_products_of_all_rows(shape, bits, dtype, zeros):
+def _weight(shape, bits, dtype, zeros):
+    """As it is stored, and in float64."""
     inputs, outputs, groups = shape
-    draws = jax.random.split(jax.random.key(bits), 4)
+    draws = jax.random.split(jax.random.key(bits), 3)
     scales = jax.random.uniform(draws[1], (groups, outputs), minval=0.005, maxval=0.015)
     points = jax.random.randint(draws[2], (groups, outputs), -3, 4, jnp.int8)
     size = inputs * bits // 8, outputs
@@ -40,14 +46,75 @@ def test_products_of_all_rows(shape, bits, dtype, zeros):
         bits=bits,
         contraction_axis=-2,
         zero_points=points if zeros else None,
+        axes=("embed", "mlp"),
     )
-    exact_weight = np.asarray(dequantize(weight, jnp.float32), np.float64)
+    return weight, np.asarray(dequantize(weight, jnp.float32), np.float64)
+
+
+def _activations(rows, columns, dtype):
+    """Whose mean is not 0: the hard case for what is taken off by their sums."""
+    x = jax.random.normal(jax.random.key(7), (rows, columns)) + 0.5
+    return (0.1 * x).astype(dtype)
+
+
+def _assert_near(product, exact, dtype):
+    error = np.linalg.norm(np.asarray(product, np.float64) - exact)
+    assert error < TOLERANCE[dtype] * np.linalg.norm(exact), len(exact)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("zeros", [False, True])
+def test_products_of_all_rows(shape, bits, dtype, zeros):
+    weight, exact_weight = _weight(shape, bits, dtype, zeros)
     laid_out = prepare(weight, layout="mosaic")
-    # Activations whose mean is not 0 are the hard case for what is taken off by their sums.
-    x = jax.random.normal(draws[3], (max(ROWS), inputs)) + 0.5
+    x = _activations(max(ROWS), shape[0], dtype)
     product = jax.jit(quantized_matmul)
     for rows in ROWS:
-        some = (0.1 * x[:rows]).astype(dtype)
-        exact = np.asarray(some, np.float64) @ exact_weight
-        error = np.linalg.norm(np.asarray(product(some, laid_out), np.float64) - exact)
-        assert error < TOLERANCE[dtype] * np.linalg.norm(exact), rows
+        exact = np.asarray(x[:rows], np.float64) @ exact_weight
+        _assert_near(product(x[:rows], laid_out), exact, dtype)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rows", [48, 2048] if IS_GPU else [48])
+def test_gradients_and_converted_tiles(bits, rows):
+    shape = SHAPES[0]
+    weight, exact_weight = _weight(shape, bits, "float16", True)
+    laid_out = prepare(weight, layout="mosaic")
+    x = _activations(rows, shape[0], "float16")
+    converted = jax.jit(lambda x, w: MosaicConverted()(Arguments(x, w)))(x, laid_out)
+    _assert_near(converted, np.asarray(x, np.float64) @ exact_weight, "float16")
+    y = _activations(rows, shape[1], "float16")
+    gradient = jax.jit(lambda x, y, w: jax.vjp(lambda x: quantized_matmul(x, w), x)[1](y))
+    [back] = gradient(x, y.astype(jnp.float32), laid_out)
+    _assert_near(back, np.asarray(y, np.float64) @ exact_weight.T, "float16")
+
+
+@pytest.mark.skipif(
+    not any(map(mosaic_check.is_for, jax.devices())), reason="no GPU of compute capability 9.0"
+)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_check_of_the_kernel_passes(bits, dtype):
+    """In its own process, as `prepare` runs it: whole rows, and groups with zero points."""
+    kinds = [Kind(bits, 4096, 4096, dtype, False), Kind(bits, 4096, 128, dtype, True)]
+    assert mosaic_check.check_apart(kinds) is None
+
+
+def test_a_model_is_laid_out_on_a_mesh_of_one(monkeypatch):
+    """And gives the logits of the weights as they are stored."""
+    config = GLMConfig(2, 256, 768, 4, 512, 64, param_dtype="float16", compute_dtype="float16")
+    tokens, mask = jnp.arange(8)[None], jnp.ones((1, 8, 8), bool)
+    logits = {}
+    mesh = make_mesh((1, 1, 1))
+    for value in ("stored", ""):
+        monkeypatch.setenv("GLM_JAX_QUANTIZED_LAYOUT", value)
+        params = glm_params.init(config, jax.random.key(0), mesh)
+        params = glm_params.quantize_params(params, Scheme(4, 64))
+        with on_mesh(mesh):
+            prepared = device_layout.prepare(params, donate=True)
+            logits[value] = np.asarray(forward(prepared, config, tokens, tokens, mask))
+        is_laid_out = prepared.layers[0].dense.weight.array.layout == "mosaic"
+        assert is_laid_out == (value == "" and mosaic_check.is_for(jax.devices()[0]))
+    np.testing.assert_allclose(logits[""], logits["stored"], atol=3e-2)
