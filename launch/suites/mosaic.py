@@ -67,7 +67,7 @@ def _measure(
     stored = [
         _grouped(example_weight(f"int{bits}", inputs, outputs, seed)) for seed in range(count)
     ]
-    laid_out = [prepare(weight, layout="mosaic") for weight in stored]
+    laid_out: list[Any] = [prepare(weight, layout="mosaic") for weight in stored]
     floats = copies_of(shapes, 2 * inputs * outputs)
     plain = [example_weight("float16", inputs, outputs, seed) for seed in range(floats)]
     x = 0.1 * jax.random.normal(jax.random.key(rows), (rows, inputs), jnp.float16)
@@ -106,7 +106,8 @@ def _measure(
 
 def _others(x: jax.Array, weight: Any, every: bool) -> dict[str, Callable[..., Any]]:
     """Products by converted tiles and, if `every`, by all candidates."""
-    problem, found = Problem.of(x, weight), {}
+    problem = Problem.of(x, weight)
+    found: dict[str, Callable[..., Any]] = {}
     for tiles in itertools.islice(converted_candidates(problem), None if every else 1):
         multiply = functools.partial(mosaic_converted.matmul, tiles=tiles)
         found[f"converted {_name(tiles)}"] = multiply
