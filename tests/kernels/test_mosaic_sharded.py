@@ -1,7 +1,5 @@
 """Weights in the layout for compute capability 9.0, divided over a mesh."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 
 from glm_jax.kernels.dispatch import BackendError
 from glm_jax.kernels.quantized_matmul import mosaic_prepare
-from glm_jax.kernels.quantized_matmul.api import MosaicArray, quantized_matmul
+from glm_jax.kernels.quantized_matmul.api import quantized_matmul
 from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks
 from glm_jax.model.params import KERNEL_AXES
 from glm_jax.quantization import Scheme, dequantize, quantize
@@ -27,9 +25,16 @@ SCHEMES = {"groups": Scheme(4, 64, True), "odd groups": Scheme(8, 128), "rows": 
 def _weight(name, shape, scheme, mesh):
     """As it is stored, on a mesh; and in float64."""
     axes = KERNEL_AXES[name]
-    weight = quantize(jax.random.normal(jax.random.key(0), shape), scheme, -len(shape), axes)
-    weight = weight.replace(scales=weight.scales.astype("float16"))
-    exact = np.asarray(dequantize(weight, "float32"), np.float64)
+
+    @jax.jit
+    def make():
+        floats = jax.random.normal(jax.random.key(0), shape)
+        weight = quantize(floats, scheme, -len(shape), axes)
+        weight = weight.replace(scales=weight.scales.astype("float16"))
+        return weight, dequantize(weight, "float32")
+
+    weight, exact = make()
+    exact = np.asarray(exact, np.float64)
 
     def put(a):
         is_divided = a is weight.values or weight.groups % 2 == 0
@@ -42,9 +47,10 @@ def _weight(name, shape, scheme, mesh):
 @pytest.mark.parametrize(
     ("name", "scheme", "shape_of_mesh"),
     [
-        *[(name, "groups", (2, 2, 2)) for name in SHAPES],
+        ("query_key_value", "groups", (2, 2, 2)),
+        ("dense", "groups", (2, 2, 2)),
+        ("dense_h_to_4h", "rows", (1, 2, 2)),
         ("dense_4h_to_h", "odd groups", (1, 1, 2)),
-        ("dense", "rows", (1, 2, 1)),
     ],
 )
 def test_products_and_gradients_of_a_divided_weight(name, scheme, shape_of_mesh):
@@ -114,9 +120,3 @@ def test_parts_without_whole_tiles_are_refused(name, shape, reason):
     stored, _ = _weight(name, shape, Scheme(8, None), mesh)
     with pytest.raises(BackendError, match=reason):
         mosaic_prepare.place(stored, mesh)
-    assert isinstance(mosaic_prepare.place(_whole()), MosaicArray)
-
-
-@functools.cache
-def _whole():
-    return quantize(jnp.ones((64, 64)), Scheme(8, None), -2)
