@@ -15,7 +15,7 @@ from aot.written import written
 
 from glm_jax.kernels.quantized_matmul.api import quantized_matmul
 from glm_jax.kernels.quantized_matmul.arguments import Arguments
-from glm_jax.kernels.quantized_matmul.mosaic import MosaicConverted, MosaicTransposed
+from glm_jax.kernels.quantized_matmul.mosaic import MosaicTiles, MosaicTilesTransposed
 from glm_jax.kernels.quantized_matmul.mosaic_blocks import Problem, choose, divide
 from glm_jax.kernels.quantized_matmul.mosaic_layout import LANES, TILE, MosaicArray
 from glm_jax.planning.training_programs import memory
@@ -151,7 +151,7 @@ def test_converted_tiles_are_all_that_is_written_in_floats(is_transposed):
     rows, inputs, outputs = 2048, 12288, 36864
     weight = _weight(inputs, outputs, 4, "float16")
     x = jax.ShapeDtypeStruct((rows, outputs if is_transposed else inputs), "float16")
-    backend = MosaicTransposed() if is_transposed else MosaicConverted()
+    backend = MosaicTilesTransposed() if is_transposed else MosaicTiles()
     compiled = compile_for("h100", lambda x, w: backend(Arguments(x, w)), x, weight)
     result = (rows, inputs if is_transposed else outputs)
     others = [w for w in written(compiled.as_text(), 1 << 20) if w.shape != result]

@@ -12,7 +12,7 @@ from glm_jax.config import GLMConfig
 from glm_jax.kernels.quantized_matmul import mosaic_check
 from glm_jax.kernels.quantized_matmul.api import prepare, quantized_matmul
 from glm_jax.kernels.quantized_matmul.arguments import Arguments
-from glm_jax.kernels.quantized_matmul.mosaic import MosaicConverted
+from glm_jax.kernels.quantized_matmul.mosaic import MosaicConverted, MosaicTiles
 from glm_jax.kernels.quantized_matmul.mosaic_check import Kind
 from glm_jax.model import device_layout
 from glm_jax.model import params as glm_params
@@ -83,8 +83,11 @@ def test_gradients_and_converted_tiles(bits, rows):
     weight, exact_weight = _weight(shape, bits, "float16", True)
     laid_out = prepare(weight, layout="mosaic")
     x = _activations(rows, shape[0], "float16")
-    converted = jax.jit(lambda x, w: MosaicConverted()(Arguments(x, w)))(x, laid_out)
-    _assert_near(converted, np.asarray(x, np.float64) @ exact_weight, "float16")
+    exact = np.asarray(x, np.float64) @ exact_weight
+    for backend in (MosaicConverted(), MosaicTiles()):
+        if backend.supports(Arguments(x, laid_out)) is None:
+            converted = jax.jit(lambda x, w, b=backend: b(Arguments(x, w)))(x, laid_out)
+            _assert_near(converted, exact, "float16")
     y = _activations(rows, shape[1], "float16")
     gradient = jax.jit(lambda x, y, w: jax.vjp(lambda x: quantized_matmul(x, w), x)[1](y))
     [back] = gradient(x, y.astype(jnp.float32), laid_out)

@@ -201,6 +201,22 @@ def test_converted_tiles_give_both_products(bits, groups, tiles):
         np.testing.assert_allclose(ours, wanted, atol=1e-3 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize(("bits", "groups"), [(4, 3), (8, 12)])
+def test_the_kernel_converts_a_tile(bits, groups):
+    """All of it but the conversion of bits, in the interpreter."""
+    kernel = pytest.importorskip("glm_jax.kernels.quantized_matmul.mosaic_tiles")
+    if jax.__version_info__ < (0, 11):
+        pytest.skip("JAX before 0.11 has no interpreter of the kernel")
+    weight = _weight(384, 128, groups, bits, True, "float16")
+    tiles, first = ConvertedTiles(128, 64), (jnp.int32(256), jnp.int32(64))
+    laid_out = mosaic_layout.lay_out(weight)
+    tile = kernel.convert(laid_out, *first, tiles, "float16", interpret=True)
+    expected = mosaic_converted.convert_by_xla(laid_out, *first, tiles, "float16")
+    np.testing.assert_array_equal(tile, expected)
+    exact = dequantize(weight, jnp.float32)[256:, 64:].T
+    np.testing.assert_allclose(tile.astype(jnp.float32), exact, rtol=2e-3)
+
+
 def test_a_converted_tile_stays_in_the_cache():
     """Of every product of the 130B, whole and divided by 8, in float16."""
     for inputs, outputs in ((12288, 36864), (12288, 65536), (32768, 12288), (12288, 4608)):

@@ -119,13 +119,16 @@ def test_there_must_be_memory_for_both_forms_of_weights_that_stay(monkeypatch):
 
 def test_the_check_finds_wrong_products():
     kernel = pytest.importorskip("glm_jax.kernels.quantized_matmul.mosaic_converted")
-    assert first_fault(KIND, kernel.matmul, (1, 3), 64) is None
+    products = kernel.matmul, kernel.transposed_matmul
+    assert first_fault(KIND, *products, (1, 3), 64) is None
     wrong = lambda x, weight: kernel.matmul(x, weight) * 1.01
-    assert first_fault(KIND, wrong, (1, 3), 64).startswith(
-        "4 bits, 1 rows: a relative error of 0.0"
+    assert "4 bits, 1 rows: a relative error of 0.0" in first_fault(
+        KIND, wrong, products[1], (1, 3), 64
     )
-    missing = lambda x, weight: kernel.matmul(x, weight).at[-1].set(jnp.nan)
-    assert "error of nan" in first_fault(KIND, missing, (3,), 64)
+    missing = lambda y, weight: kernel.transposed_matmul(y, weight).at[-1].set(jnp.nan)
+    assert "transpose, 4 bits, 3 rows: a relative error of nan" in first_fault(
+        KIND, products[0], missing, (3,), 64
+    )
 
 
 @pytest.mark.parametrize(

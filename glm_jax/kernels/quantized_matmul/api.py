@@ -16,7 +16,9 @@ from glm_jax.kernels.quantized_matmul.mma import Mma
 from glm_jax.kernels.quantized_matmul.mosaic import (
     Mosaic,
     MosaicConverted,
-    MosaicTransposed,
+    MosaicConvertedTransposed,
+    MosaicTiles,
+    MosaicTilesTransposed,
 )
 from glm_jax.kernels.quantized_matmul.mosaic_layout import MosaicArray
 from glm_jax.kernels.quantized_matmul.mosaic_prepare import place
@@ -42,6 +44,7 @@ BACKENDS: tuple[Backend[Arguments], ...] = (
     CPUKernel(),
     Mosaic(),
     Mma(),
+    MosaicTiles(),
     MosaicConverted(),
     PallasGPU(),
     PallasTPU(),
@@ -51,7 +54,8 @@ BACKENDS: tuple[Backend[Arguments], ...] = (
 )
 _TRANSPOSED: tuple[Backend[Arguments], ...] = (
     CPUTransposed(),
-    MosaicTransposed(),
+    MosaicTilesTransposed(),
+    MosaicConvertedTransposed(),
     XLATransposed(),
 )
 

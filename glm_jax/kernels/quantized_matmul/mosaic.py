@@ -22,6 +22,7 @@ from glm_jax.kernels.quantized_matmul.mosaic_blocks import (
     converted_candidates,
     supports,
 )
+from glm_jax.kernels.quantized_matmul.mosaic_converted import Convert
 
 CAPABILITY = 9.0  # the only one: later devices have other matrix instructions
 _JAX = (0, 11)  # the oldest that has what the kernel is written in
@@ -80,13 +81,40 @@ class MosaicConverted:
         for blocks in converted_candidates(Problem.of(arguments.x, arguments.weight)):
             yield dataclasses.replace(self, blocks=blocks)
 
+    @property
+    def convert(self) -> Convert:
+        """What converts a tile."""
+        return mosaic_converted.convert_by_xla
+
     def __call__(self, arguments: Arguments) -> Array:
-        product = mosaic_converted.matmul(arguments.x, arguments.weight, self.blocks)
-        return add_bias(product, arguments.bias)
+        operands = arguments.x, arguments.weight, self.blocks, self.convert
+        return add_bias(mosaic_converted.matmul(*operands), arguments.bias)
 
 
-class MosaicTransposed(MosaicConverted):
+@dataclasses.dataclass(frozen=True)
+class MosaicTiles(MosaicConverted):
+    """Tiles converted by a kernel for compute capability 9.0, for activations in 16 bits."""
+
+    name: str = "mosaic_tiles"
+    platform: str | None = "cuda"
+
+    def supports(self, arguments: Arguments) -> str | None:
+        return Mosaic().supports(arguments)
+
+    @property
+    def convert(self) -> Convert:
+        from glm_jax.kernels.quantized_matmul import mosaic_tiles
+
+        return mosaic_tiles.convert
+
+
+class MosaicConvertedTransposed(MosaicConverted):
     """The product with the transpose."""
 
     def __call__(self, arguments: Arguments) -> Array:
-        return mosaic_converted.transposed_matmul(arguments.x, arguments.weight, self.blocks)
+        operands = arguments.x, arguments.weight, self.blocks, self.convert
+        return mosaic_converted.transposed_matmul(*operands)
+
+
+class MosaicTilesTransposed(MosaicConvertedTransposed, MosaicTiles):
+    """The product with the transpose, for activations in 16 bits on compute capability 9.0."""

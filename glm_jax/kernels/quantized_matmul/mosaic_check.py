@@ -101,26 +101,34 @@ def check_apart(
 
 
 def first_fault(
-    kind: Kind, product: Product, rows: Sequence[int] = ROWS, outputs: int = _OUTPUTS
+    kind: Kind,
+    product: Product,
+    transposed: Product,
+    rows: Sequence[int] = ROWS,
+    outputs: int = _OUTPUTS,
 ) -> str | None:
     """Return what is wrong with products of a kind, None if all equal those of plain floats.
 
     Args:
-      product: of x [rows, K] and a laid-out weight.
+      product: of x [rows, K] and a laid-out weight [K, N].
+      transposed: of y [rows, N] and the weight.
       rows: numbers of rows to try.
       outputs: of the weight.
     """
     weight = _random_weight(kind, outputs)
     laid_out = jax.jit(mosaic_layout.lay_out)(weight)
     floats = dequantize(weight, "float32")
-    draw = jax.random.normal(jax.random.key(1), (max(rows), kind.inputs)) + 0.5
-    for count in rows:
-        x = (0.1 * draw[:count]).astype(kind.dtype)
-        exact = jnp.matmul(x.astype(jnp.float32), floats, precision="highest")
-        difference = jnp.linalg.norm(jax.jit(product)(x, laid_out) - exact)
+    tries = [(product, floats, count) for count in rows]
+    tries.append((transposed, floats.T, rows[0]))
+    for function, matrix, count in tries:
+        draw = jax.random.normal(jax.random.key(1), (count, len(matrix))) + 0.5
+        x = (0.1 * draw).astype(kind.dtype)
+        exact = jnp.matmul(x.astype(jnp.float32), matrix, precision="highest")
+        difference = jnp.linalg.norm(jax.jit(function)(x, laid_out) - exact)
         error = float(difference / jnp.linalg.norm(exact))
         if not error <= TOLERANCES[kind.dtype]:  # not a number either
-            return f"{kind.bits} bits, {count} rows: a relative error of {error:.2g}"
+            which = "with the transpose, " if function is transposed else ""
+            return f"{which}{kind.bits} bits, {count} rows: a relative error of {error:.2g}"
     return None
 
 
@@ -141,14 +149,14 @@ def _random_weight(kind: Kind, outputs: int) -> QuantizedArray:
 def main(arguments: Sequence[str]) -> int:
     """Check the kinds of products that the argument describes in JSON, on the first GPU."""
     # Not before it is asked for: the op's module imports most others.
-    from glm_jax.kernels.quantized_matmul.api import quantized_matmul
+    from glm_jax.kernels.quantized_matmul.api import quantized_matmul, transposed_matmul
 
     product = functools.partial(quantized_matmul, implementation="mosaic")
     if not is_for(jax.devices()[0]):
         print(f"no GPU of compute capability {CAPABILITY} could be used by a second process")
         return 1
     for kind in json.loads(arguments[0]):
-        if fault := first_fault(Kind(**kind), product):
+        if fault := first_fault(Kind(**kind), product, transposed_matmul):
             print(fault)
             return 1
     return 0

@@ -19,14 +19,21 @@ from glm_jax.kernels.quantized_matmul.mosaic_layout import TILE, MosaicArray, in
 from glm_jax.numerics import dot_general
 from glm_jax.quantization import QuantizedArray, dequantize
 
+# (weight, first input, first output, tiles, dtype) to a tile [outputs, inputs] of the weight.
+Convert = Callable[[MosaicArray, Array, Array, ConvertedTiles, Any], Array]
+
 
 def matmul(
-    x: Float[Array, "rows inputs"], weight: MosaicArray, tiles: ConvertedTiles | None = None
+    x: Float[Array, "rows inputs"],
+    weight: MosaicArray,
+    tiles: ConvertedTiles | None = None,
+    convert: Convert | None = None,
 ) -> Float[Array, "rows outputs"]:
     """x [rows, K] times weight [K, N], accumulated in float32; weights are rounded to x's dtype.
 
     Args:
       tiles: sizes that divide the weight's; by default those of `converted_tiles`.
+      convert: converts a tile; by default `convert_by_xla`.
 
     Returns:
       float32 [rows, N].
@@ -34,20 +41,23 @@ def matmul(
     tiles = tiles or converted_tiles(Problem.of(x, weight))
 
     def one(part: Array, inputs: Array, outputs: Array) -> Array:
-        tile = _convert(weight, inputs, outputs, tiles, x.dtype)
-        return dot_general(part, tile, (((1,), (0,)), ((), ())), jnp.float32)
+        tile = (convert or convert_by_xla)(weight, inputs, outputs, tiles, x.dtype)
+        return dot_general(part, tile, (((1,), (1,)), ((), ())), jnp.float32)
 
     sizes = (tiles.inputs, tiles.outputs)
     return _over_tiles(x, weight.shape[1], sizes, jnp.float32, one)
 
 
 def transposed_matmul(
-    y: Float[Array, "rows outputs"], weight: MosaicArray, tiles: ConvertedTiles | None = None
+    y: Float[Array, "rows outputs"],
+    weight: MosaicArray,
+    tiles: ConvertedTiles | None = None,
+    convert: Convert | None = None,
 ) -> Float[Array, "rows inputs"]:
     """y [rows, N] times the transpose of weight [K, N].
 
     Args:
-      tiles: as of `matmul`.
+      tiles, convert: see `matmul`.
 
     Returns:
       [rows, K] in y's dtype, to which weights are rounded too; sums are float32.
@@ -55,8 +65,8 @@ def transposed_matmul(
     tiles = tiles or converted_tiles(Problem.of(y, weight, transposed=True))
 
     def one(part: Array, outputs: Array, inputs: Array) -> Array:
-        tile = _convert(weight, inputs, outputs, tiles, y.dtype)
-        return dot_general(part, tile, (((1,), (1,)), ((), ())), jnp.float32)
+        tile = (convert or convert_by_xla)(weight, inputs, outputs, tiles, y.dtype)
+        return dot_general(part, tile, (((1,), (0,)), ((), ())), jnp.float32)
 
     sizes = (tiles.outputs, tiles.inputs)
     return _over_tiles(y, weight.shape[0], sizes, y.dtype, one)
@@ -91,10 +101,14 @@ def _over_tiles(
     return product
 
 
-def _convert(
+def convert_by_xla(
     weight: MosaicArray, inputs: Array, outputs: Array, tiles: ConvertedTiles, dtype: Any
-) -> Float[Array, "tile_inputs tile_outputs"]:
-    """A tile in floats, from its first input and output on."""
+) -> Float[Array, "tile_outputs tile_inputs"]:
+    """A tile of a weight [K, N] in floats, turned, on any device.
+
+    Args:
+      inputs, outputs: the first of the tile's.
+    """
     starts = (outputs // TILE, inputs // TILE)
     sizes = (tiles.outputs // TILE, tiles.inputs // TILE)
     values = lax.dynamic_slice(weight.values, (*starts, 0, 0), (*sizes, *weight.values.shape[2:]))
@@ -113,4 +127,4 @@ def _convert(
         contraction_axis=-2,
         zero_points=None if zeros is None else of_tile(zeros).astype(jnp.int8),
     )
-    return dequantize(as_bytes, dtype)
+    return dequantize(as_bytes, dtype).T

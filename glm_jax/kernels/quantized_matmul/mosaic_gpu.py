@@ -81,7 +81,6 @@ def _call(
         ),
         "scales": plgpu.SMEM(of_groups, weight.scales.dtype),
     }
-    by_tile = lambda a: a.reshape(weight.groups, outputs // TILE, TILE)
     operands = {"x": x, "values": weight.values, "scales": by_tile(weight.scales)}
     if has_zeros:
         operands["zeros"] = by_tile(weight.zero_points)
@@ -108,6 +107,11 @@ def _call(
     )
     parts: Array = kernel(*operands.values())
     return parts
+
+
+def by_tile(scales: Float[Array, "groups outputs"]) -> Float[Array, "groups tiles 64"]:
+    """Scales, or zero points, of each tile's outputs."""
+    return scales.reshape(len(scales), -1, TILE)
 
 
 def _kernel(
@@ -309,7 +313,7 @@ def _accumulate_step(
     for chunk in range(plan.blocks.inputs // plan.chunk):
         for index in range(plan.blocks.tiles):
             values, x = operand(index, chunk)
-            values = _scaled(values, here, chunk * plan.chunk // plan.group, index, warpgroup, plan)
+            values = scaled(values, here, chunk * plan.chunk // plan.group, index, warpgroup, plan)
             if plan.interpret:
                 totals[index] += _dot(values, x)
             else:
@@ -326,8 +330,8 @@ def _dot(values: Array, x: Any) -> Array:
     return jnp.dot(values, x[...].T, preferred_element_type=jnp.float32)
 
 
-def _scaled(
-    values: Array, here: dict[str, Any], group: int, index: int, warpgroup: Array, plan: Plan
+def scaled(
+    values: Array, here: dict[str, Any], group: int, index: int, warpgroup: Array | int, plan: Plan
 ) -> Array:
     """Weights [64, chunk] of one group, less their zero points, times their scales."""
     tile = warpgroup * plan.blocks.tiles + index
