@@ -1,4 +1,4 @@
-"""Whether the kernel for compute capability 9.0 is right on this machine's GPU, before it is used.
+"""Whether the kernel for Mosaic's layout is right on this machine's GPU, before it is used.
 
 A process of its own multiplies small weights and compares: a kernel that does not end, or that
 breaks the process's GPU context, then breaks nothing else.
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax import processes
-from glm_jax.kernels.quantized_matmul import mosaic_layout
+from glm_jax.kernels.quantized_matmul import mma, mosaic_layout
 from glm_jax.kernels.quantized_matmul.mosaic import CAPABILITY
 from glm_jax.quantization import QuantizedArray, dequantize
 
@@ -58,8 +58,11 @@ class Kind:
 
 
 def is_for(device: Any) -> bool:
-    """Whether the kernel is for a device, here or described."""
-    return bool(device.platform == "gpu" and float(device.compute_capability) == CAPABILITY)
+    """Whether there is a kernel for a device, here or described."""
+    if device.platform != "gpu":
+        return False
+    capability = float(device.compute_capability)
+    return capability == CAPABILITY or mma.is_for(capability)
 
 
 @functools.cache
@@ -140,13 +143,15 @@ def _random_weight(kind: Kind, outputs: int) -> QuantizedArray:
 
 def main(arguments: Sequence[str]) -> int:
     """Check the kinds of products that the argument describes in JSON, on the first GPU."""
-    from glm_jax.kernels.quantized_matmul import mosaic_gpu
+    from glm_jax.kernels.quantized_matmul import mma_gpu, mosaic_gpu
 
-    if not is_for(jax.devices()[0]):
-        print(f"no GPU of compute capability {CAPABILITY} could be used by a second process")
+    device = jax.devices()[0]
+    if not is_for(device):
+        print(f"no GPU of compute capability 8.0 to {CAPABILITY} could be used by a second process")
         return 1
+    is_mma = mma.is_for(float(device.compute_capability))
     for kind in json.loads(arguments[0]):
-        if fault := first_fault(Kind(**kind), mosaic_gpu.matmul):
+        if fault := first_fault(Kind(**kind), (mma_gpu if is_mma else mosaic_gpu).matmul):
             print(fault)
             return 1
     return 0
