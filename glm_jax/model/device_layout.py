@@ -33,8 +33,8 @@ def prepare(
 
     A loop over stacked layers copies each layer's weights in every step, so layers are unstacked;
     where `restore` did that already, nothing is copied. On a single CPU device kernels and
-    embedding are laid out for the CPU kernel; on GPUs of compute capability 9.0 quantised
-    kernels are for theirs, see `gpu_layout`. Call it once before many prompts.
+    embedding are laid out for the CPU kernel; on GPUs of compute capability 8.0 to 9.0
+    quantised kernels are for theirs, see `gpu_layout`. Call it once before many prompts.
 
     Args:
       activation_bits: 8 to round activations too and multiply integers, of quantised

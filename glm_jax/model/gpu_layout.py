@@ -1,4 +1,4 @@
-"""A quantised model's linears in the layout of the kernel for compute capability 9.0."""
+"""A quantised model's linears in the layout of the kernels for compute capability 8.0 to 9.0."""
 
 import os
 import warnings

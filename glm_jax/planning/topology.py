@@ -5,14 +5,17 @@ JAX_PLATFORMS=cpu, and for TPUs TPU_SKIP_MDS_QUERY=1.
 """
 
 import contextlib
+import functools
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 # The same for all GPUs of compute capability 7.0 to 9.0 (the CUDA guide's tables).
@@ -35,6 +38,23 @@ _CUDA_VERSION = "12.9.0"
 _DEFAULT_DEVICE = (
     "jax.extend.backend.get_default_device",
     "jax._src.interpreters.pxla.get_default_device",
+)
+
+_MOSAIC_JAX = (0, 11)  # the oldest whose Mosaic GPU the project's kernels are written in
+_LATEST = ConfigDict(
+    {
+        "platform": "cuda",
+        "device_kind": "any of compute capability 9.0",
+        "compute_capability": 9.0,
+        "shared_memory_per_multiprocessor": 233472,
+        "shared_memory_per_block": 232448,
+        "threads_per_multiprocessor": 2048,
+        "multiprocessors": 132,
+        "memory_bandwidth": 3350 * 10**9,
+        "l2_bytes": 50 * 2**20,
+        "clock_ghz": 1.755,
+        "memory_bytes": 80 * 10**9,
+    }
 )
 
 
@@ -102,6 +122,37 @@ def compiling_for(mesh: Mesh) -> Iterator[None]:
 
     Kernel libraries ask the default device, a different one here, for its capabilities.
     """
+    if mesh.devices.flat[0].platform == "gpu":
+        _assemble_for_all()
+    with _compiling_for(mesh):
+        yield
+
+
+@functools.cache
+def _assemble_for_all() -> None:
+    """Compile a Mosaic kernel for the latest compute capability.
+
+    A process's first one sets the latest that it can assemble for: those of later GPUs then fail.
+    """
+    if jax.__version_info__ < _MOSAIC_JAX:
+        return
+    from jax.experimental.pallas import mosaic_gpu
+
+    def kernel(out: Any) -> None:
+        layout = mosaic_gpu.Layout.WG_STRIDED((128,), vec_size=1)
+        out[...] = mosaic_gpu.layout_cast(jnp.zeros(128, jnp.float32), layout)
+
+    mesh = Mesh(devices(_LATEST), ("x",))
+    is_dump = lambda name: name.startswith("MOSAIC_GPU_DUMP")
+    quiet = {name: text for name, text in os.environ.items() if not is_dump(name)}
+    with mock.patch.dict(os.environ, quiet, clear=True), _compiling_for(mesh):
+        zeros = mosaic_gpu.kernel(kernel, out_type=jax.ShapeDtypeStruct((128,), jnp.float32))
+        sharding = NamedSharding(mesh, PartitionSpec())
+        jax.jit(zeros, out_shardings=sharding).lower().compile()
+
+
+@contextlib.contextmanager
+def _compiling_for(mesh: Mesh) -> Iterator[None]:
     device = mesh.devices.flat[0]
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))

@@ -7,10 +7,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from aot.compiling import PTXAS, compile_for
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _PTX_VERSION = "8.6"
 _made: dict[tuple[str, str, str], str] = {}  # a process compiles a kernel once
@@ -25,8 +22,6 @@ def ptx_of(capfd: Any, gpu: str, function: Any, *arguments: Any) -> str:
     key = gpu, str(function), str(arguments)
     if key in _made:
         return _made[key]
-    if gpu != "h100":
-        _compile_for_latest()
     capfd.readouterr()
     compile_for(gpu, function, *arguments)
     written = capfd.readouterr().out
@@ -34,19 +29,6 @@ def ptx_of(capfd: Any, gpu: str, function: Any, *arguments: Any) -> str:
     # XLA may have found a newer ptxas, which knows a newer version; nothing of it is used.
     _made[key] = re.sub(r"^\.version [\d.]+", f".version {_PTX_VERSION}", ptx)
     return _made[key]
-
-
-def _compile_for_latest() -> None:
-    """Compiles something for the H100: a process's first Mosaic kernel sets the latest
-    architecture that it assembles for."""
-
-    def kernel(out: Any) -> None:
-        out[...] = plgpu.layout_cast(
-            jnp.zeros(128, jnp.float32), plgpu.Layout.WG_STRIDED((128,), 1)
-        )
-
-    zeros = plgpu.kernel(kernel, out_type=jax.ShapeDtypeStruct((128,), jnp.float32))
-    compile_for("h100", zeros)
 
 
 def assemble(ptx: str, architecture: str, folder: Path) -> tuple[str, Path]:

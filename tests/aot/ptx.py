@@ -158,9 +158,11 @@ class _Block:
     def _integers(self, operation: list[str], w: list[np.ndarray], kind: Any) -> np.ndarray:
         name, bits = operation[0], 8 * np.dtype(kind).itemsize
         if name in ("mul", "mad") and operation[1] in ("wide", "hi"):
-            product = w[0].astype(np.int64) * w[1].astype(np.int64)
+            # Exact, in Python's integers: a product of 64 bits has 128.
+            product = w[0].astype(object) * w[1].astype(object)
             product = product >> bits if operation[1] == "hi" else product
-            return product + w[2] if name == "mad" else product
+            product = product + w[2] if name == "mad" else product
+            return (product % 2**64).astype(np.uint64)
         if name in ("shl", "shr"):
             return w[0] << w[1] if name == "shl" else w[0] >> w[1]
         simple = {

@@ -149,4 +149,4 @@ def test_the_process_of_the_check_may_end_in_any_way(program, reason):
 
 def test_the_check_needs_a_gpu_of_its_own(capsys):
     assert mosaic_check.main(["[]"]) == 1
-    assert "no GPU of compute capability 9.0" in capsys.readouterr().out
+    assert "no GPU of compute capability 8.0 to 9.0" in capsys.readouterr().out

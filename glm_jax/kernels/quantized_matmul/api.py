@@ -69,7 +69,7 @@ def prepare(
 
     Args:
       activation_bits: 8 for integer products; see `TiledArray`.
-      layout: "mosaic" for the kernel for compute capability 9.0, on any device.
+      layout: "mosaic" for the kernels for compute capability 8.0 to 9.0, on any device.
 
     Raises:
       BackendError: the layout is another, or its kernel does not take the weight.

@@ -6,6 +6,9 @@ The rules follow from counts of bytes, instructions and registers. No GPU has co
 import itertools
 from collections.abc import Iterator
 
+from jax.extend import backend
+
+from glm_jax.kernels import target
 from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks, Problem, divide
 from glm_jax.kernels.quantized_matmul.mosaic_layout import TILE
 
@@ -13,6 +16,11 @@ from glm_jax.kernels.quantized_matmul.mosaic_layout import TILE
 _SHARED_MEMORY = {8.0: 164, 8.6: 100, 9.0: 228, 12.0: 100}
 _FEW_ROWS = 64  # up to here a tile holds all rows, and groups are scaled after they are summed
 _STEP = 2**14  # bytes of weights
+
+
+def device() -> tuple[float, int]:
+    """Compute capability and multiprocessors of the device that is compiled for."""
+    return target.compute_capability(), backend.get_default_device().core_count
 
 
 def choose(problem: Problem, capability: float, multiprocessors: int) -> Blocks:

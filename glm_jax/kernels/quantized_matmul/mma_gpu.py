@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from glm_jax.kernels.quantized_matmul import mma_copies, mma_registers
+from glm_jax.kernels.quantized_matmul.mma_blocks import choose, device
 from glm_jax.kernels.quantized_matmul.mma_form import Form, form_of
 from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks, Division, Problem, divide
 from glm_jax.kernels.quantized_matmul.mosaic_layout import LANES, TILE, MosaicArray, integers
@@ -25,20 +26,26 @@ from glm_jax.kernels.quantized_matmul.mosaic_plan import Plan
 
 
 def matmul(
-    x: Float[Array, "rows inputs"], weight: MosaicArray, blocks: Blocks, interpret: bool = False
+    x: Float[Array, "rows inputs"],
+    weight: MosaicArray,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
 ) -> Float[Array, "rows outputs"]:
     """x [rows, K], float16 or bfloat16, times weight [K, N], accumulated in float32.
 
     Args:
       weight: one that `mosaic_blocks.supports` has no reason against.
-      blocks: one of `mma_blocks.candidates`.
+      blocks: one of `mma_blocks.candidates`; by default `choose` finds one for the device that is
+        compiled for.
       interpret: runs the kernel's program step by step on any device, for tests.
 
     Returns:
       float32 [rows, N].
     """
-    rows, (inputs, outputs) = x.shape[0], weight.shape
-    problem = Problem(rows, inputs, outputs, weight.bits, weight.group_size)
+    rows, outputs = x.shape[0], weight.shape[1]
+    problem = Problem.of(x, weight)
+    if blocks is None:
+        blocks = choose(problem, *device())
     division = divide(problem, blocks)
     x = jnp.pad(x, ((0, -rows % blocks.rows), (0, 0)))
     form = form_of(weight.bits, x.dtype, blocks.scale_first)

@@ -1,4 +1,4 @@
-"""Whether the kernel for compute capability 9.0 is right on this machine's GPU, before it is used.
+"""Whether the kernel for Mosaic's layout is right on this machine's GPU, before it is used.
 
 A process of its own multiplies small weights and compares: a kernel that does not end, or that
 breaks the process's GPU context, then breaks nothing else.
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax import processes
-from glm_jax.kernels.quantized_matmul import mosaic_layout
+from glm_jax.kernels.quantized_matmul import mma, mosaic_layout
 from glm_jax.kernels.quantized_matmul.mosaic import CAPABILITY
 from glm_jax.quantization import QuantizedArray, dequantize
 
@@ -58,8 +58,11 @@ class Kind:
 
 
 def is_for(device: Any) -> bool:
-    """Whether the kernel is for a device, here or described."""
-    return bool(device.platform == "gpu" and float(device.compute_capability) == CAPABILITY)
+    """Whether there is a kernel for a device, here or described."""
+    if device.platform != "gpu":
+        return False
+    capability = float(device.compute_capability)
+    return capability == CAPABILITY or mma.is_for(capability)
 
 
 @functools.cache
@@ -151,10 +154,10 @@ def main(arguments: Sequence[str]) -> int:
     # Not before it is asked for: the op's module imports most others.
     from glm_jax.kernels.quantized_matmul.api import quantized_matmul, transposed_matmul
 
-    product = functools.partial(quantized_matmul, implementation="mosaic")
     if not is_for(jax.devices()[0]):
-        print(f"no GPU of compute capability {CAPABILITY} could be used by a second process")
+        print(f"no GPU of compute capability 8.0 to {CAPABILITY} could be used by a second process")
         return 1
+    product = functools.partial(quantized_matmul, implementation="mosaic")
     for kind in json.loads(arguments[0]):
         if fault := first_fault(Kind(**kind), product, transposed_matmul):
             print(fault)
