@@ -113,8 +113,10 @@ def run(request: Request) -> None:
             )
             if failure is not None:
                 _leave_out(folder, failure)
+            elif status == 1:
+                sys.exit(1)  # it said why
             elif status not in (0, None):
-                raise UserError(f"measuring ended with status {status}: the lines above say why")
+                raise UserError(f"measuring ended with status {status}: run it again to go on")
             else:
                 break
 

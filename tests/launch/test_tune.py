@@ -197,10 +197,12 @@ def test_the_time_is_kept_and_what_was_running_then_is_not_to_blame(
 
 
 def test_a_worker_that_fails_otherwise_ends_the_run(worker, request_here):
-    runs = worker("1) exit 1;;")
-    with pytest.raises(UserError, match="measuring ended with status 1: the lines above say why"):
+    runs = worker("1) echo error: a reason >&2; exit 1;;\n2) kill -9 $$;;")
+    with pytest.raises(SystemExit, match="1"):
         tuning.run(request_here)
-    assert runs() == 1
+    with pytest.raises(UserError, match="measuring ended with status -9: run it again to go on"):
+        tuning.run(request_here)
+    assert runs() == 2
 
 
 def test_linears_are_those_of_the_model_on_each_device():
