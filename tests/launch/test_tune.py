@@ -298,4 +298,4 @@ def test_examples_are_weights_in_their_layout():
     assert not tuned_products.can_be_laid_out(dataclasses.replace(product, outputs=48))
     # A kernel's own layout is measured where that kernel runs.
     assert tuned_products.layouts_here(BACKENDS) == ("stored",)
-    assert tuned_products.layouts_here([InLayout()]) == ("mosaic", "stored")
+    assert tuned_products.layouts_here([InLayout(platform="cpu")]) == ("mosaic", "stored")
