@@ -147,14 +147,14 @@ def test_a_product_that_there_is_no_memory_for_is_passed_over(
         raise jax.errors.JaxRuntimeError(f"{kind}: of the device")
 
     monkeypatch.setattr(tuning, "measure", measure)
-    (tmp_path / "trial.json").write_text("null")
+    (tmp_path / "on_trial").write_text("null")
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         tuning.measure_all(request_here, [Kernel()])
     assert "64 x 32 stored, 1 row: no memory for it" in capsys.readouterr().out
 
 
 def test_an_error_of_a_device_is_noted_for_the_first_process(tmp_path):
-    path = tmp_path / "trial.json"
+    path = tmp_path / "on_trial"
     with tuning._trial(path, {"rows": 1}):
         assert tuning._on_trial(path) == {"rows": 1}
     assert tuning._on_trial(path) is None
@@ -179,7 +179,7 @@ def worker(request_here, tmp_path, monkeypatch):
     def put(script):
         path, count = tmp_path / "program", tmp_path / "count"
         path.write_text(
-            f"#!/bin/sh\necho >> {count}; trial={tmp_path}/trial.json\n"
+            f"#!/bin/sh\necho >> {count}; trial={tmp_path}/on_trial\n"
             f"tries() {{ echo '{json.dumps(record)}' > $trial; }}\n"
             f"case $(wc -l < {count}) in\n{script}\nesac\n"
         )
@@ -189,7 +189,7 @@ def worker(request_here, tmp_path, monkeypatch):
 
     yield put
     with contextlib.suppress(FileNotFoundError):
-        assert not (tmp_path / "trial.json").exists()
+        assert not (tmp_path / "on_trial").exists()
 
 
 def test_a_candidate_that_ends_its_process_or_never_ends_is_left_out(
