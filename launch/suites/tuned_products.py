@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax.config import GLMConfig
+from glm_jax.kernels import target
 from glm_jax.kernels.dispatch import Backend, BackendError
 from glm_jax.kernels.quantized_matmul import reference
 from glm_jax.kernels.quantized_matmul.api import prepare
@@ -27,6 +28,8 @@ from launch.suites.gpu_parts import REPEATS, SHAPES, copies_of, example_weight, 
 
 Failure = dict[str, Any]  # what a table's `left_out` holds
 Trial = Callable[[Failure], AbstractContextManager[None]]
+Way = tuple[Failure, Backend[Arguments]]  # a candidate's record, and what computes it
+Operands = tuple[list[jax.Array], list[Any]]  # activations, and weights
 
 # Rows, those that tell most first: a decode step, a batch of them, a prompt.
 ROWS = (1, 32, 2048, 8, 128, 64, 16, 512)
@@ -103,7 +106,8 @@ def cases(
 def layouts_here(backends: Sequence[Backend[Arguments]]) -> tuple[str, ...]:
     """Return the layouts of weights to measure: first that of a kernel for this device, if any."""
     laid_out = arguments_of(Case(Product("mosaic", 4, 64, False, 128, 64), 1))
-    has_kernel = any(blocks_of(way) is not None for way in variants(backends, laid_out))
+    of_device = [each for each in backends if each.platform == target.platform()]
+    has_kernel = any(each.supports(laid_out) is None for each in of_device)
     return ("mosaic", "stored") if has_kernel else ("stored",)
 
 
@@ -143,9 +147,11 @@ def example(product: Product, seed: Any) -> Any:
 
 def record_of(case: Case, backend: Backend[Arguments]) -> Failure:
     """Return what tells a candidate from all others."""
-    product = dataclasses.asdict(case.product)
-    way = {"implementation": backend.name, "blocks": blocks_of(backend)}
-    return product | {"rows": case.rows} | way
+    return _record(case) | {"implementation": backend.name, "blocks": blocks_of(backend)}
+
+
+def _record(case: Case) -> Failure:
+    return dataclasses.asdict(case.product) | {"rows": case.rows}
 
 
 def measure(
@@ -154,14 +160,17 @@ def measure(
     trial: Trial,
     left_out: Sequence[Failure],
     candidates: int,
+    one_by_one: bool = False,
 ) -> tuple[Entry | None, list[Failure]]:
     """Find the fastest of all ways to multiply, beside XLA's float16 product.
 
     Args:
       backends: the op's; each is tried with all of its blocks.
-      trial: entered while a candidate runs for the first time, with its record.
+      trial: entered while a candidate runs for the first time, with its record; and while all
+        are compiled at once, with the case's.
       left_out: candidates that failed before, by their records.
       candidates: block sizes of each backend to try at most, its first ones.
+      one_by_one: compiles each candidate alone, as a trial of its own.
 
     Returns:
       The fastest that is right, None if there is none, and those that failed now, with `reason`.
@@ -169,34 +178,39 @@ def measure(
     product = case.product
     make = jax.jit(lambda seed: example(product, seed))
     operands = _operands(case, product.bits, make)
-    ways: dict[str, tuple[Failure, Backend[Arguments]]] = {}
+    ways: dict[str, Way] = {}
     for backend in backends:
         for way in itertools.islice(variants([backend], arguments_of(case)), candidates):
             record = record_of(case, way)
             if not any(record.items() <= failure.items() for failure in left_out):
                 ways.setdefault(str(record), (record, way))
-    compiled, failures = _compile(operands, ways)
+    compiled: dict[str, Any] = {}
+    failures: list[Failure] = []
+    batches = [(way[0], {name: way}) for name, way in ways.items()]
+    for record, batch in batches if one_by_one else [(_record(case), ways)]:
+        with trial(record):
+            programs, failed = _compile(operands, batch)
+        compiled |= programs
+        failures += failed
     exact = _exact(product, operands[0][0])
-    programs = {}
+    runs = {}
     for name, program in compiled.items():
         record = ways[name][0]
         with trial(record):
             first, *_ = jax.block_until_ready(program(*operands))
         error = float(jnp.max(jnp.abs(first - exact)) / jnp.sqrt(jnp.mean(exact**2)))
         if error <= _MAX_ERROR:
-            programs[name] = functools.partial(program, *operands)
+            runs[name] = functools.partial(program, *operands)
         else:
             failures.append(record | {"reason": f"wrong numbers, off by {error:.3g} of their size"})
-    if not programs:
+    if not runs:
         return None, failures
-    fastest, us, float16_us = _race(case, len(operands[0]) * len(operands[1]), programs)
+    fastest, us, float16_us = _race(case, len(operands[0]) * len(operands[1]), runs)
     record, backend = ways[fastest]
     return Entry(product, case.rows, backend.name, record["blocks"], us, float16_us), failures
 
 
-def _operands(
-    case: Case, bits: int, make: Callable[[int], Any]
-) -> tuple[list[jax.Array], list[Any]]:
+def _operands(case: Case, bits: int, make: Callable[[int], Any]) -> Operands:
     """Return activations and weights, each of which a program multiplies with each.
 
     Weights are more than a cache holds. Where products are short, a GPU would wait for the host to
@@ -215,10 +229,7 @@ def _operands(
     return activations, [make(seed) for seed in range(count)]
 
 
-def _compile(
-    operands: tuple[list[jax.Array], list[Any]],
-    ways: dict[str, tuple[Failure, Backend[Arguments]]],
-) -> tuple[dict[str, Any], list[Failure]]:
+def _compile(operands: Operands, ways: Mapping[str, Way]) -> tuple[dict[str, Any], list[Failure]]:
     """Return the program of each way, and the ways that have none."""
     compiled, failures, lowered = {}, [], {}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -18,6 +18,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax
+
 from glm_jax import cli, supervision
 from glm_jax.checkpoints.model_folder import load_config
 from glm_jax.checkpoints.random_weights import is_random, random_config
@@ -41,8 +43,10 @@ from launch.suites.tuned_products import (
     measure,
 )
 
-_TRIAL = "trial.json"  # in the output: the candidate that is running for the first time
-_MAX_TRIAL = 30  # seconds
+# In the output: the candidate that is running for the first time, or the product of those that are
+# being compiled.
+_TRIAL = "on_trial"
+_MAX_TRIAL = 60  # seconds of one candidate
 _POLL = 0.2
 
 
@@ -57,6 +61,7 @@ class Request:
       tensor_parallel: numbers of devices that models are divided among.
       quantization: schemes, those that matter most first; `rows` likewise.
       candidates: block sizes of each backend to try at most.
+      one_by_one: compiles each candidate alone.
     """
 
     output: str
@@ -66,6 +71,7 @@ class Request:
     quantization: Sequence[str]
     rows: Sequence[int]
     candidates: int
+    one_by_one: bool = False
 
     def shapes(self) -> list[tuple[int, int]]:
         """Return [K, N] of all linears.
@@ -111,10 +117,17 @@ def run(request: Request) -> None:
             status, failure = _run_worker(
                 dataclasses.replace(request, seconds=seconds), folder / _TRIAL
             )
-            if failure is not None:
+            if failure is not None and "implementation" not in failure:
+                print(
+                    f"compiling: {failure['reason']}: each candidate alone from here on", flush=True
+                )
+                request = dataclasses.replace(request, one_by_one=True)
+            elif failure is not None:
                 _leave_out(folder, failure)
+            elif status == 1:
+                sys.exit(1)  # it said why
             elif status not in (0, None):
-                raise UserError(f"measuring ended with status {status}: the lines above say why")
+                raise UserError(f"measuring ended with status {status}: run it again to go on")
             else:
                 break
 
@@ -135,8 +148,10 @@ def _run_worker(request: Request, trial: Path) -> tuple[int | None, Failure | No
             time.sleep(_POLL)
             if time.monotonic() > ends:
                 return None, None
-            if time.time() - trial.stat().st_mtime > _MAX_TRIAL and (tried := _on_trial(trial)):
-                return None, tried | {"reason": f"it did not end within {_MAX_TRIAL} s"}
+            if time.time() - trial.stat().st_mtime > _MAX_TRIAL:
+                running = _on_trial(trial)
+                if running is not None and "implementation" in running:
+                    return None, running | {"reason": f"it did not end within {_MAX_TRIAL} s"}
         tried = _on_trial(trial)
         reason = {"reason": f"the process ended with status {process.returncode}"}
         return process.returncode, None if tried is None else reason | tried
@@ -202,7 +217,14 @@ def measure_all(
             print(f"no more time: {len(todo) - number} products are left; run it again to go on")
             break
         trial = lambda record: _trial(folder / _TRIAL, {"device": device} | record)
-        entry, failures = measure(case, backends, trial, table.left_out, request.candidates)
+        limits = request.candidates, request.one_by_one
+        try:
+            entry, failures = measure(case, backends, trial, table.left_out, *limits)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or _on_trial(folder / _TRIAL) is not None:
+                raise
+            print(f"{case}: no memory for it and what it is compared with", flush=True)
+            continue
         for failure in failures:
             print(_failure_line(failure), flush=True)
         entries = table.entries if entry is None else table.entries | {_key(case): entry}

@@ -138,6 +138,15 @@ GOOD = {
         ({"rows": 0}, r"products\[0\]: rows: expected int, got 0"),
         ({"rows": True}, r"products\[0\]: rows: expected int, got True"),
         ({"bits": "4"}, r"products\[0\]: bits: expected int, got '4'"),
+        ({"us": float("nan")}, r"products\[0\]: us: expected float or int, got nan"),
+        (
+            {"float16_us": float("inf")},
+            r"products\[0\]: float16_us: expected float or int, got inf",
+        ),
+        (
+            {"format": 1, "products": [], "left_out": [3]},
+            "expected lists `products` and `left_out`",
+        ),
         ({"us": None}, r"products\[0\]: us: expected float or int, got None"),
         ({"blocks": [1]}, r"products\[0\]: blocks: expected dict or null, got \[1\]"),
         ({"implementation": 3}, r"products\[0\]: implementation: expected str, got 3"),
@@ -158,6 +167,9 @@ def test_tables_that_are_not_there_or_no_json(tmp_path, monkeypatch):
         jax.eval_shape(quantized_matmul, jnp.ones((1, INPUTS), "float16"), WEIGHT)
     assert measured.tables("no such device", str(tmp_path)) == {}
     path = measured.path_in(tmp_path, "NVIDIA H100 80GB HBM3")
+    path.write_text(measured.to_text(Table("NVIDIA H200")))
+    with pytest.raises(TableError, match="a table of 'NVIDIA H200', and this is NVIDIA H100 80GB"):
+        measured.tables("NVIDIA H100 80GB HBM3", str(tmp_path))
     assert path.name == "nvidia_h100_80gb_hbm3.json"
     path.write_text("{")
     with pytest.raises(TableError, match=f"{path} is not JSON"):

@@ -17,7 +17,13 @@ from glm_jax.kernels.quantized_matmul.api import BACKENDS
 from glm_jax.kernels.quantized_matmul.arguments import Arguments
 from glm_jax.quantization import Scheme
 from launch.suites import tuned_products, tuning
-from launch.suites.tuned_products import arguments_of, cases, example, linear_shapes
+from launch.suites.tuned_products import (
+    arguments_of,
+    cases,
+    example,
+    linear_shapes,
+    measure,
+)
 
 REQUEST = tuning.Request("", 60.0, ("random:tiny",), (1,), ("int4,group=32",), (1, 4), 9)
 
@@ -133,8 +139,22 @@ def test_no_product_is_begun_without_time_for_it(request_here, monkeypatch, caps
     assert "no more time: 1 products are left; run it again to go on" in capsys.readouterr().out
 
 
+def test_a_product_that_there_is_no_memory_for_is_passed_over(
+    request_here, tmp_path, monkeypatch, capsys
+):
+    def measure(case, *_):
+        kind = "RESOURCE_EXHAUSTED" if case.rows == 1 else "INTERNAL"
+        raise jax.errors.JaxRuntimeError(f"{kind}: of the device")
+
+    monkeypatch.setattr(tuning, "measure", measure)
+    (tmp_path / "on_trial").write_text("null")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        tuning.measure_all(request_here, [Kernel()])
+    assert "64 x 32 stored, 1 row: no memory for it" in capsys.readouterr().out
+
+
 def test_an_error_of_a_device_is_noted_for_the_first_process(tmp_path):
-    path = tmp_path / "trial.json"
+    path = tmp_path / "on_trial"
     with tuning._trial(path, {"rows": 1}):
         assert tuning._on_trial(path) == {"rows": 1}
     assert tuning._on_trial(path) is None
@@ -159,7 +179,7 @@ def worker(request_here, tmp_path, monkeypatch):
     def put(script):
         path, count = tmp_path / "program", tmp_path / "count"
         path.write_text(
-            f"#!/bin/sh\necho >> {count}; trial={tmp_path}/trial.json\n"
+            f"#!/bin/sh\necho >> {count}; trial={tmp_path}/on_trial\n"
             f"tries() {{ echo '{json.dumps(record)}' > $trial; }}\n"
             f"case $(wc -l < {count}) in\n{script}\nesac\n"
         )
@@ -169,7 +189,7 @@ def worker(request_here, tmp_path, monkeypatch):
 
     yield put
     with contextlib.suppress(FileNotFoundError):
-        assert not (tmp_path / "trial.json").exists()
+        assert not (tmp_path / "on_trial").exists()
 
 
 def test_a_candidate_that_ends_its_process_or_never_ends_is_left_out(
@@ -182,6 +202,35 @@ def test_a_candidate_that_ends_its_process_or_never_ends_is_left_out(
     assert runs() == 3
     reasons = [each["reason"] for each in measured.read(tmp_path / "cpu.json").left_out]
     assert reasons == ["the process ended with status -9", "it did not end within 0.5 s"]
+
+
+def test_where_compiling_ends_the_process_each_candidate_is_compiled_alone(
+    worker, request_here, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tuning, "_POLL", 0.02)
+    product = '{"device": "cpu", "rows": 1}'
+    runs = worker(
+        f"1) echo '{product}' > $trial; kill -6 $$;;\n"
+        '2) case "$3" in *\'"one_by_one": true\'*) tries; kill -6 $$;; esac; exit 1;;\n3) ;;'
+    )
+    tuning.run(request_here)
+    assert runs() == 3
+    [failure] = measured.read(tmp_path / "cpu.json").left_out
+    assert failure["reason"] == "the process ended with status -6"
+
+
+def test_each_candidate_is_on_trial_while_it_is_compiled_alone(request_here):
+    [case, _] = request_here.cases(["stored"])
+    tried = []
+
+    @contextlib.contextmanager
+    def trial(record):
+        tried.append(record.get("blocks"))
+        yield
+
+    entry, failures = measure(case, [Kernel()], trial, (), 9, True)
+    assert tried == [{"size": n} for n in (1, 3, 4, 5, 3, 4, 5)]
+    assert (entry.blocks, len(failures)) == ({"size": 3}, 3)
 
 
 def test_the_time_is_kept_and_what_was_running_then_is_not_to_blame(
@@ -197,10 +246,12 @@ def test_the_time_is_kept_and_what_was_running_then_is_not_to_blame(
 
 
 def test_a_worker_that_fails_otherwise_ends_the_run(worker, request_here):
-    runs = worker("1) exit 1;;")
-    with pytest.raises(UserError, match="measuring ended with status 1: the lines above say why"):
+    runs = worker("1) echo error: a reason >&2; exit 1;;\n2) kill -9 $$;;")
+    with pytest.raises(SystemExit, match="1"):
         tuning.run(request_here)
-    assert runs() == 1
+    with pytest.raises(UserError, match="measuring ended with status -9: run it again to go on"):
+        tuning.run(request_here)
+    assert runs() == 2
 
 
 def test_linears_are_those_of_the_model_on_each_device():
@@ -247,4 +298,4 @@ def test_examples_are_weights_in_their_layout():
     assert not tuned_products.can_be_laid_out(dataclasses.replace(product, outputs=48))
     # A kernel's own layout is measured where that kernel runs.
     assert tuned_products.layouts_here(BACKENDS) == ("stored",)
-    assert tuned_products.layouts_here([InLayout()]) == ("mosaic", "stored")
+    assert tuned_products.layouts_here([InLayout(platform="cpu")]) == ("mosaic", "stored")

@@ -7,6 +7,7 @@ op's order of preference holds, and the rules that each kernel has for its block
 
 import dataclasses
 import functools
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -134,8 +135,9 @@ def read(path: Path) -> Table:
         )
     entries = {}
     products, left_out = record.get("products"), record.get("left_out", [])
-    if not isinstance(products, list) or not isinstance(left_out, list):
-        raise TableError(f"{path}: expected lists `products` and `left_out`")
+    is_list_of_objects = isinstance(left_out, list) and all(isinstance(x, dict) for x in left_out)
+    if not isinstance(products, list) or not is_list_of_objects:
+        raise TableError(f"{path}: expected lists `products` and `left_out` of objects")
     for index, each in enumerate(products):
         try:
             entry = _entry(each)
@@ -172,7 +174,8 @@ def _entry(record: Any) -> Entry:
     values: Any = {name: record.get(name) for name in _KINDS}
     for name, value in values.items():
         kinds = _KINDS[name]
-        if type(value) not in kinds or (type(value) in (int, float) and value <= 0):
+        is_number = type(value) in (int, float)
+        if type(value) not in kinds or (is_number and not 0 < value < math.inf):
             names = ["null" if kind is type(None) else kind.__name__ for kind in kinds]
             raise ValueError(f"{name}: expected {' or '.join(names)}, got {shown(value)}")
     product = Product(*(values.pop(field.name) for field in dataclasses.fields(Product)))
@@ -212,13 +215,17 @@ def tables(device_kind: str, folder: str | None) -> dict[Path, Table]:
     """Return the tables of a kind of device by their files, those of `folder` first.
 
     Raises:
-      TableError: the folder is missing, or a table cannot be read.
+      TableError: the folder is missing, or a table cannot be read or is of another device.
     """
     if folder is not None and not Path(folder).is_dir():
         raise TableError(f"{FOLDER}={folder}: there is no such folder")
     folders = [*([] if folder is None else [Path(folder)]), PACKAGED]
     paths = [path_in(each, device_kind) for each in folders]
-    return {path: read(path) for path in paths if path.exists()}
+    found = {path: read(path) for path in paths if path.exists()}
+    for path, table in found.items():
+        if table.device != device_kind:
+            raise TableError(f"{path}: a table of {shown(table.device)}, and this is {device_kind}")
+    return found
 
 
 def variant(

@@ -46,7 +46,8 @@ def choose(problem: Problem) -> Blocks | None:
     shorter blocks, which leave registers for more sums.
     """
     is_few = problem.rows <= _MAX_ROWS_SPLIT
-    rows = next((size for size in (16, 32, 64) if problem.rows <= size), 128)
+    most_rows = 64 if problem.bits == 4 else 128  # with 128, both halves of a byte spill registers
+    rows = next((size for size in (16, 32, 64) if problem.rows <= size), most_rows)
     outputs = _dividing(problem.outputs, (128, 64, 32))
     inputs = _dividing(problem.group_size, (128, 64, 32) if is_few else (64, 32))
     if outputs is None or inputs is None:
