@@ -20,7 +20,7 @@ from glm_jax.errors import UserError
 Results = dict[str, Any]
 
 # Seconds that each part may take, under five minutes together. What one leaves goes to the next.
-PARTS = {"rates": 15, "decode": 70, "train": 70, "torch": 70, "products": 65}
+PARTS = {"rates": 15, "decode": 70, "train": 70, "torch": 70, "pages": 15, "products": 50}
 _SHARED_MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # PyTorch takes memory too
 _ALL_MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}  # the 130B in INT4 on 80 GB
 _NO_GPU = "needs a GPU"  # see `gpu_parts.main`
@@ -47,6 +47,7 @@ def measure(
         "left_out": dict.fromkeys(skipped, "skipped"),
         "rates": {},
         "products": [],
+        "pages": [],
         "decode": [],
         "prefill": [],
         "train": [],
@@ -81,6 +82,7 @@ def _runs(
     for rate in (0.0, 0.1):  # ours and PyTorch's in turn: a device that slows down slows both
         yield "train", ["train", f"--dropout={rate}"], _ALL_MEMORY, PARTS["train"] / 2
         yield "torch", ["torch_train", f"--dropout={rate}"], {}, PARTS["torch"] / 2
+    yield "pages", ["pages"], {}, PARTS["pages"]
     yield "products", ["products"], _SHARED_MEMORY, PARTS["products"]
 
 
@@ -127,6 +129,8 @@ def _add(results: Results, line: Results) -> None:
         results.update(line)
     elif "rows" in line:
         results["products"].append(line)
+    elif "cache" in line:
+        results["pages"].append(line)
     elif "batch" in line:
         results["decode"].append(line)
     elif "prefill" in line:

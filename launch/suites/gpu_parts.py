@@ -48,6 +48,7 @@ class Shapes:
       in_turn: bytes of weights that a product goes through in turn: more than a cache holds.
       batches: of decode steps; `prompt` and `answer` tokens of each request.
       prefills: tokens of prompts.
+      heads: of attention over pages; `sequences` with `tokens` each.
       train: a named size, rows and tokens of a row.
     """
 
@@ -61,6 +62,9 @@ class Shapes:
     prompt: int
     answer: int
     prefills: tuple[int, ...]
+    heads: tuple[int, ...]
+    sequences: int
+    tokens: int
     train: tuple[str, int, int]
 
 
@@ -86,6 +90,9 @@ SHAPES = {
         prompt=100,
         answer=16,
         prefills=(128, 1900),
+        heads=(96, 12),
+        sequences=32,
+        tokens=512,
         train=("1b", 8, 2048),
     ),
     "tiny": Shapes(
@@ -99,12 +106,15 @@ SHAPES = {
         prompt=8,
         answer=3,
         prefills=(8,),
+        heads=(2,),
+        sequences=2,
+        tokens=80,
         train=("tiny", 2, 32),
     ),
 }
 REPEATS = 5
 _COMPILERS = 8  # programs that are compiled at once
-_PAGE = 64  # tokens
+PAGE = 64  # tokens
 _SPARE = 6 << 30  # bytes that programs need beside weights and cache
 _MAX_TORCH_ROWS = 128
 
@@ -129,7 +139,7 @@ def interleaved(runs: dict[str, Callable[[], object]], rounds: int = 5) -> dict[
 
 def rates(shapes: Shapes) -> Iterator[Result]:
     """How fast memory is read, and copied (read and written); the rate of a large product."""
-    yield {"read_TBps": _read_rate(shapes) / 1e12}
+    yield {"read_TBps": read_rate(shapes) / 1e12}
     array = jnp.ones(shapes.copied // 2, jnp.bfloat16)
     add = jax.jit(lambda x: x + 1)
     taken = interleaved({"copy": often(lambda: add(array))})["copy"] / REPEATS
@@ -141,7 +151,7 @@ def rates(shapes: Shapes) -> Iterator[Result]:
     yield {"bfloat16_TFLOPs": 2 * side**3 / taken / 1e12}
 
 
-def _read_rate(shapes: Shapes) -> float:
+def read_rate(shapes: Shapes) -> float:
     """Bytes a second."""
     array = jnp.ones(shapes.copied // 4, jnp.int32)
     largest = jax.jit(jnp.max)
@@ -250,7 +260,7 @@ def _torch_product(shapes: Shapes, rows: int, inputs: int, outputs: int) -> Any:
 
 def decode(shapes: Shapes, checkpoint: str, quantization: str | None) -> Iterator[Result]:
     """A decode step of several batches beside what reading its bytes takes, and prefills."""
-    rate = _read_rate(shapes)
+    rate = read_rate(shapes)
     began = time.perf_counter()
     load = random_model if is_random(checkpoint) else restore
     config, params = load(checkpoint, quantization=quantization)
@@ -261,9 +271,9 @@ def decode(shapes: Shapes, checkpoint: str, quantization: str | None) -> Iterato
     yield {"model": label, "weights_GB": size / 1e9, "seconds_to_make": made}
     itemsize = jnp.dtype(config.activation_dtype).itemsize
     token_bytes = 2 * config.num_layers * config.hidden_size * itemsize
-    request_tokens = -(-(shapes.prompt + 1 + shapes.answer) // _PAGE) * _PAGE
+    request_tokens = -(-(shapes.prompt + 1 + shapes.answer) // PAGE) * PAGE
     free = _free_bytes() - _SPARE
-    longest = -(-(max(shapes.prefills) + 2) // _PAGE) * _PAGE
+    longest = -(-(max(shapes.prefills) + 2) // PAGE) * PAGE
     fitting = [batch for batch in shapes.batches if batch * request_tokens * token_bytes <= free]
     cache_tokens = max(longest, max(fitting, default=1) * request_tokens)
     for batch in shapes.batches:
@@ -346,7 +356,9 @@ def about() -> Result:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("part", choices=["rates", "products", "decode", "train", "torch_train"])
+    parser.add_argument(
+        "part", choices=["rates", "products", "pages", "decode", "train", "torch_train"]
+    )
     parser.add_argument("--shapes", choices=list(SHAPES), default="full")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--checkpoint", default="random:130b")
@@ -358,9 +370,12 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(
             "--suite=gpu needs a GPU that JAX can use; --shapes=tiny tries it on a CPU"
         )
+    from launch.suites.pages import pages  # which is made of what is here
+
     parts: dict[str, Callable[[], Iterator[Result]]] = {
         "rates": lambda: rates(shapes),
         "products": lambda: products(shapes),
+        "pages": lambda: pages(shapes),
         "decode": lambda: decode(shapes, options.checkpoint, options.quantization),
         "train": lambda: train(shapes, options.dropout),
         "torch_train": lambda: torch_train(shapes, options.dropout),

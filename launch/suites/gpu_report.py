@@ -78,9 +78,24 @@ def product_table(results: Results) -> list[str]:
     return lines
 
 
+def page_table(results: Results) -> list[str]:
+    """Lines of a table of attention over pages: microseconds, and the memory's rate's share."""
+    measured = results.get("pages", [])
+    if not measured:
+        return []
+    names = list(measured[0]["us"])
+    lines = [_line(["cache", "heads", *names]), _line(["---"] * (2 + len(names)))]
+    for each in measured:
+        cell = lambda name, of: f"{of['us'][name]:.0f}, {100 * of['share'][name]:.0f}%"
+        cells = [cell(name, each) if name in each["us"] else "–" for name in names]
+        lines.append(_line([each["cache"], str(each["heads"]), *cells]))
+    return ["", "Attention over pages, µs and share of the memory's rate:", "", *lines]
+
+
 def markdown(results: Results) -> str:
-    """Both tables, with what was left out and why."""
+    """All tables, with what was left out and why."""
     lines = [*header(), history_row(results), "", "Products, µs:", "", *product_table(results)]
+    lines += page_table(results)
     lines += ["", *(f"Left out: {name}: {why}" for name, why in results["left_out"].items())]
     return "\n".join(lines).rstrip() + "\n"
 

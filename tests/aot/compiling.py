@@ -86,6 +86,29 @@ def assembly(kernel: str, capability: float) -> Assembly:
     return found[0]
 
 
+def loops(binary: Path) -> list[list[str]] | None:
+    """The instructions of each loop of a GPU's binary; None where nothing disassembles it."""
+    wheels = Path(sysconfig.get_paths()["purelib"]).glob("nvidia/*/bin/nvdisasm")
+    tool = shutil.which("nvdisasm") or next(wheels, None)
+    if tool is None:
+        return None
+    command = [tool, "-c", binary]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    found = []
+    for line in text.splitlines():
+        line = re.sub(r"/\*.*?\*/", "", line).strip()
+        if label := re.fullmatch(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif line.endswith(";"):
+            code.append(line)
+            jump = re.search(r"BRA .*\((\.L_x_\d+)\)", line)
+            if jump and jump[1] in labels:
+                found.append(code[labels[jump[1]] :])
+    return found
+
+
 def collectives(compiled: Any) -> dict[str, tuple[int, int]]:
     """How many of each kind stand in a program's text, and bytes of their results on a device."""
     return by_kind(parse_collectives(compiled.as_text().splitlines()))

@@ -2,15 +2,13 @@
 
 import dataclasses
 import re
-import shutil
 import subprocess
-import sysconfig
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
-from aot.compiling import PTXAS, compile_for
+from aot.compiling import PTXAS, compile_for, loops
 from aot.written import written
 
 from glm_jax.kernels.quantized_matmul.api import quantized_matmul
@@ -83,24 +81,11 @@ def _weight(inputs, outputs, bits, dtype, group_size=128, zeros=False) -> Mosaic
 
 def _instructions_a_weight(binary: Path) -> float | None:
     """Of the smallest loop that multiplies: a matrix instruction takes 8 weights a thread."""
-    wheels = Path(sysconfig.get_paths()["purelib"]).glob("nvidia/*/bin/nvdisasm")
-    tool = shutil.which("nvdisasm") or next(wheels, None)
-    if tool is None:
+    found = loops(binary)
+    if found is None:
         return None
-    command = [tool, "-c", binary]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    labels, code, loops = {}, [], []
-    for line in text.splitlines():
-        line = re.sub(r"/\*.*?\*/", "", line).strip()
-        if label := re.fullmatch(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(code)
-        elif line.endswith(";"):
-            code.append(line)
-            jump = re.search(r"BRA .*\((\.L_x_\d+)\)", line)
-            if jump and jump[1] in labels:
-                loops.append(code[labels[jump[1]] :])
     multiply = lambda loop: sum("HGMMA" in line for line in loop)
-    shortest = min(filter(multiply, loops), key=len)
+    shortest = min(filter(multiply, found), key=len)
     return len(shortest) / (8 * multiply(shortest))
 
 

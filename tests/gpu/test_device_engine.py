@@ -55,3 +55,20 @@ def test_the_same_tokens_alone_and_in_company_and_nothing_is_compiled(cache_dtyp
     together = sorted(complete_all(engine, requests), key=lambda answer: answer.request_id)
     assert [answer.tokens for answer in together] == alone
     assert compiled == []
+
+
+@pytest.mark.skipif(not IS_GPU, reason="steps run ahead on devices that have cores of their own")
+def test_the_host_starts_steps_without_waiting_for_the_device():
+    """As it would if a conditional's branch, or a loop's end, had to be read in between."""
+    config = _config().replace(num_layers=24)
+    params = random_params(config, quantization="int4")
+    engine = Engine(params, config, EngineSettings(8, page_size=64, prefill_width=WIDTH))
+    prompt = Prompt((*range(9, 40), SPECIAL.gmask), None)
+    for seed in range(8):
+        sampling = Sampling(temperature=1.0, top_k=20, top_p=0.9)
+        engine.submit(Request(prompt, sampling, max_tokens=400, seed=seed, end_tokens=()))
+    for _ in range(5):  # graphs are made in the first
+        engine.step()
+    results = [engine._run_step(range(8)) for _ in range(30)]
+    assert not results[-1].tokens.is_ready()
+    jax.block_until_ready(results)

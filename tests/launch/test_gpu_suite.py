@@ -36,6 +36,18 @@ def test_products_of_weights_laid_out_for_mosaic():
     assert line["error"] < 1e-3
 
 
+def test_attention_over_pages(tmp_path):
+    _, *lines = _measured(tmp_path, "pages")
+    assert [line["cache"] for line in lines] == ["float16", "int8"]
+    for line in lines:
+        assert line["us"]["xla"] > 0 < line["share"]["xla"]
+        assert "it runs on cuda" in line["error"]["mosaic"]
+    results = {"left_out": {}, "date": "", "rates": {}, "products": [], "pages": []}
+    for line in lines:
+        gpu._add(results, line)
+    assert gpu_report.page_table(results)[5].startswith("| float16 | 2 | ")
+
+
 def test_decode_steps_of_random_weights(tmp_path):
     arguments = "decode", "--checkpoint=random:tiny", "--quantization=int4"
     _, made, step, prefill = _measured(tmp_path, *arguments)

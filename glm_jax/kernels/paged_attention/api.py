@@ -10,11 +10,13 @@ from glm_jax.kernels.paged_attention.arguments import Arguments
 from glm_jax.kernels.paged_attention.cpu import CPUPages
 from glm_jax.kernels.paged_attention.library_gpu import LibraryGPU
 from glm_jax.kernels.paged_attention.library_tpu import LibraryTPU
+from glm_jax.kernels.paged_attention.mosaic import MosaicGPU
 from glm_jax.kernels.paged_attention.reference import Reference
 from glm_jax.kernels.paged_attention.xla import XLA
 from glm_jax.sharding import fitting_activation_spec, mesh_to_divide, per_device
 
 _BACKENDS = (CPUPages(), LibraryGPU(), LibraryTPU(), XLA(), Reference())
+_BY_NAME = (MosaicGPU(),)  # by its name alone, until it has been measured
 
 
 def paged_attention(
@@ -41,8 +43,8 @@ def paged_attention(
         fewer of them than others.
       softmax_dtype: dtype of the scores and their softmax; less than float32 takes the
         formula as it stands.
-      implementation: "cpu", "library", "xla" or "reference"; None for the fastest that takes
-        the arguments on the platform that is compiled for.
+      implementation: "cpu", "library", "mosaic", "xla" or "reference"; None for the fastest that
+        takes the arguments on the platform that is compiled for, "mosaic" apart.
 
     Returns:
       [batch, new, heads, head_dim] in the query's dtype; zeros for a query of length 0.
@@ -53,7 +55,8 @@ def paged_attention(
     arguments = Arguments(
         query, keys, values, tables, lengths, key_scales, value_scales, softmax_dtype
     )
-    local = functools.partial(dispatch, "paged attention", _BACKENDS, implementation=implementation)
+    backends = _BACKENDS if implementation is None else (*_BACKENDS, *_BY_NAME)
+    local = functools.partial(dispatch, "paged attention", backends, implementation=implementation)
     if mesh_to_divide() is None:
         return local(arguments)
     axes = ("batch", "seq", "heads", "head_dim")

@@ -1,0 +1,49 @@
+"""Attention over pages by our own kernel, compiled for an H100: what a page costs."""
+
+import functools
+import re
+import subprocess
+
+import jax
+import pytest
+from aot.compiling import PTXAS, compile_for, loops
+
+from glm_jax.kernels.paged_attention.api import paged_attention
+
+# Instructions of a warp a page and head, in the loop of its program. At 75% of an H100's memory a
+# multiprocessor has 3000 cycles for the 32 KiB of a page in 16 bits, 1500 for one in int8, and
+# issues an instruction of four warps in each.
+MOST = {("float16", "float16"): 480, ("float16", "int8"): 840, ("bfloat16", "int8"): 1100}
+
+
+@pytest.mark.parametrize(("dtype", "cache"), MOST)
+@pytest.mark.parametrize(("rows", "new", "heads"), [(32, 1, 96), (1, 4, 12)])
+def test_no_spill_and_few_instructions(
+    capfd, monkeypatch, tmp_path, dtype, cache, rows, new, heads
+):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    array = jax.ShapeDtypeStruct
+    pages = array((heads, 300, 64, 128), cache)
+    scales = array((heads, 300, 64), "float32") if cache == "int8" else None
+    run = functools.partial(paged_attention, implementation="mosaic")
+    compile_for(
+        "h100", run, array((rows, new, heads, 128), dtype), pages, pages,
+        array((rows, 32), "int32"), array((rows, new), "int32"), scales, scales,
+    )  # fmt: skip
+    dumped = capfd.readouterr().out
+    ptx = dumped[dumped.index(".version") : dumped.rindex("}") + 1]
+    source, binary = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
+    source.write_text(ptx)
+    command = [PTXAS, "-v", "-arch=sm_90a", source, "-o", binary]
+    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert re.findall(r"(\d+) bytes spill", log) == ["0", "0"]
+    assert "serialized" not in log
+    assert int(re.search(r"Used (\d+) registers", log)[1]) <= 255  # two programs: 256 threads
+    assert ptx.count("cp.async.bulk.tensor") >= (8 if scales else 4)  # before the loop and in it
+    assert "wgmma.mma_async" in ptx
+    found = loops(binary)
+    if found is None:
+        pytest.skip("instructions are counted by nvdisasm (pip install nvidia-cuda-nvdisasm)")
+    shortest = min((loop for loop in found if any("HGMMA" in line for line in loop)), key=len)
+    print(f"{len(shortest)} instructions a page")
+    assert len(shortest) <= MOST[dtype, cache]
