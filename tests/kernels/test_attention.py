@@ -117,6 +117,26 @@ def test_the_gpu_kernel_for_training(name):
         assert_close(a, b, 2e-3)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_keys_that_share_a_hash_lie_in_one_thread(axis):
+    """What no simulation has: the registers that the kernel puts in the place of others."""
+    tiles = pytest.importorskip("glm_jax.kernels.attention.mosaic_tiles")
+    layout = tiles.plgpu.Layout.WGMMA.to_mgpu()
+    keys = np.indices((64, 128))[1 - axis]
+    for level in layout.tiling.tiles:  # each is of the last axes of what the one before gave
+        outer, last = keys.shape[: keys.ndim - len(level)], keys.shape[keys.ndim - len(level) :]
+        split = [n for size, tile in zip(last, level, strict=True) for n in (size // tile, tile)]
+        count = len(outer)
+        order = [count + 2 * i + j for j in (0, 1) for i in range(len(level))]
+        keys = keys.reshape(*outer, *split).transpose(*range(count), *order)
+    of_threads = [keys.ndim + dim for dim in (*layout.warp_dims, *layout.lane_dims)]
+    assert [keys.shape[dim] for dim in of_threads] == [4, 8, 4]
+    by_thread = np.moveaxis(keys, of_threads, [0, 1, 2]).reshape(128, -1, 2)
+    for registers in by_thread[..., 0]:  # of two neighbouring columns each
+        got = tiles.first_registers(registers, axis)
+        np.testing.assert_array_equal(got, registers & ~8)
+
+
 @functools.cache
 def _few_queries():
     batch, queries, heads, keys, head_dim = 2, 2, 2, 300, 16
