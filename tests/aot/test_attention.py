@@ -30,7 +30,9 @@ def test_prefill(device, bounds):
     scores = 4 * HEADS * LENGTH * LENGTH
     assert compiled.memory_analysis().temp_size_in_bytes < scores / 2
     takes_library = bounds == 2 and device in ("a100_40gb", "rtx_3090", "h100")
-    assert ("flash_attention" in compiled.as_text()) == takes_library
+    text = compiled.as_text()
+    assert ("flash_attention" in text) == takes_library
+    assert ("tpu_custom_call" in text) == (bounds == 2 and device.startswith("tpu"))
 
 
 @pytest.mark.parametrize("device", DEVICES)

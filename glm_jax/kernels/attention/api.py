@@ -8,13 +8,14 @@ from glm_jax.kernels.attention.blockwise import Blockwise
 from glm_jax.kernels.attention.cpu import CPUBlocks
 from glm_jax.kernels.attention.dropout import WeightDropout
 from glm_jax.kernels.attention.library import Library
+from glm_jax.kernels.attention.library_tpu import LibraryTPU
 from glm_jax.kernels.attention.mosaic import Mosaic
 from glm_jax.kernels.attention.reference import Reference
 from glm_jax.kernels.dispatch import dispatch
 
 # Keys up to which all scores at once are no more than a block.
 _FEW_KEYS = 128
-_IN_BLOCKS = (Mosaic(only_right=True), Library(), Blockwise())
+_IN_BLOCKS = (Mosaic(only_right=True), Library(), LibraryTPU(), Blockwise())
 _BY_NAME = (Mosaic(),)  # whether or not it has been checked
 IMPLEMENTATIONS = ("cpu", "library", "mosaic", "blockwise", "reference")
 

@@ -111,7 +111,7 @@ def _forward(
             shrink = jnp.exp2(largest - new)
             total = total * shrink + weights.sum(axis=1)
             if static.dropout is not None:
-                is_kept = at.are_kept(static, *lines, shape, index, 0)
+                is_kept = at.are_kept(static, lines[0], shape, index, 0)
                 # The barrier has it done before two weights share a register.
                 weights = lax.optimization_barrier(jnp.where(is_kept, weights, 0.0))
             weights = weights.astype(query.dtype)
@@ -188,7 +188,7 @@ def _backward_of_query(
                 of_weights = products.finish(of_weights)
                 plgpu.barrier_arrive(values_read)
                 if static.dropout is not None:
-                    is_kept = at.are_kept(static, *lines, shape, index, 0)
+                    is_kept = at.are_kept(static, lines[0], shape, index, 0)
                     of_weights = jnp.where(is_kept, of_weights * static.scale, 0.0)
                 return weights * (of_weights - along(shifts, shape, 0))
 
