@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from glm_jax import compiler_settings
 from glm_jax.config import ConfigError, GLMConfig
+from glm_jax.kernels.attention import mosaic_check
 from glm_jax.kernels.attention.api import attention
 from glm_jax.kernels.dispatch import BackendError
 from glm_jax.model.layer_stacks import unstack_layers
@@ -145,6 +146,8 @@ def check_attention(
 ) -> None:
     """Refuse an attention that these devices cannot compute, before a step is compiled.
 
+    `auto` takes the kernel for these devices where it passes its check here.
+
     Args:
       rows: of a micro-batch.
 
@@ -152,6 +155,8 @@ def check_attention(
       ConfigError: the recipe names a backend that does not take what the step gives it; says why.
     """
     heads, size, dtype = config.num_heads, config.head_dim, config.activation_dtype
+    if recipe.attention == "auto":
+        mosaic_check.use_where_right(mesh.devices.flat[0], dtype, size)
     query = jax.ShapeDtypeStruct((rows, sequence_length, heads, size), dtype)
     key = jax.ShapeDtypeStruct((rows, heads, sequence_length, size), dtype)
     ranges = jax.ShapeDtypeStruct((rows, sequence_length, 2), jnp.int32)

@@ -1,11 +1,13 @@
 """Attention over ranges of keys compiles for GPUs and TPUs without an array of S x S."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
-from aot.compiling import compile_for
+from aot.compiling import assembled, compile_for
 
 from glm_jax.kernels.attention.api import attention
 from glm_jax.kernels.attention.dropout import WeightDropout
@@ -28,7 +30,9 @@ def test_prefill(device, bounds):
     scores = 4 * HEADS * LENGTH * LENGTH
     assert compiled.memory_analysis().temp_size_in_bytes < scores / 2
     takes_library = bounds == 2 and device in ("a100_40gb", "rtx_3090", "h100")
-    assert ("flash_attention" in compiled.as_text()) == takes_library
+    text = compiled.as_text()
+    assert ("flash_attention" in text) == takes_library
+    assert ("tpu_custom_call" in text) == (bounds == 2 and device.startswith("tpu"))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -42,9 +46,15 @@ def test_gradient(device):
     assert compiled.memory_analysis().temp_size_in_bytes < scores / 2
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.1])
-def test_the_kernel_for_training(rate):
+# Instructions a score that the loop of each kernel may have, with ranges compared: of the output,
+# of keys' and values' gradients, and of queries' gradient.
+MOST = {0.0: (11.0, 15.2, 13.2), 0.1: (18.2, 24.0, 21.5)}
+
+
+@pytest.mark.parametrize("rate", MOST)
+def test_the_kernel_for_training(rate, monkeypatch, capfd, tmp_path):
     """Forward and backward are three kernels, and no array of S x S, dropout's or scores, is."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
     run = functools.partial(attention, implementation="mosaic")
 
     def gradient(query, key, value, ranges, seed):
@@ -56,5 +66,34 @@ def test_the_kernel_for_training(rate):
     compiled = compile_for("h100", gradient, *operands)
     assert compiled.as_text().count('custom_call_target="mosaic_gpu') == 3
     assert compiled.memory_analysis().temp_size_in_bytes < HEADS * LENGTH * LENGTH
+    kernels = [
+        assembled(f".version{text}", tmp_path)
+        for text in capfd.readouterr().out.split(".version")[1:]
+    ]
+    # A score takes 2, 4 or 3 products of 128 numbers.
+    for kernel, most, products in zip(kernels, MOST[rate], (2, 4, 3), strict=True):
+        assert kernel.spilled_bytes == 0
+        assert not kernel.is_serialized
+        if kernel.loop is not None:
+            # Of a thread, one of 128.
+            scores = sum(map(_products, kernel.loop)) / (128 * 128) / products
+            print(f"{len(kernel.loop) / scores:.1f} instructions a score")
+            assert len(kernel.loop) / scores <= most
     with pytest.raises(BackendError, match=r"it takes compute capability 9\.0"):
         compile_for("a100_40gb", gradient, *operands)
+
+
+def _products(instruction):
+    """Multiplications of a matrix instruction; 0 of others."""
+    found = re.search(r"HGMMA\.(\d+)x(\d+)x(\d+)", instruction)
+    return math.prod(map(int, found.groups())) if found else 0
+
+
+def test_dropout_takes_the_kernel_of_itself_on_compute_capability_9():
+    """Elsewhere plain XLA, as the library's kernel has no dropout."""
+    dropped = lambda *x: attention(*x[:4], dropout=WeightDropout(x[4], 0.1))
+    operands = (*_operands(), jax.ShapeDtypeStruct((), jnp.uint32))
+    for device, count in (("h100", 1), ("a100_40gb", 0)):
+        text = compile_for(device, dropped, *operands).as_text()
+        assert text.count('custom_call_target="mosaic_gpu') == count
+        assert "flash_attention" not in text

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from kernels.formula import assert_close, attended, attended_over_pages, gradients, normal
 
+from glm_jax.kernels.attention import mosaic_check
 from glm_jax.kernels.attention.api import attention
 from glm_jax.kernels.attention.arguments import Arguments
 from glm_jax.kernels.attention.dropout import WeightDropout
@@ -71,12 +72,14 @@ def test_the_librarys_kernel_is_the_one_that_runs():
     assert reason is None
 
 
+@pytest.mark.parametrize("head_dim", [128, 64])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("rate", [0.0, 0.1])
-def test_our_kernel_for_training(rate):
-    of_keys = (BATCH, HEADS, LENGTH, HEAD_DIM)
+def test_our_kernel_for_training(rate, dtype, head_dim):
+    of_keys = (BATCH, HEADS, LENGTH, head_dim)
     query, key, value, cotangent = normal(
-        0, (BATCH, LENGTH, HEADS, HEAD_DIM), of_keys, of_keys, (BATCH, LENGTH, HEADS, HEAD_DIM),
-        dtype="bfloat16",
+        0, (BATCH, LENGTH, HEADS, head_dim), of_keys, of_keys, (BATCH, LENGTH, HEADS, head_dim),
+        dtype=dtype,
     )  # fmt: skip
     dropout = WeightDropout(jnp.uint32(7), rate) if rate else None
     arguments = Arguments(query, key, value, _ranges(1), dropout=dropout)
@@ -90,9 +93,25 @@ def test_our_kernel_for_training(rate):
         return got, pullback(cotangent)
 
     got, of_inputs = both(query, key, value)
-    assert_close(got, attended(arguments), TOLERANCES["bfloat16"])
+    assert_close(got, attended(arguments), TOLERANCES[dtype])
     for of_input, expected in zip(of_inputs, gradients(arguments, cotangent), strict=True):
-        assert_close(of_input, expected, TOLERANCES["bfloat16"])
+        assert_close(of_input, expected, TOLERANCES[dtype])
+
+
+def test_our_kernel_passes_its_check_and_is_taken(recwarn):
+    """As at the start of a run: by a process of its own, which compiles and compares."""
+    device = jax.devices()[0]
+    if not IS_GPU or float(device.compute_capability) != mosaic_check.CAPABILITY:
+        pytest.skip(f"for compute capability {mosaic_check.CAPABILITY}")
+    mosaic_check.use_where_right(device, "bfloat16", 128)
+    assert not [str(warning.message) for warning in recwarn]
+    assert mosaic_check.is_right("bfloat16", 128)
+    query = jnp.zeros((1, 256, 2, 128), jnp.bfloat16)
+    dropped = lambda x: attention(
+        x, x.swapaxes(1, 2), x.swapaxes(1, 2), jnp.zeros((1, 256, 2), jnp.int32),
+        dropout=WeightDropout(jnp.uint32(0), 0.1),
+    )  # fmt: skip
+    assert "mosaic_gpu" in jax.jit(dropped).lower(query).as_text()
 
 
 @pytest.mark.parametrize("new", [1, 3])

@@ -15,8 +15,8 @@ def why_not_here(backend):
     platform = target.platform()
     if backend.platform not in (None, platform):
         return f"{backend.name} runs on {backend.platform}, and this is {platform}"
-    if backend.name == "mosaic" and jax.__version_info__ < (0, 12):
-        return "Mosaic GPU is simulated from JAX 0.12 on"
+    if backend.name == "mosaic" and jax.__version_info__ < (0, 11):
+        return "Mosaic GPU is simulated from JAX 0.11 on"
     is_built = cpu.is_available() and paged_cpu.is_available()
     return NO_CPU_KERNEL if backend.platform == "cpu" and not is_built else None
 

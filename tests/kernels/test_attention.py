@@ -17,6 +17,7 @@ from glm_jax.kernels.attention.blockwise import Blockwise
 from glm_jax.kernels.attention.cpu import CPUBlocks
 from glm_jax.kernels.attention.dropout import WeightDropout, factors
 from glm_jax.kernels.attention.library import Library
+from glm_jax.kernels.attention.library_tpu import LibraryTPU
 from glm_jax.kernels.attention.mosaic import Mosaic
 from glm_jax.kernels.attention.reference import Reference
 from glm_jax.kernels.dispatch import BackendError
@@ -115,6 +116,44 @@ def test_the_gpu_kernel_for_training(name):
     assert_close(got, attended(arguments), 1e-3)
     for a, b in zip(got_gradients, gradients(arguments, cotangent), strict=True):
         assert_close(a, b, 2e-3)
+
+
+def test_the_librarys_kernel_for_tpus():
+    """Simulated: packed documents whose queries in part see nothing; and three blocks, of which
+    some are skipped."""
+    backend = LibraryTPU(interpret=True)
+    a = _training("packed", 300, 64, 0.0)
+    arguments = a.replace(query=a.query[:1, :, :1], key=a.key[:1, :1], value=a.value[:1, :1])
+    arguments = arguments.replace(visible=a.visible[:1].at[:, 5:9].set(0))
+    assert backend.supports(arguments) is None
+    [cotangent] = normal(1, arguments.query.shape)
+    got, got_gradients = _value_and_gradients(backend, arguments, cotangent)
+    assert_close(got, attended(arguments), 1e-5)
+    assert (got[:, 5:9] == 0).all()
+    for a, b in zip(got_gradients, gradients(arguments, cotangent), strict=True):
+        assert_close(a, b, 1e-5)
+    reason = backend.supports(arguments.replace(dropout=WeightDropout(jnp.uint32(0), 0.1)))
+    assert reason == "it takes no dropout"
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_keys_that_share_a_hash_lie_in_one_thread(axis):
+    """What no simulation has: the registers that the kernel puts in the place of others."""
+    tiles = pytest.importorskip("glm_jax.kernels.attention.mosaic_tiles")
+    layout = tiles.plgpu.Layout.WGMMA.to_mgpu()
+    keys = np.indices((64, 128))[1 - axis]
+    for level in layout.tiling.tiles:  # each is of the last axes of what the one before gave
+        outer, last = keys.shape[: keys.ndim - len(level)], keys.shape[keys.ndim - len(level) :]
+        split = [n for size, tile in zip(last, level, strict=True) for n in (size // tile, tile)]
+        count = len(outer)
+        order = [count + 2 * i + j for j in (0, 1) for i in range(len(level))]
+        keys = keys.reshape(*outer, *split).transpose(*range(count), *order)
+    of_threads = [keys.ndim + dim for dim in (*layout.warp_dims, *layout.lane_dims)]
+    assert [keys.shape[dim] for dim in of_threads] == [4, 8, 4]
+    by_thread = np.moveaxis(keys, of_threads, [0, 1, 2]).reshape(128, -1, 2)
+    for registers in by_thread[..., 0]:  # of two neighbouring columns each
+        got = tiles.first_registers(registers, axis)
+        np.testing.assert_array_equal(got, registers & ~8)
 
 
 @functools.cache

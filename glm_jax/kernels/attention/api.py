@@ -8,14 +8,15 @@ from glm_jax.kernels.attention.blockwise import Blockwise
 from glm_jax.kernels.attention.cpu import CPUBlocks
 from glm_jax.kernels.attention.dropout import WeightDropout
 from glm_jax.kernels.attention.library import Library
+from glm_jax.kernels.attention.library_tpu import LibraryTPU
 from glm_jax.kernels.attention.mosaic import Mosaic
 from glm_jax.kernels.attention.reference import Reference
 from glm_jax.kernels.dispatch import dispatch
 
 # Keys up to which all scores at once are no more than a block.
 _FEW_KEYS = 128
-_IN_BLOCKS = (Library(), Blockwise())
-_BY_NAME = (Mosaic(),)  # by its name alone, until it has been measured
+_IN_BLOCKS = (Mosaic(only_right=True), Library(), LibraryTPU(), Blockwise())
+_BY_NAME = (Mosaic(),)  # whether or not it has been checked
 IMPLEMENTATIONS = ("cpu", "library", "mosaic", "blockwise", "reference")
 
 
@@ -40,7 +41,7 @@ def attention(
       softmax_dtype: dtype of the scores and their softmax.
       dropout: of the softmax's weights, in training.
       implementation: one of `IMPLEMENTATIONS`; None for the fastest that takes the arguments on
-        the platform that is compiled for, "mosaic" apart.
+        the platform that is compiled for; "mosaic" where it has passed its check.
 
     Returns:
       [batch, query, heads, head_dim] in the query's dtype; zeros for queries that see nothing.

@@ -52,12 +52,12 @@ inline T Mix(T x) {
   return x ^ (x >> 16);
 }
 
-// Weights whose hash is above the threshold become zero, and the others are scaled.
+// Weights whose 16 bits of hash are below the threshold are scaled, and the others become zero.
 struct Dropout {
   uint32_t seed, threshold;
   float scale;
 
-  bool is_on() const { return threshold < UINT32_MAX; }
+  bool is_on() const { return threshold < 1 << 16; }
   void OfHead(int64_t item) { seed = Mix(seed ^ static_cast<uint32_t>(item)); }
   uint32_t RowHash(int64_t row) const { return Mix(seed ^ static_cast<uint32_t>(row)); }
 };

@@ -89,6 +89,6 @@ def _attributes(dropout: WeightDropout | None, max_vector_bits: int) -> dict[str
     dropout = dropout or WeightDropout(None, 0.0)
     return {
         "dropout_threshold": np.int64(dropout.threshold),
-        "dropout_scale": np.float32(1 / (1 - dropout.rate)),
+        "dropout_scale": np.float32(dropout.scale),
         "max_vector_bits": np.int64(max_vector_bits),
     }

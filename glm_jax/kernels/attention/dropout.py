@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 
 class WeightDropout(struct.PyTreeNode):
@@ -16,7 +16,7 @@ class WeightDropout(struct.PyTreeNode):
 
     Attributes:
       seed: uint32 [].
-      rate: below 1.
+      rate: below 1; 16 bits decide, so that it is a multiple of 2^-16, nearly.
     """
 
     seed: Any
@@ -24,8 +24,13 @@ class WeightDropout(struct.PyTreeNode):
 
     @property
     def threshold(self) -> int:
-        """Weights whose hash is above this become zero."""
-        return round((1 - self.rate) * 2**32) - 1
+        """Weights whose 16 bits of hash are below this stay."""
+        return max(1, round((1 - self.rate) * 2**16))
+
+    @property
+    def scale(self) -> float:
+        """What weights that stay are multiplied by."""
+        return 2**16 / self.threshold
 
 
 def factors(
@@ -41,7 +46,7 @@ def factors(
       rows, columns: positions of queries and keys in the whole sequence.
     """
     lines = line_hashes(dropout, batch, heads, rows)
-    return factors_of_lines(dropout, lines[..., None], columns)
+    return jnp.where(are_kept(dropout, lines[..., None], columns), dropout.scale, 0.0)
 
 
 def line_hashes(
@@ -52,13 +57,25 @@ def line_hashes(
     return _mix(_mix(dropout.seed ^ heads_of_batch) ^ rows.astype(jnp.uint32))
 
 
-def factors_of_lines(
-    dropout: WeightDropout, lines: UInt32[Array, "..."], columns: Int[Array, "..."]
-) -> Float[Array, "..."]:
-    """`factors` by the queries' `line_hashes` and the positions of keys, whose shapes broadcast."""
+def are_kept(
+    dropout: WeightDropout,
+    lines: UInt32[Array, "..."],
+    columns: Int[Array, "..."],
+    pairs: Int[Array, "..."] | None = None,
+) -> Bool[Array, "..."]:
+    """Return which weights stay, by the queries' `line_hashes` and the positions of keys.
+
+    Two keys, 8 apart, take half a hash each: a thread of a GPU's matrix instructions has both,
+    whether queries or keys are its rows.
+
+    Args:
+      pairs: the first key of each key's pair, where a caller has a cheaper way to it.
+    """
+    first = (columns & ~8 if pairs is None else pairs).astype(jnp.uint32)
     # Neighbouring keys are far apart, or two rows could share a run of hashes.
-    hashes = _mix(lines ^ (columns.astype(jnp.uint32) * jnp.uint32(0x9E3779B1)))
-    return jnp.where(hashes <= jnp.uint32(dropout.threshold), 1 / (1 - dropout.rate), 0.0)
+    hashes = _mix(lines ^ (first * jnp.uint32(0x9E3779B1)))
+    half = jnp.where(columns & 8 != 0, hashes >> 16, hashes & jnp.uint32(0xFFFF))
+    return half < jnp.uint32(dropout.threshold)
 
 
 def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from glm_jax.kernels import target
+from glm_jax.kernels.attention import mosaic_check
 from glm_jax.kernels.attention.arguments import Arguments, on_each_device
 from glm_jax.kernels.attention.dropout import line_hashes
 from glm_jax.kernels.dispatch import unmet
@@ -23,10 +24,13 @@ class Mosaic:
     Attributes:
       key_block: keys of a block that the forward kernel reads at once, a multiple of 64.
       interpret: simulates the kernels on any device, for tests.
+      only_right: takes nothing before its check has passed on this process's GPUs (see
+        `mosaic_check`), and on GPUs that are not here what has dropout.
     """
 
     key_block: int = 128
     interpret: bool = False
+    only_right: bool = False
     name: str = "mosaic"
 
     @property
@@ -41,8 +45,12 @@ class Mosaic:
             (a.query.dtype in (jnp.float16, jnp.bfloat16), "float16 or bfloat16"),
             (a.query.dtype == a.key.dtype == a.value.dtype, "one dtype"),
             (a.query.shape[-1] in _HEAD_DIMS, "heads of 64 or 128 numbers"),
-            (jax.__version_info__ >= (0, 12), "JAX 0.12 and later"),
-            (self.interpret or target.compute_capability() == 9.0, "compute capability 9.0"),
+            (jax.__version_info__ >= (0, 11), "JAX 0.11 and later"),
+            (
+                self.interpret or target.compute_capability() == mosaic_check.CAPABILITY,
+                f"compute capability {mosaic_check.CAPABILITY}",
+            ),
+            (not self.only_right or _is_taken_of_itself(a), "what its check has passed for"),
         )
 
     def __call__(self, arguments: Arguments) -> Array:
@@ -59,3 +67,10 @@ class Mosaic:
         static = kernels.Static(self.key_block, self.interpret, dropout)
         local = functools.partial(kernels.on_one_device, static)
         return on_each_device(local, arguments.replace(dropout=None), lines)
+
+
+def _is_taken_of_itself(arguments: Arguments) -> bool:
+    query = arguments.query
+    if mosaic_check.are_devices_here():
+        return mosaic_check.is_right(query.dtype, query.shape[-1])
+    return arguments.dropout is not None

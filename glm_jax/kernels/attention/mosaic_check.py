@@ -1,0 +1,150 @@
+"""Whether mosaic.py's kernels are right on this machine's GPU, before training uses them.
+
+A process of its own compares their output and gradients with those of the formula.
+"""
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from glm_jax.kernels import self_check
+from glm_jax.kernels.attention.arguments import Arguments
+from glm_jax.kernels.attention.dropout import WeightDropout
+from glm_jax.kernels.attention.reference import Reference
+
+CAPABILITY = 9.0  # the only one: later devices have other matrix instructions
+_BATCH, _HEADS = 2, 3
+# Relative, of an array's norm: a few roundings of each product's operands.
+_TOLERANCES = {"float16": 2e-3, "bfloat16": 1.6e-2}
+Attend = Callable[[Arguments], Array]
+_right: set[tuple[str, int]] = set()  # dtypes and sizes of heads whose check has passed
+
+
+def use_where_right(
+    device: Any, dtype: str, head_dim: int, check: Callable[[str, int], str | None] | None = None
+) -> None:
+    """Check the kernels if a device is here and they are for it; warn where they are not right.
+
+    From then on `attention` takes them of itself, where they are right. A process checks once.
+
+    Args:
+      dtype, head_dim: of queries, keys and values.
+      check: returns a reason, or None where they are right.
+    """
+    if not _is_for(device) or dtype not in _TOLERANCES or is_right(dtype, head_dim):
+        return
+    reason = (check or _why_not)(dtype, head_dim)
+    if reason is None:
+        _right.add((dtype, head_dim))
+        return
+    warnings.warn(
+        f"attention takes another backend than the kernel for compute capability {CAPABILITY}, "
+        f"which is slower: {reason}",
+        stacklevel=2,
+    )
+
+
+def is_right(dtype: Any, head_dim: int) -> bool:
+    """Whether the check of these has passed in this process."""
+    return (str(dtype), head_dim) in _right
+
+
+def are_devices_here() -> bool:
+    """Whether this process has GPUs, and does not compile for described ones."""
+    return jax.devices()[0].platform == "gpu"
+
+
+def first_fault(
+    attend: Attend,
+    dtype: str,
+    head_dim: int,
+    rates: Sequence[float] = (0.1, 0.0),
+    length: int = 456,  # three tiles and a part of one, several blocks of each kind
+) -> str | None:
+    """Return what is wrong with an output or gradients, None if all equal the formula's.
+
+    Args:
+      attend: takes one range of keys a query, with dropout of its weights.
+      rates: of dropout.
+      length: queries and keys.
+    """
+    for rate in rates:
+        arguments, cotangent = _example(dtype, head_dim, rate, length)
+        exact = Reference()
+        expected = _with_gradients(exact, _wide(arguments), cotangent.astype(jnp.float32))
+        got = _with_gradients(attend, arguments, cotangent)
+        names = ("output", "gradient of queries", "gradient of keys", "gradient of values")
+        for name, a, b in zip(names, got, expected, strict=True):
+            error = float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
+            if not error <= _TOLERANCES[dtype]:  # not a number either
+                return f"{name}, dropout {rate}: a relative error of {error:.2g}"
+    return None
+
+
+@functools.cache
+def _why_not(dtype: str, head_dim: int) -> str | None:
+    run = functools.partial(self_check.check_apart, __name__, f"{dtype},{head_dim}")
+    return self_check.agreed(run)
+
+
+def _is_for(device: Any) -> bool:
+    if device.platform != "gpu" or device not in jax.devices():  # described ones
+        return False
+    return float(device.compute_capability) == CAPABILITY
+
+
+def _example(dtype: str, head_dim: int, rate: float, length: int) -> tuple[Arguments, Array]:
+    """A context and a causal part in one row, packed texts and queries that see nothing in the
+    other; and the output's gradient."""
+    rows, keys = (_BATCH, length, _HEADS, head_dim), (_BATCH, _HEADS, length, head_dim)
+    draws = jax.random.split(jax.random.key(0), 4)
+    query, key, value, cotangent = (
+        jax.random.normal(draw, shape).astype(dtype)
+        for draw, shape in zip(draws, (rows, keys, keys, rows), strict=True)
+    )
+    numbers = jnp.arange(length)
+    context, second, none = (length * n // 20 for n in (9, 13, 19))
+    prefix = jnp.stack([jnp.zeros_like(numbers), jnp.maximum(numbers + 1, context)], -1)
+    starts = jnp.where(numbers < second, 0, second)
+    ends = jnp.where(numbers < none, numbers + 1, 0)
+    ranges = jnp.stack([prefix, jnp.stack([starts, ends], -1)]).astype(jnp.int32)
+    dropout = WeightDropout(jnp.uint32(7), rate) if rate else None
+    return Arguments(query, key, value, ranges, dropout), cotangent
+
+
+def _wide(arguments: Arguments) -> Arguments:
+    a = arguments
+    query, key, value = (x.astype(jnp.float32) for x in (a.query, a.key, a.value))
+    return a.replace(query=query, key=key, value=value)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _with_gradients(attend: Attend, arguments: Arguments, cotangent: Array) -> tuple[Array, ...]:
+    a = arguments
+    run = lambda query, key, value: attend(a.replace(query=query, key=key, value=value))
+    out, pull_back = jax.vjp(run, a.query, a.key, a.value)
+    return (out, *pull_back(cotangent))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Check a dtype and a size of heads, such as `bfloat16,128`, on the first GPU."""
+    from glm_jax.kernels.attention.mosaic import Mosaic
+
+    if not _is_for(jax.devices()[0]):
+        print(f"no GPU of compute capability {CAPABILITY} could be used by a second process")
+        return 1
+    dtype, head_dim = arguments[0].split(",")
+    if fault := first_fault(Mosaic(), dtype, int(head_dim)):
+        print(fault)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
