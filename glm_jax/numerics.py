@@ -91,9 +91,7 @@ def dot_general(x: Array, y: Array, dimension_numbers: Any, dtype: Any = jnp.flo
     )
 
 
-def einsum(equation: str, x: Array, y: Array) -> Array:
-    """Compute `jnp.einsum` of two arrays with a float32 result."""
+def einsum(equation: str, x: Array, y: Array, dtype: Any = jnp.float32) -> Array:
+    """Compute `jnp.einsum` of two arrays with sums in float32, rounded once to `dtype`."""
     x, y = _operands(x, y)
-    return jnp.einsum(
-        equation, x, y, precision=precision_of(x, y), preferred_element_type=jnp.float32
-    )
+    return jnp.einsum(equation, x, y, precision=precision_of(x, y), preferred_element_type=dtype)

@@ -21,7 +21,7 @@ from glm_jax.model.params import GLMParams
 from glm_jax.model.training import training_hidden
 from glm_jax.model.visibility import Visibility
 from glm_jax.numerics import trained_products
-from glm_jax.sharding import constrain, constrain_parameters, is_for_cpu, rows_of_a_device
+from glm_jax.sharding import constrain_parameters, is_for_cpu, rows_of_a_device
 from glm_jax.training.loss import cross_entropy
 from glm_jax.training.optimizer import clipping, learning_rate
 from glm_jax.training.recipe import Recipe
@@ -59,9 +59,6 @@ def loss_sums(
     """
     if is_for_cpu():
         params = unstack_layers(params)  # measured a fifth faster than the scan here
-    # Whole rows on each device, for the lookup and for the logits.
-    table = constrain(params.word_embeddings.astype(config.activation_dtype), ("vocab", "embed"))
-    params = dataclasses.replace(params, word_embeddings=table)
     visibility = Visibility.packed(batch.segment_ids, batch.context_length)
     hidden, scales = training_hidden(
         params,
@@ -76,7 +73,7 @@ def loss_sums(
     weights = batch.loss_weights
     chunk = max(1, recipe.loss_chunk // rows_of_a_device(len(weights)))
     total, (losses, hits) = cross_entropy(
-        hidden, table, batch.targets, weights, chunk, recipe.z_loss
+        hidden, params.word_embeddings, batch.targets, weights, chunk, recipe.z_loss
     )
     of_groups = lambda x: jax.ops.segment_sum(x.ravel(), batch.groups.ravel(), groups)
     sums = {
