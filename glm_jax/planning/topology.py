@@ -27,6 +27,8 @@ _EVERY_GPU = {
     "registers_per_core_limit": 2**16,
     "registers_per_block_limit": 2**16,
 }
+_CUDA_VERSION = "12.9.0"
+_CUDA_VERSIONS = ("driver_version", "runtime_version", "compile_time_toolkit_version")
 # Where libraries ask for the default device. JAX's Triton backend, from 0.11 on, asks the second:
 # it has a table of GPUs by name, and asks the device itself for one that is not in it.
 _DEFAULT_DEVICE = (
@@ -49,6 +51,8 @@ def target_config(hardware: ConfigDict) -> str:
         "device_memory_size": hardware.memory_bytes,
     }
     lines = [f"{name}: {value}" for name, value in info.items()]
+    # Without them XLA takes the device's libraries for too old to have float8 products.
+    lines += [f'{name}: "{_CUDA_VERSION}"' for name in _CUDA_VERSIONS]
     lines.append(f"cuda_compute_capability {{ major: {major} minor: {minor} }}")
     return (
         f"gpu_device_info {{ {' '.join(lines)} }}\n"

@@ -15,12 +15,13 @@ from glm_jax import compiler_settings
 from glm_jax.config import ConfigError, GLMConfig
 from glm_jax.kernels.attention.api import attention
 from glm_jax.kernels.dispatch import BackendError
+from glm_jax.kernels.target import FLOAT8_CAPABILITY
 from glm_jax.model.layer_stacks import unstack_layers
 from glm_jax.model.layers import Dropout, weight_dropout
 from glm_jax.model.params import GLMParams
 from glm_jax.model.training import training_hidden
 from glm_jax.model.visibility import Visibility
-from glm_jax.numerics import trained_products
+from glm_jax.numerics import FLOAT8, trained_products
 from glm_jax.sharding import constrain_parameters, is_for_cpu, rows_of_a_device
 from glm_jax.training.loss import cross_entropy
 from glm_jax.training.optimizer import clipping, learning_rate
@@ -166,6 +167,32 @@ def check_attention(
         raise ConfigError(f"optimizer.attention={recipe.attention!r}: {error}") from error
 
 
+def check_matmul_precision(config: GLMConfig, recipe: Recipe, device: Any) -> None:
+    """Refuse products in float8 where devices have none, or the model's dtype no range for them.
+
+    Args:
+      device: one of the mesh, which may be only described.
+
+    Raises:
+      ConfigError: says why.
+    """
+    if recipe.matmul_precision != FLOAT8:
+        return
+    is_gpu = device.platform in ("gpu", "cuda")
+    if config.compute_dtype == "float16":
+        why = "float16 has no range for the scales: model.compute_dtype='bfloat16'"
+    elif is_gpu and float(device.compute_capability) < FLOAT8_CAPABILITY:
+        why = (
+            f"{device.device_kind} has compute capability {device.compute_capability}, and no "
+            f"float8 products before {FLOAT8_CAPABILITY}: leave it 'default'"
+        )
+    elif is_gpu or device.platform == "cpu":
+        return
+    else:
+        why = f"it is for NVIDIA GPUs, not {device.device_kind}: leave it 'default'"
+    raise ConfigError(f"optimizer.matmul_precision='{FLOAT8}': {why}")
+
+
 @functools.cache
 def compiled_train_step(
     config: GLMConfig, recipe: Recipe, groups: int, mesh: Mesh
@@ -174,7 +201,11 @@ def compiled_train_step(
 
     The new state has the shardings of the old one: those that the compiler would choose may be
     equivalent and yet different, and compile the step once more.
+
+    Raises:
+      ConfigError: see `check_matmul_precision`.
     """
+    check_matmul_precision(config, recipe, mesh.devices.flat[0])
     shardings = state_shardings(config, recipe, mesh)
     step = functools.partial(train_step, config=config, recipe=recipe, groups=groups)
     options = compiler_settings.of_training(mesh.devices.flat[0].platform, mesh.size)
@@ -208,7 +239,7 @@ def train_step(
     """
     # The step after a skipped one drops other activations.
     key = jax.random.fold_in(jax.random.fold_in(key, state.step), state.monitor.skipped)
-    with trained_products(config.compute_dtype, is_for_cpu()):
+    with trained_products(config.compute_dtype, is_for_cpu(), recipe.matmul_precision):
         gradients, sums = _gradients(state, frozen, batch, config, recipe, groups, key)
     counted = jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
     scale = state.monitor.loss_scale
@@ -255,6 +286,6 @@ def evaluation_step(
     """Return the sums of losses and counts by group, [groups] each, of a batch [1, batch, seq]."""
     part = jax.tree.map(lambda x: x[0], batch)
     params = whole_model(trained, frozen, recipe)
-    with trained_products(config.compute_dtype, is_for_cpu()):
+    with trained_products(config.compute_dtype, is_for_cpu(), recipe.matmul_precision):
         _, sums = loss_sums(params, config, part, recipe, groups)
     return {name: sums[name] for name in ("group_losses", "group_counts")}

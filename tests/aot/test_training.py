@@ -90,6 +90,43 @@ def _results(compiled, kind):
     return [(dtype, math.prod(map(int, sizes.split(",")))) for dtype, sizes in arrays]
 
 
+def _on_one_gpu(num_layers, **fields):
+    """A step of the 1B with a number of layers, 8 rows of 1024."""
+    model = glm_config("1b", compute_dtype="bfloat16").replace(num_layers=num_layers)
+    return training_programs.lower_train_step(
+        model,
+        Recipe(total_samples=1, dropout=0.0, attention_dropout=0.0, **fields),
+        make_mesh((1, 1, 1), topology.devices(hardware("h100"))),
+        accumulation=1,
+        micro_batch=8,
+        sequence_length=1024,
+    ).compile()
+
+
+def test_float8_products_are_the_librarys():
+    """Three of each linear, one forward and two backward; those of logits are bfloat16."""
+    text = _on_one_gpu(1, matmul_precision="float8").as_text()
+    assert text.count('custom_call_target="__cublas$lt$matmul$f8"') == 3 * 4
+    others = re.findall(r"= \((\w+)\[([\d,]+)\].*cublas\$lt\$matmul\"", text)
+    assert len(others) == 3
+
+
+@pytest.mark.slow
+def test_results_wait_on_hosts():
+    """All of a layer that the backward pass needs, but for its input; the device has room for a
+    few layers' then, and copies run beside kernels."""
+    layers = 8
+    offloaded, saved = (_on_one_gpu(layers, remat=remat) for remat in ("offload", "dots"))
+    on_host = training_programs.memory(offloaded).on_host
+    # In bfloat16 of a token: q, k, v, attention's result, the first linear of the feed-forward.
+    model = glm_config("1b")
+    numbers = 4 * model.hidden_size + 2 * model.inner_hidden_size
+    assert on_host > 2 * layers * 8 * 1024 * numbers
+    temporaries = [training_programs.memory(c).temporaries for c in (offloaded, saved)]
+    assert temporaries[0] < temporaries[1] - 0.4 * on_host
+    assert re.search(r"S\(5\)[^\n]* (copy|dynamic-update-slice|async)-start\(", offloaded.as_text())
+
+
 def test_what_a_step_on_one_gpu_writes():
     """Two layers of the 1B, 8 rows: attention is not computed twice, and products come out in
     bfloat16."""
