@@ -16,6 +16,8 @@ from jaxtyping import Array
 
 TENSORFLOAT32 = "tensorfloat32"
 _casts = contextvars.ContextVar("casts", default=False)  # bfloat16 operands to float32
+FLOAT8 = "float8"
+_float8 = contextvars.ContextVar("float8", default=False)
 _rounds = contextvars.ContextVar("rounds", default=False)  # see `product_dtype`
 
 
@@ -36,21 +38,33 @@ def products_as(compute_dtype: str) -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def trained_products(compute_dtype: str, on_cpu: bool) -> Iterator[None]:
+def trained_products(
+    compute_dtype: str, on_cpu: bool, matmul_precision: str = "default"
+) -> Iterator[None]:
     """Enter `products_as` for a program that takes gradients.
 
     XLA folds the transposes of gradients into products, and its CPU backend has no bfloat16
     product with a transposed first operand: DotThunk reports UNIMPLEMENTED when it runs. On CPU the
     operands are cast to float32, which does not change their products. On other devices
     `product_dtype` is the operands'.
+
+    Args:
+      matmul_precision: FLOAT8 for linears in float8.
     """
     before, rounded_before = _casts.set(on_cpu), _rounds.set(not on_cpu)
+    float8_before = _float8.set(matmul_precision == FLOAT8)
     try:
         with products_as(compute_dtype):
             yield
     finally:
         _casts.reset(before)
         _rounds.reset(rounded_before)
+        _float8.reset(float8_before)
+
+
+def uses_float8() -> bool:
+    """Return True while linears that are traced multiply in float8."""
+    return _float8.get()
 
 
 def product_dtype(x: Array) -> Any:
@@ -91,9 +105,7 @@ def dot_general(x: Array, y: Array, dimension_numbers: Any, dtype: Any = jnp.flo
     )
 
 
-def einsum(equation: str, x: Array, y: Array) -> Array:
-    """Compute `jnp.einsum` of two arrays with a float32 result."""
+def einsum(equation: str, x: Array, y: Array, dtype: Any = jnp.float32) -> Array:
+    """Compute `jnp.einsum` of two arrays with sums in float32, rounded once to `dtype`."""
     x, y = _operands(x, y)
-    return jnp.einsum(
-        equation, x, y, precision=precision_of(x, y), preferred_element_type=jnp.float32
-    )
+    return jnp.einsum(equation, x, y, precision=precision_of(x, y), preferred_element_type=dtype)

@@ -5,6 +5,7 @@ head_dim, mlp, vocab, layers, group.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -222,6 +223,29 @@ def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
     if surrounding_mesh() is None:
         return x
     return jax.lax.with_sharding_constraint(x, fitting_activation_spec(x.shape, axes))
+
+
+# Each of the next two is the other's gradient. `constrain` alone would give the gradient the
+# sharding of the result: a sum over devices that is then divided, instead of one that is scattered.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(x: jax.Array, axes: LogicalAxes, gathered: LogicalAxes) -> jax.Array:
+    """Gather an activation that is sharded as `axes` say to the sharding of `gathered`, in its own
+    dtype: the compiler may move no cast behind the collective."""
+    return constrain(constrain(x, axes), gathered)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def scatter(x: jax.Array, axes: LogicalAxes, gathered: LogicalAxes) -> jax.Array:
+    """Invert `gather`; the parts of a sum that devices have are summed as they are scattered."""
+    return constrain(x, axes)
+
+
+def _plain(function: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, None]]:
+    return lambda x, *axes: (function(x, *axes), None)
+
+
+gather.defvjp(_plain(gather), lambda *rest: (scatter(rest[-1], *rest[:2]),))
+scatter.defvjp(_plain(scatter), lambda *rest: (gather(rest[-1], *rest[:2]),))
 
 
 def constrain_parameters(tree: Any, axes: Any) -> Any:

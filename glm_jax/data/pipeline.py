@@ -80,7 +80,13 @@ class Batches:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        rows = [next(stream) for stream in self._streams.values() for _ in range(self._rows)]
+        return self.next()
+
+    def next(self, multiple: int = 1) -> dict[str, np.ndarray]:
+        """Return the next batch, of `multiple` times the mixture's rows; each stream has as many
+        rows in it, one after another."""
+        count = multiple * self._rows
+        rows = [next(stream) for stream in self._streams.values() for _ in range(count)]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def get_state(self) -> State:

@@ -4,6 +4,7 @@ import jax
 from jax.extend import backend
 
 TRITON_CAPABILITY = 8.0  # the minimum of Triton
+FLOAT8_CAPABILITY = 8.9  # the first with float8 products
 
 
 def platform() -> str:

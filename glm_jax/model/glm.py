@@ -27,7 +27,7 @@ from glm_jax.model.paged_cache import PagedCache, PagedKVCache, Paging
 from glm_jax.model.params import GLMParams, LayerParams
 from glm_jax.model.visibility import Visibility
 from glm_jax.numerics import products_as
-from glm_jax.sharding import constrain
+from glm_jax.sharding import LogicalAxes, constrain, gather, scatter
 
 Visible = Int32[Array, "batch query bounds"] | Bool[Array, "batch query key"]
 Rotary = tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]
@@ -118,22 +118,34 @@ def block(
     paging: Paging | None = None,
     dropout: Dropout | None = None,
     implementation: str | None = None,
+    residual_axes: LogicalAxes = HIDDEN_AXES,
 ) -> tuple[Float[Array, "batch seq embed"], PagedCache | None]:
     """One transformer block with DeepNorm residuals (arXiv:2210.02414, section 2.1).
 
     Args:
       implementation: of attention without a cache; see `attention`.
+      residual_axes: logical axes of x, and of all between a product and the next.
     """
     with products_as(config.compute_dtype):
         alpha = jnp.asarray(config.residual_scale, x.dtype)
         h = layer_norm(x, layer.input_layernorm, config.layernorm_epsilon)
         attended, cache = _self_attention(
-            h, layer, config, rotary, visible, cache, paging, dropout, implementation
+            gather(h, residual_axes, HIDDEN_AXES),
+            layer,
+            config,
+            rotary,
+            visible,
+            cache,
+            paging,
+            dropout,
+            implementation,
         )
-        x = constrain(h * alpha + drop(attended, dropout, 0), HIDDEN_AXES)
+        attended = scatter(attended, residual_axes, HIDDEN_AXES)
+        x = constrain(h * alpha + drop(attended, dropout, 0), residual_axes)
         h = layer_norm(x, layer.post_attention_layernorm, config.layernorm_epsilon)
-        fed_forward = _feed_forward(h, layer, dropout)
-        x = constrain(h * alpha + drop(fed_forward, dropout, 1), HIDDEN_AXES)
+        fed_forward = _feed_forward(gather(h, residual_axes, HIDDEN_AXES), layer, dropout)
+        fed_forward = scatter(fed_forward, residual_axes, HIDDEN_AXES)
+        x = constrain(h * alpha + drop(fed_forward, dropout, 1), residual_axes)
     return x, cache
 
 

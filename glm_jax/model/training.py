@@ -1,6 +1,9 @@
 """The forward pass as training runs it: with dropout, rematerialisation and a measure of
 how large activations are."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -12,19 +15,23 @@ from glm_jax.model.glm import HIDDEN_AXES
 from glm_jax.model.layer_stacks import as_layers
 from glm_jax.model.layers import PRODUCT, Dropout, drop, layer_norm, rotary_factors
 from glm_jax.model.params import GLMParams, LayerParams
+from glm_jax.model.streamed_layers import DEVICE_MEMORY, HOST_MEMORY
 from glm_jax.model.visibility import Visibility
-from glm_jax.sharding import constrain
+from glm_jax.sharding import constrain, constrain_parameters, gather, scatter
 
 # What the backward pass finds saved of a block: all that it needs, or the block's input and the
 # results with these names. Not JAX's `dots_saveable`: that saves products in float32, before they
 # are rounded, and none of those that have a gradient of their own.
-_NAMES = {"dots": (PRODUCT, ATTENDED), "attention": (ATTENDED,), "blocks": ()}
-REMAT_POLICIES = ("none", *_NAMES)
+# With "offload" the results wait in hosts' memory, to which XLA copies beside the products.
+_SAVED = {"dots": (PRODUCT, ATTENDED), "attention": (ATTENDED,)}
+_OFFLOADED = {"offload": (PRODUCT, ATTENDED)}
+REMAT_POLICIES = ("none", "dots", "offload", "attention", "blocks")
 _EMBEDDING = 2**30  # no layer's number
 # Between blocks each device of a tensor group has a part of every row ("Reducing Activation
 # Recomputation in Large Transformer Models", arXiv:2205.05198, section 4.2.2): what the backward
 # pass finds saved is then divided by the group's size.
 _SAVED_AXES = ("batch", "saved_seq", "embed")
+TABLE_AXES = ("vocab", "embed")
 
 
 def training_hidden(
@@ -48,9 +55,15 @@ def training_hidden(
 
     def run(x: Array, layer: LayerParams, own: Dropout | None) -> tuple[Array, Array]:
         x, _ = glm.block(
-            x, layer, config, rotary, visibility.key_ranges, dropout=own, implementation=attention
+            x,
+            layer,
+            config,
+            rotary,
+            visibility.key_ranges,
+            dropout=own,
+            implementation=attention,
+            residual_axes=_SAVED_AXES,
         )
-        x = constrain(x, _SAVED_AXES)
         return x, jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
 
     def of_layer(index: Array | int) -> Dropout | None:
@@ -58,10 +71,48 @@ def training_hidden(
 
     layers = as_layers(params.layers)
     if remat != "none":
-        policy = jax.checkpoint_policies.save_only_these_names(*_NAMES[remat])
-        run = jax.checkpoint(run, policy=policy, prevent_cse=layers.is_apart)
-    x = constrain(glm.embed(params, tokens).astype(config.activation_dtype), HIDDEN_AXES)
+        run = jax.checkpoint(run, policy=_policy(remat), prevent_cse=layers.is_apart)
+    x = embed_rows(params.word_embeddings, tokens, config.activation_dtype)
+    x = scatter(x, _SAVED_AXES, HIDDEN_AXES)
     x = drop(x, None if dropout is None else dropout.of_layer(_EMBEDDING), 0)
     x, scales = layers.scan(run, constrain(x, _SAVED_AXES), of_layer)
-    x = constrain(x, HIDDEN_AXES)
-    return layer_norm(x, params.final_layernorm, config.layernorm_epsilon), scales
+    x = layer_norm(x, params.final_layernorm, config.layernorm_epsilon)
+    return gather(x, _SAVED_AXES, HIDDEN_AXES), scales
+
+
+def _policy(remat: str) -> Any:
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=_SAVED.get(remat, ()),
+        names_which_can_be_offloaded=_OFFLOADED.get(remat, ()),
+        offload_src=DEVICE_MEMORY,
+        offload_dst=HOST_MEMORY,
+    )
+
+
+def whole_table(table: Float[Array, "vocab embed"], dtype: Any) -> Float[Array, "vocab embed"]:
+    """Return a word embedding cast, and then gathered, so that each device has whole rows."""
+    return constrain(constrain_parameters(table.astype(dtype), TABLE_AXES), TABLE_AXES)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@jax.named_scope("embedding")
+def embed_rows(
+    table: Float[Array, "vocab embed"], tokens: Int[Array, "batch seq"], dtype: str
+) -> Float[Array, "batch seq embed"]:
+    """Take rows of a table. Those of a token that is often there are summed in the table's dtype,
+    as a sum of thousands in bfloat16 would stand still."""
+    return constrain(whole_table(table, dtype)[tokens], HIDDEN_AXES)
+
+
+@jax.named_scope("embedding")
+def _embed_backward(dtype: str, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
+    table, tokens = saved
+    start = constrain(jnp.zeros_like(table), TABLE_AXES)
+    summed = start.at[tokens].add(constrain(gradient, HIDDEN_AXES).astype(table.dtype))
+    return constrain_parameters(constrain(summed, TABLE_AXES), TABLE_AXES), None
+
+
+embed_rows.defvjp(
+    lambda table, tokens, dtype: (embed_rows(table, tokens, dtype), (table, tokens)),
+    _embed_backward,
+)

@@ -24,7 +24,8 @@ from glm_jax.kernels.quantized_matmul.api import (
     take_outputs,
     transposed_matmul,
 )
-from glm_jax.numerics import dot_general, product_dtype
+from glm_jax.model.float8 import float8_product
+from glm_jax.numerics import dot_general, product_dtype, uses_float8
 from glm_jax.quantization import QuantizedArray
 from glm_jax.sharding import LogicalAxes, surrounding_mesh
 
@@ -106,7 +107,8 @@ class DenseWeight(_Base):
     def matmul(
         self, x: Array, bias: Array | None = None, adapter_dropout: Dropout | None = None
     ) -> Array:
-        product = _product(x, self.array.astype(x.dtype))
+        multiply = float8_product if uses_float8() else _product
+        product = multiply(x, self.array.astype(x.dtype))
         return product if bias is None else product.astype(jnp.float32) + bias
 
     def transposed_matmul(self, y: Array) -> Array:

@@ -85,8 +85,9 @@ class PlanRequest:
 
     @property
     def offloads(self) -> bool:
-        """True where moments are in hosts' memory."""
-        return self.recipe is not None and self.recipe.offload_moments
+        """True where moments, or what the backward pass needs, are in hosts' memory."""
+        recipe = self.recipe
+        return recipe is not None and (recipe.offload_moments or recipe.remat == "offload")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,8 @@ class Plan:
     Attributes:
       weights, cache, optimizer, other, temporaries: bytes on a device; `other` is of all other
         arguments and outputs.
-      streamed: bytes in the host's memory for a device: of weights, or in training of moments.
+      streamed: bytes in the host's memory for a device: of weights, or in training of moments and
+        of what the backward pass needs.
       room: bytes of a device's memory.
       collectives: of a step.
       work: of a device in a step.
@@ -247,7 +249,7 @@ def _measure(
         frozen = _frozen(request, model, mesh, quantization)
         weights = device_bytes((frozen, state.params))
         optimizer = device_bytes(state.opt_state)
-        streamed = _host_bytes(state.opt_state)
+        streamed = _host_bytes(state.opt_state) + needed.on_host
     else:
         limit = request.weight_memory_limit
         params = abstract_params(model, mesh, quantization, limit)
@@ -265,7 +267,7 @@ def _measure(
         memory_bytes=_memory_bytes(request, weights_read, cache, optimizer),
         link_bytes=sent.link,
         network_bytes=sent.network,
-        host_bytes=streamed * (2 if request.job == "train" else 1),  # moments are copied back
+        host_bytes=_copied_bytes(request, streamed, needed.on_host),
     )
     return Plan(
         weights=weights,
@@ -285,6 +287,14 @@ def _host_bytes(tree: Any) -> int:
     """Return the bytes in the host's memory for one device."""
     on_device = topology.in_memory(tree, DEVICE_MEMORY)
     return device_bytes(on_device) - device_bytes(tree)
+
+
+def _copied_bytes(request: PlanRequest, streamed: int, activations: int) -> int:
+    """Return the bytes that a device and its host exchange: in training both ways, activations
+    once for each micro-batch."""
+    if request.job != "train":
+        return streamed
+    return 2 * (streamed + (request.accumulation - 1) * activations)
 
 
 def _flops(request: PlanRequest, model: GLMConfig) -> float:

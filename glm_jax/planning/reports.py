@@ -49,7 +49,8 @@ def table(result: PlanResult, described: ConfigDict) -> str:
     ]
     rows += [f"  {name:<12}{getattr(plan, name) / _GIB:>10.2f} GiB" for name in _MEMORY]
     if plan.streamed:
-        rows.append(f"  {'on its host':<12}{plan.streamed / _GIB:>10.2f} GiB of weights")
+        what = "moments and activations" if request.job == "train" else "weights"
+        rows.append(f"  {'on its host':<12}{plan.streamed / _GIB:>10.2f} GiB of {what}")
     rows.append("collectives of a step:")
     rows += [
         f"  {kind:<20}{count:>6}{size / 2**20:>10.1f} MiB on a device"

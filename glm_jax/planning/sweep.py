@@ -52,7 +52,8 @@ def sweep(
 ) -> list[PlanResult]:
     """Plan every mesh of the devices, each with batches that double while they fit.
 
-    In training each batch is planned with the remat that recomputes least and fits.
+    In training each batch is planned with the remat that recomputes least and fits; where copies
+    to hosts' memory bind that, also with the next.
 
     Args:
       request: its mesh and batch are replaced, and the recipe's remat.
@@ -75,6 +76,9 @@ def sweep(
                 tried.pop(0)  # no larger batch fits with it
                 continue
             fitting.append(result)
+            if result.plan.roofline.limit == "host" and len(tried) > 1:
+                tried.pop(0)  # computing again may take less than the copies, of any batch
+                continue
             if request.job == "prefill":  # runs one prompt a row, whatever the slots
                 break
             batch *= 2

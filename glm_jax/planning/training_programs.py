@@ -24,12 +24,14 @@ class Memory:
 
     Attributes:
       reused: part of the arguments, donated to outputs.
+      on_host: temporaries in the host's memory.
     """
 
     arguments: int
     outputs: int
     reused: int
     temporaries: int
+    on_host: int = 0
 
     @property
     def total(self) -> int:
@@ -84,4 +86,5 @@ def memory(compiled: Any) -> Memory:
         outputs=analysis.output_size_in_bytes,
         reused=analysis.alias_size_in_bytes,
         temporaries=analysis.temp_size_in_bytes,
+        on_host=analysis.host_temp_size_in_bytes,
     )

@@ -26,7 +26,7 @@ def open_mixture(
 
     Args:
       source: `config.data` or `config.evaluation`.
-      rows: of a micro-batch.
+      rows: that all micro-batches are multiples of.
 
     Raises:
       ConfigError, DataError: the config names no data, or data that cannot be used.
@@ -100,7 +100,8 @@ class MeshBatches:
         if mixture.rows % parts:
             raise ConfigError(
                 f"a micro-batch of {mixture.rows} rows does not divide over the {parts} devices "
-                "of the data and fsdp axes"
+                "of the data and fsdp axes; with a batch that grows these are the rows that "
+                "data.initial_batch_size, ramp_increment and micro_batch_size have in common"
             )
         if mixture.rows % mixture.streams:
             raise ConfigError(
@@ -124,13 +125,18 @@ class MeshBatches:
             )
         return range(first // each, last // each)
 
-    def next(self, accumulation: int) -> TrainBatch:
-        """Return the next batch, [accumulation, rows, sequence_length]."""
-        parts = [next(self._batches) for _ in range(accumulation)]
+    def next(self, accumulation: int, rows: int | None = None) -> TrainBatch:
+        """Return the next batch, [accumulation, rows, sequence_length].
+
+        Args:
+          rows: of a micro-batch, a multiple of the mixture's; these by default.
+        """
+        rows = rows or self._rows
+        parts = [self._batches.next(rows // self._rows) for _ in range(accumulation)]
 
         def place(name: str) -> jax.Array:
             local = np.stack([part[name] for part in parts])
-            shape = (accumulation, self._rows, local.shape[2])
+            shape = (accumulation, rows, local.shape[2])
             return jax.make_array_from_process_local_data(self._sharding, local, shape)
 
         return TrainBatch(**{name: place(name) for name in parts[0]})

@@ -29,6 +29,7 @@ _OPTIMIZER = (
     "dropout",
     "attention_dropout",
     "attention",
+    "matmul_precision",
     "remat",
     "loss_chunk",
 )

@@ -29,7 +29,7 @@ _FIELDS = {
     "data.tokenizer": "folder of a tokenizer; in fine-tuning the checkpoint's by default",
     "data.sequence_length": "tokens of a row",
     "data.batch_size": "rows of a step",
-    "data.micro_batch_size": "rows that are computed at once; 0 for the whole batch",
+    "data.micro_batch_size": "rows that are computed at once, at most; 0 for the whole batch",
     "data.initial_batch_size": "rows from which the batch grows; 0 for no growth",
     "data.ramp_fraction": "share of the run's rows over which the batch grows",
     "data.ramp_increment": "rows by which the batch grows at a time; 0 for the initial size",

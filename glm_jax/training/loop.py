@@ -29,7 +29,12 @@ from glm_jax.training.metrics import MetricsLogger
 from glm_jax.training.recipe import BatchSchedule, Recipe
 from glm_jax.training.results import MODEL_FOLDER, refuse_result_of_others, save_trained
 from glm_jax.training.state import TrainBatch, TrainState, init_state
-from glm_jax.training.step import check_attention, compiled_train_step, evaluation_step
+from glm_jax.training.step import (
+    check_attention,
+    check_matmul_precision,
+    compiled_train_step,
+    evaluation_step,
+)
 from glm_jax.training.stopping import InterruptedRunError, stop_requests
 from glm_jax.training.summary import run_summary
 
@@ -141,8 +146,9 @@ def run_job(job: TrainingJob, workdir: Path, profiled: range = range(0)) -> list
     """
     config, model, recipe, mesh = job.config, job.model, job.recipe, job.mesh
     schedule = train_config.batch_schedule(config)
+    check_matmul_precision(model, recipe, mesh.devices.flat[0])
     check_attention(model, recipe, mesh, schedule.micro_batch, config.data.sequence_length)
-    mixture = open_mixture(config.data, config, job.tokenizer, schedule.micro_batch)
+    mixture = open_mixture(config.data, config, job.tokenizer, schedule.unit)
     evaluation = None
     if config.evaluation.every:
         evaluation = open_mixture(config.evaluation, config, job.tokenizer, schedule.micro_batch)
@@ -234,10 +240,10 @@ def _steps(run: _Run, state: TrainState, workdir: Path) -> TrainState:
 
 def _draw(run: _Run, consumed: int) -> tuple[TrainBatch, dict[str, Any]]:
     """Return the next batch, and the position in the data after it."""
-    accumulation = run.schedule.accumulation(consumed)
-    batch = run.batches.next(accumulation)
-    rows = accumulation * run.schedule.micro_batch
-    return batch, {"consumed": consumed + rows, "streams": run.batches.get_state()}
+    accumulation, rows = run.schedule.accumulation(consumed), run.schedule.rows(consumed)
+    batch = run.batches.next(accumulation, rows)
+    consumed += accumulation * rows
+    return batch, {"consumed": consumed, "streams": run.batches.get_state()}
 
 
 def _after(

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from glm_jax.numerics import einsum
-from glm_jax.sharding import constrain
+from glm_jax.model.training import TABLE_AXES, whole_table
+from glm_jax.numerics import einsum, product_dtype
+from glm_jax.sharding import constrain, constrain_parameters
 
 Sums = tuple[Float[Array, ""], tuple[Float[Array, "batch seq"], Float[Array, "batch seq"]]]
 
@@ -83,7 +84,7 @@ def _run(
     batch, length, _ = hidden.shape
     count = -(-length // chunk)
     padding = -length % count  # positions without weight
-    cast_table = table.astype(hidden.dtype)
+    cast_table = whole_table(table, hidden.dtype)
 
     def split(x: Array) -> Array:
         padded = jnp.pad(x, [(0, padding if axis == 1 else 0) for axis in range(x.ndim)])
@@ -100,7 +101,7 @@ def _run(
         total = total + jnp.sum(weight * (losses + penalty))
         if not with_gradients:
             return (total, of_table), (losses, hits)
-        of_h = einsum("bsv,ve->bse", of_logits, cast_table)
+        of_h = einsum("bsv,ve->bse", of_logits, cast_table, product_dtype(h))
         if of_table_too:
             # [embed, vocab]: transposes h and not the larger gradient of logits.
             of_table = of_table + einsum("bse,bsv->ev", h, of_logits)
@@ -118,7 +119,10 @@ def _run(
     losses, hits, *of_hidden = [join(x) for x in outputs]
     if not with_gradients:
         return (total, (losses, hits)), None
-    return (total, (losses, hits)), (of_hidden[0], of_table.T if of_table_too else None)
+    if of_table_too:
+        # Scattered after the loop, not in each of its turns.
+        of_table = constrain_parameters(constrain(of_table, (None, "vocab")).T, TABLE_AXES)
+    return (total, (losses, hits)), (of_hidden[0], of_table if of_table_too else None)
 
 
 def _chunk(

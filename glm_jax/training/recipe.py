@@ -1,15 +1,19 @@
 """How a model is trained, as one immutable value that is static under ``jax.jit``."""
 
 import dataclasses
+import functools
+import math
 
 from glm_jax.config import ConfigError, Range, check_ranges
 from glm_jax.kernels.attention.api import IMPLEMENTATIONS
 from glm_jax.model.adapters import AdapterConfig
 from glm_jax.model.training import REMAT_POLICIES
+from glm_jax.numerics import FLOAT8
 
 # How the optimiser stores moments: as floats, as 8-bit integers with scales, or the second moment
 # alone, factored into rows and columns.
 MOMENTS = ("float32", "int8", "factored")
+MATMUL_PRECISIONS = ("default", FLOAT8)
 ATTENTION = ("auto", *IMPLEMENTATIONS)
 _FRACTION = Range(float, 0, 1)
 _FRACTION_BELOW_1 = Range(float, 0, 1, without_high=True)
@@ -57,9 +61,12 @@ class Recipe:
       attention_dropout: share of attention probabilities.
       attention: which kernel computes it: "auto" the preferred one that takes the arguments, or
         one of `IMPLEMENTATIONS`.
+      matmul_precision: of a block's four linears: "default" the model's compute dtype, or "float8"
+        for GPUs of compute capability 8.9 and later, emulated on CPU. Embedding, logits and
+        attention stay in the compute dtype.
       remat: what the backward pass recomputes: "none" nothing, "dots" all but the results of
-        linears and of attention, "attention" all but attention's, "blocks" all but a block's
-        input.
+        linears and of attention, "offload" the same, with these in hosts' memory meanwhile,
+        "attention" all but attention's, "blocks" all but a block's input.
       loss_chunk: tokens of a device whose logits exist at a time. Each such piece adds to the
         table's gradient once, which takes as long as the products of some 300 tokens.
       z_loss: factor of the squared log-sum-exp of the logits; 0 for none.
@@ -89,6 +96,7 @@ class Recipe:
     dropout: float = 0.1
     attention_dropout: float = 0.1
     attention: str = "auto"
+    matmul_precision: str = "default"
     remat: str = "none"
     loss_chunk: int = 2048
     z_loss: float = 0.0
@@ -107,6 +115,15 @@ class Recipe:
             raise ConfigError(f"optimizer.remat={self.remat!r}: one of {REMAT_POLICIES}")
         if self.attention not in ATTENTION:
             raise ConfigError(f"optimizer.attention={self.attention!r}: one of {ATTENTION}")
+        if self.matmul_precision not in MATMUL_PRECISIONS:
+            raise ConfigError(
+                f"optimizer.matmul_precision={self.matmul_precision!r}: one of {MATMUL_PRECISIONS}"
+            )
+        if self.matmul_precision == FLOAT8 and self.adapter is not None:
+            raise ConfigError(
+                "optimizer.matmul_precision='float8' is for training all parameters, without "
+                "adapters"
+            )
         if self.moments not in MOMENTS:
             raise ConfigError(f"optimizer.moments={self.moments!r}: one of {MOMENTS}")
         if self.offload_moments and self.adapter is not None:
@@ -136,7 +153,7 @@ class BatchSchedule:
       final, initial: rows of a batch at the end and at the start.
       ramp_samples: rows of the run over which the batch grows.
       increment: rows added at a time; each batch size is compiled as a program.
-      micro_batch: rows that the devices compute at once; divides the other sizes.
+      micro_batch: rows that the devices compute at once at most; divides the final size.
     """
 
     final: int
@@ -150,18 +167,44 @@ class BatchSchedule:
             raise ConfigError(
                 f"data.initial_batch_size={self.initial} is more than batch_size={self.final}"
             )
-        for name in ("final", "initial", "increment"):
-            value = getattr(self, name)
-            if value < 1 or value % self.micro_batch:
+        for name in ("final", "initial"):
+            size = getattr(self, name)
+            if size % self.micro_batch and (name == "final" or math.prod(self._split(size)) < size):
                 raise ConfigError(
-                    f"data: the batch's {name} size {value} is no multiple of "
+                    f"data: the batch's {name} size {size} is no multiple of "
                     f"micro_batch_size={self.micro_batch}"
                 )
 
+    @property
+    def unit(self) -> int:
+        """The rows that all micro-batches of the run are multiples of."""
+        return math.gcd(self.final, self.initial, self.increment, self.micro_batch)
+
     def accumulation(self, samples: int) -> int:
         """Return the number of micro-batches of the batch that begins after `samples` rows."""
-        size = self.final
-        if samples < self.ramp_samples:
-            grown = (self.final - self.initial) * samples // self.ramp_samples
-            size = self.initial + grown // self.increment * self.increment
-        return size // self.micro_batch
+        return self._split(self._size(samples))[0]
+
+    def rows(self, samples: int) -> int:
+        """Return the rows of each of these micro-batches: `micro_batch`, or fewer in the ramp."""
+        return self._split(self._size(samples))[1]
+
+    def _size(self, samples: int) -> int:
+        if samples >= self.ramp_samples:
+            return self.final
+        grown = (self.final - self.initial) * samples // self.ramp_samples
+        return self.initial + grown // self.increment * self.increment
+
+    def _split(self, size: int) -> tuple[int, int]:
+        return _split(size, self.micro_batch, self.unit)
+
+
+@functools.cache
+def _split(size: int, micro_batch: int, unit: int) -> tuple[int, int]:
+    """Return the fewest micro-batches, and their rows, that make the largest batch up to `size`:
+    as large, if it divides into as few as its rows need."""
+    at_most = min(micro_batch, size)
+    splits = [
+        (count, min(at_most, size // count) // unit * unit)
+        for count in range(1, -(-size // micro_batch) + 1)
+    ]
+    return max(splits, key=lambda split: (math.prod(split), -split[0]))

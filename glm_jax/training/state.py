@@ -141,10 +141,11 @@ def abstract_state(config: GLMConfig, recipe: Recipe, mesh: Mesh) -> TrainState:
 
 
 def _takes_apart(config: GLMConfig, recipe: Recipe, mesh: Mesh) -> bool:
-    """Return True where the trained layers are a tuple; adapters never are."""
-    return (
-        recipe.adapter is None and not recipe.updates_by_block and takes_layers_apart(config, mesh)
-    )
+    """Return True where the trained layers are a tuple; adapters never are, nor layers whose
+    results wait on hosts: unrolled, XLA fetches all of them before the backward pass begins."""
+    if recipe.adapter is not None or recipe.updates_by_block:
+        return False
+    return takes_layers_apart(config, mesh) and (is_cpu(mesh) or recipe.remat != "offload")
 
 
 def takes_layers_apart(config: GLMConfig, mesh: Mesh) -> bool:

@@ -16,13 +16,14 @@ from glm_jax.config import ConfigError, GLMConfig
 from glm_jax.kernels.attention import mosaic_check
 from glm_jax.kernels.attention.api import attention
 from glm_jax.kernels.dispatch import BackendError
+from glm_jax.kernels.target import FLOAT8_CAPABILITY
 from glm_jax.model.layer_stacks import unstack_layers
 from glm_jax.model.layers import Dropout, weight_dropout
 from glm_jax.model.params import GLMParams
 from glm_jax.model.training import training_hidden
 from glm_jax.model.visibility import Visibility
-from glm_jax.numerics import trained_products
-from glm_jax.sharding import constrain, constrain_parameters, is_for_cpu, rows_of_a_device
+from glm_jax.numerics import FLOAT8, trained_products
+from glm_jax.sharding import constrain_parameters, is_for_cpu, rows_of_a_device
 from glm_jax.training.loss import cross_entropy
 from glm_jax.training.optimizer import clipping, learning_rate
 from glm_jax.training.recipe import Recipe
@@ -60,9 +61,6 @@ def loss_sums(
     """
     if is_for_cpu():
         params = unstack_layers(params)  # measured a fifth faster than the scan here
-    # Whole rows on each device, for the lookup and for the logits.
-    table = constrain(params.word_embeddings.astype(config.activation_dtype), ("vocab", "embed"))
-    params = dataclasses.replace(params, word_embeddings=table)
     visibility = Visibility.packed(batch.segment_ids, batch.context_length)
     hidden, scales = training_hidden(
         params,
@@ -77,7 +75,7 @@ def loss_sums(
     weights = batch.loss_weights
     chunk = max(1, recipe.loss_chunk // rows_of_a_device(len(weights)))
     total, (losses, hits) = cross_entropy(
-        hidden, table, batch.targets, weights, chunk, recipe.z_loss
+        hidden, params.word_embeddings, batch.targets, weights, chunk, recipe.z_loss
     )
     of_groups = lambda x: jax.ops.segment_sum(x.ravel(), batch.groups.ravel(), groups)
     sums = {
@@ -174,6 +172,32 @@ def check_attention(
         raise ConfigError(f"optimizer.attention={recipe.attention!r}: {error}") from error
 
 
+def check_matmul_precision(config: GLMConfig, recipe: Recipe, device: Any) -> None:
+    """Refuse products in float8 where devices have none, or the model's dtype no range for them.
+
+    Args:
+      device: one of the mesh, which may be only described.
+
+    Raises:
+      ConfigError: says why.
+    """
+    if recipe.matmul_precision != FLOAT8:
+        return
+    is_gpu = device.platform in ("gpu", "cuda")
+    if config.compute_dtype == "float16":
+        why = "float16 has no range for the scales: model.compute_dtype='bfloat16'"
+    elif is_gpu and float(device.compute_capability) < FLOAT8_CAPABILITY:
+        why = (
+            f"{device.device_kind} has compute capability {device.compute_capability}, and no "
+            f"float8 products before {FLOAT8_CAPABILITY}: leave it 'default'"
+        )
+    elif is_gpu or device.platform == "cpu":
+        return
+    else:
+        why = f"it is for NVIDIA GPUs, not {device.device_kind}: leave it 'default'"
+    raise ConfigError(f"optimizer.matmul_precision='{FLOAT8}': {why}")
+
+
 @functools.cache
 def compiled_train_step(
     config: GLMConfig, recipe: Recipe, groups: int, mesh: Mesh
@@ -182,7 +206,11 @@ def compiled_train_step(
 
     The new state has the shardings of the old one: those that the compiler would choose may be
     equivalent and yet different, and compile the step once more.
+
+    Raises:
+      ConfigError: see `check_matmul_precision`.
     """
+    check_matmul_precision(config, recipe, mesh.devices.flat[0])
     shardings = state_shardings(config, recipe, mesh)
     step = functools.partial(train_step, config=config, recipe=recipe, groups=groups)
     options = compiler_settings.of_training(mesh.devices.flat[0].platform, mesh.size)
@@ -216,7 +244,7 @@ def train_step(
     """
     # The step after a skipped one drops other activations.
     key = jax.random.fold_in(jax.random.fold_in(key, state.step), state.monitor.skipped)
-    with trained_products(config.compute_dtype, is_for_cpu()):
+    with trained_products(config.compute_dtype, is_for_cpu(), recipe.matmul_precision):
         gradients, sums = _gradients(state, frozen, batch, config, recipe, groups, key)
     counted = jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
     scale = state.monitor.loss_scale
@@ -263,6 +291,6 @@ def evaluation_step(
     """Return the sums of losses and counts by group, [groups] each, of a batch [1, batch, seq]."""
     part = jax.tree.map(lambda x: x[0], batch)
     params = whole_model(trained, frozen, recipe)
-    with trained_products(config.compute_dtype, is_for_cpu()):
+    with trained_products(config.compute_dtype, is_for_cpu(), recipe.matmul_precision):
         _, sums = loss_sums(params, config, part, recipe, groups)
     return {name: sums[name] for name in ("group_losses", "group_counts")}

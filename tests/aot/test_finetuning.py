@@ -21,10 +21,10 @@ from glm_jax.training.recipe import Recipe
 ROOT = Path(__file__).parent.parent.parent
 GPUS = 8
 _FLOATS = {"bf16": 2, "f16": 2, "f32": 4}
-# What they say of memory on one of each kind is held against the compiler in every run; two more
-# are slow, and take no other way.
-_CHECKED = [CASES[i] for i in (3, 8, 14)] + [
-    pytest.param(CASES[i], marks=pytest.mark.slow) for i in (0, 9)
+# What they say of memory on two kinds is held against the compiler in every run; three more are
+# slow, that on TPUs for it compiles for 88 s of a core.
+_CHECKED = [CASES[i] for i in (3, 8)] + [
+    pytest.param(CASES[i], marks=pytest.mark.slow) for i in (0, 9, 14)
 ]
 
 
@@ -113,8 +113,8 @@ def test_a_block_sums_twice_forward_and_twice_backward():
     # blocks where tokens are looked up and where logits' gradients come from.
     gathered = [e for e in large if e.kind == "all-gather"]
     assert sum(e.times for e in large) - sum(e.times for e in gathered) <= 5 * model.num_layers + 2
-    # A block's input, the same for its backward pass, and its gradient.
-    assert sum(e.times for e in gathered) <= 3 * model.num_layers + 1
-    assert all(e.bytes < 2.01 * hidden for e in gathered), gathered
+    # What products take: two forward, again for the backward pass, and two gradients.
+    assert sum(e.times for e in gathered) <= 6 * model.num_layers + 1
+    assert all(e.bytes < 1.01 * hidden for e in gathered), gathered  # none in float32
     small = sum(e.times * e.bytes for e in found if summed(e) < hidden)
     assert small < 0.1 * sum(e.times * e.bytes for e in large)

@@ -1,5 +1,6 @@
 """The 130B train step at the paper's scale fits 96 hosts of 8 A100 of 40 GB."""
 
+import math
 import re
 
 import pytest
@@ -8,12 +9,14 @@ from aot.compiling import collectives, hardware
 from configs import glm_130b
 from glm_jax.config import glm_config
 from glm_jax.planning import topology, training_programs
-from glm_jax.planning.collectives import parse_collectives
+from glm_jax.planning.collectives import find_collectives
 from glm_jax.sharding import make_mesh
 from glm_jax.training import config as train_config
 from glm_jax.training.recipe import Recipe
 
 HOSTS, GPUS = 96, 8
+HIDDEN = 12288
+ROWS = 1056 // HOSTS * 2048 * HIDDEN  # numbers in a host's rows between blocks
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +57,74 @@ def test_the_papers_step_fits(compiled, capsys):
     assert taken.reused > 0.99 * state
 
 
-def test_the_state_is_gathered_a_layer_at_a_time(compiled):
-    """No gather's result is larger than a layer's weights in float16, the embedding in float32, or
-    the activations of a host's rows, which its GPUs divide between blocks."""
-    layer = 2 * 12 * 12288**2 / GPUS
-    table = 4 * 150528 * 12288 / GPUS
-    rows = 2 * glm_130b.get_config().data.micro_batch_size / HOSTS * 2048 * 12288
-    parsed = parse_collectives(compiled.as_text().splitlines())
-    gathers = [collective.bytes for collective in parsed if collective.kind == "all-gather"]
-    assert gathers
-    assert max(gathers) <= max(layer, table, rows), sorted(gathers)
+def test_the_state_is_gathered_a_kernel_at_a_time_in_float16(compiled):
+    """And so is the embedding; besides only the activations of a host's rows are gathered."""
+    gathered = _results(compiled, "all-gather")
+    assert gathered
+    assert {dtype for dtype, size in gathered if size > 8 * HIDDEN} == {"f16"}  # not vectors
+    kernel, table = 8 * HIDDEN**2 // GPUS, 150528 * HIDDEN // GPUS
+    assert max(size for _, size in gathered if size != ROWS) <= max(kernel, table)
+
+
+def test_a_block_gathers_and_scatters_rows_twice_each_way(compiled):
+    """Forward two gathers before products and two scattered sums after them; backward the same,
+    and again what is not saved: both gathers and attention's sum. No sum is whole, in no dtype but
+    the products', but that of the logits' gradients a chunk at a time."""
+    model = train_config.model_config(glm_130b.get_config())
+    accumulation = train_config.batch_schedule(glm_130b.get_config()).accumulation(10**9)
+    found = find_collectives(compiled.as_text(), model.num_layers)
+    times = lambda kind, size: sum(e.times for e in found if (e.kind, e.bytes) == (kind, 2 * size))
+    # Around the blocks: where tokens are looked up, and hidden states at the end.
+    assert times("all-gather", ROWS) == accumulation * (6 * model.num_layers + 2)
+    assert times("reduce-scatter", ROWS // GPUS) == accumulation * (5 * model.num_layers + 1)
+    whole = _results(compiled, "all-reduce")
+    chunk = train_config.recipe(glm_130b.get_config()).loss_chunk * HIDDEN
+    assert {dtype for dtype, size in whole if size > chunk // 2} == {"f16"}
+    assert max(size for _, size in whole) <= chunk
+
+
+def _results(compiled, kind):
+    """dtype and number of elements of each array that a program's collectives of a kind give."""
+    lines = re.findall(rf"= (\S+|\(.*?\)) {kind}(?:-start)?\(", compiled.as_text())
+    arrays = [array for line in lines for array in re.findall(r"(\w+)\[([\d,]+)\]", line)]
+    return [(dtype, math.prod(map(int, sizes.split(",")))) for dtype, sizes in arrays]
+
+
+def _on_one_gpu(num_layers, **fields):
+    """A step of the 1B with a number of layers, 8 rows of 1024."""
+    model = glm_config("1b", compute_dtype="bfloat16").replace(num_layers=num_layers)
+    return training_programs.lower_train_step(
+        model,
+        Recipe(total_samples=1, dropout=0.0, attention_dropout=0.0, **fields),
+        make_mesh((1, 1, 1), topology.devices(hardware("h100"))),
+        accumulation=1,
+        micro_batch=8,
+        sequence_length=1024,
+    ).compile()
+
+
+def test_float8_products_are_the_librarys():
+    """Three of each linear, one forward and two backward; those of logits are bfloat16."""
+    text = _on_one_gpu(1, matmul_precision="float8").as_text()
+    assert text.count('custom_call_target="__cublas$lt$matmul$f8"') == 3 * 4
+    others = re.findall(r"= \((\w+)\[([\d,]+)\].*cublas\$lt\$matmul\"", text)
+    assert len(others) == 3
+
+
+@pytest.mark.slow
+def test_results_wait_on_hosts():
+    """All of a layer that the backward pass needs, but for its input; the device has room for a
+    few layers' then, and copies run beside kernels."""
+    layers = 8
+    offloaded, saved = (_on_one_gpu(layers, remat=remat) for remat in ("offload", "dots"))
+    on_host = training_programs.memory(offloaded).on_host
+    # In bfloat16 of a token: q, k, v, attention's result, the first linear of the feed-forward.
+    model = glm_config("1b")
+    numbers = 4 * model.hidden_size + 2 * model.inner_hidden_size
+    assert on_host > 2 * layers * 8 * 1024 * numbers
+    temporaries = [training_programs.memory(c).temporaries for c in (offloaded, saved)]
+    assert temporaries[0] < temporaries[1] - 0.4 * on_host
+    assert re.search(r"S\(5\)[^\n]* (copy|dynamic-update-slice|async)-start\(", offloaded.as_text())
 
 
 def test_what_a_step_on_one_gpu_writes():

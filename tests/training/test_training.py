@@ -1,5 +1,6 @@
 """Training learns, goes on where it stopped, and refuses what cannot be."""
 
+import itertools
 import json
 import math
 import os
@@ -11,14 +12,17 @@ import numpy as np
 import pytest
 from running import StopError, broken_at
 
+from configs import glm_130b
 from glm_jax import restore
 from glm_jax.config import ConfigError
 from glm_jax.data.tokenize_files import prepare
 from glm_jax.errors import UserError
 from glm_jax.model import params as glm_params
+from glm_jax.sharding import make_mesh
+from glm_jax.tokenizer import Tokenizer
 from glm_jax.training import config as train_config
 from glm_jax.training import finetuning, metrics
-from glm_jax.training.batches import MeshBatches
+from glm_jax.training.batches import MeshBatches, open_mixture
 from glm_jax.training.config import check, default_config
 from glm_jax.training.loop import DivergedError, train
 from glm_jax.training.results import refuse_result_of_others, replace_result
@@ -73,15 +77,43 @@ def test_an_attention_that_these_devices_have_not_is_refused_at_the_start(experi
 
 
 @pytest.mark.slow
-def test_the_batch_grows_and_is_accumulated(experiment, tmp_path):
-    """The same rows give the same losses, however many of them the devices take at once."""
+def test_the_batch_grows_and_is_accumulated(experiment, tmp_path, monkeypatch):
+    """The same rows give the same losses, however many of them the devices take at once, and a run
+    that stops in the ramp goes on in it."""
     experiment.optimizer.dropout = experiment.optimizer.attention_dropout = 0.0
-    experiment.data.update(initial_batch_size=2, ramp_fraction=0.25, micro_batch_size=2)
-    experiment.log_every, experiment.steps = 1, 6
-    history = train(experiment, tmp_path / "run")
-    assert len(history) > 6  # small batches make more updates of the same rows
-    schedule = train_config.batch_schedule(experiment)
-    assert [schedule.accumulation(n) for n in (0, 2, 4, 6, 100)] == [1, 1, 1, 2, 2]
+    experiment.data.update(initial_batch_size=2, ramp_fraction=0.25, streams=2)
+    experiment.log_every, experiment.steps, experiment.checkpoint_every = 1, 6, 2
+    runs = {}
+    for rows in (2, 4):
+        experiment.data.micro_batch_size = rows
+        history = runs[rows] = train(experiment, tmp_path / f"run{rows}")
+        assert len(history) > 6  # small batches make more updates of the same rows
+        schedule = train_config.batch_schedule(experiment)
+        sizes = [(schedule.accumulation(n), schedule.rows(n)) for n in (0, 2, 4, 6, 100)]
+        assert sizes == [(1, 2)] * 3 + [(4 // rows, rows)] * 2
+    losses = [[line["loss"] for line in history] for history in runs.values()]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    with monkeypatch.context() as patched:
+        broken_at(3, patched)
+        with pytest.raises(StopError):
+            train(experiment, tmp_path / "broken")
+    _assert_same_losses(train(experiment, tmp_path / "broken"), runs[4])
+
+
+def test_a_micro_batch_of_more_rows_has_the_same_rows(experiment):
+    """Whatever its size, each stream gives its next rows."""
+    mesh, rows = make_mesh((1, 1, 1)), 4
+    tokenizer = Tokenizer(experiment.data.tokenizer)
+    open_batches = lambda: MeshBatches(
+        open_mixture(experiment.data, experiment, tokenizer, 2), mesh
+    )
+    small, large = open_batches(), open_batches()
+    parts, whole = small.next(2), large.next(1, rows)
+    assert whole.tokens.shape[:2] == (1, rows)
+    np.testing.assert_array_equal(
+        np.swapaxes(parts.tokens, 0, 1).reshape(whole.tokens.shape), whole.tokens
+    )
+    np.testing.assert_array_equal(small.next(1).tokens, large.next(1).tokens)
 
 
 def _signalled_at_step(monkeypatch, step, received):
@@ -280,6 +312,24 @@ def test_the_batch_grows_as_the_papers():
     assert 96 * schedule.accumulation(round(0.025 * total)) == 4224
     sizes = [schedule.accumulation(n) for n in range(0, total, 10_000)]
     assert sizes == sorted(sizes)
+
+
+def test_the_130b_begins_with_the_papers_192_rows():
+    """Small batches are taken at once, and none in more parts than its rows need."""
+    config = glm_130b.get_config()
+    schedule, end = train_config.batch_schedule(config), config.steps * 4224
+    assert (schedule.accumulation(0), schedule.rows(0)) == (1, 192)
+    assert (schedule.accumulation(end), schedule.rows(end)) == (4, 1056)
+    ramp = range(0, round(0.026 * end), 96)
+    splits = list(dict.fromkeys((schedule.accumulation(n), schedule.rows(n)) for n in ramp))
+    assert len(splits) <= 22  # programs
+    sizes = [accumulation * rows for accumulation, rows in splits]
+    assert sizes == sorted(set(sizes))
+    for (accumulation, rows), size in zip(splits, sizes, strict=True):
+        assert rows % 96 == 0
+        assert accumulation == -(-size // 1056)
+    # No size is far from the paper's line.
+    assert max(b - a for a, b in itertools.pairwise(sizes)) <= 2 * 192
 
 
 def test_initial_values_are_deepnorms(tiny_model):
