@@ -7,7 +7,13 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 _KERNELS = "glm_jax/kernels"
-_CALLED_BY_XLA = ("libglm_jax_cpu", "libglm_jax_attention", "libglm_jax_paged_attention")
+_CALLED_BY_XLA = (
+    "libglm_jax_cpu",
+    "libglm_jax_attention",
+    "libglm_jax_paged_attention",
+    "libglm_jax_layer_norm",
+    "libglm_jax_geglu",
+)
 _GUIDED = ["llguidance>=1.9"]
 _SERVE = [
     *_GUIDED,
@@ -92,6 +98,8 @@ setup(
         kernel("quantized_matmul", _CALLED_BY_XLA[0], "cpu.cc"),
         kernel("attention", _CALLED_BY_XLA[1], "cpu.cc"),
         kernel("paged_attention", _CALLED_BY_XLA[2], "cpu.cc"),
+        kernel("layer_norm", _CALLED_BY_XLA[3], "cpu.cc"),
+        kernel("geglu", _CALLED_BY_XLA[4], "cpu.cc"),
         plain_library("glm_jax/checkpoints", "libglm_jax_summed_read", "summed_read.cc"),
         plain_library("convert", "libglm_jax_transpose", "transpose.cc"),
     ],

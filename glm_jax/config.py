@@ -175,7 +175,7 @@ class GLMConfig:
       norm: of a block's inputs: "layernorm" (`layers.layer_norm`).
       residual: order of norms and additions: "deepnorm", x = norm(x) * alpha + f(norm(x))
         (`glm.block`).
-      activation: of the feed-forward layer: "geglu", which is gated (`layers.geglu`).
+      activation: of the feed-forward layer: "geglu", which is gated (`kernels.geglu`).
       positions: "rotary" (`layers.apply_rotary`).
       output_projection: "tied", the word embedding (`glm.logits`).
       num_key_value_heads: None for num_heads, one for each query head.

@@ -9,6 +9,7 @@ from pathlib import Path
 from absl import flags
 
 from glm_jax import cli, processes
+from glm_jax.allocator import keep_freed_memory
 from glm_jax.files import locked
 from glm_jax.training.finetuning import finetune, outcome
 from launch.training_flags import define_training_flags, last_step, profiled_steps
@@ -19,6 +20,7 @@ flags.DEFINE_string("checkpoint", None, "the model folder to begin with", requir
 
 
 def main() -> None:
+    keep_freed_memory()
     cli.join_processes()
     workdir = Path(FLAGS.workdir)
     with locked(workdir):

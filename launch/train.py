@@ -9,6 +9,7 @@ from pathlib import Path
 from absl import flags
 
 from glm_jax import cli, processes
+from glm_jax.allocator import keep_freed_memory
 from glm_jax.files import locked
 from glm_jax.training.loop import train
 from glm_jax.training.results import MODEL_FOLDER
@@ -19,6 +20,7 @@ define_training_flags("configs/train_tiny.py")
 
 
 def main() -> None:
+    keep_freed_memory()
     cli.join_processes()
     workdir = Path(FLAGS.workdir)
     with locked(workdir):

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {
+    "glm_jax.allocator": 0,
     "glm_jax.compiler_settings": 0,
     "glm_jax.errors": 0,
     "glm_jax.numerics": 0,

@@ -3,11 +3,14 @@
 import ctypes
 import dataclasses
 import functools
+import math
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from glm_jax.kernels.dispatch import unmet
 from glm_jax.sharding import surrounding_mesh
@@ -15,6 +18,8 @@ from glm_jax.sharding import surrounding_mesh
 NOT_BUILT = "its library is not built: install the package where a C++ compiler is"
 MAX_VECTOR_BITS = 512  # of vectors that kernels may use; tests ask for less
 _LANES = 16
+# Below, as in decode steps, XLA fuses rows with what is beside them at no less speed.
+_FEW_NUMBERS = 2**15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +46,34 @@ class AttentionKernel:
             (softmax_dtype == "float32", "a softmax in float32"),
             (head_dim % _LANES == 0, f"heads of a multiple of {_LANES} numbers"),
             *requirements,
+            (surrounding_mesh() is None, "one device, no mesh"),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RowKernel:
+    """What kernels for many rows of float32 have in common as backends.
+
+    Attributes:
+      max_vector_bits: of vectors to use (512, 256 or less), for tests.
+    """
+
+    max_vector_bits: int = MAX_VECTOR_BITS
+    name: str = "cpu"
+    platform: str = "cpu"
+
+    def unmet_rows(self, x: Any, *parameters: Any) -> str | None:
+        """Return what the kernel takes, by the first requirement that is not met.
+
+        Args:
+          x: float [..., width].
+          parameters: the op's other arrays.
+        """
+        arrays = (x, *parameters)
+        return unmet(
+            (all(array.dtype == jnp.float32 for array in arrays), "float32"),
+            (x.shape[-1] % _LANES == 0, f"rows of a multiple of {_LANES} numbers"),
+            (math.prod(x.shape) >= _FEW_NUMBERS, f"{_FEW_NUMBERS} numbers or more"),
             (surrounding_mesh() is None, "one device, no mesh"),
         )
 

@@ -50,4 +50,20 @@ inline void RunOnThreads(xla::ffi::ThreadPool pool, std::shared_ptr<Work> work, 
   work->PrepareAndFinish();
 }
 
+// `run(i)` for all i below `count`, on all threads. What `run` holds lives until helpers that start
+// late have seen that nothing is left.
+template <class F>
+void ForEach(xla::ffi::ThreadPool pool, int64_t count, F run) {
+  struct Items : Work {
+    F run;
+    explicit Items(F run) : run(run) {}
+    void Run(int64_t first, int64_t last) override {
+      for (int64_t i = first; i < last; ++i) run(i);
+    }
+  };
+  auto items = std::make_shared<Items>(run);
+  items->count = count;
+  RunOnThreads(pool, items, true);
+}
+
 }  // namespace glm_jax

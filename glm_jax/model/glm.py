@@ -9,6 +9,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Int32
 
 from glm_jax.config import GLMConfig
 from glm_jax.kernels.attention.api import attention, isolated_attention
+from glm_jax.kernels.geglu.api import geglu
 from glm_jax.kernels.paged_attention.api import paged_attention
 from glm_jax.model import paged_cache
 from glm_jax.model.adapters import choose_adapters
@@ -17,7 +18,6 @@ from glm_jax.model.layers import (
     Dropout,
     apply_rotary,
     drop,
-    geglu,
     layer_norm,
     linear,
     rotary_factors,

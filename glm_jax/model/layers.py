@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from glm_jax.config import GLMConfig
 from glm_jax.kernels.attention.dropout import WeightDropout, factors
+from glm_jax.kernels.layer_norm import api as kernel
 from glm_jax.model.params import LayerNormParams, LinearParams
 
 PRODUCT = "product"  # name of a linear's result, for policies of `jax.checkpoint`
@@ -22,12 +23,7 @@ def layer_norm(
     x: Float[Array, "*batch embed"], params: LayerNormParams, epsilon: float
 ) -> Float[Array, "*batch embed"]:
     """(x - mean) / sqrt(variance + epsilon) * scale + bias, in float32 within."""
-    wide = x.astype(jnp.float32)
-    mean = jnp.mean(wide, axis=-1, keepdims=True)
-    centred = wide - mean
-    variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
-    normed = centred * jax.lax.rsqrt(variance + epsilon)
-    return (normed * params.scale + params.bias).astype(x.dtype)
+    return kernel.layer_norm(x, params.scale, params.bias, epsilon)
 
 
 @struct.dataclass
@@ -108,15 +104,6 @@ def linear(
 
     product = params.weight.matmul(x, params.bias, adapter_dropout).astype(x.dtype)
     return checkpoint_name(product, PRODUCT)
-
-
-def geglu(hidden: Float[Array, "batch seq 2 mlp"]) -> Float[Array, "batch seq mlp"]:
-    """u * gelu(g) with the exact GELU; g and u are the two halves, u first."""
-    u, g = hidden[..., 0, :], hidden[..., 1, :]
-    wide = g.astype(jnp.float32)
-    # Not jax.nn.gelu: its erfc takes twice as long on CPU.
-    gate = 0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))
-    return (u.astype(jnp.float32) * gate).astype(hidden.dtype)
 
 
 def rotary_tables(config: GLMConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -27,7 +27,7 @@ from glm_jax.kernels.quantized_matmul.api import (
 from glm_jax.model.float8 import float8_product
 from glm_jax.numerics import dot_general, product_dtype, uses_float8
 from glm_jax.quantization import QuantizedArray
-from glm_jax.sharding import LogicalAxes, surrounding_mesh
+from glm_jax.sharding import LogicalAxes, is_for_cpu, surrounding_mesh
 
 Dropout = Callable[[Array], Array]
 Layout = Callable[[Any], Any]
@@ -336,8 +336,9 @@ def _product_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Arra
     leading, outputs = tuple(range(x.ndim - 1)), tuple(range(x.ndim - 1, gradient.ndim))
     axes = (outputs, tuple(range(1, kernel.ndim)))
     of_x = dot_general(rounded, kernel, (axes, ((), ())), product_dtype(x))
-    # The smaller of the two is the one that is transposed.
-    is_wide = x.shape[-1] > math.prod(kernel.shape[1:])
+    # The smaller of the two is the one that is transposed. Not on CPU, where XLA takes the result's
+    # transpose into the product, which is then a fifth slower.
+    is_wide = x.shape[-1] > math.prod(kernel.shape[1:]) and not is_for_cpu()
     first, second = (rounded, x) if is_wide else (x, rounded)
     of_kernel = dot_general(first, second, ((leading, leading), ((), ())))
     if is_wide:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glm_jax.allocator import keep_freed_memory
 from glm_jax.config import GLMConfig, SpecialTokens
 from glm_jax.data.objective import ObjectiveConfig
 from glm_jax.data.pipeline import Batches, Mixture
@@ -36,6 +37,7 @@ def train_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     of XLA's product of 2048 x 2048: no step can be faster. `input pipeline` makes the
     samples of one step's batch, and packs them.
     """
+    keep_freed_memory()  # as `launch.train` does; PyTorch's steps profit too
     model = config()
     cases = {"ours": train_step_case(model, BATCH, LENGTH), "peak": _peak_case(model)}
     cases |= {"input pipeline": _pipeline_case()} | _torch_cases(model)

@@ -1,0 +1,1 @@
+"""GeGLU, the gated linear unit of a feed-forward layer."""
