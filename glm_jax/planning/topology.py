@@ -30,8 +30,8 @@ _EVERY_GPU = {
     "registers_per_core_limit": 2**16,
     "registers_per_block_limit": 2**16,
 }
-# Of the CUDA toolkit and driver: XLA asks before it makes CUDA graphs of what it captures, and takes
-# libraries without a version for too old to have float8 products.
+# Of the CUDA toolkit and driver: XLA asks before it makes CUDA graphs of what it captures, and
+# takes libraries without a version for too old to have float8 products.
 _CUDA_VERSIONS = ("driver_version", "runtime_version", "compile_time_toolkit_version")
 _CUDA_VERSION = "12.9.0"
 # Where libraries ask for the default device. JAX's Triton backend, from 0.11 on, asks the second:
