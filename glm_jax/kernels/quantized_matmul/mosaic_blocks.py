@@ -79,7 +79,7 @@ class Division:
     """Which steps a program takes: `share` of them one after another, tile after tile.
 
     Attributes:
-      row_tiles, output_tiles: how many there are; tiles of the same outputs follow each other.
+      row_tiles, output_tiles: number of tiles; those of the same outputs follow each other.
       steps: of a tile.
       share: steps of a program.
     """
@@ -98,7 +98,7 @@ class Division:
         return -(-self.total // self.share)
 
     def parts(self) -> list[int]:
-        """How many programs work on each tile."""
+        """Return the number of programs that work on each tile."""
         first = range(0, self.total, self.steps)
         return [(f + self.steps - 1) // self.share - f // self.share + 1 for f in first]
 

@@ -94,7 +94,7 @@ class MosaicArray:
 
 
 def count_outer(outputs: Sequence[int]) -> int:
-    """How many of the leading axes of the outputs stay apart, as `MosaicArray` says.
+    """Return the number of leading axes of the outputs that stay apart; see `MosaicArray`.
 
     Args:
       outputs: sizes of the axes; their product is a multiple of 64.
