@@ -90,8 +90,8 @@ def _results(compiled, kind):
     return [(dtype, math.prod(map(int, sizes.split(",")))) for dtype, sizes in arrays]
 
 
-def _on_one_gpu(num_layers, **fields):
-    """A step of the 1B with a number of layers, 8 rows of 1024."""
+def _on_one_gpu(num_layers, length=1024, **fields):
+    """A step of the 1B with a number of layers, 8 rows."""
     model = glm_config("1b", compute_dtype="bfloat16").replace(num_layers=num_layers)
     return training_programs.lower_train_step(
         model,
@@ -99,7 +99,7 @@ def _on_one_gpu(num_layers, **fields):
         make_mesh((1, 1, 1), topology.devices(hardware("h100"))),
         accumulation=1,
         micro_batch=8,
-        sequence_length=1024,
+        sequence_length=length,
     ).compile()
 
 
@@ -113,18 +113,14 @@ def test_float8_products_are_the_librarys():
 
 @pytest.mark.slow
 def test_results_wait_on_hosts():
-    """All of a layer that the backward pass needs, but for its input; the device has room for a
-    few layers' then, and copies run beside kernels."""
-    layers = 8
-    offloaded, saved = (_on_one_gpu(layers, remat=remat) for remat in ("offload", "dots"))
-    on_host = training_programs.memory(offloaded).on_host
+    """All of a layer that the backward pass needs, but for its input: the 1B takes less than
+    docs/training.md says of any other remat that computes no product again."""
+    model, length = glm_config("1b"), 2048
+    taken = training_programs.memory(_on_one_gpu(model.num_layers, length, remat="offload"))
     # In bfloat16 of a token: q, k, v, attention's result, the first linear of the feed-forward.
-    model = glm_config("1b")
     numbers = 4 * model.hidden_size + 2 * model.inner_hidden_size
-    assert on_host > 2 * layers * 8 * 1024 * numbers
-    temporaries = [training_programs.memory(c).temporaries for c in (offloaded, saved)]
-    assert temporaries[0] < temporaries[1] - 0.4 * on_host
-    assert re.search(r"S\(5\)[^\n]* (copy|dynamic-update-slice|async)-start\(", offloaded.as_text())
+    assert taken.on_host > 2 * model.num_layers * 8 * length * numbers
+    assert taken.total < 21 * 2**30  # "dots" 26.2
 
 
 def test_what_a_step_on_one_gpu_writes():
