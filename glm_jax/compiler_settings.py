@@ -1,7 +1,7 @@
 """The settings of XLA that differ from its defaults, all of them for GPUs.
 
-docs/training.md says what each does and who recommends it. A setting that the environment's
-XLA_FLAGS names stays as it is there.
+docs/training.md and docs/decoding.md say what each does, and who recommends it. A setting that
+the environment's XLA_FLAGS names stays as it is there.
 """
 
 import os

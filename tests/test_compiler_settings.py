@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from glm_jax.compiler_settings import of_training, process_flags
+from glm_jax.compiler_settings import of_decoding, of_training, process_flags
 
 
 def test_this_jax_knows_those_of_training(monkeypatch):
@@ -14,6 +14,16 @@ def test_this_jax_knows_those_of_training(monkeypatch):
     with pytest.raises(Exception, match="No such compile option"):
         jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_no": True}).lower(1.0).compile()
     assert of_training("cpu", 2) == of_training("tpu", 2) == {}
+
+
+def test_this_jax_knows_what_graphs_of_a_decode_step_may_have(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    [(name, kinds)] = of_decoding().items()
+    jax.jit(lambda x: x + 1, compiler_options={name: kinds}).lower(1.0).compile()
+    with pytest.raises(Exception, match="not a valid enum value"):
+        jax.jit(lambda x: x + 1, compiler_options={name: f"{kinds},NO"}).lower(1.0).compile()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_command_buffer=")
+    assert of_decoding() == {}
 
 
 def test_the_environment_wins(monkeypatch):

@@ -8,7 +8,6 @@ import pytest
 from aot.compiling import compile_for, hardware
 from aot.dumping import DUMP
 
-from glm_jax import compiler_settings
 from glm_jax.config import glm_130b
 from glm_jax.kernels.paged_attention.api import paged_attention
 from glm_jax.planning import topology
@@ -73,12 +72,3 @@ def test_a_mosaic_kernel_is_captured():
     compile_for("h100", attend, *rows, array((4, 2), "int32"))
     commands, _ = _commands()
     assert [is_captured for kind, _, is_captured in commands if kind == "kCustomCall"] == [True]
-
-
-def test_the_compiler_knows_what_may_be_captured():
-    """A wrong name would be an error."""
-    options = compiler_settings.of_decoding()
-    assert set(options) == {"xla_gpu_enable_command_buffer"}
-    wrong = {name: f"{value},NONE" for name, value in options.items()}
-    with pytest.raises(Exception, match="NONE"):
-        jax.jit(lambda x: x + 1, compiler_options=wrong).lower(1.0).compile()

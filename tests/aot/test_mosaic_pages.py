@@ -2,11 +2,10 @@
 
 import functools
 import re
-import subprocess
 
 import jax
 import pytest
-from aot.compiling import PTXAS, compile_for, loops
+from aot.assembled import assemble, ptx_of, smallest_loop
 
 from glm_jax.kernels.paged_attention.api import paged_attention
 
@@ -26,24 +25,18 @@ def test_no_spill_and_few_instructions(
     pages = array((heads, 300, 64, 128), cache)
     scales = array((heads, 300, 64), "float32") if cache == "int8" else None
     run = functools.partial(paged_attention, implementation="mosaic")
-    compile_for(
-        "h100", run, array((rows, new, heads, 128), dtype), pages, pages,
+    ptx = ptx_of(
+        capfd, "h100", run, array((rows, new, heads, 128), dtype), pages, pages,
         array((rows, 32), "int32"), array((rows, new), "int32"), scales, scales,
     )  # fmt: skip
-    dumped = capfd.readouterr().out
-    ptx = dumped[dumped.index(".version") : dumped.rindex("}") + 1]
-    source, binary = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
-    source.write_text(ptx)
-    command = [PTXAS, "-v", "-arch=sm_90a", source, "-o", binary]
-    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    log, binary = assemble(ptx, "sm_90a", tmp_path)
     assert re.findall(r"(\d+) bytes spill", log) == ["0", "0"]
     assert "serialized" not in log
     assert int(re.search(r"Used (\d+) registers", log)[1]) <= 255  # two programs: 256 threads
     assert ptx.count("cp.async.bulk.tensor") >= (8 if scales else 4)  # before the loop and in it
     assert "wgmma.mma_async" in ptx
-    found = loops(binary)
-    if found is None:
+    loop = smallest_loop(binary, "HGMMA")
+    if loop is None:
         pytest.skip("instructions are counted by nvdisasm (pip install nvidia-cuda-nvdisasm)")
-    shortest = min((loop for loop in found if any("HGMMA" in line for line in loop)), key=len)
-    print(f"{len(shortest)} instructions a page")
-    assert len(shortest) <= MOST[dtype, cache]
+    print(f"{len(loop)} instructions a page")
+    assert len(loop) <= MOST[dtype, cache]

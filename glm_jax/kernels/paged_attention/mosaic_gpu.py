@@ -27,12 +27,10 @@ from glm_jax.kernels.paged_attention.arguments import Arguments
 from glm_jax.kernels.paged_attention.mosaic import HEAD_DIM, PAGE, QUERIES
 
 _WRITTEN = 8  # of which results are written at once: rows of a tile in shared memory
-_STAGES = {
-    2: 3,
-    1: 4,
-}  # pages in shared memory, by bytes of a number: two programs a multiprocessor
 _PROGRAMS = 2  # on a multiprocessor at once
+_STAGES = {2: 3, 1: 4}  # pages in a program's shared memory, by bytes of a number
 _ROUNDS = 3  # of these, at least, or the last would leave many multiprocessors idle
+_untyped: Any = plgpu  # what its annotations get wrong
 _UNSEEN = -1e30  # a score, finite so that differences are numbers
 
 
@@ -74,15 +72,15 @@ def _call(
     query the logarithm (base 2) of its weights' sum, [batch, heads, parts, 64]."""
     (batch, heads, written, head_dim), dtype = query.shape, query.dtype
     is_int8 = a.key_scales is not None
-    stages, untyped = _STAGES[a.keys.dtype.itemsize], plgpu
-    swizzled: Any = (untyped.TilingTransform((8, 64)), untyped.SwizzleTransform(128))
+    stages = _STAGES[a.keys.dtype.itemsize]
+    swizzled: Any = (_untyped.TilingTransform((8, 64)), _untyped.SwizzleTransform(128))
     of_floats = lambda *shape: plgpu.SMEM(shape, dtype, transforms=swizzled)
     page = (stages, PAGE, head_dim)
     shared: dict[str, Any] = {"query": of_floats(QUERIES, head_dim)}
     operands = {"keys": a.keys, "values": a.values}
     if is_int8:
         operands |= {"key_scales": a.key_scales, "value_scales": a.value_scales}
-        integers: Any = (untyped.TilingTransform((8, head_dim)), untyped.SwizzleTransform(128))
+        integers: Any = (_untyped.TilingTransform((8, head_dim)), _untyped.SwizzleTransform(128))
         of_page = plgpu.SMEM(page, jnp.int8, transforms=integers)
         shared |= dict.fromkeys(("keys", "values"), of_page)
         shared |= {name: plgpu.SMEM(page[:2], jnp.float32) for name in list(operands)[2:]}
@@ -225,14 +223,16 @@ def _product(left: Any, right: Any, shape: tuple[int, ...]) -> Array:
         plgpu.wgmma(sums, left, right)
         return sums[...]
 
-    product: Array = pl.run_scoped(compute, plgpu.ACC(shape, jnp.float32))
+    product: Array = pl.run_scoped(compute, _untyped.ACC(shape, jnp.float32))
     return product
 
 
 def _add_product(total: Array, left: Array, right: Any, interpret: bool) -> Array:
     if interpret:  # which has no wgmma of registers, nor sums that start from something
         return total + jnp.dot(left, right[...], preferred_element_type=jnp.float32)
-    added: Array = pl.run_state(lambda sums: plgpu.wgmma(sums, left, right))(plgpu.ACC.init(total))
+    added: Array = pl.run_state(lambda sums: plgpu.wgmma(sums, left, right))(
+        _untyped.ACC.init(total)
+    )
     return added
 
 
