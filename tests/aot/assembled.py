@@ -1,13 +1,11 @@
 """What the assembler makes of a Mosaic kernel's PTX."""
 
 import re
-import shutil
 import subprocess
-import sysconfig
 from pathlib import Path
 from typing import Any
 
-from aot.compiling import PTXAS, compile_for
+from aot.compiling import PTXAS, compile_for, loops
 
 _PTX_VERSION = "8.6"
 _made: dict[tuple[str, str, str], str] = {}  # a process compiles a kernel once
@@ -43,23 +41,10 @@ def assemble(ptx: str, architecture: str, folder: Path) -> tuple[str, Path]:
 def smallest_loop(binary: Path, instruction: str) -> list[str] | None:
     """The instructions of the smallest loop that has one of a kind; None where nothing
     disassembles."""
-    wheels = Path(sysconfig.get_paths()["purelib"]).glob("nvidia/*/bin/nvdisasm")
-    tool = shutil.which("nvdisasm") or next(wheels, None)
-    if tool is None:
+    found = loops(binary)
+    if found is None:
         return None
-    command = [tool, "-c", binary]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    labels, code, loops = {}, [], []
-    for line in text.splitlines():
-        line = re.sub(r"/\*.*?\*/", "", line).strip()
-        if label := re.fullmatch(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(code)
-        elif line.endswith(";"):
-            code.append(line)
-            jump = re.search(r"BRA .*\((\.L_x_\d+)\)", line)
-            if jump and jump[1] in labels:
-                loops.append(code[labels[jump[1]] :])
-    return min((loop for loop in loops if count(loop, instruction)), key=len)
+    return min((loop for loop in found if count(loop, instruction)), key=len)
 
 
 def count(loop: list[str], instruction: str) -> int:

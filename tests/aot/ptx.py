@@ -165,6 +165,9 @@ class _Block:
             return (product % 2**64).astype(np.uint64)
         if name in ("shl", "shr"):
             return w[0] << w[1] if name == "shl" else w[0] >> w[1]
+        if name == "bfe":  # w[2] bits from bit w[1] on, with the sign of the highest
+            unused = bits - w[1] - w[2]
+            return (w[0] << unused) >> (unused + w[1])
         simple = {
             "add": lambda: w[0] + w[1],
             "sub": lambda: w[0] - w[1],

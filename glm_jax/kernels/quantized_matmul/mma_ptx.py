@@ -24,7 +24,9 @@ def asm(results: str, text: str, operands: list[Any], inputs: str, effects: bool
     # A result of several instructions may be written before the last operand is read.
     mark = "=&" if text.count(";") > 1 else "="
     types = [kinds[letter] for letter in results]
-    result = llvm.StructType.get_literal(types) if len(types) > 1 else (types or [None])[0]
+    result: Any = llvm.StructType.get_literal(types)
+    if len(types) < 2:
+        result = types[0] if types else None
     constraints = ",".join([mark + letter for letter in results] + list(inputs))
     made = llvm.inline_asm(
         result, operands, text, constraints, asm_dialect=0, has_side_effects=effects

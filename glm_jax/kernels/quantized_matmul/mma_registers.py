@@ -35,7 +35,7 @@ def multiply_step(
     """
     layout = plgpu.Layout.WGMMA  # also that of the warps' instructions
     shape = (TILE, plan.blocks.rows)
-    one = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout)
+    one = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32), layout=layout)
 
     @plgpu.inline_mgpu(
         arg_types=((plgpu.RefType(),) * len(here), (layout,) * len(totals)),
