@@ -7,26 +7,21 @@ breaks the process's GPU context, then breaks nothing else.
 import dataclasses
 import functools
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from glm_jax import processes
+from glm_jax.kernels import self_check
 from glm_jax.kernels.quantized_matmul import mma, mosaic_layout
 from glm_jax.kernels.quantized_matmul.mosaic import CAPABILITY
 from glm_jax.quantization import QuantizedArray, dequantize
 
-SECONDS = 180  # for the process to start, to compile and to end
 ROWS = (1, 16, 33, 130, 3000)  # from each way in which the kernel divides its work
 TOLERANCES = {"float16": 2e-3, "bfloat16": 1.6e-2}  # relative, of a product's norm
 _MAX_INPUTS, _OUTPUTS = 4096, 6144
-_ROOT = Path(__file__).parents[3]
 Product = Callable[[jax.Array, Any], jax.Array]
 
 
@@ -71,13 +66,11 @@ def why_not(kinds: frozenset[Kind]) -> str | None:
 
     Process 0 tries it once, by `check_apart`.
     """
-    reason = check_apart(sorted(kinds)) if processes.is_first() else None
-    is_right = processes.agree(float(reason is None))
-    return reason if is_right or reason else "process 0 could not use it"
+    return self_check.agreed(lambda: check_apart(sorted(kinds)))
 
 
 def check_apart(
-    kinds: Sequence[Kind], command: Sequence[str] | None = None, seconds: float = SECONDS
+    kinds: Sequence[Kind], command: Sequence[str] | None = None, seconds: float = self_check.SECONDS
 ) -> str | None:
     """Try kinds of products in a process of its own; see `why_not`.
 
@@ -85,22 +78,7 @@ def check_apart(
       command: of the process, which prints a reason and fails; by default this module.
     """
     described = json.dumps([dataclasses.asdict(kind) for kind in kinds])
-    paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
-    variables = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # this process has most of the memory
-    }
-    try:
-        done = subprocess.run(
-            command or [sys.executable, "-m", __name__, described],
-            env=variables, capture_output=True, text=True, timeout=seconds, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return f"its check did not end within {seconds:g} seconds"
-    if done.returncode == 0:
-        return None
-    lines = (done.stdout.strip() or done.stderr.strip()).splitlines()
-    return f"its check failed: {lines[-1] if lines else f'exit status {done.returncode}'}"
+    return self_check.check_apart(__name__, described, command, seconds)
 
 
 def first_fault(
