@@ -20,7 +20,6 @@ from glm_jax.planning import topology
 from glm_jax.planning.collectives import by_kind, parse_collectives
 from glm_jax.quantization import QuantizedArray
 
-_PTX_VERSION = "8.6"
 PTXAS = Path(sysconfig.get_paths()["purelib"]) / "nvidia/cuda_nvcc/bin/ptxas"
 
 
@@ -85,59 +84,6 @@ def assembly(kernel: str, capability: float) -> Assembly:
         )
     assert len(found) == 1
     return found[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class Assembled:
-    """A kernel's PTX after ptxas.
-
-    Attributes:
-      loop: instructions of the shortest loop with all matrix instructions of a loop; None where
-        nothing disassembles (pip install nvidia-cuda-nvdisasm).
-      is_serialized: whether matrix instructions wait for each other.
-    """
-
-    spilled_bytes: int
-    is_serialized: bool
-    loop: list[str] | None
-
-
-def assembled(ptx: str, folder: Path) -> Assembled:
-    """Assemble a kernel's PTX for compute capability 9.0."""
-    # XLA may have found a newer ptxas, which knows a newer version; nothing of it is used.
-    text = re.sub(r"^\.version [\d.]+", f".version {_PTX_VERSION}", ptx[: ptx.rindex("}") + 1])
-    source, binary = folder / "kernel.ptx", folder / "kernel.cubin"
-    source.write_text(text)
-    command = [PTXAS, "-v", "-arch=sm_90a", source, "-o", binary]
-    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
-    multiplications = lambda loop: sum("HGMMA" in line for line in loop)
-    shortest = lambda found: min(found, key=lambda loop: (-multiplications(loop), len(loop)))
-    found = loops(binary)
-    return Assembled(max(spills), "serialized" in log, None if found is None else shortest(found))
-
-
-def loops(binary: Path) -> list[list[str]] | None:
-    """The instructions of each loop of a GPU's binary; None where nothing disassembles it."""
-    wheels = Path(sysconfig.get_paths()["purelib"]).glob("nvidia/*/bin/nvdisasm")
-    tool = shutil.which("nvdisasm") or next(wheels, None)
-    if tool is None:
-        return None
-    command = [tool, "-c", binary]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    labels: dict[str, int] = {}
-    code: list[str] = []
-    found = []
-    for line in text.splitlines():
-        line = re.sub(r"/\*.*?\*/", "", line).strip()
-        if label := re.fullmatch(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(code)
-        elif line.endswith(";"):
-            code.append(line)
-            jump = re.search(r"BRA .*\((\.L_x_\d+)\)", line)
-            if jump and jump[1] in labels:
-                found.append(code[labels[jump[1]] :])
-    return found
 
 
 def collectives(compiled: Any) -> dict[str, tuple[int, int]]:

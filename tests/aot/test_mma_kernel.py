@@ -4,14 +4,13 @@ PTX is assembled for later GPUs too. A CPU runs it thread by thread (`ptx.py`).
 """
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from aot import ptx
-from aot.assembled import assemble, count, ptx_of, smallest_loop
+from aot.assembled import assemble, count, ptx_of
 
 from glm_jax.kernels.quantized_matmul import mma_gpu
 from glm_jax.kernels.quantized_matmul.api import quantized_matmul
@@ -53,9 +52,9 @@ def _check(text, folder, blocks, architectures=ARCHITECTURES):
     """Instructions a weight, the most of any architecture; None where nothing disassembles."""
     most = 0.0
     for architecture in architectures:
-        log, binary = assemble(text, architecture, folder)
-        assert re.findall(r"(\d+) bytes spill", log) == ["0", "0"]
-        loop = smallest_loop(binary, "HMMA")
+        assembled = assemble(text, folder, architecture)
+        assert assembled.spilled_bytes == 0
+        loop = assembled.main_loop("HMMA")
         if loop is None:
             assert "mma.sync" in text
             assert text.count("cp.async.cg") >= 3  # weights, activations, scales

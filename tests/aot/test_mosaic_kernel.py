@@ -1,14 +1,12 @@
 """The kernel for compute capability 9.0, compiled for an H100: what its inner loop came to."""
 
 import dataclasses
-import re
-import subprocess
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
-from aot.compiling import PTXAS, compile_for, loops
+from aot.assembled import Assembled, assemble, count, ptx_of
+from aot.compiling import compile_for
 from aot.written import written
 
 from glm_jax.kernels.quantized_matmul.api import quantized_matmul
@@ -27,17 +25,22 @@ DIVIDED = [
 ]
 # Instructions a weight that a loop may have, few rows and groups of 128.
 MOST = {(4, "float16"): 1.3, (4, "bfloat16"): 1.5, (8, "float16"): 1.6, (8, "bfloat16"): 2.35}
-_PTX_VERSION = "8.6"
 _made: dict[tuple, "Made"] = {}  # a process compiles a kernel once
 
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """What a kernel came to; instructions a weight are None where nothing disassembles."""
+    """What a kernel came to."""
 
     ptx: str
-    log: str
-    instructions: float | None
+    assembled: Assembled
+
+    @property
+    def instructions(self) -> float | None:
+        """A weight, in the smallest loop that multiplies; None where nothing disassembles."""
+        loop = self.assembled.main_loop("HGMMA")
+        # A matrix instruction takes 8 weights a thread.
+        return None if loop is None else len(loop) / (8 * count(loop, "HGMMA"))
 
 
 @pytest.fixture
@@ -53,16 +56,8 @@ def make(capfd, monkeypatch, tmp_path):
     def compiled(rows, inputs, outputs, bits, dtype, group_size=128, zeros=False) -> Made:
         weight = _weight(inputs, outputs, bits, dtype, group_size, zeros)
         x = jax.ShapeDtypeStruct((rows, inputs), dtype)
-        compile_for("h100", quantized_matmul, x, weight)
-        written = capfd.readouterr().out
-        ptx = written[written.index(".version") : written.rindex("}") + 1]
-        # XLA may have found a newer ptxas, which knows a newer version; nothing of it is used.
-        ptx = re.sub(r"^\.version [\d.]+", f".version {_PTX_VERSION}", ptx)
-        source, binary = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
-        source.write_text(ptx)
-        command = [PTXAS, "-v", "-arch=sm_90a", source, "-o", binary]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        return Made(ptx, log, _instructions_a_weight(binary))
+        ptx = ptx_of(capfd, "h100", quantized_matmul, x, weight)
+        return Made(ptx, assemble(ptx, tmp_path))
 
     return made
 
@@ -79,21 +74,11 @@ def _weight(inputs, outputs, bits, dtype, group_size=128, zeros=False) -> Mosaic
     )
 
 
-def _instructions_a_weight(binary: Path) -> float | None:
-    """Of the smallest loop that multiplies: a matrix instruction takes 8 weights a thread."""
-    found = loops(binary)
-    if found is None:
-        return None
-    multiply = lambda loop: sum("HGMMA" in line for line in loop)
-    shortest = min(filter(multiply, found), key=len)
-    return len(shortest) / (8 * multiply(shortest))
-
-
 def _check(made: Made) -> None:
     assert "wgmma.mma_async" in made.ptx
     assert made.ptx.count("cp.async.bulk.tensor") >= 3  # weights, activations, scales
-    assert re.findall(r"(\d+) bytes spill", made.log) == ["0", "0"]
-    assert "serialized" not in made.log  # matrix instructions that wait for each other
+    assert made.assembled.spilled_bytes == 0
+    assert not made.assembled.is_serialized
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), DIVIDED)

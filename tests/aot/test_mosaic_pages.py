@@ -1,11 +1,10 @@
 """Attention over pages by our own kernel, compiled for an H100: what a page costs."""
 
 import functools
-import re
 
 import jax
 import pytest
-from aot.assembled import assemble, ptx_of, smallest_loop
+from aot.assembled import assemble, ptx_of
 
 from glm_jax.kernels.paged_attention.api import paged_attention
 
@@ -29,13 +28,13 @@ def test_no_spill_and_few_instructions(
         capfd, "h100", run, array((rows, new, heads, 128), dtype), pages, pages,
         array((rows, 32), "int32"), array((rows, new), "int32"), scales, scales,
     )  # fmt: skip
-    log, binary = assemble(ptx, "sm_90a", tmp_path)
-    assert re.findall(r"(\d+) bytes spill", log) == ["0", "0"]
-    assert "serialized" not in log
-    assert int(re.search(r"Used (\d+) registers", log)[1]) <= 255  # two programs: 256 threads
+    assembled = assemble(ptx, tmp_path)
+    assert assembled.spilled_bytes == 0
+    assert not assembled.is_serialized
+    assert assembled.registers <= 255  # two programs: 256 threads
     assert ptx.count("cp.async.bulk.tensor") >= (8 if scales else 4)  # before the loop and in it
     assert "wgmma.mma_async" in ptx
-    loop = smallest_loop(binary, "HGMMA")
+    loop = assembled.main_loop("HGMMA")
     if loop is None:
         pytest.skip("instructions are counted by nvdisasm (pip install nvidia-cuda-nvdisasm)")
     print(f"{len(loop)} instructions a page")
