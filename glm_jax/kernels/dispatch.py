@@ -5,6 +5,7 @@ what keeps it from taking them. All of this happens while a function is traced: 
 holds the chosen backend alone.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -43,6 +44,17 @@ class Backend(Protocol[Arguments]):
         """Return None where the backend takes the arguments, else the reason why it does not."""
 
     def __call__(self, arguments: Arguments) -> Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainFormula:
+    """Base of an op's reference, which takes everything on every platform."""
+
+    name: str = "reference"
+    platform: None = None
+
+    def supports(self, arguments: Any) -> None:
+        """Takes everything."""
 
 
 def dispatch(

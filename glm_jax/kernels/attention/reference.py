@@ -1,25 +1,17 @@
 """Attention as the formula says it, with every score in memory."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from glm_jax.kernels.attention.arguments import Arguments
 from glm_jax.kernels.attention.dropout import WeightDropout, factors
+from glm_jax.kernels.dispatch import PlainFormula
 from glm_jax.numerics import einsum
 
 
-@dataclasses.dataclass(frozen=True)
-class Reference:
+class Reference(PlainFormula):
     """Takes everything, and keeps all scores in memory."""
-
-    name: str = "reference"
-    platform: None = None
-
-    def supports(self, arguments: Arguments) -> None:
-        """Takes everything."""
 
     def __call__(self, arguments: Arguments) -> Array:
         a, dtype = arguments, arguments.query.dtype

@@ -1,24 +1,17 @@
 """GeGLU as the formula says it."""
 
-import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from glm_jax.kernels.dispatch import PlainFormula
 from glm_jax.kernels.geglu.arguments import Arguments
 
 
-@dataclasses.dataclass(frozen=True)
-class Reference:
+class Reference(PlainFormula):
     """Takes everything."""
-
-    name: str = "reference"
-    platform: None = None
-
-    def supports(self, arguments: Arguments) -> None:
-        """Takes everything."""
 
     def __call__(self, arguments: Arguments) -> Array:
         hidden = arguments.hidden

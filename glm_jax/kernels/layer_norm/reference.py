@@ -1,23 +1,15 @@
 """Layer normalisation as the formula says it."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from glm_jax.kernels.dispatch import PlainFormula
 from glm_jax.kernels.layer_norm.arguments import Arguments
 
 
-@dataclasses.dataclass(frozen=True)
-class Reference:
+class Reference(PlainFormula):
     """Takes everything."""
-
-    name: str = "reference"
-    platform: None = None
-
-    def supports(self, arguments: Arguments) -> None:
-        """Takes everything."""
 
     def __call__(self, arguments: Arguments) -> Array:
         a = arguments

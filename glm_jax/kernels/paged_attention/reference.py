@@ -1,23 +1,15 @@
 """Attention over pages as the formula says it: the pages of each row put in order first."""
 
-import dataclasses
-
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from glm_jax.kernels.attention.reference import masked_attention
+from glm_jax.kernels.dispatch import PlainFormula
 from glm_jax.kernels.paged_attention.arguments import Arguments
 
 
-@dataclasses.dataclass(frozen=True)
-class Reference:
+class Reference(PlainFormula):
     """Takes everything, and keeps all scores in memory."""
-
-    name: str = "reference"
-    platform: None = None
-
-    def supports(self, arguments: Arguments) -> None:
-        """Takes everything."""
 
     def __call__(self, arguments: Arguments) -> Array:
         a, query = arguments, arguments.query

@@ -135,7 +135,7 @@ def _kernel(
         if not plan.interpret:
             zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
         totals, *place = lax.fori_loop(*steps, one_step, ((zero,) * blocks.tiles, *place))
-        outputs, rows = _tile(tile, plan)
+        outputs, rows = plan.position(tile)
         part = program - lax.div(start, division.share)
         for index, total in enumerate(totals):
             of_tile = pl.ds((outputs + index) * TILE, TILE)
@@ -149,12 +149,6 @@ def _kernel(
     lax.fori_loop(*tiles, one_tile, place)
 
 
-def _tile(tile: Array, plan: Plan) -> tuple[Array, Array]:
-    """First tile of 64 outputs, and tile of rows."""
-    rows = plan.division.row_tiles
-    return lax.div(tile, rows) * plan.blocks.tiles, lax.rem(tile, rows)
-
-
 def _copy(
     memory: dict[str, Any],
     shared: dict[str, Any],
@@ -165,7 +159,7 @@ def _copy(
 ) -> None:
     """Copies what a step takes into shared memory."""
     blocks = plan.blocks
-    output, row = _tile(tile, plan)
+    output, row = plan.position(tile)
     rows, words = pl.ds(row * blocks.rows, blocks.rows), shared["values"].shape[-1]
     # A step has whole groups, or a group whole steps.
     group = lax.div(step, max(1, plan.group_size // blocks.inputs)) * plan.groups

@@ -136,7 +136,7 @@ def _kernel(
             plgpu.set_max_registers(blocks.registers, action="increase")
 
         def one(tile: Array, _: None) -> None:
-            outputs, rows = _tile(tile, plan)
+            outputs, rows = plan.position(tile)
             start = tile * division.steps
             steps = (jnp.maximum(start, first), jnp.minimum(start + division.steps, stop))
             totals = _multiply(shared, full, empty, first, steps, warpgroup, plan)
@@ -148,12 +148,6 @@ def _kernel(
 
         tiles = lax.div(first, division.steps), lax.div(stop - 1, division.steps) + 1
         lax.fori_loop(*tiles, one, None)
-
-
-def _tile(tile: Array, plan: Plan) -> tuple[Array, Array]:
-    """First tile of 64 outputs, and tile of rows."""
-    rows = plan.division.row_tiles
-    return lax.div(tile, rows) * plan.blocks.output_tiles, lax.rem(tile, rows)
 
 
 def _copy(
@@ -176,7 +170,7 @@ def _copy(
         pl.when(index >= blocks.stages)(lambda: wait(index))
         of_tile = plan.division.steps
         tile, step = lax.div(first + index, of_tile), lax.rem(first + index, of_tile)
-        output, row = _tile(tile, plan)
+        output, row = plan.position(tile)
         outputs, rows = pl.ds(output, blocks.output_tiles), pl.ds(row * blocks.rows, blocks.rows)
         tiles = blocks.inputs // TILE
         groups = pl.ds(lax.div(step * blocks.inputs, plan.group_size), plan.groups)

@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any
 
+from jax import lax
+from jaxtyping import Array
+
 from glm_jax.kernels.quantized_matmul import mosaic_registers
 from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks, Division
 from glm_jax.kernels.quantized_matmul.mosaic_layout import TILE
@@ -37,6 +40,11 @@ class Plan:
     def groups(self) -> int:
         """Groups of a step."""
         return self.blocks.inputs // self.group
+
+    def position(self, tile: Array) -> tuple[Array, Array]:
+        """First tile of 64 outputs, and tile of rows, of a tile of the product."""
+        rows = self.division.row_tiles
+        return lax.div(tile, rows) * self.blocks.output_tiles, lax.rem(tile, rows)
 
     @property
     def chunk(self) -> int:
