@@ -19,6 +19,7 @@ from glm_jax.model.layer_stacks import unstack_layers
 from glm_jax.planning.engine_programs import abstract_params
 from glm_jax.quantization import QuantizedArray
 from glm_jax.sharding import make_mesh
+from glm_jax.training import finetuning
 from glm_jax.training.finetuning import default_config, finetune
 from glm_jax.training.recipe import Recipe
 from glm_jax.training.state import TrainBatch
@@ -95,7 +96,8 @@ def test_a_step_is_that_of_weights_as_stored(base, of_stored, asked, sizes, is_a
         assert np.linalg.norm(other - exact) < 2e-2 * np.linalg.norm(exact)
 
 
-def test_a_run_goes_on_to_the_bit_and_saves_adapters_alone(base, asked, tmp_path, monkeypatch):
+@pytest.fixture
+def experiment(tmp_path):
     pairs = [{"prompt": f"{n} is [MASK].", "target": f"{n + 1}"} for n in range(64)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
     config = default_config(rank=2)
@@ -103,12 +105,28 @@ def test_a_run_goes_on_to_the_bit_and_saves_adapters_alone(base, asked, tmp_path
     config.data.sequence_length, config.data.batch_size = 32, 2
     config.steps, config.log_every, config.checkpoint_every = 4, 1, 2
     config.optimizer.remat = "none"
+    return config
+
+
+def test_a_run_begins_with_weights_laid_out(base, experiment, asked, tmp_path, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(finetuning, "run_job", lambda job, *_: jobs.append(job) or [])
+    finetune(experiment, base, tmp_path / "run")
+    frozen = jobs[0].load_frozen()
+    assert [{kind.bits for kind in kinds} for kinds in asked] == [{4}]
+    assert all(isinstance(layer.dense.kernel, MosaicArray) for layer in frozen.layers)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_to_the_bit_and_saves_adapters_alone(
+    base, experiment, asked, tmp_path, monkeypatch
+):
     with monkeypatch.context() as patched:
         broken_at(4, patched)
         with pytest.raises(StopError):
-            finetune(config, base, tmp_path / "run")
+            finetune(experiment, base, tmp_path / "run")
     before = losses(tmp_path / "run")
-    after = [line["loss"] for line in finetune(config, base, tmp_path / "run")]
+    after = [line["loss"] for line in finetune(experiment, base, tmp_path / "run")]
     assert [{kind.bits for kind in kinds} for kinds in asked] == [{4}, {4}]
     assert sorted(before) == [1, 2, 3]
     assert after[0] == before[3]
