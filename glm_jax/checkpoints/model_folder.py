@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +218,7 @@ def restore(
     weight_memory_limit: float | None = None,
     adapter: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
     is_stacked: bool = False,
+    layout: Callable[[LayerParams], LayerParams] | None = None,
 ) -> tuple[GLMConfig, GLMParams]:
     """Reads a model onto a mesh; each device reads its own slices.
 
@@ -237,6 +238,7 @@ def restore(
         or none: `Prompt.adapter` is 1 for the first, 0 for none.
       is_stacked: keep layers stacked on every device, as a train step of a deep model loops over
         them.
+      layout: changes the stacked layers of each part as it is read, after quantising and casting.
 
     Returns:
       The config, and the parameters in the form that runs there: layers stacked on CPUs, on
@@ -265,7 +267,8 @@ def restore(
 
     def read(first: int, end: int) -> Any:
         part = restore_layers(folder, config, stored, first, end, mesh)
-        return cast(part if scheme is None else glm_params.quantize_layers(part, scheme))
+        part = cast(part if scheme is None else glm_params.quantize_layers(part, scheme))
+        return part if layout is None else layout(part)
 
     layers: Any
     limit = math.inf if weight_memory_limit is None else weight_memory_limit
@@ -273,7 +276,8 @@ def restore(
         metadata = parameter_files.part_metadata(folder, parameter_files.EMBEDDING)
         target = parameter_files.embedding_tree(described)
         rest = cast(parameter_files.read_part(folder, parameter_files.EMBEDDING, target, metadata))
-        is_as_stored = scheme is None and dtype is None and weight_memory_limit is None
+        changes = (scheme, dtype, weight_memory_limit, layout)
+        is_as_stored = all(change is None for change in changes)
         if is_as_stored and _is_on_cpu(described):
             layers = _read_into_stack(folder, config, stored, ranges, mesh)
         else:

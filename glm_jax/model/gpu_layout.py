@@ -1,5 +1,7 @@
 """A quantised model's linears in the layout of the kernels for compute capability 8.0 to 9.0."""
 
+import dataclasses
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,8 +15,8 @@ from glm_jax.errors import UserError
 from glm_jax.kernels.dispatch import BackendError
 from glm_jax.kernels.quantized_matmul import mosaic_check, mosaic_prepare
 from glm_jax.kernels.quantized_matmul.mosaic_check import Kind
-from glm_jax.model.layer_stacks import map_linears
-from glm_jax.model.params import GLMParams, LinearParams
+from glm_jax.model.layer_stacks import described_apart, described_stack, map_linears
+from glm_jax.model.params import GLMParams, LayerParams, LinearParams, map_layer_linears
 from glm_jax.quantization import QuantizedArray
 from glm_jax.sharding import mesh_of
 
@@ -41,7 +43,7 @@ def lay_out(params: GLMParams, donate: bool = False, why_not: Check | None = Non
     Raises:
       LayoutError: the variable has another value.
     """
-    weights = list(_quantized(params))
+    weights = list(_quantized(params.layers))
     if not weights or _is_turned_off():
         return params
     mesh = mesh_of(weights)
@@ -54,18 +56,56 @@ def lay_out(params: GLMParams, donate: bool = False, why_not: Check | None = Non
         return params
 
     def place(weight: Any) -> Any:
-        if not _is_taken(weight):
-            return weight
-        try:
-            laid_out = mosaic_prepare.place(weight, mesh)
-        except BackendError as error:
-            _warn(str(error))
-            return weight
-        if donate:
+        laid_out = _placed(weight, mesh)
+        if donate and laid_out is not weight:
             weight.values.delete()  # the scales may be the same arrays as before
         return laid_out
 
     return _map_weights(place, params)
+
+
+def layout_of_parts(mesh: Mesh) -> Callable[[LayerParams], LayerParams] | None:
+    """Return what lays a model out while `restore` reads it, None where devices are for none."""
+    return lay_out_stack if mosaic_check.is_for(mesh.devices.flat[0]) else None
+
+
+def lay_out_stack(layers: LayerParams) -> LayerParams:
+    """Lay the quantised linears of stacked layers out; reasons against it are those of `lay_out`.
+
+    Beside the layers there must be room for them once more.
+
+    Raises:
+      LayoutError: the variable GLM_JAX_QUANTIZED_LAYOUT has a value that does not exist.
+    """
+    weights = list(_quantized(layers))
+    if not weights or _is_turned_off():
+        return layers
+    kinds = frozenset(_kind_of_a_part(weight, is_stacked=True) for weight in weights)
+    reason = mosaic_check.why_not(kinds)
+    if reason is not None:
+        _warn(reason)
+        return layers
+    place = functools.partial(_placed, mesh=mesh_of(weights), is_stacked=True)
+    return map_layer_linears(_change_by(place), layers)
+
+
+def _placed(weight: Any, mesh: Mesh | None, is_stacked: bool = False) -> Any:
+    """Lay a weight out; one that is not taken stays as it is."""
+    if not _is_taken(weight):
+        return weight
+    try:
+        return mosaic_prepare.place(weight, mesh, is_stacked)
+    except BackendError as error:
+        _warn(str(error))
+        return weight
+
+
+def describe_stack(params: GLMParams, mesh: Mesh) -> GLMParams:
+    """Describe what `lay_out_stack` makes of layers that are described; see `describe`."""
+    apart = described_apart(params)
+    layers: Any = apart.layers
+    [layer] = describe(dataclasses.replace(apart, layers=layers[:1]), mesh).layers
+    return dataclasses.replace(params, layers=described_stack(layer, len(layers)))
 
 
 def describe(params: GLMParams, mesh: Mesh) -> GLMParams:
@@ -81,14 +121,17 @@ def describe(params: GLMParams, mesh: Mesh) -> GLMParams:
 
 
 def _map_weights(layout: Callable[[Any], Any], params: GLMParams) -> GLMParams:
-    change = lambda _, linear: LinearParams(linear.weight.laid_out(layout), linear.bias)
-    return map_linears(change, params)
+    return map_linears(_change_by(layout), params)
 
 
-def _quantized(params: GLMParams) -> Iterator[QuantizedArray]:
+def _change_by(layout: Callable[[Any], Any]) -> Callable[[str, LinearParams], LinearParams]:
+    return lambda _, linear: LinearParams(linear.weight.laid_out(layout), linear.bias)
+
+
+def _quantized(layers: Any) -> Iterator[QuantizedArray]:
     """The weights that can be laid out."""
     is_weight = lambda leaf: isinstance(leaf, QuantizedArray)
-    leaves = jax.tree.leaves(params.layers, is_leaf=is_weight)
+    leaves = jax.tree.leaves(layers, is_leaf=is_weight)
     return filter(_is_taken, leaves)
 
 
@@ -96,9 +139,13 @@ def _is_taken(weight: Any) -> bool:
     return isinstance(weight, QuantizedArray) and str(weight.scales.dtype) in _DTYPES
 
 
-def _kind_of_a_part(weight: QuantizedArray) -> Kind:
-    """Of a device's own part of a weight."""
-    part = lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
+def _kind_of_a_part(weight: QuantizedArray, is_stacked: bool = False) -> Kind:
+    """Of a device's own part of a weight, of one layer's where they are stacked."""
+
+    def part(x: jax.Array) -> jax.ShapeDtypeStruct:
+        own = x.sharding.shard_shape(x.shape)
+        return jax.ShapeDtypeStruct(own[1:] if is_stacked else own, x.dtype)
+
     return Kind.of(jax.tree.map(part, weight))
 
 

@@ -217,6 +217,17 @@ def described_apart(params: GLMParams) -> GLMParams:
     return dataclasses.replace(params, layers=(jax.tree.map(of_layer, params.layers),) * count)
 
 
+def described_stack(layer: LayerParams, count: int) -> LayerParams:
+    """A stack of `count` layers like one that is described on a mesh."""
+
+    def of_stack(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding: Any = x.sharding
+        own = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+        return jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=own)
+
+    return jax.tree.map(of_stack, layer)
+
+
 @jax.custom_vjp
 def _unstack(x: Array) -> tuple[Array, ...]:
     return tuple(x[i] for i in range(len(x)))

@@ -151,12 +151,13 @@ def abstract_params(
         params = glm_params.abstract(config, mesh)
     else:
         params = abstract_quantized(config, mesh, Scheme.parse(quantization).format)
+    is_laid_out = mosaic_check.is_for(mesh.devices.flat[0])
     if is_stacked:
-        return params
+        return gpu_layout.describe_stack(params, mesh) if is_laid_out else params
     layers: Any = params.layers
     whole = described_apart(params)
     apart: Any = whole.layers
-    if mosaic_check.is_for(mesh.devices.flat[0]):
+    if is_laid_out:
         whole = gpu_layout.describe(whole, mesh)
     if weight_memory_limit is None:
         return whole

@@ -11,6 +11,7 @@ from glm_jax.checkpoints.adapter_folder import check_adapter, model_identity, sa
 from glm_jax.checkpoints.model_folder import load_config, restore, stored_format
 from glm_jax.config import ConfigError, GLMConfig
 from glm_jax.model.adapters import AdapterConfig
+from glm_jax.model.gpu_layout import layout_of_parts
 from glm_jax.model.layer_stacks import unstack_layers
 from glm_jax.model.params import GLMParams
 from glm_jax.sharding import parse_mesh
@@ -99,8 +100,9 @@ def finetune(
         if is_whole:
             return None
         _, frozen = restore(
-            checkpoint, mesh, model.compute_dtype, quantization, is_stacked=is_stacked
-        )
+            checkpoint, mesh, model.compute_dtype, quantization, is_stacked=is_stacked,
+            layout=layout_of_parts(mesh),
+        )  # fmt: skip
         # Once, not in every step.
         return frozen if is_stacked else unstack_layers(frozen)
 

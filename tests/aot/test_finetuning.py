@@ -44,10 +44,10 @@ def test_a_case_fits_as_the_table_says(case):
     assert plan.roofline.seconds == pytest.approx(float(step.split()[0]), rel=0.02, abs=0.01)
 
 
-def _adapted(quantization, length, rank):
-    """A train step of a row beside weights of a kind, on 8 A100 of 40 GB."""
-    mesh = make_mesh((1, 1, GPUS), topology.devices(hardware("a100_40gb"), GPUS))
-    model = glm_130b(param_dtype="bfloat16", compute_dtype="bfloat16")
+def _adapted(quantization, length, rank, device="a100_40gb", gpus=GPUS, layers=70):
+    """A train step of a row beside weights of a kind, by default on 8 A100 of 40 GB."""
+    mesh = make_mesh((1, 1, gpus), topology.devices(hardware(device), gpus))
+    model = glm_130b(param_dtype="bfloat16", compute_dtype="bfloat16", num_layers=layers)
     recipe = Recipe(
         total_samples=1000,
         dropout=0.0,
@@ -74,11 +74,7 @@ def test_no_weight_matrix_is_written_out_as_floats(quantization, capsys):
     kernel; and no array of floats is as large as the smallest kernel."""
     model, compiled = _adapted(quantization, 16, 1)
     taken = training_programs.memory(compiled)
-    specs = glm_params.specs(model).layers
-    numbers = {
-        name: math.prod(getattr(specs, name).kernel.shape[1:]) // GPUS
-        for name in glm_params.LINEAR_NAMES
-    }
+    numbers = _numbers(model)
     with capsys.disabled():
         print(
             f"\n130B, {quantization}, adapters of rank 1, a row of 16 tokens: temporaries "
@@ -88,14 +84,40 @@ def test_no_weight_matrix_is_written_out_as_floats(quantization, capsys):
     assert taken.temporaries < 2 * sum(numbers.values())
     if quantization == "int4":
         assert taken.temporaries < 2 * max(numbers.values())
-    table = model.vocab_size // GPUS * model.hidden_size
+    assert _largest_floats(model, compiled) < min(numbers.values())
+
+
+def test_on_a_hopper_the_kernels_run_forward_and_backward():
+    """Of a stack in their layout. The backward pass converts tiles, of each of the four linears,
+    and there too no array of floats is as large as the smallest kernel."""
+    model, compiled = _adapted("int4", 16, 1, "h100", 1, layers=2)
+    calls = [line for line in compiled.as_text().splitlines() if '"mosaic_gpu_v2"' in line]
+    conversions = [line for line in calls if "/convert_int4/" in line]
+    assert len(conversions) == 4
+    assert all("transpose(jvp" in line for line in conversions)
+    assert sum("/quantized_matmul_int4/" in line for line in calls) >= 4
+    assert _largest_floats(model, compiled, 1) < min(_numbers(model, 1).values())
+
+
+def _numbers(model, gpus=GPUS):
+    """How many numbers of a layer's kernels a device has, by name."""
+    specs = glm_params.specs(model).layers
+    return {
+        name: math.prod(getattr(specs, name).kernel.shape[1:]) // gpus
+        for name in glm_params.LINEAR_NAMES
+    }
+
+
+def _largest_floats(model, compiled, gpus=GPUS):
+    """Numbers of the largest array of floats in a program but the embedding, which is floats."""
+    table = model.vocab_size // gpus * model.hidden_size
     largest = 0
     for kind, shape in re.findall(r" = (bf16|f16|f32)\[([\d,]+)\]", compiled.as_text()):
         assert kind in _FLOATS
         size = math.prod(map(int, shape.split(",")))
-        if size != table:  # the embedding, which is floats
+        if size != table:
             largest = max(largest, size)
-    assert largest < min(numbers.values())
+    return largest
 
 
 def test_a_block_sums_twice_forward_and_twice_backward():

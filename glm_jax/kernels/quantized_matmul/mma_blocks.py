@@ -9,7 +9,12 @@ from collections.abc import Iterator
 from jax.extend import backend
 
 from glm_jax.kernels import target
-from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks, Problem, divide
+from glm_jax.kernels.quantized_matmul.mosaic_blocks import (
+    Blocks,
+    Problem,
+    divide,
+    give_whole_tiles,
+)
 from glm_jax.kernels.quantized_matmul.mosaic_layout import TILE
 
 # KiB of a multiprocessor, from a compute capability on; a program takes one more than its own.
@@ -83,7 +88,7 @@ def _blocks(
         memory = 1024 * (_SHARED_MEMORY[known] // count - 1)
         fitting = (s for s in (4, 3) if _shared_bytes(problem, sizes, s) <= memory)
         for stages in itertools.islice(fitting, 1):
-            yield Blocks(
+            blocks = Blocks(
                 rows=rows,
                 tiles=tiles,
                 consumers=1,
@@ -92,6 +97,7 @@ def _blocks(
                 programs=count * multiprocessors,
                 scale_first=problem.rows > _FEW_ROWS,
             )
+            yield give_whole_tiles(problem, blocks)
 
 
 def _shared_bytes(problem: Problem, sizes: tuple[int, int, int], stages: int) -> int:

@@ -239,9 +239,15 @@ def candidates(problem: Problem, programs: int) -> Iterator[Blocks]:
         if stages < 3:
             continue
         blocks = dataclasses.replace(blocks, stages=stages)
-        tiles_each = divide(problem, blocks)
-        whole = tiles_each.row_tiles * tiles_each.output_tiles >= 4 * programs
-        yield dataclasses.replace(blocks, whole=whole)
+        yield give_whole_tiles(problem, blocks)
+
+
+def give_whole_tiles(problem: Problem, blocks: Blocks) -> Blocks:
+    """The blocks, with whole tiles for programs where each has several of them: parts of the
+    product would take its memory once more, and they are to add."""
+    division = divide(problem, blocks)
+    whole = division.row_tiles * division.output_tiles >= 4 * blocks.programs
+    return dataclasses.replace(blocks, whole=whole)
 
 
 def _stage_bytes(problem: Problem, blocks: Blocks) -> int:

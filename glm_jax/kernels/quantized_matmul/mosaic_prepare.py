@@ -22,17 +22,18 @@ from glm_jax.quantization import QuantizedArray
 from glm_jax.sharding import on_mesh, per_device
 
 
-def place(weight: Any, mesh: Mesh | None = None) -> MosaicArray:
+def place(weight: Any, mesh: Mesh | None = None, is_stacked: bool = False) -> MosaicArray:
     """Lay a quantised weight [K, *outputs] out, each device its own part of it.
 
     Args:
       mesh: that it is divided over, by its logical axes.
+      is_stacked: of several layers, all arrays with a leading axis; so are the result's.
 
     Raises:
       BackendError: the kernel does not take the weight, or not a device's part of it.
     """
     with on_mesh(mesh):
-        laid_out: MosaicArray = _lay_out(_checked(weight))
+        laid_out: MosaicArray = (_lay_out_stack if is_stacked else _lay_out)(_checked(weight))
     return laid_out
 
 
@@ -65,6 +66,13 @@ def _lay_out(weight: QuantizedArray) -> MosaicArray:
         raise _not_taken(f"its outputs, {list(weight.shape[1:])}, are divided within tiles")
     own = sharded.specs_of_tiles(weight, inputs, outputs)
     laid_out: MosaicArray = per_device(part, in_specs=(stored,), out_specs=own)(weight)
+    return laid_out
+
+
+@jax.jit
+def _lay_out_stack(stack: QuantizedArray) -> MosaicArray:
+    """A layer at a time: all at once would take several times their bytes."""
+    laid_out: MosaicArray = jax.lax.map(_lay_out, stack)
     return laid_out
 
 
