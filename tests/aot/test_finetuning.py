@@ -99,8 +99,8 @@ def test_no_weight_matrix_is_written_out_as_floats(quantization, capsys):
 
 
 def test_a_block_sums_twice_forward_and_twice_backward():
-    """As products of floats do: rows are gathered before a product, and sums after it scattered, all
-    in bfloat16. What adapters sum besides is their rank's, and weights do not move."""
+    """As products of floats do: rows are gathered before a product, and sums after it scattered,
+    all in bfloat16. What adapters sum besides is their rank's, and weights do not move."""
     length = 1024
     model, compiled = _adapted("int4", length, 16)
     found = find_collectives(compiled.as_text(), model.num_layers)
