@@ -12,8 +12,9 @@ def get_config() -> ConfigDict:
     config.data.batch_size = 4224
     # Weights cross the network once a micro-batch: 11 rows a host take longer to compute.
     config.data.micro_batch_size = 1056
-    # The paper's ramp; of its 24 rows at a time not every size divides over 96 hosts. Two a host
-    # at a time make 20 programs, compiled in a few minutes of the ramp's hours.
+    # From 192 to 4224 rows over the first 2.5% of the samples is the paper's (arXiv:2210.02414).
+    # The increment is ours: of 24, as in the authors' training script, not every size divides over
+    # 96 hosts. Two rows a host make 18 programs, compiled in a few minutes of the ramp's hours.
     config.data.initial_batch_size = 192
     config.data.ramp_increment = 192
     config.optimizer.remat = "blocks"

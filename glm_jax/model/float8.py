@@ -40,9 +40,9 @@ def float8_product(x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Float
 
 def _forward(x: Array, kernel: Array) -> tuple[Array, Any]:
     quantized = _quantize(x, _FORWARD), _quantize(kernel, _FORWARD)
-    operands = (_dequantize(operand, x.dtype) for operand in quantized)
+    left, right = (_dequantize(operand, x.dtype) for operand in quantized)
     axes = (((x.ndim - 1,), (0,)), ((), ()))
-    return dot_general(*operands, axes, product_dtype(x)), (*quantized, x[:0], kernel[:0])
+    return dot_general(left, right, axes, product_dtype(x)), (*quantized, x[:0], kernel[:0])
 
 
 def _backward(saved: Any, gradient: Array) -> tuple[Array, Array]:

@@ -192,7 +192,16 @@ def specs(config: GLMConfig) -> GLMParams:
 
 def parameter_count(config: GLMConfig) -> int:
     """Numbers in the model, from shapes alone."""
-    leaves = jax.tree.leaves(specs(config), is_leaf=is_spec)
+    return _count(specs(config))
+
+
+def layer_parameter_count(config: GLMConfig) -> int:
+    """Numbers in a layer, from shapes alone."""
+    return _count(specs(config).layers) // config.num_layers
+
+
+def _count(tree: Any) -> int:
+    leaves = jax.tree.leaves(tree, is_leaf=is_spec)
     return sum(math.prod(spec.shape) for spec in leaves)
 
 

@@ -265,9 +265,9 @@ def _measure(
     work = Work(
         flops=_flops(request, model) / request.devices,
         memory_bytes=_memory_bytes(request, weights_read, cache, optimizer),
-        link_bytes=sent.link,
-        network_bytes=sent.network,
-        host_bytes=_copied_bytes(request, streamed, needed.on_host),
+        link_bytes=float(sent.link),
+        network_bytes=float(sent.network),
+        host_bytes=float(_copied_bytes(request, streamed, needed.on_host)),
     )
     return Plan(
         weights=weights,

@@ -19,7 +19,7 @@ from glm_jax.kernels.dispatch import BackendError
 from glm_jax.kernels.target import FLOAT8_CAPABILITY
 from glm_jax.model.layer_stacks import unstack_layers
 from glm_jax.model.layers import Dropout, weight_dropout
-from glm_jax.model.params import GLMParams
+from glm_jax.model.params import GLMParams, layer_parameter_count
 from glm_jax.model.training import training_hidden
 from glm_jax.model.visibility import Visibility
 from glm_jax.numerics import FLOAT8, trained_products
@@ -213,7 +213,10 @@ def compiled_train_step(
     check_matmul_precision(config, recipe, mesh.devices.flat[0])
     shardings = state_shardings(config, recipe, mesh)
     step = functools.partial(train_step, config=config, recipe=recipe, groups=groups)
-    options = compiler_settings.of_training(mesh.devices.flat[0].platform, mesh.size)
+    *_, tensor = mesh.axis_sizes
+    exchanged = 0 if tensor == mesh.size else layer_parameter_count(config) // tensor
+    platform = mesh.devices.flat[0].platform
+    options = compiler_settings.of_training(platform, mesh.size, exchanged)
     return jax.jit(
         step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options or None
     )

@@ -1,6 +1,7 @@
 """The 130B train step at the paper's scale fits 96 hosts of 8 A100 of 40 GB."""
 
 import math
+import os
 import re
 
 import pytest
@@ -13,6 +14,7 @@ from glm_jax.planning.collectives import find_collectives
 from glm_jax.sharding import make_mesh
 from glm_jax.training import config as train_config
 from glm_jax.training.recipe import Recipe
+from glm_jax.training.step import compiled_train_step
 
 HOSTS, GPUS = 96, 8
 HIDDEN = 12288
@@ -90,22 +92,37 @@ def _results(compiled, kind):
     return [(dtype, math.prod(map(int, sizes.split(",")))) for dtype, sizes in arrays]
 
 
-def _on_one_gpu(num_layers, length=1024, **fields):
-    """A step of the 1B with a number of layers, 8 rows."""
+def _step_of_1b(num_layers, length=1024, gpus=1, kind="h100", **fields):
+    """A step of the 1B with a number of layers, weights divided over the GPUs, 8 rows each."""
     model = glm_config("1b", compute_dtype="bfloat16").replace(num_layers=num_layers)
     return training_programs.lower_train_step(
         model,
         Recipe(total_samples=1, dropout=0.0, attention_dropout=0.0, **fields),
-        make_mesh((1, 1, 1), topology.devices(hardware("h100"))),
+        make_mesh((1, gpus, 1), topology.devices(hardware(kind), gpus)),
         accumulation=1,
-        micro_batch=8,
+        micro_batch=8 * gpus,
         sequence_length=length,
     ).compile()
 
 
+def test_the_weights_of_a_layer_are_gathered_at_once(monkeypatch):
+    """Of the linears whose inputs are there: more than XLA combines by its own threshold."""
+    gathers = {}
+    for is_ours in (True, False):
+        if not is_ours:  # the environment names XLA's own
+            threshold = f"--xla_gpu_all_gather_combine_threshold_bytes={30 * 2**20 + 7}"
+            monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} {threshold}")
+        compiled_train_step.cache_clear()
+        compiled = _step_of_1b(2, gpus=GPUS, kind="a100_40gb", remat="dots")
+        gathers[is_ours] = collectives(compiled)["all-gather"]
+    # The same bytes; two layers each way, and the embedding for lookup and logits.
+    assert gathers[True][1] == gathers[False][1]
+    assert gathers[True][0] <= 2 * 2 + 2 < gathers[False][0]
+
+
 def test_float8_products_are_the_librarys():
     """Three of each linear, one forward and two backward; those of logits are bfloat16."""
-    text = _on_one_gpu(1, matmul_precision="float8").as_text()
+    text = _step_of_1b(1, matmul_precision="float8").as_text()
     assert text.count('custom_call_target="__cublas$lt$matmul$f8"') == 3 * 4
     others = re.findall(r"= \((\w+)\[([\d,]+)\].*cublas\$lt\$matmul\"", text)
     assert len(others) == 3
@@ -116,7 +133,7 @@ def test_results_wait_on_hosts():
     """All of a layer that the backward pass needs, but for its input: the 1B takes less than
     docs/training.md says of any other remat that computes no product again."""
     model, length = glm_config("1b"), 2048
-    taken = training_programs.memory(_on_one_gpu(model.num_layers, length, remat="offload"))
+    taken = training_programs.memory(_step_of_1b(model.num_layers, length, remat="offload"))
     # In bfloat16 of a token: q, k, v, attention's result, the first linear of the feed-forward.
     numbers = 4 * model.hidden_size + 2 * model.inner_hidden_size
     assert taken.on_host > 2 * model.num_layers * 8 * length * numbers

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from glm_jax.kernels.quantized_matmul.mosaic_layout import MosaicArray, count_outer
+from glm_jax.numerics import product_dtype
 from glm_jax.quantization import QuantizedArray
 from glm_jax.sharding import data_axis, mesh_to_divide, parameter_spec, per_device
 
@@ -33,8 +34,8 @@ def matmul(
     """x [..., K] times weight [K, *outputs] plus bias, each device with its part.
 
     The weight never moves. x is all-gathered to the devices that have other outputs of the
-    weight; where devices have other inputs, partial sums are all-reduced. Rows are divided over
-    the data axis alone.
+    weight; where devices have other inputs, partial sums are all-reduced, in `product_dtype`. Rows
+    are divided over the data axis alone.
 
     Args:
       product: multiplies on one device.
@@ -48,18 +49,21 @@ def matmul(
     def local(x: Array, weight: Divisible, bias: Array | None) -> Array:
         if inputs is None:
             return product(x, weight, bias)
-        total = jax.lax.psum(product(x, weight, None), inputs)
-        return total if bias is None else total + bias.astype(jnp.float32)
+        return jax.lax.psum(product(x, weight, None).astype(product_dtype(x)), inputs)
 
-    return per_device(
+    whole = None if inputs is not None else bias
+    result = per_device(
         local,
         in_specs=(
             PartitionSpec(*batch, inputs),
             weight_spec,
-            None if bias is None else PartitionSpec(*outputs),
+            None if whole is None else PartitionSpec(*outputs),
         ),
         out_specs=PartitionSpec(*batch, *outputs),
-    )(x, weight, bias)
+    )(x, weight, whole).astype(jnp.float32)
+    # Outside: where a part of each row is wanted next, the sum is scattered only if nothing
+    # stands between the two.
+    return result if inputs is None or bias is None else result + bias.astype(jnp.float32)
 
 
 def transposed_matmul(
