@@ -50,9 +50,15 @@ CASES = [("rtx_3090", p) for p in PROBLEMS if p.inputs * p.outputs >= HIDDEN * 2
 CASES += [(gpu, problem) for gpu in ("a100_80gb", "h100") for problem in PROBLEMS]
 
 
-@pytest.mark.parametrize(
-    ("gpu", "problem"), CASES, ids=lambda v: v if isinstance(v, str) else _name(v)
-)
+def _marked(gpu, problem):
+    """Of weights as they are stored, which GPUs from 8.0 to 9.0 multiply only where others cannot
+    be laid out; whole linears stand for their parts in each run."""
+    is_first = (problem.inputs, problem.outputs) in SHAPES[:4] and problem.group_size == 128
+    marks = () if is_first and problem.rows != 32 else pytest.mark.slow
+    return pytest.param(gpu, problem, id=f"{gpu}-{_name(problem)}", marks=marks)
+
+
+@pytest.mark.parametrize(("gpu", "problem"), [_marked(*case) for case in CASES])
 def test_the_product_compiles(gpu, problem):
     dtype = "bfloat16" if gpu == "h100" else "float16"
     compile_for(gpu, quantized_matmul, *_operands(problem, dtype))
