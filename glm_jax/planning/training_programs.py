@@ -13,7 +13,7 @@ from glm_jax.planning.topology import compiling_for
 from glm_jax.sharding import activation_sharding, replicated
 from glm_jax.training.recipe import Recipe
 from glm_jax.training.state import TrainBatch, TrainState, abstract_state, state_shardings
-from glm_jax.training.step import compiled_train_step
+from glm_jax.training.step import compiled_train_step, with_attention_for
 
 _GROUPS = 9  # kinds of samples: the size of a few small sums
 
@@ -63,6 +63,8 @@ def lower_train_step(
     batch = TrainBatch(**fields | {"loss_weights": floats})
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
+    with compiling_for(mesh):
+        recipe = with_attention_for(model, recipe, mesh, micro_batch, sequence_length)
     step: Any = compiled_train_step(model, recipe, _GROUPS, mesh)
     state = described_state(model, recipe, mesh)
     with compiling_for(mesh):

@@ -30,10 +30,10 @@ from glm_jax.training.recipe import BatchSchedule, Recipe
 from glm_jax.training.results import MODEL_FOLDER, refuse_result_of_others, save_trained
 from glm_jax.training.state import TrainBatch, TrainState, init_state
 from glm_jax.training.step import (
-    check_attention,
     check_matmul_precision,
     compiled_train_step,
     evaluation_step,
+    with_attention_for,
 )
 from glm_jax.training.stopping import InterruptedRunError, stop_requests
 from glm_jax.training.summary import run_summary
@@ -144,10 +144,12 @@ def run_job(job: TrainingJob, workdir: Path, profiled: range = range(0)) -> list
       ConfigError, DataError: the experiment is not possible.
       SavingError, InterruptedRunError, DivergedError: the run stopped; its checkpoints stay.
     """
-    config, model, recipe, mesh = job.config, job.model, job.recipe, job.mesh
+    config, model, mesh = job.config, job.model, job.mesh
     schedule = train_config.batch_schedule(config)
-    check_matmul_precision(model, recipe, mesh.devices.flat[0])
-    check_attention(model, recipe, mesh, schedule.micro_batch, config.data.sequence_length)
+    check_matmul_precision(model, job.recipe, mesh.devices.flat[0])
+    sizes = schedule.micro_batch, config.data.sequence_length
+    recipe = with_attention_for(model, job.recipe, mesh, *sizes)
+    job = dataclasses.replace(job, recipe=recipe)
     mixture = open_mixture(config.data, config, job.tokenizer, schedule.unit)
     evaluation = None
     if config.evaluation.every:

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from glm_jax import compiler_settings
 from glm_jax.config import ConfigError, GLMConfig
-from glm_jax.kernels.attention import mosaic_check
 from glm_jax.kernels.attention.api import attention
+from glm_jax.kernels.attention.mosaic_check import suits
 from glm_jax.kernels.dispatch import BackendError
 from glm_jax.kernels.target import FLOAT8_CAPABILITY
 from glm_jax.model.layer_stacks import unstack_layers
@@ -139,12 +139,12 @@ def _dropout(recipe: Recipe, key: PRNGKeyArray) -> Dropout | None:
     return Dropout(key, recipe.dropout, recipe.attention_dropout, of_adapters)
 
 
-def check_attention(
+def with_attention_for(
     config: GLMConfig, recipe: Recipe, mesh: Mesh, rows: int, sequence_length: int
-) -> None:
-    """Refuse an attention that these devices cannot compute, before a step is compiled.
+) -> Recipe:
+    """Return the recipe with the attention of a mesh's devices, before a step is compiled.
 
-    `auto` takes the kernel for these devices where it passes its check here.
+    `auto` becomes "mosaic" on devices whose check it passes; see `mosaic_check.suits`.
 
     Args:
       rows: of a micro-batch.
@@ -152,16 +152,28 @@ def check_attention(
     Raises:
       ConfigError: the recipe names a backend that does not take what the step gives it; says why.
     """
+    refusal = functools.partial(_refusal, config, mesh, rows, sequence_length)
+    kernel = dataclasses.replace(recipe, attention="mosaic")
+    if recipe.attention == "auto" and refusal(kernel) is None:
+        dtype, size = config.activation_dtype, config.head_dim
+        has_dropout = recipe.attention_dropout > 0
+        return kernel if suits(mesh.devices.flat[0], dtype, size, has_dropout) else recipe
+    if (reason := refusal(recipe)) is not None:
+        raise ConfigError(f"optimizer.attention={recipe.attention!r}: {reason}")
+    return recipe
+
+
+def _refusal(
+    config: GLMConfig, mesh: Mesh, rows: int, sequence_length: int, recipe: Recipe
+) -> BackendError | None:
+    """Why the recipe's attention cannot be computed on the mesh, None if it can."""
     heads, size, dtype = config.num_heads, config.head_dim, config.activation_dtype
-    if recipe.attention == "auto":
-        mosaic_check.use_where_right(mesh.devices.flat[0], dtype, size)
     query = jax.ShapeDtypeStruct((rows, sequence_length, heads, size), dtype)
     key = jax.ShapeDtypeStruct((rows, heads, sequence_length, size), dtype)
     ranges = jax.ShapeDtypeStruct((rows, sequence_length, 2), jnp.int32)
-    described = Dropout(jax.random.key(0), 0.0, recipe.attention_dropout)
 
     def attend(query: Array, key: Array, ranges: Array) -> Array:
-        dropout = weight_dropout(described, 0)
+        dropout = weight_dropout(Dropout(jax.random.key(0), 0.0, recipe.attention_dropout), 0)
         implementation = recipe.attention_implementation
         return attention(query, key, key, ranges, config.softmax_dtype, dropout, implementation)
 
@@ -169,7 +181,8 @@ def check_attention(
         with jax.set_mesh(mesh):
             jax.eval_shape(attend, query, key, ranges)
     except BackendError as error:
-        raise ConfigError(f"optimizer.attention={recipe.attention!r}: {error}") from error
+        return error
+    return None
 
 
 def check_matmul_precision(config: GLMConfig, recipe: Recipe, device: Any) -> None:

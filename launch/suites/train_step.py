@@ -11,7 +11,7 @@ from glm_jax.config import GLMConfig
 from glm_jax.sharding import make_mesh
 from glm_jax.training.recipe import Recipe
 from glm_jax.training.state import TrainBatch, init_state
-from glm_jax.training.step import compiled_train_step
+from glm_jax.training.step import compiled_train_step, with_attention_for
 from launch.suites import torch_glm
 from launch.suites.case import Case, find_torch
 
@@ -28,6 +28,7 @@ def train_step_case(
     """An update on one device, half of each row context. Returns the step's metrics."""
     recipe = Recipe(total_samples=10**6, dropout=dropout, attention_dropout=dropout, remat=remat)
     mesh = make_mesh((1, 1, 1))
+    recipe = with_attention_for(model, recipe, mesh, rows, length)
     holder: list[Any] = [init_state(model, recipe, jax.random.key(0), mesh)]
     train_step = compiled_train_step(model, recipe, 1, mesh)
     shape = (1, rows, length)

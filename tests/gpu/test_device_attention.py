@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from kernels.formula import assert_close, attended, attended_over_pages, gradients, normal
 
+from glm_jax.config import glm_config
 from glm_jax.kernels.attention import mosaic_check
 from glm_jax.kernels.attention.api import attention
 from glm_jax.kernels.attention.arguments import Arguments
@@ -19,6 +20,9 @@ from glm_jax.kernels.paged_attention.api import paged_attention
 from glm_jax.kernels.paged_attention.arguments import Arguments as PagedArguments
 from glm_jax.model.paged_cache import quantize_heads
 from glm_jax.model.visibility import Visibility
+from glm_jax.sharding import make_mesh
+from glm_jax.training.recipe import Recipe
+from glm_jax.training.step import with_attention_for
 
 pytestmark = pytest.mark.gpu
 IS_GPU = jax.default_backend() == "gpu"
@@ -98,20 +102,16 @@ def test_our_kernel_for_training(rate, dtype, head_dim):
         assert_close(of_input, expected, TOLERANCES[dtype])
 
 
-def test_our_kernel_passes_its_check_and_is_taken(recwarn):
+def test_our_kernel_passes_its_check_and_a_run_has_it(recwarn):
     """As at the start of a run: by a process of its own, which compiles and compares."""
     device = jax.devices()[0]
     if not IS_GPU or float(device.compute_capability) != mosaic_check.CAPABILITY:
         pytest.skip(f"for compute capability {mosaic_check.CAPABILITY}")
-    mosaic_check.use_where_right(device, "bfloat16", 128)
+    config = glm_config("tiny", hidden_size=256, num_heads=2, compute_dtype="bfloat16")
+    mesh = make_mesh((1, 1, 1), [device])
+    recipe = with_attention_for(config, Recipe(total_samples=8), mesh, 2, 256)
     assert not [str(warning.message) for warning in recwarn]
-    assert mosaic_check.is_right("bfloat16", 128)
-    query = jnp.zeros((1, 256, 2, 128), jnp.bfloat16)
-    dropped = lambda x: attention(
-        x, x.swapaxes(1, 2), x.swapaxes(1, 2), jnp.zeros((1, 256, 2), jnp.int32),
-        dropout=WeightDropout(jnp.uint32(0), 0.1),
-    )  # fmt: skip
-    assert "mosaic_gpu" in jax.jit(dropped).lower(query).as_text()
+    assert recipe.attention == "mosaic"
 
 
 @pytest.mark.parametrize("new", [1, 3])

@@ -1,18 +1,18 @@
 """Kernels are checked by a process of their own, and attention takes those that pass."""
 
+import dataclasses
 import sys
-import warnings
 
 import jax
-import jax.numpy as jnp
 import pytest
 
+from glm_jax.config import ConfigError, glm_config
 from glm_jax.kernels import self_check, target
 from glm_jax.kernels.attention import mosaic_check
-from glm_jax.kernels.attention.arguments import Arguments
 from glm_jax.kernels.attention.blockwise import Blockwise
-from glm_jax.kernels.attention.dropout import WeightDropout
-from glm_jax.kernels.attention.mosaic import Mosaic
+from glm_jax.sharding import make_mesh
+from glm_jax.training import step
+from glm_jax.training.recipe import Recipe
 
 
 @pytest.mark.parametrize(
@@ -62,47 +62,35 @@ class _GPU:
     platform, compute_capability = "gpu", "9.0"
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """A GPU of this process, for which nothing has been checked."""
+def test_a_gpu_of_this_process_is_checked(monkeypatch):
     device = _GPU()
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    monkeypatch.setattr(target, "compute_capability", lambda: 9.0)
-    monkeypatch.setattr(mosaic_check, "_right", set())
-    return device
-
-
-def _arguments(dropout):
-    query, keys = jnp.zeros((1, 256, 2, 128), jnp.bfloat16), jnp.zeros((1, 2, 256, 128), "bfloat16")
-    dropout = WeightDropout(jnp.uint32(0), 0.1) if dropout else None
-    return Arguments(query, keys, keys, jnp.zeros((1, 256, 2), jnp.int32), dropout)
-
-
-@pytest.mark.parametrize("has_dropout", [False, True])
-def test_a_kernel_that_passes_is_taken(gpu, has_dropout):
-    kernel, arguments = Mosaic(only_right=True), _arguments(has_dropout)
     asked = []
-    for _ in range(2):
-        mosaic_check.use_where_right(gpu, "bfloat16", 128, check=lambda *x: asked.append(x))
-    assert asked == [("bfloat16", 128)]  # once
-    assert kernel.supports(arguments) is None
-    mosaic_check.use_where_right(gpu, "float32", 128, check=lambda *x: asked.append(x))
-    assert len(asked) == 1
+    for has_dropout in (False, True):
+        kind = device, "bfloat16", 128, has_dropout
+        assert mosaic_check.suits(*kind, check=lambda *x: asked.append(x))
+        with pytest.warns(UserWarning, match=r"^attention takes another backend .* slower: why$"):
+            assert not mosaic_check.suits(*kind, check=lambda *_: "why")
+    assert asked == [("bfloat16", 128)] * 2
 
 
-def test_a_kernel_that_fails_is_not_taken_and_a_line_says_why(gpu):
-    with pytest.warns(UserWarning, match=r"^attention takes another backend .* slower: why$"):
-        mosaic_check.use_where_right(gpu, "bfloat16", 128, check=lambda *_: "why")
-    reason = Mosaic(only_right=True).supports(_arguments(True))
-    assert reason == "it takes what its check has passed for"
-    assert Mosaic().supports(_arguments(True)) is None  # by its name
+def test_a_described_gpu_has_the_kernels_for_dropout():
+    assert mosaic_check.suits(_GPU(), "bfloat16", 128, True, check=pytest.fail)
+    assert not mosaic_check.suits(_GPU(), "bfloat16", 128, False, check=pytest.fail)
 
 
-def test_for_devices_elsewhere_it_is_taken_with_dropout(monkeypatch):
+@pytest.mark.parametrize("suits", [False, True])
+def test_a_run_has_the_kernels_where_they_suit(monkeypatch, suits):
+    monkeypatch.setattr(target, "platform", lambda: "cuda")
     monkeypatch.setattr(target, "compute_capability", lambda: 9.0)
-    kernel = Mosaic(only_right=True)
-    assert kernel.supports(_arguments(True)) is None
-    assert kernel.supports(_arguments(False)) == "it takes what its check has passed for"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        mosaic_check.use_where_right(_GPU(), "bfloat16", 128)  # described: nothing to check
+    monkeypatch.setattr(step, "suits", lambda *_: suits)
+    recipe, mesh = Recipe(total_samples=8), make_mesh((1, 1, 1))
+    config = glm_config("tiny", hidden_size=256, num_heads=2, compute_dtype="bfloat16")
+    got = step.with_attention_for(config, recipe, mesh, 2, 256)
+    assert got.attention == ("mosaic" if suits else "auto")
+    # Not for heads of this size, whatever the check.
+    small = config.replace(num_heads=8)
+    assert step.with_attention_for(small, recipe, mesh, 2, 256) == recipe
+    named = dataclasses.replace(recipe, attention="mosaic")
+    with pytest.raises(ConfigError, match=r"^optimizer\.attention='mosaic': .* heads of 64 or 128"):
+        step.with_attention_for(small, named, mesh, 2, 256)

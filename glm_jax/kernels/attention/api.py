@@ -15,8 +15,8 @@ from glm_jax.kernels.dispatch import dispatch
 
 # Keys up to which all scores at once are no more than a block.
 _FEW_KEYS = 128
-_IN_BLOCKS = (Mosaic(only_right=True), Library(), LibraryTPU(), Blockwise())
-_BY_NAME = (Mosaic(),)  # whether or not it has been checked
+_IN_BLOCKS = (Library(), LibraryTPU(), Blockwise())
+_BY_NAME = (Mosaic(),)  # training asks for it where its check has passed
 IMPLEMENTATIONS = ("cpu", "library", "mosaic", "blockwise", "reference")
 
 
@@ -41,7 +41,7 @@ def attention(
       softmax_dtype: dtype of the scores and their softmax.
       dropout: of the softmax's weights, in training.
       implementation: one of `IMPLEMENTATIONS`; None for the fastest that takes the arguments on
-        the platform that is compiled for; "mosaic" where it has passed its check.
+        the platform that is compiled for, "mosaic" apart, which a caller has to check first.
 
     Returns:
       [batch, query, heads, head_dim] in the query's dtype; zeros for queries that see nothing.

@@ -24,13 +24,10 @@ class Mosaic:
     Attributes:
       key_block: keys of a block that the forward kernel reads at once, a multiple of 64.
       interpret: simulates the kernels on any device, for tests.
-      only_right: takes nothing before its check has passed on this process's GPUs (see
-        `mosaic_check`), and on GPUs that are not here what has dropout.
     """
 
     key_block: int = 128
     interpret: bool = False
-    only_right: bool = False
     name: str = "mosaic"
 
     @property
@@ -50,7 +47,6 @@ class Mosaic:
                 self.interpret or target.compute_capability() == mosaic_check.CAPABILITY,
                 f"compute capability {mosaic_check.CAPABILITY}",
             ),
-            (not self.only_right or _is_taken_of_itself(a), "what its check has passed for"),
         )
 
     def __call__(self, arguments: Arguments) -> Array:
@@ -67,10 +63,3 @@ class Mosaic:
         static = kernels.Static(self.key_block, self.interpret, dropout)
         local = functools.partial(kernels.on_one_device, static)
         return on_each_device(local, arguments.replace(dropout=None), lines)
-
-
-def _is_taken_of_itself(arguments: Arguments) -> bool:
-    query = arguments.query
-    if mosaic_check.are_devices_here():
-        return mosaic_check.is_right(query.dtype, query.shape[-1])
-    return arguments.dropout is not None

@@ -23,41 +23,37 @@ _BATCH, _HEADS = 2, 3
 # Relative, of an array's norm: a few roundings of each product's operands.
 _TOLERANCES = {"float16": 2e-3, "bfloat16": 1.6e-2}
 Attend = Callable[[Arguments], Array]
-_right: set[tuple[str, int]] = set()  # dtypes and sizes of heads whose check has passed
 
 
-def use_where_right(
-    device: Any, dtype: str, head_dim: int, check: Callable[[str, int], str | None] | None = None
-) -> None:
-    """Check the kernels if a device is here and they are for it; warn where they are not right.
+def suits(
+    device: Any,
+    dtype: str,
+    head_dim: int,
+    has_dropout: bool,
+    check: Callable[[str, int], str | None] | None = None,
+) -> bool:
+    """Return whether a run on GPUs that the kernels take should have them.
 
-    From then on `attention` takes them of itself, where they are right. A process checks once.
+    On GPUs of this process their check decides, and a warning says why it failed. For GPUs that
+    are only described, which nothing can be checked on, it is True with dropout, which the
+    library's kernel has not.
 
     Args:
+      device: of compute capability 9.0.
       dtype, head_dim: of queries, keys and values.
-      check: returns a reason, or None where they are right.
+      check: returns a reason, or None where they are right; by default in a process of its own,
+        once.
     """
-    if not _is_for(device) or dtype not in _TOLERANCES or is_right(dtype, head_dim):
-        return
+    if device not in jax.devices():
+        return has_dropout
     reason = (check or _why_not)(dtype, head_dim)
-    if reason is None:
-        _right.add((dtype, head_dim))
-        return
-    warnings.warn(
-        f"attention takes another backend than the kernel for compute capability {CAPABILITY}, "
-        f"which is slower: {reason}",
-        stacklevel=2,
-    )
-
-
-def is_right(dtype: Any, head_dim: int) -> bool:
-    """Whether the check of these has passed in this process."""
-    return (str(dtype), head_dim) in _right
-
-
-def are_devices_here() -> bool:
-    """Whether this process has GPUs, and does not compile for described ones."""
-    return jax.devices()[0].platform == "gpu"
+    if reason is not None:
+        warnings.warn(
+            f"attention takes another backend than the kernel for compute capability "
+            f"{CAPABILITY}, which is slower: {reason}",
+            stacklevel=2,
+        )
+    return reason is None
 
 
 def first_fault(
@@ -91,12 +87,6 @@ def first_fault(
 def _why_not(dtype: str, head_dim: int) -> str | None:
     run = functools.partial(self_check.check_apart, __name__, f"{dtype},{head_dim}")
     return self_check.agreed(run)
-
-
-def _is_for(device: Any) -> bool:
-    if device.platform != "gpu" or device not in jax.devices():  # described ones
-        return False
-    return float(device.compute_capability) == CAPABILITY
 
 
 def _example(dtype: str, head_dim: int, rate: float, length: int) -> tuple[Arguments, Array]:
@@ -136,7 +126,8 @@ def main(arguments: Sequence[str]) -> int:
     """Check a dtype and a size of heads, such as `bfloat16,128`, on the first GPU."""
     from glm_jax.kernels.attention.mosaic import Mosaic
 
-    if not _is_for(jax.devices()[0]):
+    device = jax.devices()[0]
+    if device.platform != "gpu" or float(device.compute_capability) != CAPABILITY:
         print(f"no GPU of compute capability {CAPABILITY} could be used by a second process")
         return 1
     dtype, head_dim = arguments[0].split(",")
