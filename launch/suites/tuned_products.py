@@ -23,7 +23,7 @@ from glm_jax.kernels.quantized_matmul.arguments import Arguments
 from glm_jax.kernels.quantized_matmul.measured import Entry, Product, blocks_of, variants
 from glm_jax.model import params as glm_params
 from glm_jax.quantization import QuantizedArray, Scheme
-from glm_jax.sharding import MeshError, parameter_spec
+from glm_jax.sharding import MESH_AXES, MeshError, parameter_spec
 from launch.suites.gpu_parts import REPEATS, SHAPES, copies_of, example_weight, interleaved, often
 
 Failure = dict[str, Any]  # what a table's `left_out` holds
@@ -68,7 +68,7 @@ def linear_shapes(config: GLMConfig, parallel: int) -> list[tuple[int, int]]:
     Returns:
       Nothing if the model cannot be divided so.
     """
-    sizes = {"data": 1, "fsdp": 1, "tensor": parallel}
+    sizes = dict(zip(MESH_AXES, (1, 1, parallel), strict=True))
     layers: Any = glm_params.specs(config).layers
     shapes = []
     with contextlib.suppress(MeshError):

@@ -62,7 +62,10 @@ def _answer(config, params, budget=None):
 @pytest.mark.parametrize(
     "mesh", [None, pytest.param((1, 1, 4), marks=pytest.mark.slow), (2, 2, 2)], ids=str
 )
-@pytest.mark.parametrize(("quantization", "resident"), [(None, 0), (None, 2), ("int4", 3)])
+@pytest.mark.parametrize(
+    ("quantization", "resident"),
+    [(None, 0), pytest.param(None, 2, marks=pytest.mark.slow), ("int4", 3)],
+)
 def test_streamed_blocks_give_the_same_logits_and_tokens(saved, mesh, quantization, resident):
     devices = None if mesh is None else make_mesh(mesh)
     config, params = glm_jax.restore(saved, devices, quantization=quantization)

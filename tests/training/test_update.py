@@ -96,8 +96,14 @@ def _steps(recipe, count=3, mesh=None):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("moments", MOMENTS)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 4)])
+@pytest.mark.parametrize(
+    ("shape", "moments"),
+    [
+        pytest.param(shape, moments, marks=() if shape[1] == 2 else pytest.mark.slow)
+        for shape in ((1, 1, 1), (1, 2, 4))
+        for moments in MOMENTS
+    ],
+)
 def test_moments_on_the_host_are_those_of_each_block_by_itself(moments, shape):
     """And the step that is not good, the second, changes nothing."""
     recipe = Recipe(total_samples=100, moments=moments, offload_moments=True, weight_decay=0.1)
