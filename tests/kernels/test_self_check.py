@@ -87,7 +87,8 @@ def test_a_run_has_the_kernels_where_they_suit(monkeypatch, suits):
     recipe, mesh = Recipe(total_samples=8), make_mesh((1, 1, 1))
     config = glm_config("tiny", hidden_size=256, num_heads=2, compute_dtype="bfloat16")
     got = step.with_attention_for(config, recipe, mesh, 2, 256)
-    assert got.attention == ("mosaic" if suits else "auto")
+    has_kernels = jax.__version_info__ >= (0, 11)
+    assert got.attention == ("mosaic" if suits and has_kernels else "auto")
     # Not for heads of this size, whatever the check.
     small = config.replace(num_heads=8)
     assert step.with_attention_for(small, recipe, mesh, 2, 256) == recipe
