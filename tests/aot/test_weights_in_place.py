@@ -99,7 +99,7 @@ def test_blocks_that_stay_beside_streamed_ones_are_not_copied(weights):
     assert [w.line for w in copies if not w.opcode.endswith(("-start", "-done"))] == []
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_the_step_of_70_layers_compiles_within_a_minute(devices, capsys):
     began, cpu = time.monotonic(), time.process_time()
     text = _lowered("h100", devices, "int4", layers=70)["step"].compile().as_text()
