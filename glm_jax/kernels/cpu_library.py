@@ -23,8 +23,8 @@ _FEW_NUMBERS = 2**15
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionKernel:
-    """What the kernels of both attention ops have in common as backends.
+class _CPUKernel:
+    """A backend in C++.
 
     Attributes:
       max_vector_bits: of vectors to use (512, 256 or less), for tests.
@@ -33,6 +33,10 @@ class AttentionKernel:
     max_vector_bits: int = MAX_VECTOR_BITS
     name: str = "cpu"
     platform: str = "cpu"
+
+
+class AttentionKernel(_CPUKernel):
+    """What the kernels of both attention ops have in common as backends."""
 
     def unmet(
         self, softmax_dtype: str, head_dim: int, *requirements: tuple[bool, str]
@@ -50,17 +54,8 @@ class AttentionKernel:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class RowKernel:
-    """What kernels for many rows of float32 have in common as backends.
-
-    Attributes:
-      max_vector_bits: of vectors to use (512, 256 or less), for tests.
-    """
-
-    max_vector_bits: int = MAX_VECTOR_BITS
-    name: str = "cpu"
-    platform: str = "cpu"
+class RowKernel(_CPUKernel):
+    """What kernels for many rows of float32 have in common as backends."""
 
     def unmet_rows(self, x: Any, *parameters: Any) -> str | None:
         """Return what the kernel takes, by the first requirement that is not met.
