@@ -233,8 +233,8 @@ def _poison(monkeypatch, numbers):
     """Makes the losses of some batches infinite."""
     real, drawn = MeshBatches.next, []
 
-    def poisoned(self, accumulation):
-        batch = real(self, accumulation)
+    def poisoned(self, accumulation, rows):
+        batch = real(self, accumulation, rows)
         drawn.append(batch)
         if len(drawn) in numbers:
             batch = batch.replace(loss_weights=batch.loss_weights * np.inf)
