@@ -247,6 +247,10 @@ class GLMConfig:
         """DeepNorm's alpha, sqrt(2 * layers) (arXiv:2210.02414, section 2.1)."""
         return math.sqrt(2.0 * self.num_layers)
 
+    def __hash__(self) -> int:
+        # Of a few fields: jax asks for it whenever it runs a program that takes the config.
+        return hash((self.num_layers, self.hidden_size, self.max_sequence_length))
+
     def replace(self, **changes: Any) -> "GLMConfig":
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)

@@ -241,9 +241,8 @@ class Engine:
         width = next(w for w in self._step_widths if w >= len(scheduler.running))
         order = [*scheduler.running, *scheduler.free_slots(), *scheduler.entering]
         numbers = sorted(order[:width])
-        rooms = {slot: scheduler.draft_room(one) for slot, one in scheduler.running.items()}
         run = functools.partial(self._run_idle_step, numbers)
-        drafts = self._speculation.propose(numbers, rooms, run)
+        drafts = self._speculation.propose(numbers, scheduler.draft_rooms, run)
         masks = self._guidance.making(numbers, drafts)
         emitted = self._run_step(numbers, drafts, masks)
         requests = in_next_step(scheduler.running)

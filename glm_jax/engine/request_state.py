@@ -1,6 +1,7 @@
 """What the engine knows of a request between its place in the queue and its last token."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -124,10 +125,14 @@ class Running:
         """Lower goes before others where there are too few pages."""
         return self.admitted.request.priority, self.admitted.request_id
 
+    @functools.cached_property
+    def _prompt_length(self) -> int:
+        return len(self.admitted.request.prompt)
+
     @property
     def length(self) -> int:
         """Tokens so far, sop included, the last of which the next step runs."""
-        return len(self.admitted.request.prompt) + len(self.answer)
+        return self._prompt_length + len(self.answer)
 
     @property
     def next_length(self) -> int:

@@ -262,22 +262,29 @@ class Scheduler:
         Returns:
           Slots whose requests were preempted; and by slot, all pages of those that have more.
         """
+        running = self.running.values()
+        if not any(self.pool.missing(one.allocation, self._wanted(one)) for one in running):
+            return [], {}
         preempted: list[int] = []
         before = {slot: one.allocation for slot, one in self.running.items()}
-        ranked = sorted(self.running.values(), key=lambda one: one.rank)
+        ranked = sorted(running, key=lambda one: one.rank)
         for one in ranked:
             while one.admitted.slot in self.running and not self._extend(one, one.next_length):
                 preempted.append(self._preempt_last(one.allocation.shard))
         for one in ranked:  # drafts have pages where some are left
             if one.admitted.slot in self.running:
-                length = one.length + min(self._limits.step_tokens, one.remaining) - 1
-                self._extend(one, length)
+                self._extend(one, self._wanted(one))
         grown = {
             slot: one.allocation.pages
             for slot, one in self.running.items()
             if one.allocation is not before[slot]
         }
         return preempted, grown
+
+    def _wanted(self, one: Running) -> int:
+        """Tokens that a request would have pages for in the next step, drafts included."""
+        drafted = one.length + min(self._limits.step_tokens, one.remaining) - 1
+        return max(one.next_length, drafted)
 
     def can_grow(self) -> bool:
         """Whether `grow` would preempt no request."""
@@ -306,10 +313,13 @@ class Scheduler:
         self._count(preemptions=1)
         return admitted.slot
 
-    def draft_room(self, one: Running) -> int:
-        """Drafts that a request has pages for, and that its answer has room for."""
-        tokens = len(one.allocation.pages) * self._limits.page_size
-        return min(one.remaining - 1, tokens - one.length)
+    def draft_rooms(self) -> dict[int, int]:
+        """Drafts that each request has pages for, and that its answer has room for, by slot."""
+        size = self._limits.page_size
+        return {
+            slot: min(one.remaining - 1, len(one.allocation.pages) * size - one.length)
+            for slot, one in self.running.items()
+        }
 
     def leave(self, slot: int) -> PageAllocation:
         """End the request of a slot.

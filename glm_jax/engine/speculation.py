@@ -132,17 +132,21 @@ class Speculation:
             self._model.begin(slot, prompt)
 
     def propose(
-        self, numbers: Sequence[int], rooms: Mapping[int, int], run: Callable[[Any], object]
+        self,
+        numbers: Sequence[int],
+        draft_rooms: Callable[[], Mapping[int, int]],
+        run: Callable[[Any], object],
     ) -> Int[np.ndarray, "rows drafts"] | None:
         """Drafts for a step of these slots; None where steps without give more tokens in the time.
 
         Args:
-          rooms: how many drafts each running request has room for, by slot.
+          draft_rooms: returns how many drafts each running request has room for, by slot.
           run: as for `measure`.
         """
         self._modelled = set()
         if not self._count:
             return None
+        rooms = draft_rooms()
         counts = {
             slot: min(self._count, room)
             for slot, room in rooms.items()

@@ -47,9 +47,10 @@ class _Simulated:
         scheduler.grow()
         self._check_pages()
         self.longest_running = max(self.longest_running, len(scheduler.running))
+        draft_rooms = scheduler.draft_rooms()
         for slot, one in sorted(scheduler.running.items()):
             admitted = one.admitted
-            for _ in range(1 + draw.randint(0, max(0, scheduler.draft_room(one)))):
+            for _ in range(1 + draw.randint(0, max(0, draft_rooms[slot]))):
                 text = [*admitted.request.prompt.tokens(SOP), *one.answer]
                 self._write(one.allocation, len(text) - 1, text[-1])
                 token = _next_token(admitted.request, text)

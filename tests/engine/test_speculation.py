@@ -161,7 +161,7 @@ def test_a_request_whose_drafts_are_refused_gets_few():
     rng, with_drafts, count = np.random.default_rng(0), 0, 800
     for _ in range(count):
         token = int(rng.integers(5))
-        drafts = spec.propose([0], {0: 9}, run)
+        drafts = spec.propose([0], lambda: {0: 9}, run)
         if drafts is not None:
             with_drafts, token = with_drafts + 1, (drafts[0, 0] + 1) % 5
         spec.take([0], drafts, np.array([[token]]))

@@ -1,6 +1,7 @@
 // GeGLU on CPU and its gradient, called by XLA (jax.ffi). See cpu.py.
 
 #include <cstdint>
+#include <utility>
 
 #include "../threads.h"
 
