@@ -11,30 +11,46 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from glm_jax.errors import UserError
+from glm_jax.model import gpu_layout
+from launch.suites import gpu_checks
 
 Results = dict[str, Any]
 
-# Seconds that each part may take, under five minutes together. What one leaves goes to the next.
-PARTS = {"rates": 15, "decode": 70, "train": 70, "torch": 70, "pages": 15, "products": 50}
+# Seconds that each part may take. What one leaves goes to the next.
+PARTS = {
+    "rates": 20,
+    "checks": 100,
+    "decode": 180,
+    "train": 80,
+    "torch": 80,
+    "pages": 20,
+    "products": 60,
+}
 _SHARED_MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # PyTorch takes memory too
 _ALL_MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}  # the 130B in INT4 on 80 GB
+_POLL = 0.2  # seconds
 _NO_GPU = "needs a GPU"  # see `gpu_parts.main`
 
 
 def measure(
-    skipped: Sequence[str], shapes: str, checkpoint: str, quantization: str | None
+    skipped: Sequence[str],
+    shapes: str,
+    checkpoint: str,
+    quantization: str | None,
+    save: Callable[[Results], None] = lambda _: None,
 ) -> Results:
-    """Runs the parts one after another.
+    """Runs the parts one after another; prints each result as it comes.
 
     Args:
       skipped: names of `PARTS`.
       shapes: of `gpu_parts.SHAPES`.
       checkpoint: a model folder or random:SIZE, for decode steps and prefills.
+      save: takes what there is so far, after each result: a run may be ended at any moment.
 
     Returns:
       What was measured and with what, and under "left_out" why something was not.
@@ -45,6 +61,8 @@ def measure(
     results: Results = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "left_out": dict.fromkeys(skipped, "skipped"),
+        "checks": {},
+        "warnings": [],
         "rates": {},
         "products": [],
         "pages": [],
@@ -52,49 +70,68 @@ def measure(
         "prefill": [],
         "train": [],
     }
+
+    def take(line: Results) -> None:
+        print(f"  {json.dumps(line)}", flush=True)
+        _add(results, line)
+        save(results)
+
     spare = 0.0
-    for name, arguments, variables, share in _runs(checkpoint, quantization):
+    for name, arguments, variables, share in _runs(checkpoint, quantization, results):
         if name in skipped:
             continue
         limit = share + spare
         print(f"{' '.join(arguments)}: up to {limit:.0f} s", flush=True)
         began = time.monotonic()
-        lines, failure = _run_part([*arguments, f"--shapes={shapes}"], variables, limit)
+        failure = _run_part([*arguments, f"--shapes={shapes}"], variables, limit, take)
         spare = max(0.0, limit - (time.monotonic() - began))
         if failure is not None:
             if _NO_GPU in failure:
                 raise UserError(failure)
+            print(f"  {failure}", flush=True)
             results["left_out"][" ".join(arguments)] = failure
-        for line in lines:
-            _add(results, line)
+            save(results)
     return results
 
 
 def _runs(
-    checkpoint: str, quantization: str | None
+    checkpoint: str, quantization: str | None, results: Results
 ) -> Iterator[tuple[str, list[str], dict[str, str], float]]:
     """Of each process its part, arguments, environment and seconds. Products, of which any
-    number is worth having, are last and get what is left."""
+    number is worth having, are last and get what is left.
+
+    Args:
+      results: so far; kernels whose check failed are not used, nor tried again.
+    """
     model = [f"--checkpoint={checkpoint}"]
     model += [] if quantization is None else [f"--quantization={quantization}"]
     yield "rates", ["rates"], {}, PARTS["rates"]
-    yield "decode", ["decode", *model], _ALL_MEMORY, PARTS["decode"]
+    yield "checks", ["checks"], _SHARED_MEMORY, PARTS["checks"]
+    faulty = {name for name, check in results["checks"].items() if check["fault"] is not None}
+    layout = {gpu_layout.VARIABLE: "stored"} if faulty - {gpu_checks.ATTENTION} else {}
+    attention = ["--attention=blockwise"] if gpu_checks.ATTENTION in faulty else []
+    yield "decode", ["decode", *model], _ALL_MEMORY | layout, PARTS["decode"]
     for rate in (0.0, 0.1):  # ours and PyTorch's in turn: a device that slows down slows both
-        yield "train", ["train", f"--dropout={rate}"], _ALL_MEMORY, PARTS["train"] / 2
+        ours = ["train", f"--dropout={rate}", *attention]
+        yield "train", ours, _ALL_MEMORY, PARTS["train"] / 2
         yield "torch", ["torch_train", f"--dropout={rate}"], {}, PARTS["torch"] / 2
     yield "pages", ["pages"], {}, PARTS["pages"]
-    yield "products", ["products"], _SHARED_MEMORY, PARTS["products"]
+    yield "products", ["products"], _SHARED_MEMORY | layout, PARTS["products"]
 
 
 def _run_part(
-    arguments: list[str], variables: dict[str, str], limit: float
-) -> tuple[list[Results], str | None]:
-    """What a part wrote, and why it did not end well."""
+    arguments: list[str],
+    variables: dict[str, str],
+    limit: float,
+    take: Callable[[Results], None],
+) -> str | None:
+    """Gives what a part writes to `take`, line by line; returns why it did not end well."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "results.jsonl"
+        output.touch()
         command = [sys.executable, "-m", "launch.suites.gpu_parts", *arguments]
         log = Path(folder) / "log"
-        with log.open("w+", encoding="utf-8") as file:
+        with log.open("w+", encoding="utf-8") as file, output.open(encoding="utf-8") as written:
             process = subprocess.Popen(
                 [*command, f"--output={output}"],
                 env=os.environ | variables,
@@ -102,20 +139,22 @@ def _run_part(
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # torch.compile has processes of its own
             )
-            failure = None
+            ends, text, has_ended = time.monotonic() + limit, "", False
             try:
-                if process.wait(limit):
-                    failure = _last_line(log)
-            except subprocess.TimeoutExpired:
-                failure = f"no more time after {limit:.0f} s"
+                while not has_ended and time.monotonic() < ends:
+                    has_ended = process.poll() is not None
+                    # The last line may be half written.
+                    *lines, text = (text + written.read()).split("\n")
+                    for line in lines:
+                        take(json.loads(line))
+                    time.sleep(0 if has_ended else _POLL)
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
-        text = output.read_text(encoding="utf-8") if output.exists() else ""
-    # The last line may be half written.
-    whole = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()], failure
+        if not has_ended:
+            return f"no more time after {limit:.0f} s"
+        return _last_line(log) if process.returncode else None
 
 
 def _last_line(log: Path) -> str:
@@ -127,6 +166,10 @@ def _add(results: Results, line: Results) -> None:
     """Puts a line of a part where it belongs."""
     if "device" in line or "model" in line:
         results.update(line)
+    elif "warning" in line:
+        results["warnings"].append(line["warning"])
+    elif "check" in line:
+        results["checks"][line["check"]] = line
     elif "rows" in line:
         results["products"].append(line)
     elif "cache" in line:

@@ -7,13 +7,13 @@ reached. `--shapes=tiny` tries all of it on a CPU.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import json
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glm_jax import cli, supervision
 from glm_jax.checkpoints.model_folder import restore
 from glm_jax.checkpoints.random_weights import is_random, random_model
 from glm_jax.config import GLMConfig, glm_config
 from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.engine.prompt import Prompt
 from glm_jax.engine.request import Request
-from glm_jax.kernels.quantized_matmul.api import quantized_matmul
+from glm_jax.model.device_layout import prepare
+from glm_jax.model.flops import training_flops
 from glm_jax.quantization import QuantizedArray
 from launch.suites.case import find_torch
 from launch.suites.train_step import torch_step_case, train_step_case
@@ -86,7 +88,7 @@ SHAPES = {
         rows=(1, 32, 128, 2048, 8, 64, 16, 512),
         int8_rows=(1, 16, 128, 2048),
         in_turn=400 << 20,
-        batches=(1, 8, 32, 64),
+        batches=(1, 32, 64, 8),
         prompt=100,
         answer=16,
         prefills=(128, 1900),
@@ -113,10 +115,10 @@ SHAPES = {
     ),
 }
 REPEATS = 5
-_COMPILERS = 8  # programs that are compiled at once
 PAGE = 64  # tokens
 _SPARE = 6 << 30  # bytes that programs need beside weights and cache
-_MAX_TORCH_ROWS = 128
+_PROGRAM_BYTES = 2 << 30  # of weights that a program of short products reads
+_MAX_SHORT_ROWS = 64  # whose products take no longer than reading the weight
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -159,35 +161,21 @@ def read_rate(shapes: Shapes) -> float:
     return array.nbytes / taken
 
 
-def products(shapes: Shapes) -> Iterator[Result]:
-    """Our products with weights in 4 and 8 bits beside XLA's in float16, and PyTorch's in 4."""
-    pool = concurrent.futures.ThreadPoolExecutor(_COMPILERS)
-    for rows in shapes.rows:
-        forms = ["int4", "float16"] + ["int8"] * (rows in shapes.int8_rows)
-        jobs = [(size, form) for size in shapes.products for form in forms]
-        compile_one = functools.partial(_program, shapes, rows)
-        compiled = dict(zip(jobs, pool.map(compile_one, *zip(*jobs, strict=True)), strict=True))
-        for inputs, outputs in shapes.products:
-            runs, counts = {}, {}
-            for form in forms:
-                count = copies_of(shapes, inputs * outputs * bits_of(form) // 8)
-                weights = _weights(form, inputs, outputs, count)
-                x = jnp.full((rows, inputs), 0.1, jnp.float16)
-                program = compiled[(inputs, outputs), form]
-                run = functools.partial(program, x, weights)
-                runs[form], counts[form] = often(run), count * REPEATS
-            if rows <= _MAX_TORCH_ROWS:
-                peer = _torch_product(shapes, rows, inputs, outputs)
-                if peer is not None:
-                    runs["torch_int4"], counts["torch_int4"] = peer
-            taken = interleaved(runs)
-            found = {f"{form}_us": 1e6 * taken[form] / counts[form] for form in runs}
-            yield {"inputs": inputs, "outputs": outputs, "rows": rows} | found
-
-
 def often(run: Callable[[], object]) -> Callable[[], object]:
     """So that starting the work does not count."""
     return lambda: [run() for _ in range(REPEATS)]
+
+
+def turns_of(rows: int, size: int) -> int:
+    """Return how many activations go through weights in one program.
+
+    Where products are short, a GPU would wait for the host to start the next program.
+
+    Args:
+      size: bytes of all weights.
+    """
+    is_short = jax.default_backend() == "gpu" and rows <= _MAX_SHORT_ROWS
+    return max(1, min(8, _PROGRAM_BYTES // size)) if is_short else 1
 
 
 def bits_of(form: str) -> int:
@@ -196,12 +184,6 @@ def bits_of(form: str) -> int:
 
 def copies_of(shapes: Shapes, size: int) -> int:
     return max(1, min(8, shapes.in_turn // size))
-
-
-@functools.cache
-def _weights(form: str, inputs: int, outputs: int, count: int) -> list[Any]:
-    """Copies of a weight, all different; kept, since every number of rows needs them."""
-    return [example_weight(form, inputs, outputs, seed) for seed in range(count)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -218,53 +200,13 @@ def example_weight(form: str, inputs: int, outputs: int, seed: int) -> Any:
     return QuantizedArray(values, jnp.full((1, outputs), 0.01, jnp.float16), bits, -2)
 
 
-def _program(shapes: Shapes, rows: int, size: tuple[int, int], form: str) -> Any:
-    """A compiled product of rows with each of the copies of a weight."""
-    inputs, outputs = size
-    count = copies_of(shapes, inputs * outputs * bits_of(form) // 8)
-    weight = jax.eval_shape(lambda: example_weight(form, inputs, outputs, 0))
-    x = jax.ShapeDtypeStruct((rows, inputs), jnp.float16)
-    # Traced once, however many copies there are.
-    product = jax.jit(jnp.matmul if form == "float16" else quantized_matmul)
-    run = jax.jit(lambda x, weights: [product(x, weight) for weight in weights])
-    return run.lower(x, [weight] * count).compile()
-
-
-@functools.cache
-def _torch_weights(inputs: int, outputs: int, count: int) -> Any:
-    torch = find_torch()
-    weights = []
-    for _ in range(count):
-        packed = torch.randint(0, 255, (outputs, inputs // 2), dtype=torch.uint8, device="cuda")
-        scales = torch.rand(inputs // 128, outputs, 2, dtype=torch.bfloat16, device="cuda")
-        weights.append((torch.ops.aten._convert_weight_to_int4pack(packed, 8), scales))
-    return weights
-
-
-def _torch_product(shapes: Shapes, rows: int, inputs: int, outputs: int) -> Any:
-    """PyTorch's (tinygemm, groups of 128), and how many products a call is."""
-    torch = find_torch()
-    if torch is None or not torch.cuda.is_available():
-        return None
-    count = copies_of(shapes, inputs * outputs // 2)
-    x = torch.randn(rows, inputs, dtype=torch.bfloat16, device="cuda")
-    weights = _torch_weights(inputs, outputs, count)
-
-    def run() -> None:
-        for packed, scales in weights * REPEATS:
-            torch.ops.aten._weight_int4pack_mm(x, packed, 128, scales)
-        torch.cuda.synchronize()
-
-    return run, count * REPEATS
-
-
 def decode(shapes: Shapes, checkpoint: str, quantization: str | None) -> Iterator[Result]:
     """A decode step of several batches beside what reading its bytes takes, and prefills."""
     rate = read_rate(shapes)
     began = time.perf_counter()
     load = random_model if is_random(checkpoint) else restore
     config, params = load(checkpoint, quantization=quantization)
-    jax.block_until_ready(params)
+    params = jax.block_until_ready(prepare(params, donate=True))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     label = " ".join([checkpoint.split(":")[-1].upper(), (quantization or "float").upper()])
     made = time.perf_counter() - began
@@ -317,15 +259,21 @@ def _fill(
     return first, statistics.median(times)
 
 
-def train(shapes: Shapes, dropout: float) -> Iterator[Result]:
-    """A train step of ours."""
+def train(shapes: Shapes, dropout: float, attention: str) -> Iterator[Result]:
+    """A train step of ours.
+
+    Args:
+      attention: see `Recipe`.
+    """
     size, rows, length = shapes.train
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     model = glm_config(size, compute_dtype=dtype, max_sequence_length=length)
-    case = train_step_case(model, rows, length, dropout, remat="dots")
+    case = train_step_case(model, rows, length, dropout, remat="dots", attention=attention)
     taken = interleaved({"step": case.run})["step"]
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
-    yield {"program": "ours", "dropout": dropout, "ms": 1e3 * taken, "peak_GB": peak / 1e9}
+    rate = training_flops(model, rows * length, length) / taken
+    found = {"ms": 1e3 * taken, "peak_GB": peak / 1e9, "TFLOPs": rate / 1e12}
+    yield {"program": "ours", "dropout": dropout} | found
 
 
 def torch_train(shapes: Shapes, dropout: float) -> Iterator[Result]:
@@ -357,35 +305,49 @@ def about() -> Result:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
-        "part", choices=["rates", "products", "pages", "decode", "train", "torch_train"]
+        "part",
+        choices=["rates", "checks", "products", "pages", "decode", "train", "torch_train"],
     )
     parser.add_argument("--shapes", choices=list(SHAPES), default="full")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--checkpoint", default="random:130b")
     parser.add_argument("--quantization", default=None)
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--attention", default="auto")
     options = parser.parse_args(arguments)
+    cli.set_up_compiler()  # as a command's programs are compiled
     shapes = SHAPES[options.shapes]
     if options.shapes == "full" and jax.default_backend() != "gpu":
         raise SystemExit(
             "--suite=gpu needs a GPU that JAX can use; --shapes=tiny tries it on a CPU"
         )
-    from launch.suites.pages import pages  # which is made of what is here
+    # They are made of what is here.
+    from launch.suites.gpu_checks import checks
+    from launch.suites.gpu_products import products
+    from launch.suites.pages import pages
 
     parts: dict[str, Callable[[], Iterator[Result]]] = {
         "rates": lambda: rates(shapes),
+        "checks": checks,
         "products": lambda: products(shapes),
         "pages": lambda: pages(shapes),
         "decode": lambda: decode(shapes, options.checkpoint, options.quantization),
-        "train": lambda: train(shapes, options.dropout),
+        "train": lambda: train(shapes, options.dropout, options.attention),
         "torch_train": lambda: torch_train(shapes, options.dropout),
     }
-    with options.output.open("a", encoding="utf-8") as file:
+    with options.output.open("a", encoding="utf-8") as file, warnings.catch_warnings():
         if options.part != "torch_train":  # which has the device to itself
             print(json.dumps(about()), file=file, flush=True)
+        warnings.showwarning = functools.partial(_note_warning, file)
         for result in parts[options.part]():
             print(json.dumps(result), file=file, flush=True)
 
 
+def _note_warning(file: Any, message: Warning | str, *_: Any, **__: Any) -> None:
+    """Note what changes a measurement, such as a kernel that is not used."""
+    print(json.dumps({"warning": str(message)}), file=file, flush=True)
+
+
 if __name__ == "__main__":
+    supervision.die_with_parent()
     main(sys.argv[1:])

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_jax.files import replacing
+from launch.suites import gpu_goals
 
 Results = dict[str, Any]
 
@@ -96,6 +97,11 @@ def markdown(results: Results) -> str:
     """All tables, with what was left out and why."""
     lines = [*header(), history_row(results), "", "Products, µs:", "", *product_table(results)]
     lines += page_table(results)
+    if goals := gpu_goals.lines(results):
+        lines += ["", "Goals:", "", *(f"    {goal}" for goal in goals)]
+    for name, check in results["checks"].items():
+        lines += ["", f"Checked: {name}: {check['fault'] or 'right'}"]
+    lines += ["", *(f"Warning: {warning}" for warning in results["warnings"])]
     lines += ["", *(f"Left out: {name}: {why}" for name, why in results["left_out"].items())]
     return "\n".join(lines).rstrip() + "\n"
 

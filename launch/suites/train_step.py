@@ -23,10 +23,21 @@ def random_tokens(model: GLMConfig, rows: int, length: int) -> np.ndarray:
 
 
 def train_step_case(
-    model: GLMConfig, rows: int, length: int, dropout: float = 0.0, remat: str = "none"
+    model: GLMConfig,
+    rows: int,
+    length: int,
+    dropout: float = 0.0,
+    remat: str = "none",
+    attention: str = "auto",
 ) -> Case:
     """An update on one device, half of each row context. Returns the step's metrics."""
-    recipe = Recipe(total_samples=10**6, dropout=dropout, attention_dropout=dropout, remat=remat)
+    recipe = Recipe(
+        total_samples=10**6,
+        dropout=dropout,
+        attention_dropout=dropout,
+        attention=attention,
+        remat=remat,
+    )
     mesh = make_mesh((1, 1, 1))
     recipe = with_attention_for(model, recipe, mesh, rows, length)
     holder: list[Any] = [init_state(model, recipe, jax.random.key(0), mesh)]

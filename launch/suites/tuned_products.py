@@ -24,7 +24,15 @@ from glm_jax.kernels.quantized_matmul.measured import Entry, Product, blocks_of,
 from glm_jax.model import params as glm_params
 from glm_jax.quantization import QuantizedArray, Scheme
 from glm_jax.sharding import MESH_AXES, MeshError, parameter_spec
-from launch.suites.gpu_parts import REPEATS, SHAPES, copies_of, example_weight, interleaved, often
+from launch.suites.gpu_parts import (
+    REPEATS,
+    SHAPES,
+    copies_of,
+    example_weight,
+    interleaved,
+    often,
+    turns_of,
+)
 
 Failure = dict[str, Any]  # what a table's `left_out` holds
 Trial = Callable[[Failure], AbstractContextManager[None]]
@@ -34,8 +42,6 @@ Operands = tuple[list[jax.Array], list[Any]]  # activations, and weights
 # Rows, those that tell most first: a decode step, a batch of them, a prompt.
 ROWS = (1, 32, 2048, 8, 128, 64, 16, 512)
 _FINALISTS = 4  # of all candidates, after one round
-_PROGRAM_BYTES = 2 << 30  # of weights that a program of short products reads
-_MAX_SHORT_ROWS = 64  # whose products take no longer than reading the weight
 _MAX_REASON = 200  # characters
 _MAX_ERROR = 0.02  # of a number, as a share of all numbers' root mean square
 
@@ -213,16 +219,13 @@ def measure(
 def _operands(case: Case, bits: int, make: Callable[[int], Any]) -> Operands:
     """Return activations and weights, each of which a program multiplies with each.
 
-    Weights are more than a cache holds. Where products are short, a GPU would wait for the host to
-    start the next program: there are more activations then, all different.
+    Weights are more than a cache holds; activations are all different.
     """
     product = case.product
     size = product.inputs * product.outputs * bits // 8
     count = copies_of(SHAPES["full"], size)
-    is_short = jax.default_backend() == "gpu" and case.rows <= _MAX_SHORT_ROWS
-    turns = max(1, min(8, _PROGRAM_BYTES // (count * size))) if is_short else 1
     shape = case.rows, product.inputs
-    keys = jax.random.split(jax.random.key(0), turns)
+    keys = jax.random.split(jax.random.key(0), turns_of(case.rows, count * size))
     # With a mean, which kernels that take offsets off by sums of activations could get wrong.
     draw = jax.jit(lambda key: 0.1 * (jax.random.normal(key, shape, jnp.float16) + 0.5))
     activations = [draw(key) for key in keys]

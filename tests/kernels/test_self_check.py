@@ -30,6 +30,31 @@ def test_a_process_tells_what_is_wrong(code, reason):
     assert self_check.check_apart("", "", command, seconds) == reason
 
 
+def test_what_passed_is_not_checked_again_with_the_same_kernels(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    status = tmp_path / "status"
+    (tmp_path / "stub_check.py").write_text(
+        f"import sys\nopen({str(tmp_path / 'runs')!r}, 'a').write(sys.argv[1])\n"
+        f"print('a fault')\nsys.exit(int(open({str(status)!r}).read()))\n"
+    )
+    run = lambda argument: self_check.check_apart("stub_check", argument)
+    before = jax.config.values["jax_compilation_cache_dir"]
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "programs"))
+        status.write_text("1")
+        assert run("a") == "its check failed: a fault"
+        status.write_text("0")
+        assert [run(argument) for argument in "aab"] == [None] * 3
+        monkeypatch.setattr(jax, "__version__", "another")
+        assert run("a") is None
+        jax.config.update("jax_compilation_cache_dir", None)  # there is nowhere to note it
+        assert run("a") is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert (tmp_path / "runs").read_text() == "aabaa"
+
+
 class _Undropped(Blockwise):
     """Wrong where there is dropout."""
 

@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 
 from glm_jax.errors import UserError
-from launch.suites import gpu, gpu_parts, gpu_report, mosaic
+from launch.suites import gpu, gpu_goals, gpu_parts, gpu_products, gpu_report, mosaic
 
+TINY = gpu_parts.SHAPES["tiny"]
 ROOT = Path(__file__).parent.parent.parent
 FIRST = json.loads((ROOT / "docs" / "performance" / "h200-2026-11-26.json").read_text())
 
@@ -27,6 +29,7 @@ def test_rates_and_products(tmp_path):
     assert [product["rows"] for product in products] == [1, 16]
     assert products[0]["int8_us"] > 0
     assert all(p["int4_us"] > 0 and p["float16_us"] > 0 for p in products)
+    assert products[1]["int4_back_us"] > 0 < products[1]["float16_back_us"]
 
 
 def test_products_of_weights_laid_out_for_mosaic():
@@ -36,13 +39,24 @@ def test_products_of_weights_laid_out_for_mosaic():
     assert line["error"] < 1e-3
 
 
+@pytest.mark.parametrize(("variable", "expected"), [("", "mosaic"), ("stored", "stored")])
+def test_products_are_of_weights_as_a_model_has_them_on_the_device(monkeypatch, variable, expected):
+    monkeypatch.setenv("GLM_JAX_QUANTIZED_LAYOUT", variable)
+    monkeypatch.setattr(gpu_products.mosaic_check, "is_for", lambda device: True)
+    gpu_products._weights.cache_clear()
+    assert gpu_products._weight("int4", 128, 64, 0).layout == expected
+    assert gpu_products._weight("float16", 128, 64, 0).dtype == "float16"
+    [line, _] = gpu_products.products(dataclasses.replace(TINY, rows=(1, 2), products=((128, 64),)))
+    assert line["layout"] == expected
+
+
 def test_attention_over_pages(tmp_path):
     _, *lines = _measured(tmp_path, "pages")
     assert [line["cache"] for line in lines] == ["float16", "int8"]
     for line in lines:
         assert line["us"]["xla"] > 0 < line["share"]["xla"]
         assert "it runs on cuda" in line["error"]["mosaic"]
-    results = {"left_out": {}, "date": "", "rates": {}, "products": [], "pages": []}
+    results = {"pages": []}
     for line in lines:
         gpu._add(results, line)
     assert gpu_report.page_table(results)[5].startswith("| float16 | 2 | ")
@@ -57,10 +71,29 @@ def test_decode_steps_of_random_weights(tmp_path):
     assert prefill["prefill"] == 8
 
 
+def test_steps_are_of_weights_laid_out_though_there_is_no_room_for_both_forms(monkeypatch):
+    """As the 130B's on one GPU."""
+    asked = []
+    prepared = lambda params, donate: asked.append(donate) or params
+    monkeypatch.setattr(gpu_parts, "prepare", prepared)
+    next(gpu_parts.decode(TINY, "random:tiny", "int4"))
+    assert asked == [True]
+
+
 def test_a_train_step(tmp_path):
-    *_, step = _measured(tmp_path, "train", "--dropout=0.1")
+    arguments = "train", "--dropout=0.1", "--attention=blockwise"
+    *_, step = _measured(tmp_path, *arguments)
     assert (step["program"], step["dropout"]) == ("ours", 0.1)
-    assert step["ms"] > 0
+    assert step["ms"] > 0 < step["TFLOPs"]
+
+
+def test_a_warning_is_a_result(tmp_path, monkeypatch):
+    def rates(shapes):
+        warnings.warn("another kernel", stacklevel=1)
+        yield {"copy_TBps": 3.0}
+
+    monkeypatch.setattr(gpu_parts, "rates", rates)
+    assert {"warning": "another kernel"} in _measured(tmp_path, "rates")
 
 
 def test_full_sizes_are_refused_without_a_gpu(tmp_path):
@@ -83,7 +116,8 @@ def program(tmp_path, monkeypatch):
 
 def test_a_part_without_time_has_what_it_reached(program, monkeypatch):
     program("""echo '{"copy_TBps": 3.0}' >> $out; printf '{"read' >> $out; sleep 60""")
-    lines, failure = gpu._run_part(["rates"], {}, 0.5)
+    lines = []
+    failure = gpu._run_part(["rates"], {}, 0.5, lines.append)
     assert lines == [{"copy_TBps": 3.0}]
     assert failure == "no more time after 0 s"
 
@@ -94,17 +128,68 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(program):
       rates) echo '{"device": "card", "jax": "1"}' >> $out; echo '{"copy_TBps": 3.0}' >> $out;;
       train) echo '{"program": "ours", "dropout": 0.0, "ms": 5.0}' >> $out;;
     esac""")
-    results = gpu.measure(["torch"], "tiny", "random:tiny", "int4")
+    saved = []
+    arguments = ["torch"], "tiny", "random:tiny", "int4"
+    results = gpu.measure(*arguments, lambda results: saved.append(json.dumps(results)))
     assert results["left_out"] == {
         "torch": "skipped",
         "decode --checkpoint=random:tiny --quantization=int4": "out of memory",
     }
     assert results["rates"] == {"copy_TBps": 3.0}
     assert len(results["train"]) == 2
+    assert '"copy_TBps": 3.0' in saved[1]  # as soon as it is there
+    assert saved[-1] == json.dumps(results)
     assert "| card |" in gpu_report.history_row(results)
     program("echo --suite=gpu needs a GPU; exit 1")
     with pytest.raises(UserError, match="needs a GPU"):
         gpu.measure([], "full", "random:130b", "int4")
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "attention"),
+    [("attention in bfloat16", "", "--attention=blockwise"), ("products in 4 bits", "stored", "")],
+)
+def test_a_kernel_that_hung_is_not_tried_again(program, tmp_path, name, layout, attention):
+    program(f"""echo "$GLM_JAX_QUANTIZED_LAYOUT $*" >> {tmp_path}/calls
+    case "$3" in
+      checks) echo '{{"check": "{name}", "fault": "it has not ended"}}' >> $out; exit 1;;
+    esac""")
+    gpu.measure(["torch", "rates"], "tiny", "random:tiny", "int4")
+    calls = (tmp_path / "calls").read_text().splitlines()
+    by_part = {call.split(" -m launch.suites.gpu_parts ")[1].split()[0]: call for call in calls}
+    assert by_part["decode"].split(" ")[0] == by_part["products"].split(" ")[0] == layout
+    assert attention in by_part["train"]
+    assert ("--attention" in by_part["train"]) == bool(attention)
+
+
+def test_goals_are_named_one_by_one():
+    product = {"inputs": 12288, "outputs": 36864, "rows": 1, "int4_us": 90.0, "float16_us": 240.0}
+    back = {"int4_back_us": 10.0, "float16_back_us": 9.0}
+    train = [
+        {"program": name, "dropout": 0.1, "ms": ms, "peak_GB": 1.0, "TFLOPs": 500.0}
+        for name, ms in (("ours", 300.0), ("torch.compile", 200.0))
+    ]
+    results = {
+        "device": "NVIDIA H100 80GB HBM3",
+        "model": "130B INT4",
+        "rates": {"read_TBps": 3.0},
+        "products": [product, product | {"rows": 2048} | back],
+        "pages": [{"cache": "int8", "heads": 96, "share": {"library": 0.3, "mosaic": 0.8}}],
+        "decode": [{"batch": 1, "step_ms": 30.0}, {"batch": 32, "error": "no memory"}],
+        "prefill": [{"prefill": 1900, "ms": 700.0}],
+        "train": train,
+    }
+    assert gpu_goals.lines(results) == [
+        "reached int4 12288 x 36864, 1 row, us: 90 <= 100",
+        "MISSED  int4 12288 x 36864, 1 row, times float16's speed: 2.67 >= 3.4",
+        "reached int4 12288 x 36864, 2048 rows, times float16's speed: 2.67 >= 0.95",
+        "reached int4 12288 x 36864, 2048 rows, gradient to x, times float16's speed: 0.9 >= 0.8",
+        "reached attention over int8 pages, 96 heads, share of the memory's rate: 0.8 >= 0.75",
+        "MISSED  130B INT4, batch 1, ms: 30 <= 26.5",
+        "reached 130B INT4, prefill of 1900 tokens, ms: 700 <= 800",
+        "reached 1B train step, dropout 0.1, share of 990 TFLOP/s: 0.505 >= 0.45",
+        "MISSED  1B train step, dropout 0.1, times torch.compile's speed: 0.667 >= 0.95",
+    ]
 
 
 def test_the_page_begins_with_what_was_measured_first(tmp_path):

@@ -85,8 +85,16 @@ def first_fault(
 
 @functools.cache
 def _why_not(dtype: str, head_dim: int) -> str | None:
-    run = functools.partial(self_check.check_apart, __name__, f"{dtype},{head_dim}")
-    return self_check.agreed(run)
+    return self_check.agreed(lambda: check_apart(dtype, head_dim))
+
+
+def check_apart(dtype: str, head_dim: int, seconds: float = self_check.SECONDS) -> str | None:
+    """Try the kernels in a process of its own; return a reason against them, or None.
+
+    Args:
+      seconds: after which the process is ended.
+    """
+    return self_check.check_apart(__name__, f"{dtype},{head_dim}", seconds=seconds)
 
 
 def _example(dtype: str, head_dim: int, rate: float, length: int) -> tuple[Arguments, Array]:

@@ -116,7 +116,9 @@ class Tile:
         plgpu.emit_pipeline_warp_specialized(
             step,
             grid=(self.count,),
-            memory_registers=32,  # the others have 240 then
+            # The others have 240 then: three times the 168 that all start with. More than those
+            # there are not, and a thread that asks for them waits for ever.
+            memory_registers=24,
             in_specs=[spec for _, spec in operands],
             max_concurrent_steps=stages,
             wg_axis="warpgroup",

@@ -61,9 +61,14 @@ class Blocks:
 
     @property
     def registers(self) -> int:
-        """Of a thread that multiplies: what threads that copy leave, in eights."""
-        left = _REGISTERS - 128 * COPYING_REGISTERS
-        return min(232, left // (128 * self.consumers) // 8 * 8)
+        """Of a thread that multiplies: what threads that copy leave, in eights.
+
+        A block gets no more than what its threads start with, all as many: one that asks for
+        more waits for ever.
+        """
+        warpgroups = self.consumers + 1
+        left = _REGISTERS // (128 * warpgroups) // 8 * 8 * warpgroups - COPYING_REGISTERS
+        return min(232, left // self.consumers // 8 * 8)
 
 
 @dataclasses.dataclass(frozen=True)
