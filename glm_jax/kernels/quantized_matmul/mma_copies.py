@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from glm_jax.kernels.quantized_matmul.mma_ptx import address, asm, global_address, i32, thread
+from glm_jax.kernels.ptx import address, asm, global_address, i32, thread
 
 _THREADS = 128
 _BYTES = 16  # that a thread copies at once

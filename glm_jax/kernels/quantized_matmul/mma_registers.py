@@ -14,8 +14,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Float
 
+from glm_jax.kernels.ptx import address, asm, i32, thread
 from glm_jax.kernels.quantized_matmul.mma_form import Form
-from glm_jax.kernels.quantized_matmul.mma_ptx import address, asm, i32, thread
 from glm_jax.kernels.quantized_matmul.mosaic_layout import TILE
 from glm_jax.kernels.quantized_matmul.mosaic_plan import Plan
 

@@ -16,9 +16,9 @@ from jaxtyping import Array, Float
 
 from glm_jax.kernels.quantized_matmul import mosaic_registers
 from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks, ConvertedTiles, Division
-from glm_jax.kernels.quantized_matmul.mosaic_gpu import by_tile, scaled
+from glm_jax.kernels.quantized_matmul.mosaic_gpu import scaled, scales_by_tile, swizzled
 from glm_jax.kernels.quantized_matmul.mosaic_layout import LANES, TILE, MosaicArray
-from glm_jax.kernels.quantized_matmul.mosaic_plan import Plan
+from glm_jax.kernels.quantized_matmul.mosaic_plan import Plan, scales_of
 
 _STEPS = (512, 256, 128, 64)  # inputs of a program
 
@@ -43,25 +43,16 @@ def convert(
     has_zeros = weight.zero_points is not None
     division = Division(1, 1, 1, 1)
     plan = Plan(blocks, division, weight.bits, size, jnp.dtype(dtype), has_zeros, interpret)
-    columns = min(plan.chunk, TILE)
-    transforms: Any = (plgpu.TilingTransform, (8, columns)), (plgpu.SwizzleTransform, 2 * columns)
-    of_groups = (plan.groups, 1, TILE)
-    shared: dict[str, Any] = {
-        "values": plgpu.SMEM((1, step // TILE, weight.bits, LANES), jnp.int32),
-        "scales": plgpu.SMEM(of_groups, weight.scales.dtype),
-    }
-    operands = {"values": weight.values, "scales": by_tile(weight.scales)}
-    if has_zeros:
-        operands["zeros"] = by_tile(weight.zero_points)
-        shared["zeros"] = plgpu.SMEM(of_groups, weight.zero_points.dtype)
+    operands = {"values": weight.values, **scales_by_tile(weight)}
+    of_scales = (plan.groups, 1, TILE)
+    shared = {name: plgpu.SMEM(of_scales, a.dtype) for name, a in scales_of(weight).items()}
+    shared["values"] = plgpu.SMEM((1, step // TILE, weight.bits, LANES), jnp.int32)
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan=plan, names=tuple(operands)),
         out_type=jax.ShapeDtypeStruct((tiles.outputs, tiles.inputs), dtype),
         scratch_types={
             "shared": shared,
-            "floats": plgpu.SMEM(
-                (TILE, step), dtype, transforms=[make(value) for make, value in transforms]
-            ),
+            "floats": swizzled((TILE, step), dtype, plan),
             "full": plgpu.Barrier(num_arrivals=len(operands)),
         },
         grid=(tiles.outputs // TILE, tiles.inputs // step),
