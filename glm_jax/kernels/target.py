@@ -1,10 +1,12 @@
-"""What device a program is compiled for."""
+"""What device a program is compiled for, and what kernels require of it."""
 
 import jax
 from jax.extend import backend
 
 TRITON_CAPABILITY = 8.0  # the minimum of Triton
 FLOAT8_CAPABILITY = 8.9  # the first with float8 products
+WGMMA_CAPABILITY = 9.0  # the only one with wgmma: later devices have other matrix instructions
+OLDEST_MOSAIC_JAX = (0, 11)  # whose Mosaic GPU the project's kernels are written in
 
 
 def platform() -> str:
@@ -43,3 +45,21 @@ def compute_capability() -> float:
         if device.platform == "gpu" and kind in (None, device.device_kind):
             return float(device.compute_capability)
     return 0.0
+
+
+def requires_triton() -> tuple[bool, str]:
+    """Return whether Triton compiles for the GPU, for `dispatch.unmet`."""
+    is_met = compute_capability() >= TRITON_CAPABILITY
+    return is_met, f"compute capability {TRITON_CAPABILITY} and later"
+
+
+def requires_wgmma() -> tuple[bool, str]:
+    """Return whether the GPU has the instruction wgmma, for `dispatch.unmet`."""
+    is_met = compute_capability() == WGMMA_CAPABILITY
+    return is_met, f"compute capability {WGMMA_CAPABILITY}"
+
+
+def requires_mosaic_gpu() -> tuple[bool, str]:
+    """Return whether JAX has what kernels in Mosaic GPU are written in, for `dispatch.unmet`."""
+    oldest = ".".join(map(str, OLDEST_MOSAIC_JAX))
+    return jax.__version_info__ >= OLDEST_MOSAIC_JAX, f"JAX {oldest} and later"

@@ -23,11 +23,8 @@ import jax.numpy as jnp
 
 from glm_jax.kernels.quantized_matmul import mosaic_converted
 from glm_jax.kernels.quantized_matmul.api import prepare, quantized_matmul, transposed_matmul
-from glm_jax.kernels.quantized_matmul.mosaic_blocks import (
-    Problem,
-    candidates,
-    converted_candidates,
-)
+from glm_jax.kernels.quantized_matmul.arguments import Problem
+from glm_jax.kernels.quantized_matmul.mosaic_blocks import candidates, converted_candidates
 from glm_jax.quantization import QuantizedArray, dequantize
 from launch.suites.gpu_parts import (
     REPEATS,

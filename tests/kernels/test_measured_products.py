@@ -72,7 +72,7 @@ def test_the_dispatcher_takes_what_the_table_says(use):
 
 
 def test_blocks_are_those_of_the_table(use):
-    *_, last = TRITON.variants(_arguments(8))
+    *_, last = measured.variants([TRITON], _arguments(8))
     blocks = dataclasses.asdict(last.blocks)
     assert last.blocks != TRITON._blocks(_arguments(8))
     path = use("pallas", blocks)

@@ -17,8 +17,8 @@ from glm_jax.kernels import self_check
 from glm_jax.kernels.attention.arguments import Arguments
 from glm_jax.kernels.attention.dropout import WeightDropout
 from glm_jax.kernels.attention.reference import Reference
+from glm_jax.kernels.target import WGMMA_CAPABILITY
 
-CAPABILITY = 9.0  # the only one: later devices have other matrix instructions
 _BATCH, _HEADS = 2, 3
 # Relative, of an array's norm: a few roundings of each product's operands.
 _TOLERANCES = {"float16": 2e-3, "bfloat16": 1.6e-2}
@@ -50,7 +50,7 @@ def suits(
     if reason is not None:
         warnings.warn(
             f"attention takes another backend than the kernel for compute capability "
-            f"{CAPABILITY}, which is slower: {reason}",
+            f"{WGMMA_CAPABILITY}, which is slower: {reason}",
             stacklevel=2,
         )
     return reason is None
@@ -127,8 +127,8 @@ def main(arguments: Sequence[str]) -> int:
     from glm_jax.kernels.attention.mosaic import Mosaic
 
     device = jax.devices()[0]
-    if device.platform != "gpu" or float(device.compute_capability) != CAPABILITY:
-        print(f"no GPU of compute capability {CAPABILITY} could be used by a second process")
+    if device.platform != "gpu" or float(device.compute_capability) != WGMMA_CAPABILITY:
+        print(f"no GPU of compute capability {WGMMA_CAPABILITY} could be used by a second process")
         return 1
     dtype, head_dim = arguments[0].split(",")
     if fault := first_fault(Mosaic(), dtype, int(head_dim)):

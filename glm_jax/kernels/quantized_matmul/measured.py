@@ -255,12 +255,13 @@ def variants(
     for backend in backends:
         if backend.platform not in (platform, None) or backend.supports(arguments) is not None:
             continue
-        ways: Iterable[Any] = [backend]
-        if hasattr(backend, "variants"):
-            ways = backend.variants(arguments)
-        for way in ways:
-            # A program may be lowered for other platforms too, which nobody measured.
-            yield dataclasses.replace(way, platform=platform)
+        # A program may be lowered for other platforms too, which nobody measured.
+        here: Any = dataclasses.replace(backend, platform=platform)  # type: ignore[type-var]
+        if hasattr(backend, "candidates"):
+            for blocks in backend.candidates(arguments):
+                yield dataclasses.replace(here, blocks=blocks)
+        else:
+            yield here
 
 
 def blocks_of(backend: Any) -> dict[str, int] | None:

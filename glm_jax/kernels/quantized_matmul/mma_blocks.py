@@ -9,18 +9,19 @@ from collections.abc import Iterator
 from jax.extend import backend
 
 from glm_jax.kernels import target
-from glm_jax.kernels.quantized_matmul.mosaic_blocks import (
-    Blocks,
-    Problem,
-    divide,
-    give_whole_tiles,
-)
+from glm_jax.kernels.quantized_matmul.arguments import Problem
+from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks, divide, give_whole_tiles
 from glm_jax.kernels.quantized_matmul.mosaic_layout import TILE
 
 # KiB of a multiprocessor, from a compute capability on; a program takes one more than its own.
 _SHARED_MEMORY = {8.0: 164, 8.6: 100, 9.0: 228, 12.0: 100}
 _FEW_ROWS = 64  # up to here a tile holds all rows, and groups are scaled after they are summed
 _STEP = 2**14  # bytes of weights
+
+
+def is_for(capability: float) -> bool:
+    """Whether the kernel is that of GPUs of a compute capability; later ones have others."""
+    return 8.0 <= capability < 9.0
 
 
 def device() -> tuple[float, int]:

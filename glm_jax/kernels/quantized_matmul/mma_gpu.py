@@ -17,9 +17,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from glm_jax.kernels.quantized_matmul import mma_copies, mma_registers
+from glm_jax.kernels.quantized_matmul.arguments import Problem
 from glm_jax.kernels.quantized_matmul.mma_blocks import choose, device
 from glm_jax.kernels.quantized_matmul.mma_form import Form, form_of
-from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks, Problem
+from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks
 from glm_jax.kernels.quantized_matmul.mosaic_layout import LANES, TILE, MosaicArray, integers
 from glm_jax.kernels.quantized_matmul.mosaic_plan import Plan, scales_of
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array
 
+from glm_jax.kernels.quantized_matmul.arguments import Problem
 from glm_jax.kernels.quantized_matmul.mosaic_layout import TILE, MosaicArray
 from glm_jax.quantization import QuantizedArray
 
@@ -101,26 +101,6 @@ class Division:
         """Return the number of programs that work on each tile."""
         first = range(0, self.total, self.steps)
         return [(f + self.steps - 1) // self.share - f // self.share + 1 for f in first]
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """A product [rows, inputs] times [inputs, outputs]; `transposed`: [rows, outputs] times the
-    transpose."""
-
-    rows: int
-    inputs: int
-    outputs: int
-    bits: int
-    group_size: int
-    zeros: bool = False
-    transposed: bool = False
-
-    @classmethod
-    def of(cls, x: Array, weight: MosaicArray, transposed: bool = False) -> "Problem":
-        """The product of activations and a weight [K, N]."""
-        (inputs, outputs), has_zeros = weight.shape, weight.zero_points is not None
-        return cls(len(x), inputs, outputs, weight.bits, weight.group_size, has_zeros, transposed)
 
 
 def divide(problem: Problem, blocks: Blocks) -> Division:

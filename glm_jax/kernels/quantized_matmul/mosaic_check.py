@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax.kernels import self_check
-from glm_jax.kernels.quantized_matmul import mma, mosaic_layout
-from glm_jax.kernels.quantized_matmul.mosaic import CAPABILITY
+from glm_jax.kernels.quantized_matmul import mma_blocks, mosaic_layout
+from glm_jax.kernels.target import WGMMA_CAPABILITY
 from glm_jax.quantization import QuantizedArray, dequantize
 
 ROWS = (1, 16, 33, 130, 3000)  # from each way in which the kernel divides its work
@@ -57,7 +57,7 @@ def is_for(device: Any) -> bool:
     if device.platform != "gpu":
         return False
     capability = float(device.compute_capability)
-    return capability == CAPABILITY or mma.is_for(capability)
+    return capability == WGMMA_CAPABILITY or mma_blocks.is_for(capability)
 
 
 @functools.cache
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str]) -> int:
     from glm_jax.kernels.quantized_matmul.api import quantized_matmul, transposed_matmul
 
     if not is_for(jax.devices()[0]):
-        print(f"no GPU of compute capability 8.0 to {CAPABILITY} could be used by a second process")
+        print("no GPU of compute capability 8.0 to 9.0 could be used by a second process")
         return 1
     product = functools.partial(quantized_matmul, implementation="mosaic")
     for kind in json.loads(arguments[0]):

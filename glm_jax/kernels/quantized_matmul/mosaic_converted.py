@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from glm_jax.kernels.quantized_matmul.mosaic_blocks import ConvertedTiles, Problem, converted_tiles
+from glm_jax.kernels.quantized_matmul.arguments import Problem
+from glm_jax.kernels.quantized_matmul.mosaic_blocks import ConvertedTiles, converted_tiles
 from glm_jax.kernels.quantized_matmul.mosaic_layout import TILE, MosaicArray, integers
 from glm_jax.numerics import dot_general
 from glm_jax.quantization import QuantizedArray, dequantize

@@ -20,10 +20,10 @@ from jax.extend import backend
 from jaxtyping import Array, Float
 
 from glm_jax.kernels.quantized_matmul import mosaic_registers
+from glm_jax.kernels.quantized_matmul.arguments import Problem
 from glm_jax.kernels.quantized_matmul.mosaic_blocks import (
     COPYING_REGISTERS,
     Blocks,
-    Problem,
     choose,
 )
 from glm_jax.kernels.quantized_matmul.mosaic_layout import LANES, TILE, MosaicArray

@@ -9,7 +9,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from glm_jax.kernels.quantized_matmul import mosaic_registers
-from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks, Division, Problem, divide
+from glm_jax.kernels.quantized_matmul.arguments import Problem
+from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks, Division, divide
 from glm_jax.kernels.quantized_matmul.mosaic_layout import TILE, MosaicArray
 
 

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 
 from glm_jax.kernels import target
 from glm_jax.kernels.dispatch import unmet
-from glm_jax.kernels.quantized_matmul.arguments import Arguments
-from glm_jax.kernels.quantized_matmul.triton_blocks import Blocks, Problem, candidates, choose
+from glm_jax.kernels.quantized_matmul.arguments import Arguments, Problem
+from glm_jax.kernels.quantized_matmul.triton_blocks import Blocks, candidates, choose
 from glm_jax.quantization import QuantizedArray
 from glm_jax.quantization.packing import interleaved_planes, split_bytes
 
@@ -51,10 +51,9 @@ class PallasGPU:
             (self._blocks(arguments) is not None, "sizes that its blocks divide"),
         )
 
-    def variants(self, arguments: Arguments) -> Iterator["PallasGPU"]:
-        """Yield this backend with each of the blocks that are worth measuring."""
-        for blocks in candidates(_problem(arguments)):
-            yield dataclasses.replace(self, blocks=blocks)
+    def candidates(self, arguments: Arguments) -> Iterator[Blocks]:
+        """Yield the blocks that are worth measuring."""
+        return candidates(Problem.of(arguments.x, arguments.weight))
 
     def __call__(self, arguments: Arguments) -> Array:
         blocks = self._blocks(arguments)
@@ -65,13 +64,7 @@ class PallasGPU:
         return target.compute_capability() if self.capability is None else self.capability
 
     def _blocks(self, arguments: Arguments) -> Blocks | None:
-        return self.blocks or choose(_problem(arguments))
-
-
-def _problem(arguments: Arguments) -> Problem:
-    weight = arguments.weight
-    inputs, outputs = weight.shape
-    return Problem(len(arguments.x), inputs, outputs, weight.group_size, weight.bits)
+        return self.blocks or choose(Problem.of(arguments.x, arguments.weight))
 
 
 def matmul(
