@@ -1,5 +1,7 @@
 """What device a program is compiled for, and what kernels require of it."""
 
+from typing import Any
+
 import jax
 from jax.extend import backend
 
@@ -45,6 +47,11 @@ def compute_capability() -> float:
         if device.platform == "gpu" and kind in (None, device.device_kind):
             return float(device.compute_capability)
     return 0.0
+
+
+def has_wgmma(device: Any) -> bool:
+    """Return whether a device, here or described, has the instruction wgmma."""
+    return device.platform == "gpu" and float(device.compute_capability) == WGMMA_CAPABILITY
 
 
 def requires_triton() -> tuple[bool, str]:

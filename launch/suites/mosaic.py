@@ -21,11 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from glm_jax.kernels.quantized_matmul import mosaic_converted
-from glm_jax.kernels.quantized_matmul.api import prepare, quantized_matmul, transposed_matmul
+from glm_jax.kernels.quantized_matmul import mosaic_blocks, mosaic_converted, reference
+from glm_jax.kernels.quantized_matmul.api import quantized_matmul, transposed_matmul
 from glm_jax.kernels.quantized_matmul.arguments import Problem
-from glm_jax.kernels.quantized_matmul.mosaic_blocks import candidates, converted_candidates
-from glm_jax.quantization import QuantizedArray, dequantize
+from glm_jax.kernels.quantized_matmul.measured import Product
 from launch.suites.gpu_parts import (
     REPEATS,
     SHAPES,
@@ -37,10 +36,12 @@ from launch.suites.gpu_parts import (
     interleaved,
     often,
 )
+from launch.suites.tuned_products import all_of, example
 
 GROUP_SIZE = 128
 _FEW_ROWS = 64
 _COMPARED = 256  # outputs
+Multiply = Callable[..., jax.Array]  # (activations, weight) to their product
 
 
 def mosaic_products(
@@ -51,100 +52,84 @@ def mosaic_products(
     Args:
       every: times all of `candidates`, not only the one that `choose` takes.
     """
-    for rows in shapes.rows:
-        for inputs, outputs in shapes.products:
-            for width in bits:
-                yield _measure(shapes, rows, inputs, outputs, width, every)
+    for rows, size, width in itertools.product(shapes.rows, shapes.products, bits):
+        product = Product("mosaic", width, min(GROUP_SIZE, size[0]), False, *size)
+        yield _measure(shapes, rows, product, every)
 
 
-def _measure(
-    shapes: Shapes, rows: int, inputs: int, outputs: int, bits: int, every: bool
-) -> Result:
-    count = copies_of(shapes, inputs * outputs * bits // 8)
-    stored = [
-        _grouped(example_weight(f"int{bits}", inputs, outputs, seed)) for seed in range(count)
-    ]
-    laid_out: list[Any] = [prepare(weight, layout="mosaic") for weight in stored]
-    floats = copies_of(shapes, 2 * inputs * outputs)
-    plain = [example_weight("float16", inputs, outputs, seed) for seed in range(floats)]
-    x = 0.1 * jax.random.normal(jax.random.key(rows), (rows, inputs), jnp.float16)
-    runs = {
-        "float16": (_all_of(jnp.matmul), x, plain),
-        "default": (_all_of(quantized_matmul), x, stored),
-        "mosaic": (_all_of(quantized_matmul), x, laid_out),
+def _measure(shapes: Shapes, rows: int, product: Product, every: bool) -> Result:
+    inputs, outputs, bits = product.inputs, product.outputs, product.bits
+    seeds = range(copies_of(shapes, inputs * outputs * bits // 8))
+    stored = [example(dataclasses.replace(product, layout="stored"), seed) for seed in seeds]
+    laid_out = [example(product, seed) for seed in seeds]
+    floats = range(copies_of(shapes, 2 * inputs * outputs))
+    plain = [example_weight("float16", inputs, outputs, seed) for seed in floats]
+    draw = lambda size: 0.1 * jax.random.normal(jax.random.key(rows), (rows, size), jnp.float16)
+    x = draw(inputs)
+    ways: dict[str, tuple[Multiply, jax.Array, list[Any]]] = {
+        "float16": (jnp.matmul, x, plain),
+        "default": (quantized_matmul, x, stored),
     }
-    for name, multiply in _others(x, laid_out[0], every).items():
-        runs[name] = (_all_of(multiply), x, laid_out)
+    ways |= {name: (run, x, laid_out) for name, run in _products(x, laid_out[0], every).items()}
     if rows > _FEW_ROWS:
-        y = 0.1 * jax.random.normal(jax.random.key(rows), (rows, outputs), jnp.float16)
-        turned = lambda y, weight: jnp.matmul(y, weight.T)
-        runs["transposed float16"] = (_all_of(turned), y, plain)
-        runs["transposed default"] = (_all_of(transposed_matmul), y, stored)
-        runs["transposed"] = (_all_of(transposed_matmul), y, laid_out)
-        for name, multiply in _others_transposed(y, laid_out[0], every).items():
-            runs[name] = (_all_of(multiply), y, laid_out)
-    group_size = laid_out[0].group_size
+        y = draw(outputs)
+        ways["transposed float16"] = (lambda y, weight: jnp.matmul(y, weight.T), y, plain)
+        ways["transposed default"] = (transposed_matmul, y, stored)
+        transposed = _transposed(y, laid_out[0], every)
+        ways |= {name: (run, y, laid_out) for name, run in transposed.items()}
     taken = interleaved(
-        {name: often(functools.partial(run, a, w)) for name, (run, a, w) in runs.items()}
+        {name: often(functools.partial(all_of(run), [a], w)) for name, (run, a, w) in ways.items()}
     )
-    each = {name: 1e6 * taken[name] / (REPEATS * len(w)) for name, (_, _, w) in runs.items()}
+    each = {name: 1e6 * taken[name] / (REPEATS * len(w)) for name, (_, _, w) in ways.items()}
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(laid_out[0]))
     return {
         "inputs": inputs,
         "outputs": outputs,
         "rows": rows,
         "bits": bits,
-        "group_size": group_size,
+        "group_size": product.group_size,
         "TBps": size / each["mosaic"] / 1e6,
         "error": _error(x, stored[0], laid_out[0]),
         "us": each,
     }
 
 
-def _others(x: jax.Array, weight: Any, every: bool) -> dict[str, Callable[..., Any]]:
-    """Products by converted tiles and, if `every`, by all candidates."""
+def _products(x: jax.Array, weight: Any, every: bool) -> dict[str, Multiply]:
+    """The product, by the first of converted tiles and, if `every`, by all candidates."""
     problem = Problem.of(x, weight)
-    found: dict[str, Callable[..., Any]] = {}
-    for tiles in itertools.islice(converted_candidates(problem), None if every else 1):
+    found: dict[str, Multiply] = {"mosaic": quantized_matmul}
+    tried = mosaic_blocks.converted_candidates(problem)
+    for tiles in itertools.islice(tried, None if every else 1):
         multiply = functools.partial(mosaic_converted.matmul, tiles=tiles)
         found[f"converted {_name(tiles)}"] = multiply
     if every and jax.default_backend() == "gpu":
         from glm_jax.kernels.quantized_matmul import mosaic_gpu
 
-        for blocks in candidates(problem, jax.devices()[0].core_count):
+        for blocks in mosaic_blocks.candidates(problem, jax.devices()[0].core_count):
             found[_name(blocks)] = functools.partial(mosaic_gpu.matmul, blocks=blocks)
     return found
 
 
-def _others_transposed(y: jax.Array, weight: Any, every: bool) -> dict[str, Callable[..., Any]]:
-    """Products with the transpose by all candidates, if `every`."""
-    tiles = converted_candidates(Problem.of(y, weight, transposed=True)) if every else ()
-    multiply = mosaic_converted.transposed_matmul
-    return {f"transposed {_name(t)}": functools.partial(multiply, tiles=t) for t in tiles}
+def _transposed(y: jax.Array, weight: Any, every: bool) -> dict[str, Multiply]:
+    """The product with the transpose and, if `every`, by all candidates."""
+    found: dict[str, Multiply] = {"transposed": transposed_matmul}
+    problem = Problem.of(y, weight, transposed=True)
+    for tiles in mosaic_blocks.converted_candidates(problem) if every else ():
+        multiply = functools.partial(mosaic_converted.transposed_matmul, tiles=tiles)
+        found[f"transposed {_name(tiles)}"] = multiply
+    return found
 
 
 def _name(blocks: Any) -> str:
     return ",".join(f"{k}={int(v)}" for k, v in dataclasses.asdict(blocks).items())
 
 
-def _all_of(product: Callable[..., Any]) -> Any:
-    return jax.jit(lambda x, weights: [product(x, weight) for weight in weights])
-
-
-def _grouped(weight: QuantizedArray) -> QuantizedArray:
-    """With a scale for each group, all different."""
-    inputs, outputs = weight.shape
-    shape = (max(1, inputs // GROUP_SIZE), outputs)
-    scales = jax.random.uniform(jax.random.key(0), shape, jnp.float16, 0.005, 0.015)
-    return weight.replace(scales=scales)  # type: ignore[attr-defined]
-
-
-def _error(x: jax.Array, stored: QuantizedArray, laid_out: Any) -> float:
+def _error(x: jax.Array, stored: Any, laid_out: Any) -> float:
     """Of some outputs, relative to the product in float32."""
     ours = jax.jit(quantized_matmul)(x, laid_out)[:, :_COMPARED]
-    part: QuantizedArray = jax.tree.map(lambda a: a[:, :_COMPARED], stored)
+    part = jax.tree.map(lambda a: a[:, :_COMPARED], stored)
     with jax.default_matmul_precision("highest"):
-        exact = jnp.matmul(x.astype(jnp.float32), dequantize(part, "float32"))
+        exact = reference.matmul(x.astype(jnp.float32), part)
     return float(jnp.linalg.norm(ours - exact) / jnp.linalg.norm(exact))
 
 

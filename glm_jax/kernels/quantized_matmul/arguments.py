@@ -60,8 +60,8 @@ class Problem:
     transposed: bool = False
 
     @classmethod
-    def of(cls, x: Array, weight: Any, transposed: bool = False) -> "Problem":
-        """The product of activations and a weight [K, N] in integers."""
+    def of(cls, x: Any, weight: Any, transposed: bool = False) -> "Problem":
+        """The product of activations and a weight [K, N] in integers; both may be described."""
         (inputs, outputs), has_zeros = weight.shape, weight.zero_points is not None
         return cls(len(x), inputs, outputs, weight.bits, weight.group_size, has_zeros, transposed)
 

@@ -29,19 +29,6 @@ PACKAGED = Path(__file__).with_name("tables")
 _FORMAT = 1
 # What was measured with many more rows says nothing: its tiles are made for those.
 _MAX_PADDING = 4
-_KINDS: dict[str, tuple[type, ...]] = {  # of a record's fields
-    "layout": (str,),
-    "bits": (int,),
-    "group_size": (int,),
-    "zero_points": (bool,),
-    "inputs": (int,),
-    "outputs": (int,),
-    "rows": (int,),
-    "implementation": (str,),
-    "blocks": (dict, type(None)),
-    "us": (float, int),
-    "float16_us": (float, int),
-}
 
 
 class TableError(UserError):
@@ -72,6 +59,17 @@ class Product:
             return None
         has_zeros = weight.zero_points is not None
         return cls(weight.layout, weight.bits, weight.group_size, has_zeros, *weight.shape)
+
+
+# Types of a record's fields.
+_KINDS: dict[str, tuple[Any, ...]] = {
+    **{field.name: (field.type,) for field in dataclasses.fields(Product)},
+    "rows": (int,),
+    "implementation": (str,),
+    "blocks": (dict, type(None)),
+    "us": (float, int),
+    "float16_us": (float, int),
+}
 
 
 @dataclasses.dataclass(frozen=True)
