@@ -191,9 +191,9 @@ def _torch_case(config: GLMConfig, whole: bool) -> dict[str, Case]:
 
     def answer() -> None:
         with torch.inference_mode():
-            for place in range(PROMPT, PROMPT + ANSWER - 1):
-                at = torch.tensor([[place]])
-                logits = peer(state["token"], at, cache=state["cache"], start=place)
+            for position in range(PROMPT, PROMPT + ANSWER - 1):
+                at = torch.tensor([[position]])
+                logits = peer(state["token"], at, cache=state["cache"], start=position)
                 state["token"] = logits[:, -1].argmax(-1, keepdim=True)
 
     return {"torch float32": _case(prefill, answer, whole)}
@@ -211,7 +211,7 @@ def _llama_case(config: GLMConfig, whole: bool) -> dict[str, Case]:
         return {}
     tokens = list(random_prompt(config, PROMPT).context)
 
-    def likeliest() -> int:
+    def argmax() -> int:
         logits = np.ctypeslib.as_array(peer._ctx.get_logits(), (config.vocab_size,))
         return int(logits.argmax())
 
@@ -221,7 +221,7 @@ def _llama_case(config: GLMConfig, whole: bool) -> dict[str, Case]:
 
     def answer() -> None:
         for _ in range(ANSWER - 1):
-            peer.eval([likeliest()])
+            peer.eval([argmax()])
 
     return {"llama.cpp Q4_0": _case(prefill, answer, whole)}
 

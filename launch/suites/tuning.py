@@ -79,12 +79,12 @@ class Request:
         Raises:
           UserError: there is no such model.
         """
-        found = {}
+        shapes: dict[tuple[int, int], None] = {}
         for checkpoint in self.checkpoints:
             config = (random_config if is_random(checkpoint) else load_config)(checkpoint)
             for parallel in self.tensor_parallel:
-                found.update(dict.fromkeys(linear_shapes(config, parallel)))
-        return list(found)
+                shapes.update(dict.fromkeys(linear_shapes(config, parallel)))
+        return list(shapes)
 
     def cases(self, layouts: Sequence[str]) -> list[Case]:
         """Return the products in the order in which they are measured.
@@ -93,13 +93,13 @@ class Request:
           UserError: there is no such model, or no product that can be measured.
         """
         schemes = [Scheme.parse(text) for text in self.quantization]
-        found = cases(self.shapes(), schemes, self.rows, layouts)
-        if not found:
+        ordered = cases(self.shapes(), schemes, self.rows, layouts)
+        if not ordered:
             raise UserError(
                 f"--quantization={','.join(self.quantization)}: no linear of "
                 f"{', '.join(self.checkpoints)} divides into such groups"
             )
-        return found
+        return ordered
 
 
 def run(request: Request) -> None:

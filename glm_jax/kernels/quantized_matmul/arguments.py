@@ -65,6 +65,10 @@ class Problem:
         (inputs, outputs), has_zeros = weight.shape, weight.zero_points is not None
         return cls(len(x), inputs, outputs, weight.bits, weight.group_size, has_zeros, transposed)
 
+    def has_whole_groups_in(self, inputs: int) -> bool:
+        """Whether a step of so many inputs has whole groups, or a group whole steps."""
+        return inputs % self.group_size == 0 or self.group_size % inputs == 0
+
 
 def add_bias(product: Array, bias: Array | None) -> Array:
     return product if bias is None else product + bias.astype(jnp.float32)

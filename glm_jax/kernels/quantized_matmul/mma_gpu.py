@@ -98,7 +98,7 @@ def _kernel(
         )
 
     def copy(index: Array, tile: Array, step: Array) -> tuple[Array, Array]:
-        """Copies a step, if it is this program's; returns the place of the next."""
+        """Copies a step, if it is this program's; returns tile and step of the next copy."""
         pl.when(index < stop)(lambda: _copy(memory, shared, stage(index), tile, step, plan))
         if not plan.interpret:
             mma_copies.end_group()
@@ -106,33 +106,33 @@ def _kernel(
         return jnp.where(is_last, tile + 1, tile), jnp.where(is_last, 0, step + 1)
 
     def one_step(index: Array, carried: Any) -> Any:
-        totals, *place = carried
+        totals, *next_copy = carried
         if not plan.interpret:
             mma_copies.wait(ahead - 1)
-        place = copy(index + ahead, *place)  # to where the step before this one was
+        next_copy = copy(index + ahead, *next_copy)  # to where the step before this one was
         here = {name: ref.at[stage(index)] for name, ref in shared.items()}
         multiply = _emulated_step if plan.interpret else mma_registers.multiply_step
-        return (multiply(here, totals, plan, form), *place)
+        return (multiply(here, totals, plan, form), *next_copy)
 
-    def one_tile(tile: Array, place: Any) -> Any:
+    def one_tile(tile: Array, next_copy: Any) -> Any:
         start = tile * division.steps
         steps = jnp.maximum(start, first), jnp.minimum(start + division.steps, stop)
         zero = jnp.zeros((TILE, blocks.rows), jnp.float32)
         if not plan.interpret:
             zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
-        totals, *place = lax.fori_loop(*steps, one_step, ((zero,) * blocks.tiles, *place))
+        totals, *next_copy = lax.fori_loop(*steps, one_step, ((zero,) * blocks.tiles, *next_copy))
         outputs, rows = plan.position(tile)
         part = program - lax.div(start, division.share)
         for index, total in enumerate(totals):
             of_tile = pl.ds((outputs + index) * TILE, TILE)
             out[part, of_tile, pl.ds(rows * blocks.rows, blocks.rows)] = total
-        return tuple(place)
+        return tuple(next_copy)
 
-    place = lax.div(first, division.steps), lax.rem(first, division.steps)
+    next_copy = lax.div(first, division.steps), lax.rem(first, division.steps)
     for index in range(ahead):
-        place = copy(first + index, *place)
+        next_copy = copy(first + index, *next_copy)
     tiles = lax.div(first, division.steps), lax.div(stop - 1, division.steps) + 1
-    lax.fori_loop(*tiles, one_tile, place)
+    lax.fori_loop(*tiles, one_tile, next_copy)
 
 
 def _copy(
@@ -162,7 +162,7 @@ def _copy(
         if plan.interpret:
             target[...] = source[...]
         else:
-            mma_copies.start(source, target, exchanged=name == "x", once=name == "values")
+            mma_copies.start(source, target, swizzled=name == "x", once=name == "values")
 
 
 def _emulated_step(

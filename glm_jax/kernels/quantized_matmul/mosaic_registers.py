@@ -115,15 +115,15 @@ def load(
     def convert(_: Any, words: Any) -> Any:
         element = ir.F16Type.get() if name == "float16" else ir.BF16Type.get()
         pair = ir.VectorType.get((2,), element)
-        made = []
+        converted = []
         for vector in words.registers.flat:
             for index in range(4):
                 word = llvm.extractelement(vector, ptx.i32(index))
-                made += ptx.asm(registers, text, [word], "r")
+                converted += ptx.asm(registers, text, [word], "r")
         # Each of eight columns of inputs, then each of the halves of a warp's 16 outputs.
         pairs = np.empty((count, inputs // 8, 2), dtype=object)
-        for place, register in zip(np.ndindex(pairs.shape), made, strict=True):
-            pairs[place] = llvm.bitcast(pair, register)
+        for index, register in zip(np.ndindex(pairs.shape), converted, strict=True):
+            pairs[index] = llvm.bitcast(pair, register)
         layout = mgpu.WGMMA_LAYOUT
         shape = layout.registers_shape((TILE, inputs))
         return [

@@ -37,8 +37,7 @@ def convert(
       inputs, outputs: the first of the tile's.
     """
     size = weight.group_size
-    fits = lambda step: step % size == 0 or size % step == 0
-    step = next(s for s in _STEPS if tiles.inputs % s == 0 and fits(s))
+    step = next(s for s in _STEPS if tiles.inputs % s == 0 and (s % size == 0 or size % s == 0))
     blocks = Blocks(8, 1, 1, step, 1, 1, scale_first=True)
     has_zeros = weight.zero_points is not None
     division = Division(1, 1, 1, 1)
@@ -94,8 +93,8 @@ def _kernel(
         parts = load(words, plan.bits, plan.dtype, plan.chunk, False)
         for index, part in enumerate(parts):
             column = start * TILE + index * plan.chunk
-            made = scaled(part, shared, column // plan.group, 0, 0, plan)
-            floats[:, pl.ds(column, plan.chunk)] = made
+            group = column // plan.group
+            floats[:, pl.ds(column, plan.chunk)] = scaled(part, shared, group, 0, 0, plan)
     plgpu.commit_smem()
     written = out.at[pl.ds(row * TILE, TILE), pl.ds(block * step, step)]
     plgpu.copy_smem_to_gmem(floats, written)
