@@ -17,8 +17,7 @@ def platform() -> str:
     Returns:
       JAX's name for lowering: "cpu", "cuda", "tpu".
     """
-    described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    name = (described or backend.get_default_device()).platform
+    name = (_of_mesh() or backend.get_default_device()).platform
     return "cuda" if name == "gpu" else name
 
 
@@ -28,8 +27,7 @@ def device_kind() -> str:
     Returns:
       JAX's name for it, such as "NVIDIA H200".
     """
-    described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return str((described or backend.get_default_device()).device_kind)
+    return str((_of_mesh() or backend.get_default_device()).device_kind)
 
 
 def compute_capability() -> float:
@@ -41,12 +39,16 @@ def compute_capability() -> float:
     Returns:
       Such as 8.6; 0 without a GPU.
     """
-    described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    kind = getattr(described, "device_kind", None)
+    kind = getattr(_of_mesh(), "device_kind", None)
     for device in (backend.get_default_device(), *jax.devices()):
         if device.platform == "gpu" and kind in (None, device.device_kind):
             return float(device.compute_capability)
     return 0.0
+
+
+def _of_mesh() -> Any:
+    """The surrounding mesh's device, as it is described; None without a mesh."""
+    return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
 
 
 def has_wgmma(device: Any) -> bool:

@@ -14,17 +14,17 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from glm_jax.kernels.quantized_matmul import mosaic_blocks, mosaic_converted, reference
+from glm_jax.kernels.quantized_matmul import mosaic, reference
 from glm_jax.kernels.quantized_matmul.api import quantized_matmul, transposed_matmul
-from glm_jax.kernels.quantized_matmul.arguments import Problem
-from glm_jax.kernels.quantized_matmul.measured import Product
+from glm_jax.kernels.quantized_matmul.arguments import Arguments
+from glm_jax.kernels.quantized_matmul.measured import Product, variants
 from launch.suites.gpu_parts import (
     REPEATS,
     SHAPES,
@@ -41,6 +41,8 @@ from launch.suites.tuned_products import all_of, example
 GROUP_SIZE = 128
 _FEW_ROWS = 64
 _COMPARED = 256  # outputs
+_KERNELS = mosaic.Mosaic(), mosaic.MosaicTiles(), mosaic.MosaicConverted()
+_TRANSPOSED = mosaic.MosaicTilesTransposed(), mosaic.MosaicConvertedTransposed()
 Multiply = Callable[..., jax.Array]  # (activations, weight) to their product
 
 
@@ -69,14 +71,19 @@ def _measure(shapes: Shapes, rows: int, product: Product, every: bool) -> Result
     ways: dict[str, tuple[Multiply, jax.Array, list[Any]]] = {
         "float16": (jnp.matmul, x, plain),
         "default": (quantized_matmul, x, stored),
+        "mosaic": (quantized_matmul, x, laid_out),
     }
-    ways |= {name: (run, x, laid_out) for name, run in _products(x, laid_out[0], every).items()}
+    tried = _KERNELS if every else _KERNELS[-1:]
+    for name, run in _candidates(tried, Arguments(x, laid_out[0]), every):
+        ways[name] = run, x, laid_out
     if rows > _FEW_ROWS:
         y = draw(outputs)
         ways["transposed float16"] = (lambda y, weight: jnp.matmul(y, weight.T), y, plain)
         ways["transposed default"] = (transposed_matmul, y, stored)
-        transposed = _transposed(y, laid_out[0], every)
-        ways |= {name: (run, y, laid_out) for name, run in transposed.items()}
+        ways["transposed"] = (transposed_matmul, y, laid_out)
+        tried = _TRANSPOSED if every else ()
+        for name, run in _candidates(tried, Arguments(y, laid_out[0]), every):
+            ways[f"transposed {name}"] = run, y, laid_out
     taken = interleaved(
         {name: often(functools.partial(all_of(run), [a], w)) for name, (run, a, w) in ways.items()}
     )
@@ -94,34 +101,22 @@ def _measure(shapes: Shapes, rows: int, product: Product, every: bool) -> Result
     }
 
 
-def _products(x: jax.Array, weight: Any, every: bool) -> dict[str, Multiply]:
-    """The product, by the first of converted tiles and, if `every`, by all candidates."""
-    problem = Problem.of(x, weight)
-    found: dict[str, Multiply] = {"mosaic": quantized_matmul}
-    tried = mosaic_blocks.converted_candidates(problem)
-    for tiles in itertools.islice(tried, None if every else 1):
-        multiply = functools.partial(mosaic_converted.matmul, tiles=tiles)
-        found[f"converted {_name(tiles)}"] = multiply
-    if every and jax.default_backend() == "gpu":
-        from glm_jax.kernels.quantized_matmul import mosaic_gpu
-
-        for blocks in mosaic_blocks.candidates(problem, jax.devices()[0].core_count):
-            found[_name(blocks)] = functools.partial(mosaic_gpu.matmul, blocks=blocks)
-    return found
+def _candidates(
+    backends: Sequence[Any], arguments: Arguments, every: bool
+) -> Iterator[tuple[str, Multiply]]:
+    """Products, by their names, with all candidates of each backend or with its first."""
+    for backend in backends:
+        for way in itertools.islice(variants([backend], arguments), None if every else 1):
+            yield f"{way.name} {_sizes(way)}", functools.partial(_multiply, way)
 
 
-def _transposed(y: jax.Array, weight: Any, every: bool) -> dict[str, Multiply]:
-    """The product with the transpose and, if `every`, by all candidates."""
-    found: dict[str, Multiply] = {"transposed": transposed_matmul}
-    problem = Problem.of(y, weight, transposed=True)
-    for tiles in mosaic_blocks.converted_candidates(problem) if every else ():
-        multiply = functools.partial(mosaic_converted.transposed_matmul, tiles=tiles)
-        found[f"transposed {_name(tiles)}"] = multiply
-    return found
+def _multiply(backend: Any, x: jax.Array, weight: Any) -> jax.Array:
+    product: jax.Array = backend(Arguments(x, weight))
+    return product
 
 
-def _name(blocks: Any) -> str:
-    return ",".join(f"{k}={int(v)}" for k, v in dataclasses.asdict(blocks).items())
+def _sizes(backend: Any) -> str:
+    return ",".join(f"{k}={int(v)}" for k, v in dataclasses.asdict(backend.blocks).items())
 
 
 def _error(x: jax.Array, stored: Any, laid_out: Any) -> float:

@@ -29,7 +29,7 @@ HARDWARE = [
 INPUTS, OUTPUTS = 1024, 64
 WEIGHT = quantize(jnp.ones((INPUTS, OUTPUTS)), Scheme(4, 64, search=False), -2)
 PRODUCT = Product("stored", 4, 64, False, INPUTS, OUTPUTS)
-TRITON = PallasGPU(8.0, interpret=True, platform="cpu")
+TRITON = PallasGPU(interpret=True, platform="cpu")
 
 
 def _arguments(rows, dtype="float16"):

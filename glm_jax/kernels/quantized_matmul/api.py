@@ -96,8 +96,8 @@ def quantized_matmul(
     bias; the weight is a constant.
 
     Args:
-      implementation: "cpu", "pallas", "xla" or "reference"; None for the fastest that takes the
-        arguments on the platform that the program is compiled for.
+      implementation: a name of `BACKENDS`; None for the fastest that takes the arguments on the
+        platform that the program is compiled for.
 
     Returns:
       float32 [..., *outputs].

@@ -80,12 +80,15 @@ class MosaicConverted:
     name: str = "converted"
     platform: str | None = None
 
+    transposed = False  # multiplies with the transpose
+
     def supports(self, arguments: Arguments) -> str | None:
         return unmet((arguments.weight.layout == "mosaic", "a weight in the layout of mosaic"))
 
     def candidates(self, arguments: Arguments) -> Iterator[ConvertedTiles]:
         """Yield the tiles that are worth measuring."""
-        return mosaic_blocks.converted_candidates(Problem.of(arguments.x, arguments.weight))
+        problem = Problem.of(arguments.x, arguments.weight, self.transposed)
+        return mosaic_blocks.converted_candidates(problem)
 
     @property
     def convert(self) -> Convert:
@@ -93,8 +96,10 @@ class MosaicConverted:
         return mosaic_converted.convert_by_xla
 
     def __call__(self, arguments: Arguments) -> Array:
-        operands = arguments.x, arguments.weight, self.blocks, self.convert
-        return add_bias(mosaic_converted.matmul(*operands), arguments.bias)
+        module = mosaic_converted
+        multiply = module.transposed_matmul if self.transposed else module.matmul
+        product = multiply(arguments.x, arguments.weight, self.blocks, self.convert)
+        return add_bias(product, arguments.bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +122,7 @@ class MosaicTiles(MosaicConverted):
 class MosaicConvertedTransposed(MosaicConverted):
     """The product with the transpose."""
 
-    def __call__(self, arguments: Arguments) -> Array:
-        operands = arguments.x, arguments.weight, self.blocks, self.convert
-        return mosaic_converted.transposed_matmul(*operands)
+    transposed = True
 
 
 class MosaicTilesTransposed(MosaicConvertedTransposed, MosaicTiles):

@@ -30,12 +30,10 @@ class PallasGPU:
     """Activations in 16 bits and a weight that some block sizes divide.
 
     Attributes:
-      capability: compute capability of the GPU; None for that of the GPU that is compiled for.
       interpret: runs the kernel's program step by step on any device, for tests.
       blocks: sizes that divide the weight's; None for those of `choose`.
     """
 
-    capability: float | None = None
     interpret: bool = False
     blocks: Blocks | None = None
     name: str = "pallas"
@@ -44,10 +42,7 @@ class PallasGPU:
     def supports(self, arguments: Arguments) -> str | None:
         return unmet(arguments.has_stored_integers) or unmet(
             (arguments.x.dtype != jnp.float32, "activations in 16 bits"),
-            (
-                self._capability() >= target.TRITON_CAPABILITY,
-                f"compute capability {target.TRITON_CAPABILITY} or higher",
-            ),
+            *(() if self.interpret else (target.requires_triton(),)),
             (self._blocks(arguments) is not None, "sizes that its blocks divide"),
         )
 
@@ -59,9 +54,6 @@ class PallasGPU:
         blocks = self._blocks(arguments)
         assert blocks is not None
         return matmul(arguments.x, arguments.weight, arguments.bias, blocks, self.interpret)
-
-    def _capability(self) -> float:
-        return target.compute_capability() if self.capability is None else self.capability
 
     def _blocks(self, arguments: Arguments) -> Blocks | None:
         return self.blocks or choose(Problem.of(arguments.x, arguments.weight))
