@@ -73,16 +73,16 @@ def _measure(shapes: Shapes, rows: int, product: Product, every: bool) -> Result
         "default": (quantized_matmul, x, stored),
         "mosaic": (quantized_matmul, x, laid_out),
     }
-    tried = _KERNELS if every else _KERNELS[-1:]
-    for name, run in _candidates(tried, Arguments(x, laid_out[0]), every):
+    kernels: Sequence[Any] = _KERNELS if every else _KERNELS[-1:]
+    for name, run in _candidates(kernels, Arguments(x, laid_out[0]), every):
         ways[name] = run, x, laid_out
     if rows > _FEW_ROWS:
         y = draw(outputs)
         ways["transposed float16"] = (lambda y, weight: jnp.matmul(y, weight.T), y, plain)
         ways["transposed default"] = (transposed_matmul, y, stored)
         ways["transposed"] = (transposed_matmul, y, laid_out)
-        tried = _TRANSPOSED if every else ()
-        for name, run in _candidates(tried, Arguments(y, laid_out[0]), every):
+        kernels = _TRANSPOSED if every else ()
+        for name, run in _candidates(kernels, Arguments(y, laid_out[0]), every):
             ways[f"transposed {name}"] = run, y, laid_out
     taken = interleaved(
         {name: often(functools.partial(all_of(run), [a], w)) for name, (run, a, w) in ways.items()}

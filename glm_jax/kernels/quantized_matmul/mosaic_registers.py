@@ -122,8 +122,8 @@ def load(
                 converted += ptx.asm(registers, text, [word], "r")
         # Each of eight columns of inputs, then each of the halves of a warp's 16 outputs.
         pairs = np.empty((count, inputs // 8, 2), dtype=object)
-        for index, register in zip(np.ndindex(pairs.shape), converted, strict=True):
-            pairs[index] = llvm.bitcast(pair, register)
+        for indices, register in zip(np.ndindex(pairs.shape), converted, strict=True):
+            pairs[indices] = llvm.bitcast(pair, register)
         layout = mgpu.WGMMA_LAYOUT
         shape = layout.registers_shape((TILE, inputs))
         return [
