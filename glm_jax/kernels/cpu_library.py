@@ -74,14 +74,16 @@ class RowKernel(_CPUKernel):
 
 
 @functools.cache
-def register(library: Path, symbol: str, target: str) -> bool:
-    """Makes a library's handler known to XLA under the name `target`.
+def register(library: Path, *targets: str) -> bool:
+    """Makes a library's handlers known to XLA.
 
     A jaxlib takes libraries that were built for its own version of XLA's foreign function
     interface or an earlier one, which their names say: the newest that it takes is loaded.
 
     Args:
       library: path without the version and ending.
+      targets: XLA's names for the handlers, such as "glm_jax_geglu_forward" for the library's
+        GlmJaxGegluForward.
 
     Returns:
       Whether it could; warns once where no library was built that this jaxlib takes.
@@ -93,7 +95,9 @@ def register(library: Path, symbol: str, target: str) -> bool:
     try:
         if loadable:
             loaded = ctypes.CDLL(str(max(loadable, key=_interface)))
-            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(loaded[symbol]), platform="cpu")
+            for target in targets:
+                handler = loaded[target.title().replace("_", "")]
+                jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
             return True
     except OSError as error:
         reason = str(error)

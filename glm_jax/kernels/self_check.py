@@ -5,20 +5,37 @@ context, then breaks nothing else.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from glm_jax import processes
 
 SECONDS = 180.0  # for a process to start, to compile and to end
+# Relative, of an array's norm: a few roundings of each product's operands.
+_TOLERANCES = {"float16": 2e-3, "bfloat16": 1.6e-2}
 _ROOT = Path(__file__).parents[2]
+
+
+@functools.cache
+def why_not(module: str, argument: str) -> str | None:
+    """Return why a kernel must not be used, None if it is right; in all processes the same.
+
+    Process 0 tries it once, by `check_apart`.
+    """
+    reason = check_apart(module, argument) if processes.is_first() else None
+    is_right = processes.agree(float(reason is None))
+    return reason if is_right or reason else "process 0 could not use it"
 
 
 def check_apart(
@@ -30,7 +47,7 @@ def check_apart(
     kernels are not checked again on such a device with this version of jax.
 
     Args:
-      module: ends with status 0, or prints a reason and ends with another.
+      module: ends with what `report` returns.
       argument: of the process.
       command: what to run instead.
       seconds: after which the process is ended.
@@ -73,8 +90,33 @@ def _note_of_pass(module: str, argument: str) -> Path | None:
     return Path(folder) / f"checked_{digest.hexdigest()}"
 
 
-def agreed(check: Callable[[], str | None]) -> str | None:
-    """Return what `check` of process 0 returned, in all processes: a reason, or None."""
-    reason = check() if processes.is_first() else None
-    is_right = processes.agree(float(reason is None))
-    return reason if is_right or reason else "process 0 could not use it"
+def report(is_for: Callable[[Any], bool], capabilities: str, faults: Iterable[str | None]) -> int:
+    """Print the first fault of a kernel, in the process that `check_apart` starts.
+
+    Args:
+      is_for: whether the kernel is one for a device.
+      capabilities: compute capabilities of such devices, in words.
+      faults: of each case its fault, or None; looked at on such a device alone.
+
+    Returns:
+      The exit status of the process.
+    """
+    if not is_for(jax.devices()[0]):
+        faults = [f"no GPU of compute capability {capabilities} could be used by a second process"]
+    fault = next(filter(None, faults), None)
+    if fault is not None:
+        print(fault)
+    return int(fault is not None)
+
+
+def error_of(got: Float[Array, "..."], exact: Float[Array, "..."], dtype: str) -> str | None:
+    """Return how far an array is from the exact one, None where roundings explain it.
+
+    Args:
+      dtype: that operands of products were rounded to, float16 or bfloat16.
+    """
+    difference = jnp.linalg.norm(got.astype(jnp.float32) - exact)
+    error = float(difference / jnp.linalg.norm(exact))
+    if error <= _TOLERANCES[dtype]:  # NaN is not
+        return None
+    return f"a relative error of {error:.2g}"

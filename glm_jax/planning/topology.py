@@ -18,6 +18,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from glm_jax.kernels.target import OLDEST_MOSAIC_JAX
+
 # The same for all GPUs of compute capability 7.0 to 9.0 (the CUDA guide's tables).
 _EVERY_GPU = {
     "threads_per_block_limit": 1024,
@@ -41,7 +43,6 @@ _DEFAULT_DEVICE = (
     "jax._src.interpreters.pxla.get_default_device",
 )
 
-_MOSAIC_JAX = (0, 11)  # the oldest whose Mosaic GPU the project's kernels are written in
 _LATEST = ConfigDict(
     {
         "platform": "cuda",
@@ -135,7 +136,7 @@ def _assemble_for_all() -> None:
 
     A process's first one sets the latest that it can assemble for: those of later GPUs then fail.
     """
-    if jax.__version_info__ < _MOSAIC_JAX:
+    if jax.__version_info__ < OLDEST_MOSAIC_JAX:
         return
     from jax.experimental.pallas import mosaic_gpu
 

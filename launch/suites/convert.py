@@ -99,8 +99,8 @@ def make_parts(folder: Path, model: GLMConfig, shards: int, part_bytes: int) -> 
 def convert_suite(num_layers: int = 28) -> Iterator[tuple[str, dict[str, Case]]]:
     """Conversion from downloaded parts to a model folder, and `cp` of the parts. `cp` is followed
     by `sync`, since the conversion waits for the disk too."""
-    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as temporary:
+        folder = Path(temporary)
         source = folder / "downloads"
         make_parts(source, config(num_layers), SHARDS, PART_BYTES)
         size = sum(file.stat().st_size for file in source.iterdir())

@@ -102,29 +102,43 @@ def _answers_case(
     """Time per token of `batch` answers that run together.
 
     Args:
-      whole: counts the prefill too; else it is done before the clock starts.
+      whole: see `_case`.
       speculate: the most drafts of a step.
     """
     settings = EngineSettings(batch, PROMPT + 1 + ANSWER, speculate=speculate)
     engine = Engine(params, config, settings)
     engine.warm_up()
 
-    def begin() -> None:
+    def prefill() -> None:
         for seed in range(batch):
             prompt = random_prompt(config, PROMPT, seed)
             choice = sampling or Sampling()
             engine.submit(Request(prompt, choice, ANSWER, seed, end_tokens=()))
-        if not whole:
-            engine.step()
+        engine.step()
 
-    def finish() -> None:
-        if whole:
-            begin()
+    def answer() -> None:
         while not engine.is_idle:
             engine.step()
 
-    tokens = batch * (ANSWER - (0 if whole else 1))
-    return Case(finish, tokens, (lambda: None) if whole else begin, is_long=True)
+    return _case(prefill, answer, whole, batch)
+
+
+def _case(
+    prefill: Callable[[], None], answer: Callable[[], None], whole: bool, batch: int = 1
+) -> Case:
+    """Time per token of answers of `ANSWER` tokens, the first of which the prefill gives.
+
+    Args:
+      whole: counts the prefill too; else it is done before the clock starts.
+    """
+    if not whole:
+        return Case(answer, batch * (ANSWER - 1), prefill, is_long=True)
+
+    def both() -> None:
+        prefill()
+        answer()
+
+    return Case(both, batch * ANSWER, is_long=True)
 
 
 def _speculation(config: GLMConfig, params: GLMParams) -> dict[str, Case]:
@@ -176,17 +190,13 @@ def _torch_case(config: GLMConfig, whole: bool) -> dict[str, Case]:
             state["token"] = logits[:, -1].argmax(-1, keepdim=True)
 
     def answer() -> None:
-        if whole:
-            prefill()
         with torch.inference_mode():
-            for place in range(PROMPT, PROMPT + ANSWER - 1):
-                at = torch.tensor([[place]])
-                logits = peer(state["token"], at, cache=state["cache"], start=place)
+            for position in range(PROMPT, PROMPT + ANSWER - 1):
+                at = torch.tensor([[position]])
+                logits = peer(state["token"], at, cache=state["cache"], start=position)
                 state["token"] = logits[:, -1].argmax(-1, keepdim=True)
 
-    count = ANSWER - (0 if whole else 1)
-    prepare_run = (lambda: None) if whole else prefill
-    return {"torch float32": Case(answer, count, prepare_run, is_long=True)}
+    return {"torch float32": _case(prefill, answer, whole)}
 
 
 @functools.cache
@@ -201,7 +211,7 @@ def _llama_case(config: GLMConfig, whole: bool) -> dict[str, Case]:
         return {}
     tokens = list(random_prompt(config, PROMPT).context)
 
-    def likeliest() -> int:
+    def argmax() -> int:
         logits = np.ctypeslib.as_array(peer._ctx.get_logits(), (config.vocab_size,))
         return int(logits.argmax())
 
@@ -210,14 +220,10 @@ def _llama_case(config: GLMConfig, whole: bool) -> dict[str, Case]:
         peer.eval(tokens)
 
     def answer() -> None:
-        if whole:
-            prefill()
         for _ in range(ANSWER - 1):
-            peer.eval([likeliest()])
+            peer.eval([argmax()])
 
-    count = ANSWER - (0 if whole else 1)
-    prepare_run = (lambda: None) if whole else prefill
-    return {"llama.cpp Q4_0": Case(answer, count, prepare_run, is_long=True)}
+    return {"llama.cpp Q4_0": _case(prefill, answer, whole)}
 
 
 def _overhead(config: GLMConfig, params: GLMParams, batch: int) -> dict[str, Case]:

@@ -82,15 +82,15 @@ def _micro_batches(
         tokens: jax.Array,
         positions: jax.Array,
         ranges: jax.Array,
-        places: jax.Array,
+        indices: jax.Array,
         targets: jax.Array,
     ) -> jax.Array:
         hidden, _ = glm.forward_hidden(params, config, tokens, positions, Visibility(ranges))
         if not everywhere:
-            hidden = jnp.take_along_axis(hidden, places[:, :, None], axis=1)
+            hidden = jnp.take_along_axis(hidden, indices[:, :, None], axis=1)
         scores = jax.nn.log_softmax(glm.logits(params, config, hidden))
         if everywhere:
-            scores = jnp.take_along_axis(scores, places[:, :, None], axis=1)
+            scores = jnp.take_along_axis(scores, indices[:, :, None], axis=1)
         return jnp.take_along_axis(scores, targets[:, :, None], axis=2)[..., 0]
 
     batches = [
@@ -109,7 +109,7 @@ def _micro_batches(
 def _padded(sequences: Sequence[ScoredSequence]) -> tuple[np.ndarray, ...]:
     width = -(-max(map(len, sequences)) // _TILE) * _TILE
     rows = len(sequences)
-    tokens, positions, places, targets = np.zeros((4, rows, width), np.int32)
+    tokens, positions, indices, targets = np.zeros((4, rows, width), np.int32)
     ranges = np.zeros((rows, width, 4), np.int32)
     ranges[:, :, 1] = 1  # the original's padding sees the first token
     for row, sequence in enumerate(sequences):
@@ -117,6 +117,6 @@ def _padded(sequences: Sequence[ScoredSequence]) -> tuple[np.ndarray, ...]:
         tokens[row, :length] = sequence.tokens
         positions[row, :length] = sequence.position_ids
         ranges[row, :length] = sequence.key_ranges
-        places[row, :asked] = sequence.indices
+        indices[row, :asked] = sequence.indices
         targets[row, :asked] = sequence.targets
-    return tokens, positions, ranges, places[:, :_MAX_TARGETS], targets[:, :_MAX_TARGETS]
+    return tokens, positions, ranges, indices[:, :_MAX_TARGETS], targets[:, :_MAX_TARGETS]

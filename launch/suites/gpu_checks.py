@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
+from glm_jax.kernels import self_check, target
 from glm_jax.kernels.attention import mosaic_check as attention_check
 from glm_jax.kernels.quantized_matmul import mosaic_check
 from glm_jax.kernels.quantized_matmul.mosaic_check import Kind
@@ -38,9 +39,12 @@ def _checks(device: jax.Device) -> dict[str, Callable[[], str | None]]:
     tried: dict[str, Callable[[], str | None]] = {}
     if mosaic_check.is_for(device):
         for kind in (_INT4, dataclasses.replace(_INT4, bits=8)):
-            run = functools.partial(mosaic_check.check_apart, [kind], seconds=_SECONDS)
-            tried[f"products in {kind.bits} bits"] = run
-        if float(device.compute_capability) == attention_check.CAPABILITY:
-            run = functools.partial(attention_check.check_apart, "bfloat16", 128, _SECONDS)
-            tried[ATTENTION] = run
+            name = f"products in {kind.bits} bits"
+            tried[name] = _check(mosaic_check.__name__, mosaic_check.described([kind]))
+        if target.has_wgmma(device):
+            tried[ATTENTION] = _check(attention_check.__name__, "bfloat16,128")
     return tried
+
+
+def _check(module: str, argument: str) -> Callable[[], str | None]:
+    return functools.partial(self_check.check_apart, module, argument, seconds=_SECONDS)

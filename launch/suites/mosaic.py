@@ -14,21 +14,17 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from glm_jax.kernels.quantized_matmul import mosaic_converted
-from glm_jax.kernels.quantized_matmul.api import prepare, quantized_matmul, transposed_matmul
-from glm_jax.kernels.quantized_matmul.mosaic_blocks import (
-    Problem,
-    candidates,
-    converted_candidates,
-)
-from glm_jax.quantization import QuantizedArray, dequantize
+from glm_jax.kernels.quantized_matmul import mosaic, reference
+from glm_jax.kernels.quantized_matmul.api import quantized_matmul, transposed_matmul
+from glm_jax.kernels.quantized_matmul.arguments import Arguments
+from glm_jax.kernels.quantized_matmul.measured import Product, variants
 from launch.suites.gpu_parts import (
     REPEATS,
     SHAPES,
@@ -40,10 +36,14 @@ from launch.suites.gpu_parts import (
     interleaved,
     often,
 )
+from launch.suites.tuned_products import all_of, example
 
 GROUP_SIZE = 128
 _FEW_ROWS = 64
 _COMPARED = 256  # outputs
+_KERNELS = mosaic.Mosaic(), mosaic.MosaicTiles(), mosaic.MosaicConverted()
+_TRANSPOSED = mosaic.MosaicTilesTransposed(), mosaic.MosaicConvertedTransposed()
+Multiply = Callable[..., jax.Array]  # (activations, weight) to their product
 
 
 def mosaic_products(
@@ -54,100 +54,77 @@ def mosaic_products(
     Args:
       every: times all of `candidates`, not only the one that `choose` takes.
     """
-    for rows in shapes.rows:
-        for inputs, outputs in shapes.products:
-            for width in bits:
-                yield _measure(shapes, rows, inputs, outputs, width, every)
+    for rows, size, width in itertools.product(shapes.rows, shapes.products, bits):
+        product = Product("mosaic", width, min(GROUP_SIZE, size[0]), False, *size)
+        yield _measure(shapes, rows, product, every)
 
 
-def _measure(
-    shapes: Shapes, rows: int, inputs: int, outputs: int, bits: int, every: bool
-) -> Result:
-    count = copies_of(shapes, inputs * outputs * bits // 8)
-    stored = [
-        _grouped(example_weight(f"int{bits}", inputs, outputs, seed)) for seed in range(count)
-    ]
-    laid_out: list[Any] = [prepare(weight, layout="mosaic") for weight in stored]
-    floats = copies_of(shapes, 2 * inputs * outputs)
-    plain = [example_weight("float16", inputs, outputs, seed) for seed in range(floats)]
-    x = 0.1 * jax.random.normal(jax.random.key(rows), (rows, inputs), jnp.float16)
-    runs = {
-        "float16": (_all_of(jnp.matmul), x, plain),
-        "default": (_all_of(quantized_matmul), x, stored),
-        "mosaic": (_all_of(quantized_matmul), x, laid_out),
+def _measure(shapes: Shapes, rows: int, product: Product, every: bool) -> Result:
+    inputs, outputs, bits = product.inputs, product.outputs, product.bits
+    seeds = range(copies_of(shapes, inputs * outputs * bits // 8))
+    stored = [example(dataclasses.replace(product, layout="stored"), seed) for seed in seeds]
+    laid_out = [example(product, seed) for seed in seeds]
+    floats = range(copies_of(shapes, 2 * inputs * outputs))
+    plain = [example_weight("float16", inputs, outputs, seed) for seed in floats]
+    draw = lambda size: 0.1 * jax.random.normal(jax.random.key(rows), (rows, size), jnp.float16)
+    x = draw(inputs)
+    ways: dict[str, tuple[Multiply, jax.Array, list[Any]]] = {
+        "float16": (jnp.matmul, x, plain),
+        "default": (quantized_matmul, x, stored),
+        "mosaic": (quantized_matmul, x, laid_out),
     }
-    for name, multiply in _others(x, laid_out[0], every).items():
-        runs[name] = (_all_of(multiply), x, laid_out)
+    kernels: Sequence[Any] = _KERNELS if every else _KERNELS[-1:]
+    for name, run in _candidates(kernels, Arguments(x, laid_out[0]), every):
+        ways[name] = run, x, laid_out
     if rows > _FEW_ROWS:
-        y = 0.1 * jax.random.normal(jax.random.key(rows), (rows, outputs), jnp.float16)
-        turned = lambda y, weight: jnp.matmul(y, weight.T)
-        runs["transposed float16"] = (_all_of(turned), y, plain)
-        runs["transposed default"] = (_all_of(transposed_matmul), y, stored)
-        runs["transposed"] = (_all_of(transposed_matmul), y, laid_out)
-        for name, multiply in _others_transposed(y, laid_out[0], every).items():
-            runs[name] = (_all_of(multiply), y, laid_out)
-    group_size = laid_out[0].group_size
+        y = draw(outputs)
+        ways["transposed float16"] = (lambda y, weight: jnp.matmul(y, weight.T), y, plain)
+        ways["transposed default"] = (transposed_matmul, y, stored)
+        ways["transposed"] = (transposed_matmul, y, laid_out)
+        kernels = _TRANSPOSED if every else ()
+        for name, run in _candidates(kernels, Arguments(y, laid_out[0]), every):
+            ways[f"transposed {name}"] = run, y, laid_out
     taken = interleaved(
-        {name: often(functools.partial(run, a, w)) for name, (run, a, w) in runs.items()}
+        {name: often(functools.partial(all_of(run), [a], w)) for name, (run, a, w) in ways.items()}
     )
-    each = {name: 1e6 * taken[name] / (REPEATS * len(w)) for name, (_, _, w) in runs.items()}
+    each = {name: 1e6 * taken[name] / (REPEATS * len(w)) for name, (_, _, w) in ways.items()}
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(laid_out[0]))
     return {
         "inputs": inputs,
         "outputs": outputs,
         "rows": rows,
         "bits": bits,
-        "group_size": group_size,
+        "group_size": product.group_size,
         "TBps": size / each["mosaic"] / 1e6,
         "error": _error(x, stored[0], laid_out[0]),
         "us": each,
     }
 
 
-def _others(x: jax.Array, weight: Any, every: bool) -> dict[str, Callable[..., Any]]:
-    """Products by converted tiles and, if `every`, by all candidates."""
-    problem = Problem.of(x, weight)
-    found: dict[str, Callable[..., Any]] = {}
-    for tiles in itertools.islice(converted_candidates(problem), None if every else 1):
-        multiply = functools.partial(mosaic_converted.matmul, tiles=tiles)
-        found[f"converted {_name(tiles)}"] = multiply
-    if every and jax.default_backend() == "gpu":
-        from glm_jax.kernels.quantized_matmul import mosaic_gpu
-
-        for blocks in candidates(problem, jax.devices()[0].core_count):
-            found[_name(blocks)] = functools.partial(mosaic_gpu.matmul, blocks=blocks)
-    return found
+def _candidates(
+    backends: Sequence[Any], arguments: Arguments, every: bool
+) -> Iterator[tuple[str, Multiply]]:
+    """Products, by their names, with all candidates of each backend or with its first."""
+    for backend in backends:
+        for way in itertools.islice(variants([backend], arguments), None if every else 1):
+            yield f"{way.name} {_sizes(way)}", functools.partial(_multiply, way)
 
 
-def _others_transposed(y: jax.Array, weight: Any, every: bool) -> dict[str, Callable[..., Any]]:
-    """Products with the transpose by all candidates, if `every`."""
-    tiles = converted_candidates(Problem.of(y, weight, transposed=True)) if every else ()
-    multiply = mosaic_converted.transposed_matmul
-    return {f"transposed {_name(t)}": functools.partial(multiply, tiles=t) for t in tiles}
+def _multiply(backend: Any, x: jax.Array, weight: Any) -> jax.Array:
+    product: jax.Array = backend(Arguments(x, weight))
+    return product
 
 
-def _name(blocks: Any) -> str:
-    return ",".join(f"{k}={int(v)}" for k, v in dataclasses.asdict(blocks).items())
+def _sizes(backend: Any) -> str:
+    return ",".join(f"{k}={int(v)}" for k, v in dataclasses.asdict(backend.blocks).items())
 
 
-def _all_of(product: Callable[..., Any]) -> Any:
-    return jax.jit(lambda x, weights: [product(x, weight) for weight in weights])
-
-
-def _grouped(weight: QuantizedArray) -> QuantizedArray:
-    """With a scale for each group, all different."""
-    inputs, outputs = weight.shape
-    shape = (max(1, inputs // GROUP_SIZE), outputs)
-    scales = jax.random.uniform(jax.random.key(0), shape, jnp.float16, 0.005, 0.015)
-    return weight.replace(scales=scales)  # type: ignore[attr-defined]
-
-
-def _error(x: jax.Array, stored: QuantizedArray, laid_out: Any) -> float:
+def _error(x: jax.Array, stored: Any, laid_out: Any) -> float:
     """Of some outputs, relative to the product in float32."""
     ours = jax.jit(quantized_matmul)(x, laid_out)[:, :_COMPARED]
-    part: QuantizedArray = jax.tree.map(lambda a: a[:, :_COMPARED], stored)
+    part = jax.tree.map(lambda a: a[:, :_COMPARED], stored)
     with jax.default_matmul_precision("highest"):
-        exact = jnp.matmul(x.astype(jnp.float32), dequantize(part, "float32"))
+        exact = reference.matmul(x.astype(jnp.float32), part)
     return float(jnp.linalg.norm(ours - exact) / jnp.linalg.norm(exact))
 
 

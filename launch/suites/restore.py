@@ -21,8 +21,8 @@ _READERS = 4
 
 def restore_suite() -> Iterator[tuple[str, dict[str, Case]]]:
     """Both read into fresh memory, with the files in the page cache and from the disk."""
-    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as place:
-        source, folder = Path(place) / "downloads", Path(place) / "model"
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as temporary:
+        source, folder = Path(temporary) / "downloads", Path(temporary) / "model"
         make_parts(source, config(_LAYERS), SHARDS, PART_BYTES)
         convert_shards(source, folder, Options())
         shutil.rmtree(source)

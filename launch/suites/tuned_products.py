@@ -238,7 +238,7 @@ def _compile(operands: Operands, ways: Mapping[str, Way]) -> tuple[dict[str, Any
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, (record, backend) in ways.items():
             try:
-                program = _all_of(functools.partial(_product, backend)).lower(*operands)
+                program = all_of(functools.partial(_product, backend)).lower(*operands)
                 lowered[name] = pool.submit(program.compile)
             except Exception as error:  # whatever a compiler raises
                 failures.append(record | {"reason": _line(error)})
@@ -254,7 +254,7 @@ def _product(backend: Backend[Arguments], x: jax.Array, weight: Any) -> jax.Arra
     return backend(Arguments(x, weight))
 
 
-def _all_of(product: Callable[[jax.Array, Any], jax.Array]) -> Any:
+def all_of(product: Callable[[jax.Array, Any], jax.Array]) -> Any:
     """Return a program of all activations times all weights; the product is traced once."""
     once = jax.jit(product)
     return jax.jit(lambda xs, weights: [once(x, weight) for x in xs for weight in weights])
@@ -284,7 +284,7 @@ def _race(
     finalists = sorted(once, key=lambda name: once[name])[:_FINALISTS]
     size = case.product.inputs, case.product.outputs
     floats = _operands(case, 16, lambda seed: example_weight("float16", *size, seed))
-    plain = _all_of(jnp.matmul)
+    plain = all_of(jnp.matmul)
     runs = {name: often(programs[name]) for name in finalists}
     taken = interleaved(runs | {"float16": often(lambda: plain(*floats))})
     float16 = taken.pop("float16") / (REPEATS * len(floats[0]) * len(floats[1]))

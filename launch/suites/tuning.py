@@ -79,12 +79,12 @@ class Request:
         Raises:
           UserError: there is no such model.
         """
-        found = {}
+        shapes: dict[tuple[int, int], None] = {}
         for checkpoint in self.checkpoints:
             config = (random_config if is_random(checkpoint) else load_config)(checkpoint)
             for parallel in self.tensor_parallel:
-                found.update(dict.fromkeys(linear_shapes(config, parallel)))
-        return list(found)
+                shapes.update(dict.fromkeys(linear_shapes(config, parallel)))
+        return list(shapes)
 
     def cases(self, layouts: Sequence[str]) -> list[Case]:
         """Return the products in the order in which they are measured.
@@ -93,13 +93,13 @@ class Request:
           UserError: there is no such model, or no product that can be measured.
         """
         schemes = [Scheme.parse(text) for text in self.quantization]
-        found = cases(self.shapes(), schemes, self.rows, layouts)
-        if not found:
+        ordered = cases(self.shapes(), schemes, self.rows, layouts)
+        if not ordered:
             raise UserError(
                 f"--quantization={','.join(self.quantization)}: no linear of "
                 f"{', '.join(self.checkpoints)} divides into such groups"
             )
-        return found
+        return ordered
 
 
 def run(request: Request) -> None:
@@ -171,12 +171,8 @@ def _leave_out(folder: Path, failure: Failure) -> None:
     """Records a candidate that ended its process in the table of its device."""
     path = measured.path_in(folder, failure.pop("device"))
     table = measured.read(path)
-    write_text(path, measured.to_text(_with_failures(table, [failure])))
+    write_text(path, measured.to_text(table.plus([failure])))
     print(_failure_line(failure), flush=True)
-
-
-def _with_failures(table: measured.Table, failures: Sequence[Failure]) -> measured.Table:
-    return dataclasses.replace(table, left_out=(*table.left_out, *failures))
 
 
 def _failure_line(failure: Failure) -> str:
@@ -227,21 +223,16 @@ def measure_all(
             continue
         for failure in failures:
             print(_failure_line(failure), flush=True)
-        entries = table.entries if entry is None else table.entries | {_key(case): entry}
-        table = _with_failures(dataclasses.replace(table, entries=entries), failures)
+        table = table.plus(failures, *filter(None, [entry]))
         write_text(path, measured.to_text(table))
         print(line(case, entry), flush=True)
         longest = max(longest, time.monotonic() - began)
     return table
 
 
-def _key(case: Case) -> tuple[measured.Product, int]:
-    return case.product, case.rows
-
-
 def _is_measured(table: measured.Table, case: Case, backends: Sequence[Backend[Arguments]]) -> bool:
     """Whether there is an entry, of a backend and blocks that there still are."""
-    entry = table.entries.get(_key(case))
+    entry = table.entries.get((case.product, case.rows))
     return entry is not None and (measured.variant(backends, entry, arguments_of(case)) is not None)
 
 

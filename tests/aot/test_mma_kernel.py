@@ -14,8 +14,9 @@ from aot.assembled import assemble, count, ptx_of
 
 from glm_jax.kernels.quantized_matmul import mma_gpu
 from glm_jax.kernels.quantized_matmul.api import quantized_matmul
+from glm_jax.kernels.quantized_matmul.arguments import Problem
 from glm_jax.kernels.quantized_matmul.mma_blocks import candidates, choose
-from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks, Problem, divide
+from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks, divide
 from glm_jax.kernels.quantized_matmul.mosaic_layout import LANES, TILE, MosaicArray, lay_out
 from glm_jax.quantization import QuantizedArray, dequantize
 

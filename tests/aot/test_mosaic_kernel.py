@@ -10,9 +10,9 @@ from aot.compiling import compile_for
 from aot.written import written
 
 from glm_jax.kernels.quantized_matmul.api import quantized_matmul
-from glm_jax.kernels.quantized_matmul.arguments import Arguments
+from glm_jax.kernels.quantized_matmul.arguments import Arguments, Problem
 from glm_jax.kernels.quantized_matmul.mosaic import MosaicTiles, MosaicTilesTransposed
-from glm_jax.kernels.quantized_matmul.mosaic_blocks import Problem, choose, divide
+from glm_jax.kernels.quantized_matmul.mosaic_blocks import choose, divide
 from glm_jax.kernels.quantized_matmul.mosaic_layout import LANES, TILE, MosaicArray
 from glm_jax.planning.training_programs import memory
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from glm_jax.kernels import target
+from glm_jax.kernels.quantized_matmul.arguments import Problem
 from glm_jax.kernels.quantized_matmul.mma_blocks import choose
-from glm_jax.kernels.quantized_matmul.mosaic_blocks import Problem
 from glm_jax.kernels.quantized_matmul.mosaic_layout import lay_out
 from glm_jax.quantization import QuantizedArray, dequantize
 

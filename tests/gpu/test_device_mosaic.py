@@ -102,7 +102,7 @@ def test_gradients_and_converted_tiles(bits, rows):
 def test_the_check_of_the_kernel_passes(bits, dtype):
     """In its own process, as `prepare` runs it: whole rows, and groups with zero points."""
     kinds = [Kind(bits, 4096, 4096, dtype, False), Kind(bits, 4096, 128, dtype, True)]
-    assert mosaic_check.check_apart(kinds) is None
+    assert mosaic_check.why_not(frozenset(kinds)) is None
 
 
 def test_a_model_is_laid_out_on_a_mesh_of_one(monkeypatch):

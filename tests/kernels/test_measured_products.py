@@ -29,7 +29,7 @@ HARDWARE = [
 INPUTS, OUTPUTS = 1024, 64
 WEIGHT = quantize(jnp.ones((INPUTS, OUTPUTS)), Scheme(4, 64, search=False), -2)
 PRODUCT = Product("stored", 4, 64, False, INPUTS, OUTPUTS)
-TRITON = PallasGPU(8.0, interpret=True, platform="cpu")
+TRITON = PallasGPU(interpret=True, platform="cpu")
 
 
 def _arguments(rows, dtype="float16"):
@@ -72,7 +72,7 @@ def test_the_dispatcher_takes_what_the_table_says(use):
 
 
 def test_blocks_are_those_of_the_table(use):
-    *_, last = TRITON.variants(_arguments(8))
+    *_, last = measured.variants([TRITON], _arguments(8))
     blocks = dataclasses.asdict(last.blocks)
     assert last.blocks != TRITON._blocks(_arguments(8))
     path = use("pallas", blocks)

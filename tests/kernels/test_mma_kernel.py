@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from glm_jax.kernels.quantized_matmul import mma_blocks
-from glm_jax.kernels.quantized_matmul.arguments import Arguments
-from glm_jax.kernels.quantized_matmul.mma import Mma
-from glm_jax.kernels.quantized_matmul.mosaic_blocks import Problem, divide
+from glm_jax.kernels.quantized_matmul.arguments import Arguments, Problem
+from glm_jax.kernels.quantized_matmul.mosaic import Mma
+from glm_jax.kernels.quantized_matmul.mosaic_blocks import divide
 from glm_jax.kernels.quantized_matmul.mosaic_layout import lay_out
 from glm_jax.quantization import QuantizedArray, dequantize
 

@@ -10,7 +10,8 @@ import pytest
 from glm_jax.kernels.dispatch import BackendError
 from glm_jax.kernels.quantized_matmul import mosaic_blocks, mosaic_converted, mosaic_layout
 from glm_jax.kernels.quantized_matmul.api import prepare, quantized_matmul
-from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks, ConvertedTiles, Problem
+from glm_jax.kernels.quantized_matmul.arguments import Problem
+from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks, ConvertedTiles
 from glm_jax.kernels.quantized_matmul.mosaic_layout import TILE
 from glm_jax.quantization import QuantizedArray, dequantize
 from glm_jax.quantization.packing import pack_int4, unpack_int4

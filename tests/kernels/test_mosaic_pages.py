@@ -11,10 +11,10 @@ from kernels.formula import assert_close, attended_over_pages
 from glm_jax.kernels.dispatch import BackendError
 from glm_jax.kernels.paged_attention.api import paged_attention
 from glm_jax.kernels.paged_attention.arguments import Arguments
-from glm_jax.kernels.paged_attention.mosaic import OLDEST_JAX
+from glm_jax.kernels.target import OLDEST_MOSAIC_JAX
 from glm_jax.model.paged_cache import quantize_heads
 
-if jax.__version_info__ < OLDEST_JAX:
+if jax.__version_info__ < OLDEST_MOSAIC_JAX:
     pytest.skip("Mosaic GPU of this JAX has no such kernels", allow_module_level=True)
 
 from glm_jax.kernels.paged_attention import mosaic_gpu

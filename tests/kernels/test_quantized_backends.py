@@ -25,8 +25,8 @@ BACKENDS = {
     "xla": (XLA(), "float32", None),
     "cpu": (CPUKernel(), "float32", cpu.tile),
     "pallas tpu": (PallasTPU(interpret=True), "bfloat16", None),
-    "pallas gpu float16": (PallasGPU(8.0, interpret=True), "float16", None),
-    "pallas gpu bfloat16": (PallasGPU(8.0, interpret=True), "bfloat16", None),
+    "pallas gpu float16": (PallasGPU(interpret=True), "float16", None),
+    "pallas gpu bfloat16": (PallasGPU(interpret=True), "bfloat16", None),
 }
 TRANSPOSED = {"xla": (XLATransposed(), None), "cpu": (CPUTransposed(), cpu.tile)}
 # One group, four, and four with zero points.
@@ -91,9 +91,9 @@ def test_inputs_split_among_programs_and_tiles_of_many_inputs():
 @pytest.mark.parametrize(
     ("backend", "dtype", "shape", "reason"),
     [
-        (PallasGPU(8.0), "float32", (256, 128), "it takes activations in 16 bits"),
-        (PallasGPU(7.5), "float16", (256, 128), "it takes compute capability 8.0 or higher"),
-        (PallasGPU(8.0), "float16", (256, 40), "it takes sizes that its blocks divide"),
+        (PallasGPU(interpret=True), "float32", (256, 128), "it takes activations in 16 bits"),
+        (PallasGPU(), "float16", (256, 128), "it takes compute capability 8.0 and later"),
+        (PallasGPU(interpret=True), "float16", (256, 40), "it takes sizes that its blocks divide"),
         (PallasTPU(), "bfloat16", (256, 40), "it takes outputs in multiples of 128"),
         (CPUKernel(), "float32", (256, 128), "it takes a weight in its own layout"),
     ],

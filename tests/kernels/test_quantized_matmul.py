@@ -8,7 +8,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from glm_jax.kernels.quantized_matmul import cpu, reference
 from glm_jax.kernels.quantized_matmul.api import quantized_matmul
-from glm_jax.kernels.quantized_matmul.triton_blocks import Problem, candidates, choose
+from glm_jax.kernels.quantized_matmul.arguments import Problem
+from glm_jax.kernels.quantized_matmul.triton_blocks import candidates, choose
 from glm_jax.model.params import KERNEL_AXES
 from glm_jax.quantization import Scheme, dequantize, quantize
 from glm_jax.sharding import make_mesh, parameter_spec
@@ -94,13 +95,13 @@ def test_shapes_that_do_not_belong_together_are_refused():
 
 
 def test_blocks_fit_every_problem_that_they_are_chosen_for():
-    for problem in (Problem(1, 12288, 36864, 12288, 4), Problem(40, 768, 96, 32, 8)):
+    for problem in (Problem(1, 12288, 36864, 4, 12288), Problem(40, 768, 96, 8, 32)):
         blocks = choose(problem)
         assert blocks is not None
         for each in (blocks, *candidates(problem)):
             assert problem.outputs % each.outputs == 0
             assert problem.group_size % each.inputs == 0
             assert problem.inputs % (each.inputs * each.splits) == 0
-    assert choose(Problem(1, 48, 40, 24, 4)) is None
+    assert choose(Problem(1, 48, 40, 4, 24)) is None
     # Few rows and few outputs: the inputs are split, so that all multiprocessors read.
-    assert choose(Problem(1, 32768 // 8, 12288, 32768 // 8, 4)).splits > 1
+    assert choose(Problem(1, 32768 // 8, 12288, 4, 32768 // 8)).splits > 1

@@ -21,6 +21,8 @@ from glm_jax.training.recipe import Recipe
         ("pass", None),
         ("print('a fault'); exit(1)", "its check failed: a fault"),
         ("raise SystemExit(3)", "its check failed: exit status 3"),
+        ("raise ValueError('no such')", "its check failed: ValueError: no such"),
+        ("import os; os.abort()", "its check failed: exit status -6"),
         ("import time; time.sleep(60)", "its check did not end within 0.5 seconds"),
     ],
 )

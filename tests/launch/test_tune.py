@@ -44,9 +44,8 @@ class Kernel:
     def supports(self, arguments):
         return None if arguments.weight.layout == "stored" else "it takes stored weights"
 
-    def variants(self, arguments):
-        for size in (1, 3, 4, 5):
-            yield dataclasses.replace(self, blocks=Blocks(size))
+    def candidates(self, arguments):
+        return map(Blocks, (1, 3, 4, 5))
 
     def __call__(self, arguments):
         size = self.blocks.size

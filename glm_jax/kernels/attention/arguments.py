@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
@@ -50,6 +51,13 @@ class Arguments(struct.PyTreeNode):
     def has_one_range(self) -> bool:
         """Whether `visible` holds one range for each query."""
         return self.has_ranges and self.visible.shape[-1] == 2
+
+
+def padded(x: Array, axis: int, multiple: int) -> Array:
+    """Append zeros to an axis, up to the next multiple of a size."""
+    width = [(0, 0)] * x.ndim
+    width[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, width)
 
 
 def on_each_device(

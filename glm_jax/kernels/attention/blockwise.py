@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from glm_jax.kernels.attention.arguments import Arguments, saved
+from glm_jax.kernels.attention.arguments import Arguments, padded, saved
 from glm_jax.kernels.attention.dropout import WeightDropout, factors
 from glm_jax.kernels.attention.reference import ranges_to_mask
 from glm_jax.kernels.dispatch import unmet
 from glm_jax.numerics import einsum
 
-_LOWEST = -1e30  # of a row that has seen nothing; finite, so that differences are numbers
+LOWEST = -1e30  # of a row that has seen nothing; finite, so that differences are numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ def _forward(arguments: Arguments, query_block: int, key_block: int) -> tuple[Ar
     query, key_ranges, dropout = arguments.query, arguments.visible, arguments.dropout
     batch, num_queries, heads, head_dim = query.shape
     scaled = query * jnp.asarray(head_dim**-0.5, query.dtype)
-    keys = (_pad(arguments.key, 2, key_block), _pad(arguments.value, 2, key_block))
+    keys = (padded(arguments.key, 2, key_block), padded(arguments.value, 2, key_block))
 
     def of_queries(block: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         rows, ranges, numbers = block
@@ -65,17 +65,14 @@ def _forward(arguments: Arguments, query_block: int, key_block: int) -> tuple[Ar
             largest, total, summed = carry
             k, v = (_slice(a, i, key_block) for a in keys)
             scores = _scores(rows, k, ranges, i * key_block)
-            new = jnp.maximum(largest, jnp.max(scores, axis=-1))
-            weights = jnp.where(scores == _LOWEST, 0, jnp.exp(scores - new[..., None]))
-            shrink = jnp.exp(largest - new)
-            total = total * shrink + jnp.sum(weights, axis=-1)
+            new, total, weights, shrink = add_to_softmax(largest, total, scores)
             weights = weights * _dropout_factors(dropout, weights.shape, numbers[0], i * key_block)
             part = einsum("bhqk,bhkd->bhqd", weights.astype(rows.dtype), v.astype(rows.dtype))
             return new, total, summed * shrink[..., None] + part
 
         rows_shape = (batch, heads, rows.shape[1])
         start = (
-            jnp.full(rows_shape, _LOWEST),
+            jnp.full(rows_shape, LOWEST),
             jnp.zeros(rows_shape),
             jnp.zeros((*rows_shape, head_dim)),
         )
@@ -102,14 +99,14 @@ def _backward(
     shift = jnp.sum(wide * output.astype(jnp.float32), axis=-1)
     numbers = jnp.arange(query.shape[1])[None]
     by_query = (scaled, key_ranges, gradient, jnp.moveaxis(log_sums, 1, 2), shift, numbers)
-    padded_queries = tuple(_pad(a, 1, query_block) for a in by_query)
-    keys, values = _pad(key, 2, key_block), _pad(value, 2, key_block)
+    padded_queries = tuple(padded(a, 1, query_block) for a in by_query)
+    keys, values = padded(key, 2, key_block), padded(value, 2, key_block)
 
     def weights_of(rows: tuple[Array, ...], k: Array, v: Array, offset: Array) -> Any:
         q, ranges, g, log_sum, delta, numbers = rows
         scores = _scores(q, k, ranges, offset)
         log_sum, delta = (jnp.moveaxis(a, 1, 2)[..., None] for a in (log_sum, delta))
-        weights = jnp.where(scores == _LOWEST, 0, jnp.exp(scores - log_sum))
+        weights = jnp.where(scores == LOWEST, 0, jnp.exp(scores - log_sum))
         drop = _dropout_factors(dropout, weights.shape, numbers[0], offset)
         of_scores = weights * (einsum("bqhd,bhkd->bhqk", g, v) * drop - delta)
         return (weights * drop).astype(q.dtype), of_scores.astype(q.dtype)
@@ -156,11 +153,27 @@ def _backward(
 _attention.defvjp(_forward, _backward)
 
 
+def add_to_softmax(largest: Array, total: Array, scores: Array) -> tuple[Array, ...]:
+    """Add a block of keys to a running softmax.
+
+    Args:
+      largest, total: of each row, the largest score and the sum of weights so far.
+      scores: [..., key] of the block; `LOWEST` where the row does not see the key.
+
+    Returns:
+      The new `largest` and `total`, the block's weights, and what earlier ones are multiplied by.
+    """
+    new = jnp.maximum(largest, jnp.max(scores, axis=-1))
+    weights = jnp.where(scores == LOWEST, 0, jnp.exp(scores - new[..., None]))
+    shrink = jnp.exp(largest - new)
+    return new, total * shrink + jnp.sum(weights, axis=-1), weights, shrink
+
+
 def _scores(query: Array, key: Array, ranges: Array, offset: Array) -> Array:
     """float32 [batch, heads, query, key]; the lowest where the row does not see the key."""
     scores = einsum("bqhd,bhkd->bhqk", query, key.astype(query.dtype))
     visible = ranges_to_mask(ranges - offset, key.shape[2])
-    return jnp.where(visible[:, None], scores, _LOWEST)
+    return jnp.where(visible[:, None], scores, LOWEST)
 
 
 def _dropout_factors(
@@ -182,12 +195,6 @@ def _bounds(ranges: Array, key_block: int, num_keys: int) -> tuple[Array, Array]
     return jnp.maximum(first, 0), jnp.minimum(last, num_keys // key_block)
 
 
-def _pad(x: Array, axis: int, block: int) -> Array:
-    width = [(0, 0)] * x.ndim
-    width[axis] = (0, -x.shape[axis] % block)
-    return jnp.pad(x, width)
-
-
 def _slice(x: Array, index: Array, block: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, index * block, block, 2)
 
@@ -196,11 +203,11 @@ def _map(function: Any, arrays: tuple[Array, ...], block: int) -> Any:
     """Applies `function` to blocks of axis 1; results are stacked."""
 
     def split(x: Array) -> Array:
-        padded = _pad(x, 1, block)
-        return jnp.moveaxis(padded.reshape(len(x), -1, block, *x.shape[2:]), 1, 0)
+        blocks = padded(x, 1, block).reshape(len(x), -1, block, *x.shape[2:])
+        return jnp.moveaxis(blocks, 1, 0)
 
     if arrays[0].shape[1] <= block:
-        whole = function(tuple(_pad(a, 1, block) for a in arrays))
+        whole = function(tuple(padded(a, 1, block) for a in arrays))
         return jax.tree.map(lambda a: a[None], whole)
     return jax.lax.map(function, jax.tree.map(split, arrays))
 

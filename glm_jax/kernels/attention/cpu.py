@@ -20,10 +20,7 @@ _FORWARD, _BACKWARD = "glm_jax_attention_forward", "glm_jax_attention_backward"
 
 def is_available() -> bool:
     """Whether the kernel was built; warns once where not."""
-    path = Path(__file__).with_name(_LIBRARY)
-    return cpu_library.register(path, "GlmJaxAttentionForward", _FORWARD) and cpu_library.register(
-        path, "GlmJaxAttentionBackward", _BACKWARD
-    )
+    return cpu_library.register(Path(__file__).with_name(_LIBRARY), _FORWARD, _BACKWARD)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,10 +40,7 @@ class Library:
             (arguments.dropout is None, "no dropout"),
             (query.dtype in (jnp.float16, jnp.bfloat16), "float16 or bfloat16"),
             (query.shape[-1] in _HEAD_DIMS, "heads of 64 or 128 numbers"),
-            (
-                target.compute_capability() >= target.TRITON_CAPABILITY,
-                f"compute capability {target.TRITON_CAPABILITY} and later",
-            ),
+            target.requires_triton(),
         ) or (None if _modules() else "it needs tokamax with the kernel of 0.0.12 or 0.0.17")
 
     def __call__(self, arguments: Arguments) -> Array:

@@ -4,12 +4,10 @@ import dataclasses
 import functools
 import importlib
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from glm_jax.kernels import target
-from glm_jax.kernels.attention import mosaic_check
 from glm_jax.kernels.attention.arguments import Arguments, on_each_device
 from glm_jax.kernels.attention.dropout import line_hashes
 from glm_jax.kernels.dispatch import unmet
@@ -42,11 +40,8 @@ class Mosaic:
             (a.query.dtype in (jnp.float16, jnp.bfloat16), "float16 or bfloat16"),
             (a.query.dtype == a.key.dtype == a.value.dtype, "one dtype"),
             (a.query.shape[-1] in _HEAD_DIMS, "heads of 64 or 128 numbers"),
-            (jax.__version_info__ >= (0, 11), "JAX 0.11 and later"),
-            (
-                self.interpret or target.compute_capability() == mosaic_check.CAPABILITY,
-                f"compute capability {mosaic_check.CAPABILITY}",
-            ),
+            target.requires_mosaic_gpu(),
+            *(() if self.interpret else (target.requires_wgmma(),)),
         )
 
     def __call__(self, arguments: Arguments) -> Array:

@@ -13,15 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from glm_jax.kernels import self_check
+from glm_jax.kernels import self_check, target
 from glm_jax.kernels.attention.arguments import Arguments
 from glm_jax.kernels.attention.dropout import WeightDropout
 from glm_jax.kernels.attention.reference import Reference
 
-CAPABILITY = 9.0  # the only one: later devices have other matrix instructions
 _BATCH, _HEADS = 2, 3
-# Relative, of an array's norm: a few roundings of each product's operands.
-_TOLERANCES = {"float16": 2e-3, "bfloat16": 1.6e-2}
 Attend = Callable[[Arguments], Array]
 
 
@@ -50,7 +47,7 @@ def suits(
     if reason is not None:
         warnings.warn(
             f"attention takes another backend than the kernel for compute capability "
-            f"{CAPABILITY}, which is slower: {reason}",
+            f"{target.WGMMA_CAPABILITY}, which is slower: {reason}",
             stacklevel=2,
         )
     return reason is None
@@ -77,24 +74,13 @@ def first_fault(
         got = _with_gradients(attend, arguments, cotangent)
         names = ("output", "gradient of queries", "gradient of keys", "gradient of values")
         for name, a, b in zip(names, got, expected, strict=True):
-            error = float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
-            if not error <= _TOLERANCES[dtype]:  # not a number either
-                return f"{name}, dropout {rate}: a relative error of {error:.2g}"
+            if error := self_check.error_of(a, b, dtype):
+                return f"{name}, dropout {rate}: {error}"
     return None
 
 
-@functools.cache
 def _why_not(dtype: str, head_dim: int) -> str | None:
-    return self_check.agreed(lambda: check_apart(dtype, head_dim))
-
-
-def check_apart(dtype: str, head_dim: int, seconds: float = self_check.SECONDS) -> str | None:
-    """Try the kernels in a process of its own; return a reason against them, or None.
-
-    Args:
-      seconds: after which the process is ended.
-    """
-    return self_check.check_apart(__name__, f"{dtype},{head_dim}", seconds=seconds)
+    return self_check.why_not(__name__, f"{dtype},{head_dim}")
 
 
 def _example(dtype: str, head_dim: int, rate: float, length: int) -> tuple[Arguments, Array]:
@@ -134,15 +120,9 @@ def main(arguments: Sequence[str]) -> int:
     """Check a dtype and a size of heads, such as `bfloat16,128`, on the first GPU."""
     from glm_jax.kernels.attention.mosaic import Mosaic
 
-    device = jax.devices()[0]
-    if device.platform != "gpu" or float(device.compute_capability) != CAPABILITY:
-        print(f"no GPU of compute capability {CAPABILITY} could be used by a second process")
-        return 1
     dtype, head_dim = arguments[0].split(",")
-    if fault := first_fault(Mosaic(), dtype, int(head_dim)):
-        print(fault)
-        return 1
-    return 0
+    faults = (first_fault(backend, dtype, int(head_dim)) for backend in (Mosaic(),))
+    return self_check.report(target.has_wgmma, str(target.WGMMA_CAPABILITY), faults)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from glm_jax.kernels.attention.arguments import Arguments, saved
+from glm_jax.kernels.attention.arguments import Arguments, padded, saved
 from glm_jax.kernels.attention.mosaic_tiles import (
     COLUMN,
     ROWS,
@@ -43,10 +43,10 @@ def on_one_device(static: Static, arguments: Arguments, lines: Array | None) -> 
     a, queries = arguments, arguments.query.shape[1]
     # As projections give them: the transpose that made them [heads, key] falls away.
     key, value = (jnp.swapaxes(x, 1, 2) for x in (a.key, a.value))
-    pad_keys = lambda x: _pad(x, 1, math.lcm(TILE, static.key_block))
-    inputs = _Triple(_pad(a.query, 1, TILE), pad_keys(key), pad_keys(value))
-    lines = None if lines is None else _pad(lines, 2, TILE)
-    return _attention(inputs, _pad(a.visible, 1, TILE), lines, static)[:, :queries]
+    pad_keys = lambda x: padded(x, 1, math.lcm(TILE, static.key_block))
+    inputs = _Triple(padded(a.query, 1, TILE), pad_keys(key), pad_keys(value))
+    lines = None if lines is None else padded(lines, 2, TILE)
+    return _attention(inputs, padded(a.visible, 1, TILE), lines, static)[:, :queries]
 
 
 class _Triple(NamedTuple):
@@ -295,8 +295,3 @@ def _of_rows(ranges: Array, lines: Array | None, heads: int) -> Array:
 
 def _float(x: Array) -> Array:
     return lax.bitcast_convert_type(x, jnp.float32)
-
-
-def _pad(x: Array, axis: int, size: int) -> Array:
-    """Zeros at the end of an axis, to whole tiles."""
-    return jnp.pad(x, [(0, -n % size if i == axis else 0) for i, n in enumerate(x.shape)])

@@ -15,7 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jaxtyping import Array
 
-from glm_jax.kernels.attention.arguments import SAVED, Arguments
+from glm_jax.kernels.attention.arguments import SAVED, Arguments, padded
 
 LANES = 128
 _BLOCKS = (512, 256, LANES)
@@ -24,8 +24,9 @@ _BLOCKS = (512, 256, LANES)
 def attend(interpret: bool, arguments: Arguments) -> Array:
     """Compute attention on one device; `interpret` simulates the kernel on any."""
     a, (_, queries, _, head_dim) = arguments, arguments.query.shape
-    query = _pad(jnp.swapaxes(a.query, 1, 2) * jnp.asarray(head_dim**-0.5, a.query.dtype))
-    key, value, ranges = _pad(a.key), _pad(a.value), _pad(a.visible)
+    query = jnp.swapaxes(a.query, 1, 2) * jnp.asarray(head_dim**-0.5, a.query.dtype)
+    arrays = (query, a.key, a.value, a.visible)
+    query, key, value, ranges = (padded(x, -2, LANES) for x in arrays)
     sizes = _block(query.shape[2]), _block(key.shape[2])
     run = functools.partial(_attend_in_row, interpret, sizes)
     out = jax.vmap(run)(query, key, value, ranges)
@@ -94,8 +95,3 @@ def _visited(ranges: Array, num_keys: int, q: int, k: int) -> tuple[MaskInfo, Ma
 
 def _block(length: int) -> int:
     return next(size for size in _BLOCKS if length % size == 0)
-
-
-def _pad(x: Array) -> Array:
-    """Zeros at the end of the axis before the last, to whole lanes."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -x.shape[-2] % LANES), (0, 0)])

@@ -21,10 +21,7 @@ _FORWARD, _BACKWARD = "glm_jax_geglu_forward", "glm_jax_geglu_backward"
 
 def is_available() -> bool:
     """Whether the kernel was built; warns once where not."""
-    path = Path(__file__).with_name(_LIBRARY)
-    return cpu_library.register(path, "GlmJaxGegluForward", _FORWARD) and cpu_library.register(
-        path, "GlmJaxGegluBackward", _BACKWARD
-    )
+    return cpu_library.register(Path(__file__).with_name(_LIBRARY), _FORWARD, _BACKWARD)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,10 +24,7 @@ _FORWARD, _BACKWARD = "glm_jax_layer_norm_forward", "glm_jax_layer_norm_backward
 
 def is_available() -> bool:
     """Whether the kernel was built; warns once where not."""
-    path = Path(__file__).with_name(_LIBRARY)
-    return cpu_library.register(path, "GlmJaxLayerNormForward", _FORWARD) and cpu_library.register(
-        path, "GlmJaxLayerNormBackward", _BACKWARD
-    )
+    return cpu_library.register(Path(__file__).with_name(_LIBRARY), _FORWARD, _BACKWARD)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,8 +21,7 @@ _DTYPES = ("float32", "bfloat16", "int8")
 
 def is_available() -> bool:
     """Whether the kernel was built; warns once where not."""
-    path = Path(__file__).with_name(_LIBRARY)
-    return cpu_library.register(path, "GlmJaxPagedAttention", _TARGET)
+    return cpu_library.register(Path(__file__).with_name(_LIBRARY), _TARGET)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,10 +39,7 @@ class LibraryGPU:
             (head_dim in _HEAD_DIMS, "heads of 64 or 128 numbers"),
             (page_size >= 16 and _is_power_of_two(page_size), "pages of a power of two from 16"),
             (_is_power_of_two(table_size), "tables of a power of two of pages"),
-            (
-                target.compute_capability() >= target.TRITON_CAPABILITY,
-                f"compute capability {target.TRITON_CAPABILITY} and later",
-            ),
+            target.requires_triton(),
         ) or (None if _library() is not None else "this version of JAX no longer has the kernel")
 
     def __call__(self, arguments: Arguments) -> Array:

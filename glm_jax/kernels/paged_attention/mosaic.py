@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -12,8 +11,6 @@ from glm_jax.kernels import target
 from glm_jax.kernels.dispatch import unmet
 from glm_jax.kernels.paged_attention.arguments import Arguments
 
-CAPABILITY = 9.0
-OLDEST_JAX = (0, 11)
 QUERIES = 64  # of a row: rows of wgmma's operand
 HEAD_DIM = 128
 PAGE = 64
@@ -33,17 +30,16 @@ class MosaicGPU:
 
     def supports(self, arguments: Arguments) -> str | None:
         query, keys = arguments.query, arguments.keys
-        reason = unmet(
+        return unmet(
             (arguments.softmax_dtype == "float32", "a softmax in float32"),
             (query.dtype in (jnp.float16, jnp.bfloat16), "queries in float16 or bfloat16"),
             (keys.dtype in (query.dtype, jnp.int8), "keys in the query's dtype or int8"),
             (keys.shape[3] == HEAD_DIM, f"heads of {HEAD_DIM} numbers"),
             (keys.shape[2] == PAGE, f"pages of {PAGE} keys"),
             (query.shape[1] <= QUERIES, f"up to {QUERIES} queries a row"),
+            target.requires_mosaic_gpu(),
+            *(() if self.interpret else (target.requires_wgmma(),)),
         )
-        here = jax.__version_info__ >= OLDEST_JAX, "JAX 0.11 and later"
-        on = self.interpret or target.compute_capability() == CAPABILITY
-        return reason or unmet(here, (on, f"compute capability {CAPABILITY}"))
 
     def __call__(self, arguments: Arguments) -> Array:
         # Not every JAX that runs elsewhere can import what it is written in.

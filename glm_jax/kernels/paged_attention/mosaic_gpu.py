@@ -23,6 +23,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array
 
+from glm_jax.kernels import ptx
 from glm_jax.kernels.paged_attention.arguments import Arguments
 from glm_jax.kernels.paged_attention.mosaic import HEAD_DIM, PAGE, QUERIES
 
@@ -259,19 +260,14 @@ def _convert(ref: Any, dtype: Any, interpret: bool) -> Array:
     )
     def convert(_: Any, integers: Any) -> Any:
         i32 = ir.IntegerType.get_signless(32)
-        pair = llvm.StructType.get_literal([i32, i32])
         words = ir.VectorType.get((2,), i32)
         floats = ir.VectorType.get((4,), ir.F16Type.get())
         registers = np.empty_like(integers.registers)
         for place, register in np.ndenumerate(integers.registers):
-            word = llvm.bitcast(i32, register)
-            results = llvm.inline_asm(
-                pair, [word], _BYTES, "=&r,=&r,r", asm_dialect=0, has_side_effects=False
-            )
             both = llvm.mlir_undef(words)
-            for index in range(2):
-                half = llvm.extractvalue(i32, results, [index])
-                both = llvm.insertelement(both, half, mgpu.c(index, i32))
+            halves = ptx.asm("rr", _BYTES, [llvm.bitcast(i32, register)], "r")
+            for index, half in enumerate(halves):
+                both = llvm.insertelement(both, half, ptx.i32(index))
             registers[place] = llvm.bitcast(floats, both)
         return mgpu.FragmentedArray(_registers=registers, _layout=integers.layout, _is_signed=None)
 

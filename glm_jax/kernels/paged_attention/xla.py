@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from glm_jax.kernels.attention.blockwise import LOWEST, add_to_softmax
 from glm_jax.kernels.dispatch import unmet
 from glm_jax.kernels.paged_attention.arguments import Arguments
 from glm_jax.numerics import einsum
 
 _BLOCK = 256  # keys of each row that are taken at once
-_LOWEST = -1e30  # of a row that has seen nothing; finite, so that differences are numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +56,8 @@ def _attention(arguments: Arguments) -> Array:
         if k_scale is not None:
             scores = scores * jnp.swapaxes(k_scale, 0, 1)[:, :, None]
         is_seen = block * width + jnp.arange(width) < lengths[..., None]  # [batch, new, width]
-        scores = jnp.where(is_seen[:, None], scores, _LOWEST)
-        new = jnp.maximum(largest, jnp.max(scores, axis=-1))
-        weights = jnp.where(scores == _LOWEST, 0, jnp.exp(scores - new[..., None]))
-        shrink = jnp.exp(largest - new)
-        total = total * shrink + jnp.sum(weights, axis=-1)
+        scores = jnp.where(is_seen[:, None], scores, LOWEST)
+        new, total, weights, shrink = add_to_softmax(largest, total, scores)
         # What an earlier request left may be NaN, and NaN times the weight 0 is NaN.
         is_any_row = jnp.any(is_seen, axis=1)  # [batch, width]
         v = jnp.where(is_any_row[..., None], v, 0)
@@ -71,7 +68,7 @@ def _attention(arguments: Arguments) -> Array:
         return new, total, summed * shrink[..., None] + part
 
     shape = tuple(query.shape[i] for i in (0, 2, 1))
-    start = (jnp.full(shape, _LOWEST), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
+    start = (jnp.full(shape, LOWEST), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
     blocks = -(-jnp.max(lengths, initial=0) // width)
     _, total, summed = jax.lax.fori_loop(0, blocks, step, start)
     attended = summed / jnp.where(total == 0, 1, total)[..., None]

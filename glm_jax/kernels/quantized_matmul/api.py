@@ -12,8 +12,8 @@ from glm_jax.kernels.dispatch import Backend, BackendError, dispatch
 from glm_jax.kernels.quantized_matmul import cpu, measured, sharded
 from glm_jax.kernels.quantized_matmul.arguments import Arguments
 from glm_jax.kernels.quantized_matmul.cpu import CPUKernel, CPUTransposed, TiledArray, take_outputs
-from glm_jax.kernels.quantized_matmul.mma import Mma
 from glm_jax.kernels.quantized_matmul.mosaic import (
+    Mma,
     Mosaic,
     MosaicConverted,
     MosaicConvertedTransposed,
@@ -96,8 +96,8 @@ def quantized_matmul(
     bias; the weight is a constant.
 
     Args:
-      implementation: "cpu", "pallas", "xla" or "reference"; None for the fastest that takes the
-        arguments on the platform that the program is compiled for.
+      implementation: a name of `BACKENDS`; None for the fastest that takes the arguments on the
+        platform that the program is compiled for.
 
     Returns:
       float32 [..., *outputs].

@@ -1,5 +1,6 @@
 """What the backends of quantized_matmul are called with."""
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -35,6 +36,38 @@ class Arguments:
         is_as_stored, requirement = self.is_as_stored
         is_met = is_as_stored and self.weight.stored_dtype in INTEGERS
         return is_met, f"{requirement}, of {' or '.join(INTEGERS)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The sizes of a product that a kernel's division of its work depends on.
+
+    Attributes:
+      rows: of activations.
+      inputs, outputs: K and N of the weight [K, N].
+      bits: of a weight.
+      group_size: inputs that share a scale.
+      zeros: whether the weight has zero points.
+      transposed: the product with the transpose, whose activations are [rows, N].
+    """
+
+    rows: int
+    inputs: int
+    outputs: int
+    bits: int
+    group_size: int
+    zeros: bool = False
+    transposed: bool = False
+
+    @classmethod
+    def of(cls, x: Any, weight: Any, transposed: bool = False) -> "Problem":
+        """The product of activations and a weight [K, N] in integers; both may be described."""
+        (inputs, outputs), has_zeros = weight.shape, weight.zero_points is not None
+        return cls(len(x), inputs, outputs, weight.bits, weight.group_size, has_zeros, transposed)
+
+    def has_whole_groups_in(self, inputs: int) -> bool:
+        """Whether a step of so many inputs has whole groups, or a group whole steps."""
+        return inputs % self.group_size == 0 or self.group_size % inputs == 0
 
 
 def add_bias(product: Array, bias: Array | None) -> Array:

@@ -68,8 +68,7 @@ class TiledArray:
 
 def is_available() -> bool:
     """Whether the kernel was built; warns once where not."""
-    path = Path(__file__).with_name(LIBRARY)
-    return cpu_library.register(path, "GlmJaxQuantizedMatmul", _TARGET)
+    return cpu_library.register(Path(__file__).with_name(LIBRARY), _TARGET)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,19 +29,6 @@ PACKAGED = Path(__file__).with_name("tables")
 _FORMAT = 1
 # What was measured with many more rows says nothing: its tiles are made for those.
 _MAX_PADDING = 4
-_KINDS: dict[str, tuple[type, ...]] = {  # of a record's fields
-    "layout": (str,),
-    "bits": (int,),
-    "group_size": (int,),
-    "zero_points": (bool,),
-    "inputs": (int,),
-    "outputs": (int,),
-    "rows": (int,),
-    "implementation": (str,),
-    "blocks": (dict, type(None)),
-    "us": (float, int),
-    "float16_us": (float, int),
-}
 
 
 class TableError(UserError):
@@ -72,6 +59,17 @@ class Product:
             return None
         has_zeros = weight.zero_points is not None
         return cls(weight.layout, weight.bits, weight.group_size, has_zeros, *weight.shape)
+
+
+# Types of a record's fields.
+_KINDS: dict[str, tuple[Any, ...]] = {
+    **{field.name: (field.type,) for field in dataclasses.fields(Product)},
+    "rows": (int,),
+    "implementation": (str,),
+    "blocks": (dict, type(None)),
+    "us": (float, int),
+    "float16_us": (float, int),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +104,12 @@ class Table:
     entries: dict[tuple[Product, int], Entry] = dataclasses.field(default_factory=dict)
     left_out: tuple[dict[str, Any], ...] = ()
 
+    def plus(self, failures: Iterable[dict[str, Any]], *entries: Entry) -> "Table":
+        """Return the table with more candidates left out, and with more entries."""
+        by_key = {(entry.product, entry.rows): entry for entry in entries}
+        left_out = (*self.left_out, *failures)
+        return dataclasses.replace(self, entries=self.entries | by_key, left_out=left_out)
+
     def nearest(self, product: Product, rows: int) -> Entry | None:
         """Return the entry of the fewest rows that these fit into; None if nothing is near."""
         rows = min(rows, ROWS[-1])
@@ -133,34 +137,29 @@ def read(path: Path) -> Table:
             f"{path}: expected a table of format {_FORMAT}, got {shown(version)}: make it anew by "
             "glm-jax tune --measure"
         )
-    entries = {}
+    entries = []
     products, left_out = record.get("products"), record.get("left_out", [])
     is_list_of_objects = isinstance(left_out, list) and all(isinstance(x, dict) for x in left_out)
     if not isinstance(products, list) or not is_list_of_objects:
         raise TableError(f"{path}: expected lists `products` and `left_out` of objects")
     for index, each in enumerate(products):
         try:
-            entry = _entry(each)
+            entries.append(_entry(each))
         except ValueError as error:
             raise TableError(f"{path}: products[{index}]: {error}") from error
-        entries[entry.product, entry.rows] = entry
-    return Table(str(record.get("device")), entries, tuple(left_out))
+    return Table(str(record.get("device"))).plus(left_out, *entries)
 
 
 def to_text(table: Table) -> str:
     """Return a table as the text of its file, a line for each product and rows."""
-    products = [_record(entry) for _, entry in sorted(table.entries.items(), key=_order)]
+    in_order = sorted(table.entries, key=lambda key: (*dataclasses.astuple(key[0]), key[1]))
+    products = [_record(table.entries[key]) for key in in_order]
     lines = lambda records: ",\n".join(f"  {to_json(record)}" for record in records)
     return (
         f'{{"format": {_FORMAT}, "device": {to_json(table.device)},\n'
         f' "products": [\n{lines(products)}\n ],\n'
         f' "left_out": [\n{lines(table.left_out)}\n ]\n}}\n'
     )
-
-
-def _order(item: tuple[tuple[Product, int], Entry]) -> tuple[Any, ...]:
-    product, rows = item[0]
-    return (*dataclasses.astuple(product), rows)
 
 
 def _record(entry: Entry) -> dict[str, Any]:
@@ -255,12 +254,13 @@ def variants(
     for backend in backends:
         if backend.platform not in (platform, None) or backend.supports(arguments) is not None:
             continue
-        ways: Iterable[Any] = [backend]
-        if hasattr(backend, "variants"):
-            ways = backend.variants(arguments)
-        for way in ways:
-            # A program may be lowered for other platforms too, which nobody measured.
-            yield dataclasses.replace(way, platform=platform)
+        # A program may be lowered for other platforms too, which nobody measured.
+        here: Any = dataclasses.replace(backend, platform=platform)  # type: ignore[type-var]
+        if hasattr(backend, "candidates"):
+            for blocks in backend.candidates(arguments):
+                yield dataclasses.replace(here, blocks=blocks)
+        else:
+            yield here
 
 
 def blocks_of(backend: Any) -> dict[str, int] | None:

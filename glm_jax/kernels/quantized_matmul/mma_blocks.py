@@ -9,18 +9,19 @@ from collections.abc import Iterator
 from jax.extend import backend
 
 from glm_jax.kernels import target
-from glm_jax.kernels.quantized_matmul.mosaic_blocks import (
-    Blocks,
-    Problem,
-    divide,
-    give_whole_tiles,
-)
+from glm_jax.kernels.quantized_matmul.arguments import Problem
+from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks, busiest, give_whole_tiles
 from glm_jax.kernels.quantized_matmul.mosaic_layout import TILE
 
 # KiB of a multiprocessor, from a compute capability on; a program takes one more than its own.
 _SHARED_MEMORY = {8.0: 164, 8.6: 100, 9.0: 228, 12.0: 100}
 _FEW_ROWS = 64  # up to here a tile holds all rows, and groups are scaled after they are summed
 _STEP = 2**14  # bytes of weights
+
+
+def is_for(capability: float) -> bool:
+    """Whether the kernel is that of GPUs of a compute capability; later ones have others."""
+    return 8.0 <= capability < 9.0
 
 
 def device() -> tuple[float, int]:
@@ -38,19 +39,11 @@ def choose(problem: Problem, capability: float, multiprocessors: int) -> Blocks:
     Raises:
       ValueError: nothing divides the problem, which `mosaic_blocks.supports` has a reason against.
     """
-
-    def busy(place: tuple[int, Blocks]) -> float:
-        index, blocks = place
-        division = divide(problem, blocks)
-        return division.total / (division.share * blocks.programs) - 0.1 * index
-
     ranked = []
     for sizes in _sizes(problem):
         if problem.rows > _FEW_ROWS or sizes[1] * sizes[2] * TILE * problem.bits // 8 <= _STEP:
             ranked += list(_blocks(problem, sizes, (2, 1), capability, multiprocessors))[:1]
-    if not ranked:
-        raise ValueError(f"no blocks of the kernel divide {problem}")
-    return max(enumerate(ranked), key=busy)[1]
+    return busiest(problem, ranked, 0.1)
 
 
 def candidates(problem: Problem, capability: float, multiprocessors: int) -> Iterator[Blocks]:
@@ -69,8 +62,7 @@ def _sizes(problem: Problem) -> Iterator[tuple[int, int, int]]:
         # Sums take tiles * row / 2 registers of 255, and as many again where groups are added.
         if tiles * row > (128 if few else 256) or problem.outputs % (TILE * tiles):
             continue
-        group = problem.group_size
-        if problem.inputs % inputs == 0 and (inputs % group == 0 or group % inputs == 0):
+        if problem.inputs % inputs == 0 and problem.has_whole_groups_in(inputs):
             yield row, tiles, inputs
 
 

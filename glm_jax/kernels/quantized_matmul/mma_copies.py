@@ -1,7 +1,7 @@
 """Copies into shared memory that go on beside the program: cp.async, from compute capability 8.0.
 
-Pallas has them too, before 9.0 alone. Here they run on later devices as well, tell the cache what
-is read once, and exchange places so that ldmatrix reads 8 rows at once.
+Pallas has them too, before 9.0 alone. Here they run on later devices as well, mark for the cache
+what is read once, and swizzle rows so that ldmatrix reads 8 of them at once.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from glm_jax.kernels.quantized_matmul.mma_ptx import address, asm, global_address, i32, thread
+from glm_jax.kernels.ptx import address, asm, global_address, i32, thread
 
 _THREADS = 128
 _BYTES = 16  # that a thread copies at once
@@ -19,13 +19,13 @@ _BYTES = 16  # that a thread copies at once
 _NEAR = 2048
 
 
-def start(source: Any, target: Any, exchanged: bool = False, once: bool = False) -> None:
+def start(source: Any, target: Any, swizzled: bool = False, once: bool = False) -> None:
     """Starts a copy by the 128 threads of a block.
 
     Args:
       source: [rows, columns] in global memory; a row has a multiple of 16 bytes.
       target: the same in shared memory.
-      exchanged: of each 128 bytes of row r the 16 bytes at place p go to place p ^ (r % 8).
+      swizzled: of each 128 bytes of row r the p-th 16 bytes become the (p ^ (r % 8))-th.
       once: the source is read by nobody else.
     """
 
@@ -40,12 +40,12 @@ def start(source: Any, target: Any, exchanged: bool = False, once: bool = False)
         bases: dict[Any, tuple[Any, ...]] = {}
         for first in range(0, rows * chunks, _THREADS):
             row, chunk = divmod(first, chunks)
-            # Threads have the same places in all turns, but for what the row's number exchanges.
-            key = row % 8 if exchanged else 0
+            # A thread has the same position in all turns, but for what the row's number swizzles.
+            key = row % 8 if swizzled else 0
             if chunks % _THREADS and _THREADS % chunks:
                 key, row, chunk = first, 0, 0
             if key not in bases:
-                offsets = _offsets(first, chunks, stride * size, exchanged, row, chunk)
+                offsets = _offsets(first, chunks, stride * size, swizzled, row, chunk)
                 starts = address(target), global_address(source)
                 bases[key] = tuple(map(arith.addi, starts, offsets))
             at = (row * chunks + chunk) * _BYTES, row * stride * size + chunk * _BYTES - _NEAR
@@ -56,7 +56,7 @@ def start(source: Any, target: Any, exchanged: bool = False, once: bool = False)
 
 
 def _offsets(
-    first: int, chunks: int, stride: int, exchanged: bool, row: int, chunk: int
+    first: int, chunks: int, stride: int, swizzled: bool, row: int, chunk: int
 ) -> tuple[Any, Any]:
     """Of a thread in the target, and in the source and _NEAR bytes on, less those of a row and a
     chunk.
@@ -67,9 +67,9 @@ def _offsets(
     """
     number = arith.addi(thread(), i32(first))
     at_row, at = arith.divui(number, i32(chunks)), arith.remui(number, i32(chunks))
-    place = arith.xori(at, arith.andi(at_row, i32(7))) if exchanged else at
+    column = arith.xori(at, arith.andi(at_row, i32(7))) if swizzled else at
     rows = arith.subi(at_row, i32(row))
-    to = _sum((rows, chunks * _BYTES), (arith.subi(place, i32(chunk)), _BYTES))
+    to = _sum((rows, chunks * _BYTES), (arith.subi(column, i32(chunk)), _BYTES))
     source = _sum((rows, stride), (arith.subi(at, i32(chunk)), _BYTES))
     source = arith.addi(source, i32(_NEAR))
     return to, arith.extui(ir.IntegerType.get_signless(64), source)
@@ -85,8 +85,7 @@ def _copy(base: tuple[Any, ...], at: tuple[int, int], policy: list[Any], left: i
     text = f"cp.async.cg.shared.global{hint} [$0 + {at[0]}], [$1 + {at[1]}], {_BYTES}{operand};"
     operands, kinds = [*base, *policy], "rl" + "l" * len(policy)
     if left < _THREADS:
-        place = len(operands)
-        text = f"{{ .reg .pred p; setp.lt.u32 p, ${place}, {left}; @p {text} }}"
+        text = f"{{ .reg .pred p; setp.lt.u32 p, ${len(operands)}, {left}; @p {text} }}"
         operands, kinds = [*operands, thread()], kinds + "r"
     asm("", text, operands, kinds, effects=True)
 

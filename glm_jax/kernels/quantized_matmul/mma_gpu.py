@@ -17,12 +17,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from glm_jax.kernels.quantized_matmul import mma_copies, mma_registers
+from glm_jax.kernels.quantized_matmul.arguments import Problem
 from glm_jax.kernels.quantized_matmul.mma_blocks import choose, device
 from glm_jax.kernels.quantized_matmul.mma_form import Form, form_of
-from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks, Division, Problem, divide
+from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks
 from glm_jax.kernels.quantized_matmul.mosaic_layout import LANES, TILE, MosaicArray, integers
-from glm_jax.kernels.quantized_matmul.mosaic_parts import add_parts
-from glm_jax.kernels.quantized_matmul.mosaic_plan import Plan
+from glm_jax.kernels.quantized_matmul.mosaic_plan import Plan, scales_of
 
 
 def matmul(
@@ -42,53 +42,39 @@ def matmul(
     Returns:
       float32 [rows, N].
     """
-    rows, outputs = x.shape[0], weight.shape[1]
-    problem = Problem.of(x, weight)
     if blocks is None:
-        blocks = choose(problem, *device())
-    division = divide(problem, blocks)
-    x = jnp.pad(x, ((0, -rows % blocks.rows), (0, 0)))
+        blocks = choose(Problem.of(x, weight), *device())
+    plan = Plan.of(x, weight, blocks, interpret)
     form = form_of(weight.bits, x.dtype, blocks.scale_first)
-    parts = _call(x, weight, blocks, division, form, interpret)
+    total = plan.add_parts(_call(plan.pad(x), weight, plan, form))
     # [16 outputs, first or last 8, 8, rows]
-    total = add_parts(parts, blocks, division).reshape(-1, 2, 8, len(x))
-    total = total / jnp.array(form.factors)[:, None, None]
-    return total.reshape(outputs, len(x)).T[:rows]
+    scaled = total.reshape(-1, 2, 8, total.shape[1]) / jnp.array(form.factors)[:, None, None]
+    return scaled.reshape(total.shape).T[: len(x)]
 
 
-def _call(
-    x: Array, weight: MosaicArray, blocks: Blocks, division: Division, form: Form, interpret: bool
-) -> Array:
+def _call(x: Array, weight: MosaicArray, plan: Plan, form: Form) -> Array:
     """Parts of the product, [parts, N, rows]; tiles that have fewer leave the rest unwritten."""
-    outputs, stages = weight.shape[1], blocks.stages
-    has_zeros = weight.zero_points is not None
-    plan = Plan(blocks, division, weight.bits, weight.group_size, x.dtype, has_zeros, interpret)
+    outputs, blocks, stages = weight.shape[1], plan.blocks, plan.blocks.stages
     words = blocks.inputs // TILE * weight.bits * LANES  # of a step's 64 outputs
-    of_groups = (stages, plan.groups, blocks.outputs)
-    operands = {"scales": weight.scales}
-    scratch: dict[str, Any] = {
-        "x": plgpu.SMEM((stages, blocks.rows, blocks.inputs), x.dtype),
-        "values": plgpu.SMEM((stages, blocks.tiles, words), jnp.int32),
-        "scales": plgpu.SMEM(of_groups, weight.scales.dtype),
-    }
-    if has_zeros:
-        operands["zeros"] = weight.zero_points
-        scratch["zeros"] = plgpu.SMEM(of_groups, weight.zero_points.dtype)
-    if not blocks.scale_first and (has_zeros or form.offsets[0]):
-        by_group = x.astype(jnp.float32).reshape(len(x), -1, plan.group)
-        operands["sums"] = by_group.sum(-1).T
+    of_scales = (stages, plan.groups, blocks.outputs)
+    operands = scales_of(weight)
+    scratch: dict[str, Any] = {name: plgpu.SMEM(of_scales, a.dtype) for name, a in operands.items()}
+    scratch["x"] = plgpu.SMEM((stages, blocks.rows, blocks.inputs), x.dtype)
+    scratch["values"] = plgpu.SMEM((stages, blocks.tiles, words), jnp.int32)
+    if not blocks.scale_first and (plan.zeros or form.offsets[0]):
+        operands["sums"] = plan.sums_of(x)
         scratch["sums"] = plgpu.SMEM((stages, plan.groups, blocks.rows), jnp.float32)
     # Last, as all threads copy them: then no copy by some threads takes a branch.
     operands |= {"x": x, "values": weight.values.reshape(outputs // TILE, -1)}
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan=plan, form=form, names=tuple(operands)),
-        out_type=jax.ShapeDtypeStruct((max(division.parts()), outputs, len(x)), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((max(plan.division.parts()), outputs, len(x)), jnp.float32),
         scratch_types={"shared": scratch},
-        grid=(division.programs,),
+        grid=(plan.division.programs,),
         grid_names=("program",),
         kernel_name=f"quantized_matmul_int{weight.bits}",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        interpret=plgpu.InterpretGPUParams() if plan.interpret else None,
     )
     parts: Array = kernel(*operands.values())
     return parts
@@ -112,7 +98,7 @@ def _kernel(
         )
 
     def copy(index: Array, tile: Array, step: Array) -> tuple[Array, Array]:
-        """Copies a step, if it is this program's; returns the place of the next."""
+        """Copies a step, if it is this program's; returns tile and step of the next copy."""
         pl.when(index < stop)(lambda: _copy(memory, shared, stage(index), tile, step, plan))
         if not plan.interpret:
             mma_copies.end_group()
@@ -120,33 +106,33 @@ def _kernel(
         return jnp.where(is_last, tile + 1, tile), jnp.where(is_last, 0, step + 1)
 
     def one_step(index: Array, carried: Any) -> Any:
-        totals, *place = carried
+        totals, *next_copy = carried
         if not plan.interpret:
             mma_copies.wait(ahead - 1)
-        place = copy(index + ahead, *place)  # to where the step before this one was
+        next_copy = copy(index + ahead, *next_copy)  # to where the step before this one was
         here = {name: ref.at[stage(index)] for name, ref in shared.items()}
         multiply = _emulated_step if plan.interpret else mma_registers.multiply_step
-        return (multiply(here, totals, plan, form), *place)
+        return (multiply(here, totals, plan, form), *next_copy)
 
-    def one_tile(tile: Array, place: Any) -> Any:
+    def one_tile(tile: Array, next_copy: Any) -> Any:
         start = tile * division.steps
         steps = jnp.maximum(start, first), jnp.minimum(start + division.steps, stop)
         zero = jnp.zeros((TILE, blocks.rows), jnp.float32)
         if not plan.interpret:
             zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
-        totals, *place = lax.fori_loop(*steps, one_step, ((zero,) * blocks.tiles, *place))
+        totals, *next_copy = lax.fori_loop(*steps, one_step, ((zero,) * blocks.tiles, *next_copy))
         outputs, rows = plan.position(tile)
         part = program - lax.div(start, division.share)
         for index, total in enumerate(totals):
             of_tile = pl.ds((outputs + index) * TILE, TILE)
             out[part, of_tile, pl.ds(rows * blocks.rows, blocks.rows)] = total
-        return tuple(place)
+        return tuple(next_copy)
 
-    place = lax.div(first, division.steps), lax.rem(first, division.steps)
+    next_copy = lax.div(first, division.steps), lax.rem(first, division.steps)
     for index in range(ahead):
-        place = copy(first + index, *place)
+        next_copy = copy(first + index, *next_copy)
     tiles = lax.div(first, division.steps), lax.div(stop - 1, division.steps) + 1
-    lax.fori_loop(*tiles, one_tile, place)
+    lax.fori_loop(*tiles, one_tile, next_copy)
 
 
 def _copy(
@@ -176,7 +162,7 @@ def _copy(
         if plan.interpret:
             target[...] = source[...]
         else:
-            mma_copies.start(source, target, exchanged=name == "x", once=name == "values")
+            mma_copies.start(source, target, swizzled=name == "x", once=name == "values")
 
 
 def _emulated_step(

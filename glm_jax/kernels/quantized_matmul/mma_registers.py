@@ -14,8 +14,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Float
 
+from glm_jax.kernels.ptx import address, asm, i32, thread
 from glm_jax.kernels.quantized_matmul.mma_form import Form
-from glm_jax.kernels.quantized_matmul.mma_ptx import address, asm, i32, thread
 from glm_jax.kernels.quantized_matmul.mosaic_layout import TILE
 from glm_jax.kernels.quantized_matmul.mosaic_plan import Plan
 
@@ -62,11 +62,11 @@ def _packed(values: list[Values], like: Any) -> Any:
     flat = [value for four in values for value in four]
     pair = ir.VectorType.get((2,), ir.F32Type.get())
     registers = np.empty(len(flat) // 2, dtype=object)
-    for place in range(len(registers)):
+    for index in range(len(registers)):
         vector = llvm.mlir_undef(pair)
         for i in range(2):
-            vector = llvm.insertelement(vector, flat[2 * place + i], i32(i))
-        registers[place] = vector
+            vector = llvm.insertelement(vector, flat[2 * index + i], i32(i))
+        registers[index] = vector
     return mgpu.FragmentedArray(
         _registers=registers.reshape(like.registers.shape), _layout=like.layout, _is_signed=None
     )
@@ -102,21 +102,21 @@ class _Step:
     def _address_rows(self) -> None:
         """Where a thread's 16 bytes lie of the matrices of 8 rows that ldmatrix reads.
 
-        It reads four: 32 neighbouring inputs of 8 rows, or 16 of twice 8. The places of 16 bytes
-        in a row are exchanged as `mma_copies` says.
+        It reads four: 32 neighbouring inputs of 8 rows, or 16 of twice 8. The 16 bytes of a row
+        are swizzled as `mma_copies` says.
         """
         number = thread()
         row, matrix = arith.andi(number, i32(7)), arith.divui(number, i32(8))
         self.load_depth = 2 * _DEPTH if self.plan.blocks.rows == 8 else _DEPTH
         chunk = arith.andi(matrix, i32(self.load_depth // 8 - 1))
-        place = arith.muli(arith.xori(chunk, row), i32(16))
+        column = arith.muli(arith.xori(chunk, row), i32(16))
         if self.plan.blocks.rows > 8:
             row = arith.addi(row, arith.muli(arith.andi(matrix, i32(2)), i32(4)))
         start = arith.addi(
             address(self.refs["x"]), arith.muli(row, i32(2 * self.plan.blocks.inputs))
         )
         self.row_base = {
-            bits: arith.addi(start, arith.xori(place, i32(bits)))
+            bits: arith.addi(start, arith.xori(column, i32(bits)))
             for bits in range(0, 128, 2 * self.load_depth)
         }
 
@@ -198,9 +198,9 @@ class _Step:
     ) -> list[list[Values]]:
         """Totals, [tile][8 rows], with a group's products of weights that `change` changes."""
         totals = [list(of_tile) for of_tile in totals]
-        places = [f"{{{','.join(f'${i}' for i in range(*ends))}}}" for ends in _REGISTERS]
+        registers = [f"{{{','.join(f'${i}' for i in range(*ends))}}}" for ends in _REGISTERS]
         text = f"mma.sync.aligned.m16n8k16.row.col.f32.{self.kind}.{self.kind}.f32 "
-        text += ", ".join(places) + ";"
+        text += ", ".join(registers) + ";"
         depths = self.plan.group // _DEPTH
         for depth in range(group * depths, (group + 1) * depths):
             rows = self._activations(depth)

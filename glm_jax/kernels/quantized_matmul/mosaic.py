@@ -1,64 +1,71 @@
-"""Backends for weights in the layout of the kernel for compute capability 9.0.
+"""Backends for weights in the layout of the kernels for compute capability 8.0 to 9.0.
 
 On other devices, and for float32, the weight is converted to floats tile by tile.
 """
 
 import dataclasses
+import importlib
 from collections.abc import Iterator
 
-import jax
 from jax.extend import backend
 from jaxtyping import Array
 
 from glm_jax.kernels import target
 from glm_jax.kernels.dispatch import unmet
-from glm_jax.kernels.quantized_matmul import mosaic_converted
-from glm_jax.kernels.quantized_matmul.arguments import Arguments, add_bias
-from glm_jax.kernels.quantized_matmul.mosaic_blocks import (
-    Blocks,
-    ConvertedTiles,
-    Problem,
-    candidates,
-    converted_candidates,
-    supports,
-)
+from glm_jax.kernels.quantized_matmul import mma_blocks, mosaic_blocks, mosaic_converted
+from glm_jax.kernels.quantized_matmul.arguments import Arguments, Problem, add_bias
+from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks, ConvertedTiles
 from glm_jax.kernels.quantized_matmul.mosaic_converted import Convert
-
-CAPABILITY = 9.0  # the only one: later devices have other matrix instructions
-_JAX = (0, 11)  # the oldest that has what the kernel is written in
 
 
 @dataclasses.dataclass(frozen=True)
 class Mosaic:
-    """The kernel itself, for activations in 16 bits.
+    """The kernel for compute capability 9.0, for activations in 16 bits.
 
     Attributes:
-      blocks: how a product is divided; None for what `choose` finds.
+      blocks: how a product is divided; None for what the kernel's own rules choose.
     """
 
     blocks: Blocks | None = None
     name: str = "mosaic"
     platform: str = "cuda"
 
+    kernel = "mosaic_gpu"  # a module, not imported before it is used: older JAX cannot
+
+    def requires_gpu(self) -> tuple[bool, str]:
+        """Whether the GPU is one of the kernel's, for `dispatch.unmet`."""
+        return target.requires_wgmma()
+
     def supports(self, arguments: Arguments) -> str | None:
         return unmet(
             (arguments.weight.layout == "mosaic", "a weight in its own layout"),
-            (target.compute_capability() == CAPABILITY, f"compute capability {CAPABILITY}"),
-            (jax.__version_info__ >= _JAX, "JAX {}.{} or newer".format(*_JAX)),
-        ) or supports(arguments.weight, arguments.x.dtype)
+            self.requires_gpu(),
+            target.requires_mosaic_gpu(),
+        ) or mosaic_blocks.supports(arguments.weight, arguments.x.dtype)
 
-    def variants(self, arguments: Arguments) -> Iterator["Mosaic"]:
-        """Yield this backend with each of the blocks that are worth measuring."""
+    def candidates(self, arguments: Arguments) -> Iterator[Blocks]:
+        """Yield the blocks that are worth measuring."""
         cores = backend.get_default_device().core_count
-        for blocks in candidates(Problem.of(arguments.x, arguments.weight), cores):
-            yield dataclasses.replace(self, blocks=blocks)
+        return mosaic_blocks.candidates(Problem.of(arguments.x, arguments.weight), cores)
 
     def __call__(self, arguments: Arguments) -> Array:
-        # Not before it is asked for: older JAX has no such kernels.
-        from glm_jax.kernels.quantized_matmul import mosaic_gpu
-
-        product = mosaic_gpu.matmul(arguments.x, arguments.weight, self.blocks)
+        module = importlib.import_module(f"{__package__}.{self.kernel}")
+        product = module.matmul(arguments.x, arguments.weight, self.blocks)
         return add_bias(product, arguments.bias)
+
+
+class Mma(Mosaic):
+    """The kernel of warps' matrix instructions, for compute capability 8.0 to 8.9."""
+
+    kernel = "mma_gpu"
+
+    def requires_gpu(self) -> tuple[bool, str]:
+        return mma_blocks.is_for(target.compute_capability()), "compute capability 8.0 to 8.9"
+
+    def candidates(self, arguments: Arguments) -> Iterator[Blocks]:
+        return mma_blocks.candidates(
+            Problem.of(arguments.x, arguments.weight), *mma_blocks.device()
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +80,15 @@ class MosaicConverted:
     name: str = "converted"
     platform: str | None = None
 
+    transposed = False  # multiplies with the transpose
+
     def supports(self, arguments: Arguments) -> str | None:
         return unmet((arguments.weight.layout == "mosaic", "a weight in the layout of mosaic"))
 
-    def variants(self, arguments: Arguments) -> Iterator["MosaicConverted"]:
-        """Yield this backend with each of the tiles that are worth measuring."""
-        for blocks in converted_candidates(Problem.of(arguments.x, arguments.weight)):
-            yield dataclasses.replace(self, blocks=blocks)
+    def candidates(self, arguments: Arguments) -> Iterator[ConvertedTiles]:
+        """Yield the tiles that are worth measuring."""
+        problem = Problem.of(arguments.x, arguments.weight, self.transposed)
+        return mosaic_blocks.converted_candidates(problem)
 
     @property
     def convert(self) -> Convert:
@@ -87,8 +96,10 @@ class MosaicConverted:
         return mosaic_converted.convert_by_xla
 
     def __call__(self, arguments: Arguments) -> Array:
-        operands = arguments.x, arguments.weight, self.blocks, self.convert
-        return add_bias(mosaic_converted.matmul(*operands), arguments.bias)
+        module = mosaic_converted
+        multiply = module.transposed_matmul if self.transposed else module.matmul
+        product = multiply(arguments.x, arguments.weight, self.blocks, self.convert)
+        return add_bias(product, arguments.bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +122,7 @@ class MosaicTiles(MosaicConverted):
 class MosaicConvertedTransposed(MosaicConverted):
     """The product with the transpose."""
 
-    def __call__(self, arguments: Arguments) -> Array:
-        operands = arguments.x, arguments.weight, self.blocks, self.convert
-        return mosaic_converted.transposed_matmul(*operands)
+    transposed = True
 
 
 class MosaicTilesTransposed(MosaicConvertedTransposed, MosaicTiles):

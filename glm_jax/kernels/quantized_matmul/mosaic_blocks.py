@@ -7,12 +7,12 @@ them: `candidates` is what a measurement chooses from.
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array
 
+from glm_jax.kernels.quantized_matmul.arguments import Problem
 from glm_jax.kernels.quantized_matmul.mosaic_layout import TILE, MosaicArray
 from glm_jax.quantization import QuantizedArray
 
@@ -108,26 +108,6 @@ class Division:
         return [(f + self.steps - 1) // self.share - f // self.share + 1 for f in first]
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """A product [rows, inputs] times [inputs, outputs]; `transposed`: [rows, outputs] times the
-    transpose."""
-
-    rows: int
-    inputs: int
-    outputs: int
-    bits: int
-    group_size: int
-    zeros: bool = False
-    transposed: bool = False
-
-    @classmethod
-    def of(cls, x: Array, weight: MosaicArray, transposed: bool = False) -> "Problem":
-        """The product of activations and a weight [K, N]."""
-        (inputs, outputs), has_zeros = weight.shape, weight.zero_points is not None
-        return cls(len(x), inputs, outputs, weight.bits, weight.group_size, has_zeros, transposed)
-
-
 def divide(problem: Problem, blocks: Blocks) -> Division:
     """Divides a product among programs; its rows are rounded up to whole tiles."""
     row_tiles = -(-problem.rows // blocks.rows)
@@ -164,16 +144,30 @@ def choose(problem: Problem, programs: int) -> Blocks:
       ValueError: nothing divides the problem, which `supports` has a reason against.
     """
 
-    step = 0.02 if problem.rows <= _FEW_ROWS else 0.1
+    gain = 0.02 if problem.rows <= _FEW_ROWS else 0.1
+    return busiest(problem, candidates(problem, programs), gain)
 
-    def busy(place: tuple[int, Blocks]) -> float:
-        division = divide(problem, place[1])
-        return division.total / (division.share * programs) - step * place[0]
 
-    ranked = list(enumerate(candidates(problem, programs)))
-    if not ranked:
+def busiest(problem: Problem, ranked: Iterable[Blocks], gain: float) -> Blocks:
+    """The blocks that keep most multiprocessors busy.
+
+    Args:
+      ranked: those first that are expected to be the fastest.
+      gain: share of the multiprocessors that a later one must keep busy beyond the one before it.
+
+    Raises:
+      ValueError: there are none, as nothing divides the problem.
+    """
+
+    def busy(item: tuple[int, Blocks]) -> float:
+        index, blocks = item
+        division = divide(problem, blocks)
+        return division.total / (division.share * blocks.programs) - gain * index
+
+    numbered = list(enumerate(ranked))
+    if not numbered:
         raise ValueError(f"no blocks of the kernel divide {problem}")
-    return max(ranked, key=busy)[1]
+    return max(numbered, key=busy)[1]
 
 
 def converted_candidates(problem: Problem) -> Iterator[ConvertedTiles]:
@@ -185,20 +179,19 @@ def converted_candidates(problem: Problem) -> Iterator[ConvertedTiles]:
         yield from dict.fromkeys(converted_tiles(problem, *size) for size in sizes)
 
 
-def converted_tiles(problem: Problem, taken: int = 4096, made: int = 2048) -> ConvertedTiles:
+def converted_tiles(problem: Problem, depth: int = 4096, width: int = 2048) -> ConvertedTiles:
     """Tiles of 16 MiB in float16, less where larger ones do not divide the weight.
 
     As many outputs and rows as keep all multiprocessors of a GPU busy with one product.
 
     Args:
-      taken: at most so many of what is summed over: inputs, outputs in the transposed product.
-      made: at most so many of the others.
+      depth: at most so many of what is summed over: inputs, outputs in the transposed product.
+      width: at most so many of the others.
     """
-    inputs, outputs = (made, taken) if problem.transposed else (taken, made)
-    group = problem.group_size
-    fits = lambda size: size % group == 0 or group % size == 0
+    inputs, outputs = (width, depth) if problem.transposed else (depth, width)
+    steps = filter(problem.has_whole_groups_in, _divisors(problem.inputs, inputs))
     return ConvertedTiles(
-        inputs=max(filter(fits, _divisors(problem.inputs, inputs)), default=TILE),
+        inputs=max(steps, default=TILE),
         outputs=max(_divisors(problem.outputs, outputs)),
     )
 
@@ -228,7 +221,7 @@ def candidates(problem: Problem, programs: int) -> Iterator[Blocks]:
     for inputs, (tiles, consumers) in itertools.product(steps, shapes):
         if problem.outputs % (TILE * tiles * consumers) or problem.inputs % inputs:
             continue
-        if inputs % problem.group_size and problem.group_size % inputs:
+        if not problem.has_whole_groups_in(inputs):
             continue
         blocks = Blocks(
             rows=rows,

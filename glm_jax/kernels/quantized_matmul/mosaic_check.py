@@ -1,26 +1,23 @@
 """Whether the kernel for Mosaic's layout is right on this machine's GPU, before it is used.
 
-A process of its own multiplies small weights and compares: a kernel that does not end, or that
-breaks the process's GPU context, then breaks nothing else.
+A process of its own multiplies small weights and compares with products in float32.
 """
 
 import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from glm_jax.kernels import self_check
-from glm_jax.kernels.quantized_matmul import mma, mosaic_layout
-from glm_jax.kernels.quantized_matmul.mosaic import CAPABILITY
+from glm_jax.kernels import self_check, target
+from glm_jax.kernels.quantized_matmul import mma_blocks, mosaic_layout
 from glm_jax.quantization import QuantizedArray, dequantize
 
 ROWS = (1, 16, 33, 130, 3000)  # from each way in which the kernel divides its work
-TOLERANCES = {"float16": 2e-3, "bfloat16": 1.6e-2}  # relative, of a product's norm
 _MAX_INPUTS, _OUTPUTS = 4096, 6144
 Product = Callable[[jax.Array, Any], jax.Array]
 
@@ -54,31 +51,19 @@ class Kind:
 
 def is_for(device: Any) -> bool:
     """Whether there is a kernel for a device, here or described."""
-    if device.platform != "gpu":
-        return False
-    capability = float(device.compute_capability)
-    return capability == CAPABILITY or mma.is_for(capability)
+    if target.has_wgmma(device):
+        return True
+    return device.platform == "gpu" and mma_blocks.is_for(float(device.compute_capability))
 
 
-@functools.cache
 def why_not(kinds: frozenset[Kind]) -> str | None:
-    """Return why the kernel must not be used for products of these kinds, None if it is right.
-
-    Process 0 tries it once, by `check_apart`.
-    """
-    return self_check.agreed(lambda: check_apart(sorted(kinds)))
+    """Return why the kernel must not be used for products of these kinds, None if it is right."""
+    return self_check.why_not(__name__, described(kinds))
 
 
-def check_apart(
-    kinds: Sequence[Kind], command: Sequence[str] | None = None, seconds: float = self_check.SECONDS
-) -> str | None:
-    """Try kinds of products in a process of its own; see `why_not`.
-
-    Args:
-      command: of the process, which prints a reason and fails; by default this module.
-    """
-    described = json.dumps([dataclasses.asdict(kind) for kind in kinds])
-    return self_check.check_apart(__name__, described, command, seconds)
+def described(kinds: Iterable[Kind]) -> str:
+    """Return the argument with which a process of this module checks these kinds."""
+    return json.dumps([dataclasses.asdict(kind) for kind in sorted(kinds)])
 
 
 def first_fault(
@@ -105,11 +90,9 @@ def first_fault(
         draw = jax.random.normal(jax.random.key(1), (count, len(matrix))) + 0.5
         x = (0.1 * draw).astype(kind.dtype)
         exact = jnp.matmul(x.astype(jnp.float32), matrix, precision="highest")
-        difference = jnp.linalg.norm(jax.jit(function)(x, laid_out) - exact)
-        error = float(difference / jnp.linalg.norm(exact))
-        if not error <= TOLERANCES[kind.dtype]:  # not a number either
+        if error := self_check.error_of(jax.jit(function)(x, laid_out), exact, kind.dtype):
             which = "with the transpose, " if function is transposed else ""
-            return f"{which}{kind.bits} bits, {count} rows: a relative error of {error:.2g}"
+            return f"{which}{kind.bits} bits, {count} rows: {error}"
     return None
 
 
@@ -132,15 +115,10 @@ def main(arguments: Sequence[str]) -> int:
     # Not before it is asked for: the op's module imports most others.
     from glm_jax.kernels.quantized_matmul.api import quantized_matmul, transposed_matmul
 
-    if not is_for(jax.devices()[0]):
-        print(f"no GPU of compute capability 8.0 to {CAPABILITY} could be used by a second process")
-        return 1
     product = functools.partial(quantized_matmul, implementation="mosaic")
-    for kind in json.loads(arguments[0]):
-        if fault := first_fault(Kind(**kind), product, transposed_matmul):
-            print(fault)
-            return 1
-    return 0
+    kinds = [Kind(**kind) for kind in json.loads(arguments[0])]
+    faults = (first_fault(kind, product, transposed_matmul) for kind in kinds)
+    return self_check.report(is_for, "8.0 to 9.0", faults)
 
 
 if __name__ == "__main__":

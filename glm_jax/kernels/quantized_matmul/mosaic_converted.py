@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from glm_jax.kernels.quantized_matmul.mosaic_blocks import ConvertedTiles, Problem, converted_tiles
+from glm_jax.kernels.quantized_matmul.arguments import Problem
+from glm_jax.kernels.quantized_matmul.mosaic_blocks import ConvertedTiles, converted_tiles
 from glm_jax.kernels.quantized_matmul.mosaic_layout import TILE, MosaicArray, integers
 from glm_jax.numerics import dot_general
 from glm_jax.quantization import QuantizedArray, dequantize
@@ -82,22 +83,22 @@ def _over_tiles(
     """The product [rows, results] of x, tile after tile, in one buffer.
 
     Args:
-      sizes: of a tile: columns of x, and of the result.
+      sizes: depth and width of a tile: columns of x, and of the result.
       multiply: (columns of x, first column of x, first of the result) to their part of the sum.
     """
-    taken, made = sizes
+    depth, width = sizes
     rows, columns = x.shape
 
     def add(result: Array, index: Array, total: Array) -> Array:
-        part = lax.dynamic_slice_in_dim(x, index * taken, taken, 1)
-        return total + multiply(part, index * taken, result)
+        part = lax.dynamic_slice_in_dim(x, index * depth, depth, 1)
+        return total + multiply(part, index * depth, result)
 
     def one(index: Array, product: Array) -> Array:
-        add_part = functools.partial(add, index * made)
-        total = lax.fori_loop(0, columns // taken, add_part, jnp.zeros((rows, made), jnp.float32))
-        return lax.dynamic_update_slice_in_dim(product, total.astype(dtype), index * made, 1)
+        add_part = functools.partial(add, index * width)
+        total = lax.fori_loop(0, columns // depth, add_part, jnp.zeros((rows, width), jnp.float32))
+        return lax.dynamic_update_slice_in_dim(product, total.astype(dtype), index * width, 1)
 
-    product: Array = lax.fori_loop(0, results // made, one, jnp.zeros((rows, results), dtype))
+    product: Array = lax.fori_loop(0, results // width, one, jnp.zeros((rows, results), dtype))
     return product
 
 

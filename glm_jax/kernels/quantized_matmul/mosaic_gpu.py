@@ -20,17 +20,16 @@ from jax.extend import backend
 from jaxtyping import Array, Float
 
 from glm_jax.kernels.quantized_matmul import mosaic_registers
+from glm_jax.kernels.quantized_matmul.arguments import Problem
 from glm_jax.kernels.quantized_matmul.mosaic_blocks import (
     COPYING_REGISTERS,
     Blocks,
-    Division,
-    Problem,
     choose,
-    divide,
 )
 from glm_jax.kernels.quantized_matmul.mosaic_layout import LANES, TILE, MosaicArray
-from glm_jax.kernels.quantized_matmul.mosaic_parts import add_parts
-from glm_jax.kernels.quantized_matmul.mosaic_plan import Plan
+from glm_jax.kernels.quantized_matmul.mosaic_plan import Plan, scales_of
+
+_untyped: Any = plgpu  # what its annotations get wrong
 
 
 def matmul(
@@ -50,68 +49,57 @@ def matmul(
     Returns:
       float32 [rows, N].
     """
-    rows = len(x)
-    problem = Problem.of(x, weight)
     if blocks is None:
-        blocks = choose(problem, backend.get_default_device().core_count)
-    division = divide(problem, blocks)
-    x = jnp.pad(x, ((0, -rows % blocks.rows), (0, 0)))
-    parts = _call(x, weight, blocks, division, interpret)
-    return add_parts(parts, blocks, division).T[:rows]
+        blocks = choose(Problem.of(x, weight), backend.get_default_device().core_count)
+    plan = Plan.of(x, weight, blocks, interpret)
+    return plan.add_parts(_call(plan.pad(x), weight, plan)).T[: len(x)]
 
 
-def _call(
-    x: Array, weight: MosaicArray, blocks: Blocks, division: Division, interpret: bool
-) -> Array:
+def _call(x: Array, weight: MosaicArray, plan: Plan) -> Array:
     """Parts of the product, [parts, N, rows]; tiles that have fewer leave the rest unwritten."""
-    outputs, stages = weight.shape[1], blocks.stages
-    has_zeros = weight.zero_points is not None
-    plan = Plan(blocks, division, weight.bits, weight.group_size, x.dtype, has_zeros, interpret)
-    of_groups = (stages, plan.groups, blocks.output_tiles, TILE)
-    columns = min(plan.chunk, TILE)  # of a row of x: 128 bytes, which are swizzled, or 64
-    transforms: Any = (plgpu.TilingTransform, (8, columns)), (plgpu.SwizzleTransform, 2 * columns)
-    scratch: dict[str, Any] = {
-        "x": plgpu.SMEM(
-            (stages, blocks.rows, blocks.inputs),
-            x.dtype,
-            transforms=[transform(value) for transform, value in transforms],
-        ),
-        "values": plgpu.SMEM(
-            (stages, blocks.output_tiles, blocks.inputs // TILE, weight.bits, LANES), jnp.int32
-        ),
-        "scales": plgpu.SMEM(of_groups, weight.scales.dtype),
-    }
-    operands = {"x": x, "values": weight.values, "scales": by_tile(weight.scales)}
-    if has_zeros:
-        operands["zeros"] = by_tile(weight.zero_points)
-        scratch["zeros"] = plgpu.SMEM(of_groups, weight.zero_points.dtype)
+    blocks, stages = plan.blocks, plan.blocks.stages
+    operands = {"x": x, "values": weight.values, **scales_by_tile(weight)}
+    of_values = (stages, blocks.output_tiles, blocks.inputs // TILE, weight.bits, LANES)
+    of_scales = (stages, plan.groups, blocks.output_tiles, TILE)
+    scratch = {name: plgpu.SMEM(of_scales, a.dtype) for name, a in scales_of(weight).items()}
+    scratch["x"] = swizzled((stages, blocks.rows, blocks.inputs), x.dtype, plan)
+    scratch["values"] = plgpu.SMEM(of_values, jnp.int32)
     if plan.sums:
-        of_groups_x = x.astype(jnp.float32).reshape(len(x), -1, plan.group)
-        operands["sums"] = of_groups_x.sum(-1).T
+        operands["sums"] = plan.sums_of(x)
         scratch["sums"] = plgpu.SMEM((stages, plan.groups, blocks.rows), jnp.float32)
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan=plan, names=tuple(operands)),
-        out_type=jax.ShapeDtypeStruct((max(division.parts()), outputs, len(x)), jnp.float32),
+        out_type=jax.ShapeDtypeStruct(
+            (max(plan.division.parts()), weight.shape[1], len(x)), jnp.float32
+        ),
         scratch_types={
             "shared": scratch,
             "full": plgpu.Barrier(num_arrivals=len(operands), num_barriers=stages),
             "empty": plgpu.Barrier(num_arrivals=blocks.consumers, num_barriers=stages),
         },
-        grid=(division.programs,),
+        grid=(plan.division.programs,),
         grid_names=("program",),
         num_threads=blocks.consumers + 1,
         thread_name="warpgroup",
         kernel_name=f"quantized_matmul_int{weight.bits}",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        interpret=plgpu.InterpretGPUParams() if plan.interpret else None,
     )
     parts: Array = kernel(*operands.values())
     return parts
 
 
-def by_tile(scales: Float[Array, "groups outputs"]) -> Float[Array, "groups tiles 64"]:
-    """Scales, or zero points, of each tile's outputs."""
-    return scales.reshape(len(scales), -1, TILE)
+def scales_by_tile(weight: MosaicArray) -> dict[str, Float[Array, "groups tiles 64"]]:
+    """`scales_of` a weight, those of each tile's outputs apart."""
+    return {name: a.reshape(len(a), -1, TILE) for name, a in scales_of(weight).items()}
+
+
+def swizzled(shape: tuple[int, ...], dtype: Any, plan: Plan) -> Any:
+    """Shared memory for an operand of wgmma, [..., rows, inputs], of which 128 bytes of a row, or
+    64, are swizzled."""
+    columns = min(plan.chunk, TILE)
+    transforms = _untyped.TilingTransform((8, columns)), _untyped.SwizzleTransform(2 * columns)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def _kernel(

@@ -1,14 +1,17 @@
-"""What the parts of the kernel for compute capability 9.0 know when they are traced."""
+"""What the kernels for a `MosaicArray` share: what they know when they are traced, the arrays that
+they read, and how what their programs wrote becomes the product."""
 
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from glm_jax.kernels.quantized_matmul import mosaic_registers
-from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks, Division
-from glm_jax.kernels.quantized_matmul.mosaic_layout import TILE
+from glm_jax.kernels.quantized_matmul.arguments import Problem
+from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks, Division, divide
+from glm_jax.kernels.quantized_matmul.mosaic_layout import TILE, MosaicArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,12 @@ class Plan:
     dtype: Any
     zeros: bool
     interpret: bool
+
+    @classmethod
+    def of(cls, x: Array, weight: MosaicArray, blocks: Blocks, interpret: bool) -> "Plan":
+        """The plan of x [rows, K] times weight [K, N]."""
+        division, has_zeros = divide(Problem.of(x, weight), blocks), weight.zero_points is not None
+        return cls(blocks, division, weight.bits, weight.group_size, x.dtype, has_zeros, interpret)
 
     @property
     def group(self) -> int:
@@ -64,3 +73,32 @@ class Plan:
     def form(self) -> tuple[float, tuple[float, float]]:
         """Offset and factors of weights as they are multiplied."""
         return mosaic_registers.raw_form(self.dtype) if self.raw else (0.0, (1.0, 1.0))
+
+    def pad(self, x: Float[Array, "rows inputs"]) -> Float[Array, "padded inputs"]:
+        """Rows of zeros behind x, to whole tiles."""
+        return jnp.pad(x, ((0, -len(x) % self.blocks.rows), (0, 0)))
+
+    def sums_of(self, x: Float[Array, "rows inputs"]) -> Float[Array, "groups rows"]:
+        """Sums of x over each group's inputs, in float32."""
+        return x.astype(jnp.float32).reshape(len(x), -1, self.group).sum(-1).T
+
+    def add_parts(self, parts: Float[Array, "parts outputs rows"]) -> Float[Array, "outputs rows"]:
+        """Adds what programs wrote of each tile, in one order.
+
+        Args:
+          parts: a tile has as many as programs worked on it; what lies behind those is not written.
+        """
+        blocks, division = self.blocks, self.division
+        tiles = (division.output_tiles, 1, division.row_tiles, 1)
+        written = jnp.array(division.parts()).reshape(tiles)
+        by_tile = (division.output_tiles, blocks.outputs, division.row_tiles, blocks.rows)
+        total = parts[0].reshape(by_tile)
+        for index in range(1, len(parts)):
+            total = total + jnp.where(index < written, parts[index].reshape(by_tile), 0)
+        return total.reshape(parts.shape[1:])
+
+
+def scales_of(weight: MosaicArray) -> dict[str, Float[Array, "groups outputs"]]:
+    """Scales and, where there are some, zero points, as the kernels name them."""
+    arrays = {"scales": weight.scales, "zeros": weight.zero_points}
+    return {name: array for name, array in arrays.items() if array is not None}

@@ -20,6 +20,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float
 
+from glm_jax.kernels import ptx
 from glm_jax.kernels.quantized_matmul.mosaic_layout import TILE, MosaicArray, integers
 
 
@@ -108,23 +109,21 @@ def load(
     strided = plgpu.Layout.WG_STRIDED(tiles.shape, vec_size=4)
     one = plgpu.ShapeDtypeStruct((TILE, inputs), dtype, layout=plgpu.Layout.WGMMA)
     name = str(jnp.dtype(dtype))
-    ptx = conversion(bits, name, raw)
-    one = plgpu.ShapeDtypeStruct((TILE, inputs), dtype, layout=plgpu.Layout.WGMMA)
+    text, registers = conversion(bits, name, raw), "r" * (16 // bits)
 
     @plgpu.inline_mgpu(arg_types=(strided,), return_type=[one] * count)
     def convert(_: Any, words: Any) -> Any:
-        i32 = ir.IntegerType.get_signless(32)
         element = ir.F16Type.get() if name == "float16" else ir.BF16Type.get()
         pair = ir.VectorType.get((2,), element)
-        made = []
+        converted = []
         for vector in words.registers.flat:
             for index in range(4):
-                word = llvm.extractelement(vector, mgpu.c(index, i32))
-                made += _convert_word(word, 16 // bits, ptx)
+                word = llvm.extractelement(vector, ptx.i32(index))
+                converted += ptx.asm(registers, text, [word], "r")
         # Each of eight columns of inputs, then each of the halves of a warp's 16 outputs.
         pairs = np.empty((count, inputs // 8, 2), dtype=object)
-        for place, register in zip(np.ndindex(pairs.shape), made, strict=True):
-            pairs[place] = llvm.bitcast(pair, register)
+        for indices, register in zip(np.ndindex(pairs.shape), converted, strict=True):
+            pairs[indices] = llvm.bitcast(pair, register)
         layout = mgpu.WGMMA_LAYOUT
         shape = layout.registers_shape((TILE, inputs))
         return [
@@ -134,16 +133,6 @@ def load(
 
     floats: list[Array] = convert(plgpu.load(tiles, layout=strided))
     return floats
-
-
-def _convert_word(word: Any, count: int, ptx: str) -> list[Any]:
-    i32 = ir.IntegerType.get_signless(32)
-    struct = llvm.StructType.get_literal([i32] * count)
-    constraints = ",".join(["=&r"] * count + ["r"])
-    results = llvm.inline_asm(
-        struct, [word], ptx, constraints, asm_dialect=0, has_side_effects=False
-    )
-    return [llvm.extractvalue(i32, results, [index]) for index in range(count)]
 
 
 def emulate(

@@ -16,9 +16,9 @@ from jaxtyping import Array, Float
 
 from glm_jax.kernels.quantized_matmul import mosaic_registers
 from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks, ConvertedTiles, Division
-from glm_jax.kernels.quantized_matmul.mosaic_gpu import by_tile, scaled
+from glm_jax.kernels.quantized_matmul.mosaic_gpu import scaled, scales_by_tile, swizzled
 from glm_jax.kernels.quantized_matmul.mosaic_layout import LANES, TILE, MosaicArray
-from glm_jax.kernels.quantized_matmul.mosaic_plan import Plan
+from glm_jax.kernels.quantized_matmul.mosaic_plan import Plan, scales_of
 
 _STEPS = (512, 256, 128, 64)  # inputs of a program
 
@@ -37,31 +37,21 @@ def convert(
       inputs, outputs: the first of the tile's.
     """
     size = weight.group_size
-    fits = lambda step: step % size == 0 or size % step == 0
-    step = next(s for s in _STEPS if tiles.inputs % s == 0 and fits(s))
+    step = next(s for s in _STEPS if tiles.inputs % s == 0 and (s % size == 0 or size % s == 0))
     blocks = Blocks(8, 1, 1, step, 1, 1, scale_first=True)
     has_zeros = weight.zero_points is not None
     division = Division(1, 1, 1, 1)
     plan = Plan(blocks, division, weight.bits, size, jnp.dtype(dtype), has_zeros, interpret)
-    columns = min(plan.chunk, TILE)
-    transforms: Any = (plgpu.TilingTransform, (8, columns)), (plgpu.SwizzleTransform, 2 * columns)
-    of_groups = (plan.groups, 1, TILE)
-    shared: dict[str, Any] = {
-        "values": plgpu.SMEM((1, step // TILE, weight.bits, LANES), jnp.int32),
-        "scales": plgpu.SMEM(of_groups, weight.scales.dtype),
-    }
-    operands = {"values": weight.values, "scales": by_tile(weight.scales)}
-    if has_zeros:
-        operands["zeros"] = by_tile(weight.zero_points)
-        shared["zeros"] = plgpu.SMEM(of_groups, weight.zero_points.dtype)
+    operands = {"values": weight.values, **scales_by_tile(weight)}
+    of_scales = (plan.groups, 1, TILE)
+    shared = {name: plgpu.SMEM(of_scales, a.dtype) for name, a in scales_of(weight).items()}
+    shared["values"] = plgpu.SMEM((1, step // TILE, weight.bits, LANES), jnp.int32)
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan=plan, names=tuple(operands)),
         out_type=jax.ShapeDtypeStruct((tiles.outputs, tiles.inputs), dtype),
         scratch_types={
             "shared": shared,
-            "floats": plgpu.SMEM(
-                (TILE, step), dtype, transforms=[make(value) for make, value in transforms]
-            ),
+            "floats": swizzled((TILE, step), dtype, plan),
             "full": plgpu.Barrier(num_arrivals=len(operands)),
         },
         grid=(tiles.outputs // TILE, tiles.inputs // step),
@@ -103,8 +93,8 @@ def _kernel(
         parts = load(words, plan.bits, plan.dtype, plan.chunk, False)
         for index, part in enumerate(parts):
             column = start * TILE + index * plan.chunk
-            made = scaled(part, shared, column // plan.group, 0, 0, plan)
-            floats[:, pl.ds(column, plan.chunk)] = made
+            group = column // plan.group
+            floats[:, pl.ds(column, plan.chunk)] = scaled(part, shared, group, 0, 0, plan)
     plgpu.commit_smem()
     written = out.at[pl.ds(row * TILE, TILE), pl.ds(block * step, step)]
     plgpu.copy_smem_to_gmem(floats, written)

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 
 from glm_jax.kernels import target
 from glm_jax.kernels.dispatch import unmet
-from glm_jax.kernels.quantized_matmul.arguments import Arguments
-from glm_jax.kernels.quantized_matmul.triton_blocks import Blocks, Problem, candidates, choose
+from glm_jax.kernels.quantized_matmul.arguments import Arguments, Problem
+from glm_jax.kernels.quantized_matmul.triton_blocks import Blocks, candidates, choose
 from glm_jax.quantization import QuantizedArray
 from glm_jax.quantization.packing import interleaved_planes, split_bytes
 
@@ -30,12 +30,10 @@ class PallasGPU:
     """Activations in 16 bits and a weight that some block sizes divide.
 
     Attributes:
-      capability: compute capability of the GPU; None for that of the GPU that is compiled for.
       interpret: runs the kernel's program step by step on any device, for tests.
       blocks: sizes that divide the weight's; None for those of `choose`.
     """
 
-    capability: float | None = None
     interpret: bool = False
     blocks: Blocks | None = None
     name: str = "pallas"
@@ -44,34 +42,21 @@ class PallasGPU:
     def supports(self, arguments: Arguments) -> str | None:
         return unmet(arguments.has_stored_integers) or unmet(
             (arguments.x.dtype != jnp.float32, "activations in 16 bits"),
-            (
-                self._capability() >= target.TRITON_CAPABILITY,
-                f"compute capability {target.TRITON_CAPABILITY} or higher",
-            ),
+            *(() if self.interpret else (target.requires_triton(),)),
             (self._blocks(arguments) is not None, "sizes that its blocks divide"),
         )
 
-    def variants(self, arguments: Arguments) -> Iterator["PallasGPU"]:
-        """Yield this backend with each of the blocks that are worth measuring."""
-        for blocks in candidates(_problem(arguments)):
-            yield dataclasses.replace(self, blocks=blocks)
+    def candidates(self, arguments: Arguments) -> Iterator[Blocks]:
+        """Yield the blocks that are worth measuring."""
+        return candidates(Problem.of(arguments.x, arguments.weight))
 
     def __call__(self, arguments: Arguments) -> Array:
         blocks = self._blocks(arguments)
         assert blocks is not None
         return matmul(arguments.x, arguments.weight, arguments.bias, blocks, self.interpret)
 
-    def _capability(self) -> float:
-        return target.compute_capability() if self.capability is None else self.capability
-
     def _blocks(self, arguments: Arguments) -> Blocks | None:
-        return self.blocks or choose(_problem(arguments))
-
-
-def _problem(arguments: Arguments) -> Problem:
-    weight = arguments.weight
-    inputs, outputs = weight.shape
-    return Problem(len(arguments.x), inputs, outputs, weight.group_size, weight.bits)
+        return self.blocks or choose(Problem.of(arguments.x, arguments.weight))
 
 
 def matmul(

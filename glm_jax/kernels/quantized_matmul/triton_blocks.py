@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
+from glm_jax.kernels.quantized_matmul.arguments import Problem
+
 _MAX_ROWS_SPLIT = 32  # above, rows alone make programs for all multiprocessors
 _PROGRAMS = 512  # at least, so that every multiprocessor of the largest GPUs has some
 _SPLITS = (1, 2, 4, 8, 16)
@@ -26,17 +28,6 @@ class Blocks:
     splits: int
     warps: int
     stages: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """Rows of x, inputs and outputs of the weight, inputs of a group, bits."""
-
-    rows: int
-    inputs: int
-    outputs: int
-    group_size: int
-    bits: int
 
 
 def choose(problem: Problem) -> Blocks | None:
