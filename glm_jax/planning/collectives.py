@@ -1,14 +1,14 @@
 """Collectives of a compiled program, read from its text.
 
-Those in a loop count once for each iteration. Where the text does not state the trip count, a
-model's number of layers is assumed; this overcounts the few bytes of loops that choose a token.
-Branches count as if taken.
+Those in a loop count once for each iteration. Where the text does not state the trip count, it is
+the constant that the loop's condition compares with, and where that has none a model's number of
+layers. Branches count as if taken.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -17,8 +17,9 @@ _COLLECTIVE = re.compile(rf"= (?P<type>.*?) (?P<kind>{_KINDS})(?P<start>-start)?
 _ARRAY = re.compile(r"(\w+?)\[([\d,]*)\]")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .*\{$")
-_WHILE = re.compile(r" while\(.*body=%?(?P<body>[\w.\-]+)")
+_WHILE = re.compile(r" while\(.*condition=%?(?P<condition>[\w.\-]+), body=%?(?P<body>[\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":"(?P<n>\d+)"')
+_LIMIT = re.compile(r"= [su]32\[\]\S* constant\((?P<n>\d+)\)")
 _CALLED = re.compile(r"(?:to_apply|calls|called_computations|branch_computations)=\{?%?([^}\s,]+)")
 _LISTED_GROUP = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _COUNTED_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -49,19 +50,20 @@ def find_collectives(text: str, loops: int) -> list[Collective]:
 
     Args:
       text: HLO of the compiled program.
-      loops: trip count of loops whose text does not state it: the model's number of layers.
+      loops: trip count of loops without a constant one: the model's number of layers.
     """
-    bodies = dict(_computations(text))
-    entry = next(name for name, (is_entry, _) in bodies.items() if is_entry)
+    computations = dict(_computations(text))
+    entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
+    bodies = {name: lines for name, (_, lines) in computations.items()}
     times = {entry: 1}
     # Computations stand before those that call them.
-    for name, (_, lines) in reversed(list(bodies.items())):
+    for name, lines in reversed(list(bodies.items())):
         if name in times:
-            for called, count in _calls(lines, loops):
+            for called, count in _calls(lines, loops, bodies):
                 times[called] = times.get(called, 0) + times[name] * count
     return [
         dataclasses.replace(collective, times=times[name])
-        for name, (_, lines) in bodies.items()
+        for name, lines in bodies.items()
         if name in times
         for collective in parse_collectives(lines)
     ]
@@ -80,12 +82,16 @@ def _computations(text: str) -> Iterator[tuple[str, tuple[bool, list[str]]]]:
             lines.append(line)
 
 
-def _calls(lines: list[str], loops: int) -> Iterator[tuple[str, int]]:
+def _calls(
+    lines: list[str], loops: int, bodies: Mapping[str, list[str]]
+) -> Iterator[tuple[str, int]]:
     for line in lines:
         loop = _WHILE.search(line)
         if loop is not None:
             trips = _TRIPS.search(line)
-            yield loop["body"], loops if trips is None else int(trips["n"])
+            condition = bodies.get(loop["condition"], [])
+            limit = _limit(condition, bodies) if trips is None else int(trips["n"])
+            yield loop["body"], loops if limit is None else limit
             continue
         branches = _BRANCHES.search(line)
         if branches is not None:
@@ -94,6 +100,20 @@ def _calls(lines: list[str], loops: int) -> Iterator[tuple[str, int]]:
             continue
         for name in _CALLED.findall(line):
             yield name.lstrip("%"), 1
+
+
+def _limit(condition: list[str], bodies: Mapping[str, list[str]]) -> int | None:
+    """Return the constant that a condition's counter, which runs from 0, is less than, or None.
+
+    XLA states no trip count for a loop that the collectives' pipeliner has taken a turn from.
+    """
+    called = [name.lstrip("%") for line in condition for name in _CALLED.findall(line)]
+    lines = [*condition, *(line for name in called for line in bodies.get(name, []))]
+    constants = [match["n"] for match in map(_LIMIT.search, lines) if match is not None]
+    compared = [line for line in lines if " compare(" in line]
+    if len(constants) != 1 or len(compared) != 1 or "direction=LT" not in compared[0]:
+        return None
+    return int(constants[0])
 
 
 def parse_collectives(lines: list[str]) -> Iterator[Collective]:

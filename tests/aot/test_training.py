@@ -85,6 +85,12 @@ def test_a_block_gathers_and_scatters_rows_twice_each_way(compiled):
     assert max(size for _, size in whole) <= chunk
 
 
+def test_gradients_of_weights_are_scattered_in_float32(compiled):
+    """As docs/training.md says why: of all that is scattered only rows are not."""
+    scattered = _results(compiled, "reduce-scatter")
+    assert {dtype for dtype, size in scattered if size not in (ROWS, ROWS // GPUS)} == {"f32"}
+
+
 def _results(compiled, kind):
     """dtype and number of elements of each array that a program's collectives of a kind give."""
     lines = re.findall(rf"= (\S+|\(.*?\)) {kind}(?:-start)?\(", compiled.as_text())
@@ -160,3 +166,20 @@ def test_what_a_step_on_one_gpu_writes():
     of_tokens = [dtype for dtype, outputs in products if int(outputs) == rows * length]
     assert len(of_tokens) == 8 * model.num_layers
     assert set(of_tokens) == {"bf16"}
+
+
+def test_results_wait_on_hosts_of_tpus():
+    """Of a mesh of four chips, in a loop over the layers; as much as the backward pass needs."""
+    model = glm_config("tiny", compute_dtype="bfloat16")
+    rows, length, tensor = 4, 128, 2
+    lowered = training_programs.lower_train_step(
+        model,
+        Recipe(total_samples=1, dropout=0.0, attention_dropout=0.0, remat="offload"),
+        make_mesh((1, 2, tensor), topology.devices(hardware("tpu_v5e"), 2 * tensor)),
+        accumulation=1,
+        micro_batch=2 * rows,
+        sequence_length=length,
+    )
+    numbers = 4 * model.hidden_size + 2 * model.inner_hidden_size  # as above
+    needed = 2 * model.num_layers * rows * length * numbers // tensor
+    assert training_programs.memory(lowered.compile()).on_host > needed

@@ -72,6 +72,40 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 @pytest.mark.parametrize(
+    ("condition", "times"),
+    [
+        ("ROOT %r = pred[] compare(%i, %n), direction=LT", 3),
+        ("ROOT %r = pred[] fusion(%i), kind=kLoop, calls=%fused", 4),
+        ("ROOT %r = pred[] compare(%i, %n), direction=NE", 70),
+        ("ROOT %r = pred[] and(%compare, %other)", 70),
+    ],
+)
+def test_a_trip_count_that_only_the_condition_has(condition, times):
+    """As of a loop that the collectives' pipeliner took a turn from; 70 where there is none."""
+    text = f"""
+%fused (i: s32[]) -> pred[] {{
+  %n = s32[] constant(4)
+  ROOT %r = pred[] compare(%i, %n), direction=LT
+}}
+
+%condition (p: (s32[], f32[8])) -> pred[] {{
+  %i = s32[] get-tuple-element(%p), index=0
+  {"" if "fused" in condition else "%n = s32[] constant(3)"}
+  {condition}
+}}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %a = f16[16,4]{{1,0}} all-reduce(%x), replica_groups={{{{0,1}}}}, to_apply=%add
+}}
+
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  %w = (s32[], f32[8]) while(%t), condition=%condition, body=%body
+}}
+"""
+    assert find_collectives(text, loops=70) == [Collective("all-reduce", 128, times, (0, 1))]
+
+
+@pytest.mark.parametrize(
     ("groups", "group"),
     [
         ("{{0,2,4},{1,3,5}}", (0, 2, 4)),
