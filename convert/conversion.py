@@ -216,9 +216,7 @@ class _Conversion:
     def _is_whole(self, name: str) -> bool:
         """Return whether a part is on disk and undamaged, which reads it."""
         try:
-            metadata = parameter_files.part_metadata(self._folder, name)
-            target = parameter_files.on_one_device(metadata, jax.devices("cpu")[0])
-            parameter_files.read_part(self._folder, name, target, metadata)
+            parameter_files.read_whole_part(self._folder, name)
         except UserError:
             return False
         return True

@@ -102,9 +102,7 @@ class _Folder:
         self._norm: LayerNormParams | None = None
 
     def embedding(self) -> np.ndarray:
-        metadata = parameter_files.part_metadata(self._params, parameter_files.EMBEDDING)
-        target = parameter_files.on_one_device(metadata, jax.devices("cpu")[0])
-        rest = parameter_files.read_part(self._params, parameter_files.EMBEDDING, target, metadata)
+        rest = parameter_files.read_whole_part(self._params, parameter_files.EMBEDDING)
         # It is stored with the embedding, which would be read for it again.
         norm = rest["final_layernorm"]
         self._norm = LayerNormParams(np.asarray(norm["scale"]), np.asarray(norm["bias"]))

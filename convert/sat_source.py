@@ -51,6 +51,8 @@ def _find(path: epath.Path) -> list[ByteSource]:
         return _in_folder(path)
     if not path.exists():
         raise ConvertError(f"{path} does not exist: give a folder, a .tar archive or its parts")
+    if path.name == "latest":
+        raise ConvertError(f"{path} says which shards are the latest: give {path.parent}")
     if match := _PART.fullmatch(path.name):
         stem = match["stem"]
         names = [p.name for p in path.parent.iterdir() if p.name.startswith(stem + ".part")]
@@ -146,7 +148,10 @@ def _choose(names: list[str], named: str | None, where: str) -> list[str]:
                 f"with shards{_present(by_iteration)}"
             )
     elif not by_iteration:
-        raise ConvertError(f"{where} holds no mp_rank_RR_model_states.pt")
+        raise ConvertError(
+            f"{where} holds no mp_rank_RR_model_states.pt: give a folder of released shards, a "
+            ".tar archive of them, or its parts"
+        )
     elif len(by_iteration) > 1:
         raise ConvertError(
             f"{where} holds shards of several iterations, and no `latest`"

@@ -128,8 +128,7 @@ def load_adapter(
             "model that it was trained on"
         )
     described = glm_params.abstract_of(model_adapters.specs(config, adapter), mesh)
-    if mesh is None:
-        described = parameter_files.on_one_device(described)
+    described = parameter_files.on_mesh_or_one_device(described, mesh)
     metadata = parameter_files.part_metadata(folder, _PART)
     adapters: Adapters = parameter_files.read_part(folder, _PART, described, metadata)
     return adapter, adapters

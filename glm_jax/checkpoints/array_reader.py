@@ -29,7 +29,7 @@ from glm_jax.checkpoints.checksums import (
     whole_slices,
     within,
 )
-from glm_jax.checkpoints.stored_values import StoredValue, StoredValues, stored_values
+from glm_jax.checkpoints.stored_values import StoredValue, StoredValues
 from glm_jax.errors import UserError
 
 _ARRAY = "/.zarray"  # what the store calls an array's description, after its name
@@ -109,7 +109,10 @@ def read_into(
     """
     described = jax.tree_util.tree_leaves_with_path(target)
     stores = open_arrays(folder, [array_name(path) for path, _ in described])
-    with stored_values(folder) as values, futures.ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+    with (
+        contextlib.closing(StoredValues(folder)) as values,
+        futures.ThreadPoolExecutor(_READS_AT_ONCE) as pool,
+    ):
         reads = [
             read
             for (path, leaf), buffers, store in zip(

@@ -53,8 +53,9 @@ def _file(place: Path) -> str:
     if place.suffix == ".model":
         return "it is a tokenizer's file: give it by --tokenizer, and a model folder here"
     if _SHARDS.fullmatch(place.name) or _PYTORCH.fullmatch(place.name):
-        of_several = place.parent if _PYTORCH.fullmatch(place.name) else place
-        return f"it is a file of PyTorch weights: convert them first, {_CONVERT.format(of_several)}"
+        is_archive = not _PYTORCH.fullmatch(place.name) and place.name != "latest"
+        whole = place if is_archive else place.parent
+        return f"it is a file of PyTorch weights: convert them first, {_CONVERT.format(whole)}"
     if place.suffix == ".safetensors":
         return "it is one file of safetensors, which are no model folder: convert the original"
     return "it is a file: give a model folder"

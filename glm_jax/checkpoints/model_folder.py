@@ -260,7 +260,7 @@ def restore(
     folder = Path(path).absolute() / PARAMS_FOLDER
     ranges = parameter_files.layer_ranges(folder, config.num_layers)
     check_files(path)
-    described = _abstract(config, mesh)
+    described = parameter_files.on_mesh_or_one_device(glm_params.abstract(config, mesh), mesh)
 
     def cast(part: Any) -> Any:
         return part if dtype is None else glm_params.cast_params(part, array_dtype(dtype))
@@ -328,9 +328,7 @@ def _read_into_stack(
     """All layers as they are stored, each part read to its position in the stack."""
     stack = HostStack(config.num_layers, False)
     for first, end in ranges:
-        name = parameter_files.layers_part(first, end)
-        metadata = parameter_files.part_metadata(folder, name)
-        target = _abstract_layers(metadata, stored, config, end - first, mesh)
+        name, target, metadata = _described_part(folder, config, stored, first, end, mesh)
         # One after another: they share the disk, and buffers that are used again.
         parameter_files.read_part_into(folder, name, target, stack.room(target, first), metadata)
     return stack.finish()
@@ -349,26 +347,28 @@ def restore_layers(
     Args:
       folder: the model folder's `PARAMS_FOLDER`.
     """
+    return parameter_files.read_part(
+        folder, *_described_part(folder, config, stored, first, end, mesh)
+    )
+
+
+def _described_part(
+    folder: Path,
+    config: GLMConfig,
+    stored: WeightFormat,
+    first: int,
+    end: int,
+    mesh: Mesh | None,
+) -> tuple[str, LayerParams, Any]:
+    """A part's name, its layers as a format says that they are stored (scales in their own dtype),
+    and its metadata."""
     name = parameter_files.layers_part(first, end)
     metadata = parameter_files.part_metadata(folder, name)
-    target = _abstract_layers(metadata, stored, config, end - first, mesh)
-    return parameter_files.read_part(folder, name, target, metadata)
-
-
-def _abstract(config: GLMConfig, mesh: Mesh | None) -> GLMParams:
-    tree = glm_params.abstract(config, mesh)
-    return parameter_files.on_one_device(tree) if mesh is None else tree
-
-
-def _abstract_layers(
-    metadata: Any, stored: WeightFormat, config: GLMConfig, count: int, mesh: Mesh | None
-) -> LayerParams:
-    """`count` layers as a format says that they are stored, scales in the part's own dtype."""
-    config = config.replace(num_layers=count)
-    if not stored.is_quantized:
-        return _abstract(config, mesh).layers
-    found = dict(jax.tree_util.tree_leaves_with_path(metadata))
-    scales = next((x for path, x in found.items() if array_name(path).endswith(".scales")), None)
-    tree = abstract_quantized(config, mesh, stored, None if scales is None else scales.dtype)
-    layers: Any = tree.layers
-    return parameter_files.on_one_device(layers) if mesh is None else layers
+    config = config.replace(num_layers=end - first)
+    if stored.is_quantized:
+        arrays = jax.tree_util.tree_leaves_with_path(metadata)
+        scales = (x.dtype for path, x in arrays if array_name(path).endswith(".scales"))
+        tree = abstract_quantized(config, mesh, stored, next(scales, None))
+    else:
+        tree = glm_params.abstract(config, mesh)
+    return name, parameter_files.on_mesh_or_one_device(tree.layers, mesh), metadata

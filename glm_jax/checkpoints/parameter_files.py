@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from flax import serialization
+from jax.sharding import Mesh
 
 from glm_jax import files, processes
 from glm_jax.checkpoints.array_reader import (
@@ -61,6 +62,11 @@ def on_one_device(tree: Any, device: jax.Device | None = None) -> Any:
     sharding = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     return jax.tree.map(place, tree)
+
+
+def on_mesh_or_one_device(tree: Any, mesh: Mesh | None) -> Any:
+    """Returns described arrays as they are if they are described on a mesh, else on one device."""
+    return on_one_device(tree) if mesh is None else tree
 
 
 def layers_part(first: int, end: int) -> str:
@@ -177,18 +183,26 @@ def read_part(folder: Path, name: str, target: Any, metadata: Any) -> Any:
     return jax.tree.map(lambda x, b: placed(x, b, x.shape, None), target, buffers)
 
 
-def check_parts(folder: Path) -> None:
-    """Reads the parts in `folder`, one at a time, which compares them with their checksums.
+def read_whole_part(folder: Path, name: str) -> Any:
+    """The arrays of a part as they are stored, in a CPU's memory.
 
     Raises:
       DamageError: one is not what was written.
       CheckpointError: one cannot be read.
     """
+    metadata = part_metadata(folder, name)
+    target = on_one_device(metadata, jax.local_devices(backend="cpu")[0])
+    return read_part(folder, name, target, metadata)
+
+
+def check_parts(folder: Path) -> None:
+    """Reads the parts in `folder`, one at a time, which compares them with their checksums.
+
+    Raises:
+      DamageError, CheckpointError: see `read_whole_part`.
+    """
     for file in sorted(folder.glob(f"*/{CHECKSUMS_FILE}")):
-        name = file.parent.name
-        metadata = part_metadata(folder, name)
-        target = on_one_device(metadata, jax.local_devices(backend="cpu")[0])
-        read_part(folder, name, target, metadata)
+        read_whole_part(folder, file.parent.name)
 
 
 def read_part_into(folder: Path, name: str, target: Any, buffers: Any, metadata: Any) -> None:

@@ -108,7 +108,7 @@ def described_params(config: GLMConfig, mesh: Mesh | None, scheme: Scheme | None
         tree = glm_params.abstract(config, mesh)
     else:
         tree = abstract_quantized(config, mesh, scheme.format)
-    return parameter_files.on_one_device(tree) if mesh is None else tree
+    return parameter_files.on_mesh_or_one_device(tree, mesh)
 
 
 def _made(specs: Any, described: Any, key: PRNGKeyArray) -> Any:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +65,13 @@ class StoredValue:
 
 
 class StoredValues:
-    """Where the values of a store are; its files stay open until `close`."""
+    """Where the values of an OCDBT store are; its files stay open until `close`."""
 
     def __init__(self, folder: Path):
+        """
+        Raises:
+          DamageError: the store has no index, or one that is damaged.
+        """
         self.folder = folder
         self._found = _locations(folder)
         self._files = contextlib.ExitStack()
@@ -94,20 +97,6 @@ class StoredValues:
         if path not in self._by_path:
             self._by_path[path] = self._files.enter_context(path.open("rb", buffering=0))
         return StoredValue(self.folder, self._by_path[path], int(match[3]))
-
-
-@contextlib.contextmanager
-def stored_values(folder: Path) -> Iterator[StoredValues]:
-    """Reads the index of an OCDBT store, and has its values to read while it is entered.
-
-    Raises:
-      DamageError: it has none, or one that is damaged.
-    """
-    values = StoredValues(folder)
-    try:
-        yield values
-    finally:
-        values.close()
 
 
 def _locations(folder: Path) -> dict[str, bytes | str]:

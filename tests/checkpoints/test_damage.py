@@ -16,7 +16,7 @@ from glm_jax.checkpoints.adapter_folder import load_adapter, save_adapter
 from glm_jax.checkpoints.checksums import CHECKSUMS_FILE, Chunks, DamageError, chunk_checksum
 from glm_jax.checkpoints.model_folder import check_model, load_config, restore, save_model
 from glm_jax.checkpoints.parameter_files import CheckpointError
-from glm_jax.checkpoints.stored_values import stored_values
+from glm_jax.checkpoints.stored_values import StoredValues
 from glm_jax.config import glm_config
 from glm_jax.errors import UserError
 from glm_jax.model import adapters
@@ -303,7 +303,7 @@ def test_values_of_a_store_whose_index_has_several_levels(tmp_path):
         writer = ts.KvStore.open(store).result().with_transaction(transaction)
         for key, array in arrays.items():
             writer[key] = array.tobytes()
-    with stored_values(tmp_path) as values:
+    with contextlib.closing(StoredValues(tmp_path)) as values:
         for key, array in arrays.items():
             found = np.empty((len(array), 2), np.uint8)[:, 0]
             assert values.find(key, array).read_into(found) == chunk_checksum(array)

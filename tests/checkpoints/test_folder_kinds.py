@@ -53,6 +53,9 @@ KINDS = {
     "an iteration in it": ({"49300/mp_rank_00_model_states.pt": ""}, "x", "--input=x --output"),
     "downloads": ({"glm-130b-sat.tar.part_00": ""}, "x", "--input=x --output=DIR"),
     "a download": ({"glm.tar.part_00": ""}, "x/glm.tar.part_00", "--input=x/glm.tar.part_00 --out"),
+    "their `latest`": (
+        {"latest": "1", "1/mp_rank_00_model_states.pt": ""}, "x/latest", "--input=x --output=DIR",
+    ),
     "a shard": ({"mp_rank_00_model_states.pt": ""}, "x/mp_rank_00_model_states.pt", "--input=x "),
     "another's weights": ({"pytorch_model.bin": "", "config.json": "{}"}, "x", "PyTorch weights"),
     "safetensors": (

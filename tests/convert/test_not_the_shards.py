@@ -48,6 +48,14 @@ def test_a_shard_under_another_name_is_refused(four, tmp_path):
         open_model(four)
 
 
+def test_a_path_that_is_no_shards_says_what_to_give(four, tmp_path):
+    with pytest.raises(ConvertError, match=rf"latest says which shards .*: give {four.parent}$"):
+        find_shards(four.parent / "latest")
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ConvertError, match=r"run holds no mp_rank_RR.*: give a folder of released"):
+        find_shards(tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     "name", ["final_layernorm.bias", "layers.1.attention.dense.bias", "layers.2.input_layernorm"]
 )
