@@ -17,6 +17,9 @@ TORCH_VENV := .venv-torch
 AOT_VENV := .venv-aot
 # Clients of the server, which need other versions of some packages.
 CLIENTS_VENV := .venv-clients
+# Where images of containers turn it off, each of the hundreds of processes that tests start would
+# compile all modules again.
+export PYTHONDONTWRITEBYTECODE :=
 
 # What touches devices, by the python3 and the packages of the environment that is active; several
 # processes share the GPU where pytest-xdist is there. PLATFORMS=cpu tries it without a GPU.

@@ -1,11 +1,12 @@
 """Command lines by the dozen: each in a fork of a process that has imported what takes long.
 
-Run as a program it reads JSON on stdin, a list of `Try`s' fields, and answers with a list of
-[status, stdout, stderr].
+Run as a program it reads lines of JSON on stdin, each a list of `Try`s' fields, and answers each
+with a line, a list of [status, stdout, stderr].
 """
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import json
 import os
@@ -43,21 +44,31 @@ class Try:
     cwd: str
     is_full: bool = False
     is_parsed_only: bool = False
-    seconds: int = 120
+    seconds: int = 300
     bad_numbers: tuple[str, ...] = ()
 
 
 def run_all(tries, environment):
     """[(status, stdout, stderr)] of each."""
-    done = subprocess.run(
+    program = _program(tuple(sorted(environment.items())))
+    program.stdin.write(json.dumps([asdict(t) for t in tries]) + "\n")
+    program.stdin.flush()
+    answer = program.stdout.readline()
+    assert answer, program.wait()
+    return json.loads(answer)
+
+
+@functools.cache
+def _program(environment):
+    """This file as a program, which ends when its stdin does: when this process ends."""
+    return subprocess.Popen(
         [sys.executable, __file__],
-        input=json.dumps([asdict(t) for t in tries]),
-        env=environment | {"OPENBLAS_NUM_THREADS": "1"},  # its threads would not outlive a fork
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        # OpenBLAS's threads would not outlive a fork.
+        env=dict(environment) | {"OPENBLAS_NUM_THREADS": "1"},
         text=True,
-        check=True,
     )
-    return json.loads(done.stdout)
 
 
 def _import_libraries():
@@ -90,6 +101,7 @@ def _begin(tried):
         for _, writer in pipes:
             os.close(writer)
         return child, [reader for reader, _ in pipes]
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, (reader, writer) in enumerate(pipes, 1):
         os.close(reader)
         os.dup2(writer, number)
@@ -175,11 +187,10 @@ def _finish(child, readers):
 
 
 def main():
-    tries = json.load(sys.stdin)
     _import_libraries()
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose the other threads"
-    answers = [_finish(*_begin(tried)) for tried in tries]
-    print(json.dumps(answers))
+    for line in sys.stdin:
+        print(json.dumps([_finish(*_begin(tried)) for tried in json.loads(line)]), flush=True)
 
 
 if __name__ == "__main__":

@@ -39,17 +39,19 @@ def _until(moment, started, workdir):
 
 
 def kill_at_random(start, workdir, steps, kills, seed):
-    """Starts a run again and again, each time to kill it: five times in its first seconds,
-    while it starts, restores or compiles, else after steps that chance names.
+    """Starts a run again and again, each time to kill it: a third of the times in its first
+    seconds, while it starts, restores or compiles, else after steps that chance names.
 
     Returns:
       A line for each kill.
     """
     rng = random.Random(seed)
-    reached = sorted(rng.sample(range(1, round(0.8 * steps)), kills - 5))
+    early = kills // 3
+    reached = sorted(rng.sample(range(1, round(0.8 * steps)), kills - early))
     moments = [("step", step, rng.uniform(0, 0.3)) for step in reached]
-    for _ in range(5):
-        moments.insert(rng.randrange(len(moments)), ("seconds", rng.uniform(1, 8), 0))
+    for _ in range(early):  # while so many steps are left that the run does not end before
+        place = rng.randrange(len(moments) // 2)
+        moments.insert(place, ("seconds", rng.uniform(0.5, 4), 0))
     log = []
     for number, moment in enumerate(moments, 1):
         started = start()

@@ -52,7 +52,8 @@ def arguments(folder, tokenizer, workdir, mesh, *more):
 
 
 def environment(devices, **more):
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("GLM_JAX", "SLURM"))}
+    ours = ("GLM_JAX", "SLURM", "PYTEST")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     programs = f"{tempfile.gettempdir()}/glm_jax_programs_{os.getppid()}_{devices}"
     return inherited | {
         "PYTHONPATH": f"{ROOT}:{ROOT}/tests/without_pytorch",  # which users do not have

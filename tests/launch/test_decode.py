@@ -1,13 +1,13 @@
 """Batch jobs from the command line: one process, and two of four devices each."""
 
 import json
-import subprocess
 import sys
 
 import jax
 import pytest
 from drawn_adapters import save_drawn
-from running import ROOT, Started, environment, free_port
+from forked import Try, run_all
+from running import Started, environment, free_port
 
 from glm_jax.checkpoints.model_folder import save_model
 from glm_jax.config import glm_config
@@ -44,42 +44,52 @@ def source(tmp_path_factory, corpus):
 
 def _command(model, source, output, *more):
     return [
-        *(sys.executable, "-m", "launch.decode", f"--checkpoint={model}", f"--input={source}"),
+        *("launch.decode", f"--checkpoint={model}", f"--input={source}"),
         *(f"--output={output}", "--max_length=64", "--slots=4", *more),
         f"--adapter=tuned={model.parent}/adapter",
     ]
 
 
-def _run(*arguments):
-    command = [sys.executable, "-m", "launch.decode", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment(1), capture_output=True, text=True, timeout=120
-    )
+def _run(folder, *commands):
+    """(status, stdout, stderr) of each, in forks of one process."""
+    return run_all([Try(tuple(command), str(folder)) for command in commands], environment(1))
 
 
-def _merged(output):
-    result = _run(f"--output={output}", "--merge")
-    assert result.returncode == 0, result.stderr
-    return [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
+def _merge(output):
+    return ["launch.decode", f"--output={output}", "--merge"]
+
+
+def _records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def expected(model, source, tmp_path_factory):
     """What one process answers."""
-    output = tmp_path_factory.mktemp("one") / "out"
-    shown = Started(_command(model, source, output), environment(1)).finish()
+    folder = tmp_path_factory.mktemp("one")
+    output = folder / "out"
+    drafts = ("--speculate=3", f"--draft_checkpoint={model}")
+    done = _run(
+        folder,
+        _command(model, source, output),
+        _merge(output),
+        ["shell", "cp out/answers.jsonl first.jsonl"],
+        _command(model, source, output, *drafts),
+        _merge(output),
+    )
+    for status, _, said in done:
+        assert status == 0, said[-2000:]
+    shown, again = ("".join(done[number][1:]) for number in (0, 3))
     assert "11 prompts answered and 1 failed" in shown
     assert "tokens/s" in shown
     assert "12/12" in shown
-    records = _merged(output)
+    records = _records(folder / "first.jsonl")
     assert [record["index"] for record in records] == list(range(12))
     assert [record["id"] for record in records] == list(range(1, 13))
     assert records[4]["line"] == 5
-    drafts = ("--speculate=3", f"--draft_checkpoint={model}")
-    again = Started(_command(model, source, output, *drafts), environment(1)).finish()
     assert "0 prompts answered" in again
     assert "0 of 0 draft tokens accepted" in again
-    assert _merged(output) == records
+    assert _records(output / "answers.jsonl") == records
     return records
 
 
@@ -96,10 +106,11 @@ def test_two_processes_of_four_devices_answer_as_one(
     joined = [f"--coordinator=127.0.0.1:{free_port()}"] if is_joined else []
     started = [
         Started(
-            _command(
-                *(model, source, tmp_path / "out", f"--mesh={mesh}", "--num_processes=2"),
+            [
+                *(sys.executable, "-m"),
+                *_command(model, source, tmp_path / "out", f"--mesh={mesh}", "--num_processes=2"),
                 *(f"--process_id={number}", *joined),
-            ),
+            ],
             environment(4),
         )
         for number in range(2)
@@ -108,7 +119,9 @@ def test_two_processes_of_four_devices_answer_as_one(
         process.finish()
     parts = {path.name[:10] for path in (tmp_path / "out").glob("part_*")}
     assert parts == ({"part_00000"} if is_joined else {"part_00000", "part_00001"})
-    records = _merged(tmp_path / "out")
+    [(status, _, said)] = _run(tmp_path, _merge(tmp_path / "out"))
+    assert status == 0, said[-2000:]
+    records = _records(tmp_path / "out" / "answers.jsonl")
     strip = lambda record: {k: v for k, v in record.items() if k != "log_probabilities"}
     assert list(map(strip, records)) == list(map(strip, expected))
     for got, wanted in zip(records, expected, strict=True):
@@ -119,7 +132,7 @@ def test_two_processes_of_four_devices_answer_as_one(
             assert row == pytest.approx(other, abs=1e-4)
 
 
-def test_wrong_jobs_are_one_line(model, source, expected, tmp_path):
+def test_wrong_jobs_are_one_line(model, source, tmp_path):
     given = [f"--checkpoint={model}", f"--input={source}", f"--output={tmp_path}/out"]
     cases = [
         ([f"--output={tmp_path}/out"], 2, "give --checkpoint and --input, or --merge"),
@@ -131,11 +144,9 @@ def test_wrong_jobs_are_one_line(model, source, expected, tmp_path):
         ([*given, "--num_processes=2", "--process_id=0", "--mesh=1,1,2"], 1, "run one model"),
         ([*given, "--top_p=3"], 2, "top_p=3.0: from 0 to 1"),
     ]
-    running = [
-        (Started([sys.executable, "-m", "launch.decode", *arguments], environment(1)), *rest)
-        for arguments, *rest in cases
-    ]
-    for process, status, message in running:
-        [line] = [x for x in process.finish(status).splitlines() if "error" in x.lower()]
+    done = _run(tmp_path, *(["launch.decode", *arguments] for arguments, *_ in cases))
+    for (_, status, message), (ended, shown, said) in zip(cases, done, strict=True):
+        assert ended == status, said[-2000:]
+        [line] = [x for x in (shown + said).splitlines() if "error" in x.lower()]
         assert message in line
     assert not list((tmp_path).glob("out/part_*"))

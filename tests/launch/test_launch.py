@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -22,10 +21,9 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def _run(*arguments, cwd=ROOT):
-    command = [sys.executable, "-m", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=cwd, env=environment(1), capture_output=True, text=True, check=False
-    )
+    tried = Try(tuple(map(str, arguments)), str(cwd))
+    [(status, shown, said)] = run_all([tried], environment(1))
+    return subprocess.CompletedProcess(tried.command, status, shown, said)
 
 
 def _assert_refused(result, status, *words):

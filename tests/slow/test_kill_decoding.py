@@ -8,13 +8,14 @@ import time
 import jax
 import numpy as np
 import pytest
+from forked import Try, run_all
 from running import Started, environment
 
 from glm_jax.checkpoints.model_folder import save_model
 from glm_jax.config import glm_config
 from glm_jax.model import params as glm_params
 
-PROMPTS = 900
+PROMPTS = 500
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,9 @@ def _start(model, source, output, count, number):
 
 
 def _merged(output):
-    merge = [sys.executable, "-m", "launch.decode", f"--output={output}", "--merge"]
-    Started(merge, environment(1)).finish()
+    merge = Try(("launch.decode", f"--output={output}", "--merge"), str(output))
+    [(status, _, said)] = run_all([merge], environment(1))
+    assert status == 0, said
     return [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
 
 
@@ -64,11 +66,11 @@ def test_killed_at_random_every_prompt_is_answered_once(model, corpus, tmp_path)
     _start(model, source, tmp_path / "whole", 1, 0).finish()
     expected = _merged(tmp_path / "whole")
     assert [record["index"] for record in expected] == list(range(PROMPTS))
-    assert sum("error" in record for record in expected) == 10
+    assert sum("error" in record for record in expected) == 6
 
     output, draw = tmp_path / "killed", random.Random(0)
     reached = []
-    for counts in (1, 2, 3, 1, 2):
+    for counts in (1, 3, 2):
         started = [_start(model, source, output, counts, number) for number in range(counts)]
         goal = _written(output) + draw.randint(20, 120)
         while any(process.is_running() for process in started) and _written(output) < goal:

@@ -5,10 +5,11 @@ import sys
 
 import numpy as np
 import pytest
+from forked import Try, run_all
 from killing import kill_at_random, logged_lines
 from running import ROOT, Started, environment, losses, save_tiny, start_joined
 
-STEPS, KILLS = 120, 10
+STEPS, KILLS = 70, 6
 
 
 @pytest.fixture
@@ -52,8 +53,7 @@ ALL_OF_IT = (
 def test_kills_at_random_moments_change_no_bit(folder, more, capsys):
     def start(workdir):
         command = [sys.executable, "-m", *_arguments(folder, workdir, "1,1,1", STEPS, *more)]
-        # Many steps of programs that are compiled once: XLA's optimisations pay.
-        return [Started(command, environment(1, XLA_FLAGS=""))]
+        return [Started(command, environment(1))]
 
     start(folder / "whole")[0].finish()
     killed = folder / "killed"
@@ -84,13 +84,16 @@ def test_two_processes_train_as_one(folder, more):
 
 
 def test_one_line_says_what_is_wrong(folder):
-    def refused(line, *given, status=1):
-        command = [sys.executable, "-m", *_arguments(folder, folder / "run", "1,1,1", 2), *given]
-        output = Started(command, environment(1)).finish(status=status)
-        assert line in output.strip().splitlines()[-1]
-        assert "Traceback" not in output
-
-    refused("error: adapter.rank=0 trains all parameters", "--config.adapter.rank=0")
-    refused("holds no model", f"--checkpoint={folder}/nothing")
-    refused("error: ", "--config.adapter.ranks=8", status=2)
-    refused("no file matches", f"--config.data.files={folder}/*.json")
+    given = _arguments(folder, folder / "run", "1,1,1", 2)
+    cases = {
+        "--config.adapter.rank=0": ("error: adapter.rank=0 trains all parameters", 1),
+        f"--checkpoint={folder}/nothing": ("holds no model", 1),
+        "--config.adapter.ranks=8": ("error: ", 2),
+        f"--config.data.files={folder}/*.json": ("no file matches", 1),
+    }
+    tries = [Try((*given, wrong), str(ROOT)) for wrong in cases]
+    done = run_all(tries, environment(1))
+    for (line, status), (ended, shown, said) in zip(cases.values(), done, strict=True):
+        assert ended == status, said
+        assert line in said.strip().splitlines()[-1]
+        assert "Traceback" not in shown + said

@@ -1,7 +1,8 @@
 """A process that is killed ends the others by a line, and nothing is lost: `make test-slow`.
 
-Each job runs as two processes and loses the first, goes on as four and loses the last, and is
-finished by one. Processes that only share work end when they have done their own.
+Training runs as two processes and loses the first, goes on as four and loses the last, and is
+finished by one; so do evaluation, which loses the first of two, and a batch job, which loses the
+last. Processes that only share work end when they have done their own.
 """
 
 import json
@@ -20,7 +21,7 @@ from glm_jax.config import GLMConfig
 from launch.suites.convert import make_parts
 
 HEARTBEAT = 10  # seconds
-STEPS, EXAMPLES, PROMPTS = 40, 40, 300
+STEPS, EXAMPLES, PROMPTS = 40, 40, 200
 
 
 def _lose(started, victim, is_far):
@@ -80,8 +81,6 @@ def test_evaluating(folder, tmp_path):
     whole.finish()
     records = lambda: _lines("records/**/part_*", tmp_path / "lost")
     _lose(start_joined(command("lost", "1,1,8"), 2), 0, lambda: records() >= 1)
-    before = records()
-    _lose(start_joined(command("lost", "1,1,8"), 4), 3, lambda: records() > before)
     [rest] = start_joined(command("lost", "1,1,1"), 1, 1)
     rest.finish()
     results = lambda name: json.loads((tmp_path / name / "results.json").read_text())["tasks"]
@@ -111,9 +110,7 @@ def test_decoding(folder, corpus, tmp_path):
     [whole] = start_joined(command("whole", "1,1,1"), 1, 1)
     whole.finish()
     written = lambda: _lines("part_*", tmp_path / "lost")
-    _lose(start_joined(command("lost", "1,1,8"), 2), 0, lambda: written() >= 20)
-    before = written()
-    _lose(start_joined(command("lost", "1,1,8"), 4), 3, lambda: written() >= before + 20)
+    _lose(start_joined(command("lost", "1,1,8"), 2), 1, lambda: written() >= 20)
     assert written() < PROMPTS
     [rest] = start_joined(command("lost", "1,1,1"), 1, 1)
     rest.finish()
@@ -124,7 +121,7 @@ def test_decoding(folder, corpus, tmp_path):
 def test_converting(tmp_path):
     """Here processes share work alone: those that are left do theirs."""
     shape = GLMConfig(
-        num_layers=60, hidden_size=128, inner_hidden_size=256, num_heads=8, vocab_size=16384
+        num_layers=40, hidden_size=128, inner_hidden_size=256, num_heads=8, vocab_size=16384
     )
     make_parts(tmp_path / "downloads", shape, 2, 1 << 22)
 

@@ -30,7 +30,7 @@ def test_every_operation(tokenizer, tmp_path):
                 # How many tokens a text has, and what goes with what, is in no schema.
                 "--exclude-checks=positive_data_acceptance",
                 "--phases=coverage,fuzzing",
-                "--max-examples=20",
+                "--max-examples=10",
                 "--workers=2",
                 "--generation-deterministic",
                 "--suppress-health-check=all",

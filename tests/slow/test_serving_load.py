@@ -15,7 +15,7 @@ from glm_jax.engine.sampling import Sampling
 from glm_jax.generation.blank_filling import PartlyFilled
 from glm_jax.generation.driver import complete_all
 
-CLIENTS, WAVES = 200, 6
+CLIENTS, WAVES = 200, 5
 SLOTS = 16
 PROMPTS = ("The capital of France is", "日本的首都是", "The [MASK] of Poland", "a [gMASK]")
 _GROWTH = 8 << 20  # bytes: an answer that were kept of each wave takes more

@@ -95,25 +95,29 @@ def _events(lines):
     return [line[6:] for line in lines if line]
 
 
-@pytest.mark.parametrize(("count", "told"), [(2, 0), (4, 3)])
-def test_as_one_process_and_drained(start, expected, count, told):
+def test_as_one_process_and_drained(start, expected):
     """Whichever process is told to end, the others do so too, after the answers."""
-    together = start(count)
+    together = start(2)
+    _assert_answers(together, expected)
+    with _stream(together) as response:
+        lines = response.iter_lines()
+        first = next(lines)
+        together.processes[1].process.send_signal(signal.SIGTERM)
+        events = _events([first, *lines])
+    assert events[-1] == "[DONE]"
+    assert json.loads(events[-2])["choices"][0]["finish_reason"]
+    for process in together.processes:
+        assert "error" not in process.finish(0)
+
+
+def _assert_answers(together, expected):
+    """Also after a client who goes away."""
     with _stream(together) as gone:
         next(gone.iter_lines())
     answers = together.answers()
     assert [status for status, _ in answers] == [status for status, _ in expected]
     for (_, got), (_, wanted) in zip(answers, expected, strict=True):
         _assert_alike(got, wanted)
-    with _stream(together) as response:
-        lines = response.iter_lines()
-        first = next(lines)
-        together.processes[told].process.send_signal(signal.SIGTERM)
-        events = _events([first, *lines])
-    assert events[-1] == "[DONE]"
-    assert json.loads(events[-2])["choices"][0]["finish_reason"]
-    for process in together.processes:
-        assert "error" not in process.finish(0)
 
 
 def _assert_alike(got, wanted):
@@ -135,8 +139,10 @@ def _assert_alike(got, wanted):
 @pytest.mark.parametrize(
     ("count", "victim", "is_busy"), [(4, 3, True), (2, 1, False), (2, 0, True)]
 )
-def test_a_lost_process_ends_the_others(start, count, victim, is_busy):
+def test_a_lost_process_ends_the_others(start, expected, count, victim, is_busy):
     together = start(count)
+    if count == 4:
+        _assert_answers(together, expected)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         if is_busy:
             asked = SAMPLED | {"n": 16, "max_tokens": 45}
