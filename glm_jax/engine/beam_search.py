@@ -81,7 +81,7 @@ def beam_search(
     end_tokens: Sequence[int] | None = None,
     special_tokens: SpecialTokens | None = None,
 ) -> list[Hypothesis]:
-    """The best `num_beams` answers, best first.
+    """Return the best `num_beams` answers, best first.
 
     Args:
       prompt, max_length, end_tokens, special_tokens: see `generate.generate`.
@@ -252,7 +252,7 @@ def expand(
     no_repeat_ngram: int | Int[Array, ""],
     count: int,
 ) -> tuple[Float[Array, " count"], Int[Array, " count"], Int[Array, " count"]]:
-    """The best `count` continuations of all beams: scores, beams and tokens, best first.
+    """Return the best `count` continuations of all beams: scores, beams and tokens, best first.
 
     Args:
       logits: of the beams, then of rows that do not count.

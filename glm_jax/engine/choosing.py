@@ -26,7 +26,7 @@ def choose(
     slots: Slots,
     allowed: UInt32[Array, "slots words"] | None = None,
 ) -> tuple[Emitted, Slots]:
-    """The next token of each slot, and slots that run it next.
+    """Return the next token of each slot, and slots that run it next.
 
     What no active slot asks for is not computed.
 
@@ -69,8 +69,8 @@ def choose_checked(
     slots: Slots,
     allowed: UInt32[Array, "slots new words"] | None = None,
 ) -> tuple[Emitted, Slots]:
-    """The next tokens of each slot, by `choose` at one position after another, as long as what is
-    chosen is the draft that was run at the next one.
+    """Return the next tokens of each slot, by `choose` at one position after another, as long as
+    what is chosen is the draft that was run at the next one.
 
     Where there is no token to choose, a slot with drafts stays as it is there, to be run without
     them: they are no part of its text, and may be the reason.

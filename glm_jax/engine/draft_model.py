@@ -86,7 +86,7 @@ class _Text:
     drafts: tuple[int, ...] = ()
 
     def skip_accepted(self, text: Sequence[int]) -> None:
-        """Counts drafts that became text as cached."""
+        """Count drafts that became text as cached."""
         new = zip(self.drafts, text[self.cached : -1], strict=False)
         self.cached += sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], new))
         self.drafts = ()
@@ -123,13 +123,13 @@ class DraftModel:
         self._texts: dict[int, _Text] = {}
 
     def begin(self, slot: int, prompt: Prompt) -> None:
-        """Takes the request of a slot. Its prompt is run when drafts are first asked for."""
+        """Take the request of a slot. Its prompt is run when drafts are first asked for."""
         self._texts[slot] = _Text(prompt, int(prompt.position_ids()[-1]))
 
     def propose(
         self, numbers: Sequence[int], texts: Mapping[int, Sequence[int]], counts: Mapping[int, int]
     ) -> Int[np.ndarray, "rows drafts"]:
-        """The likeliest tokens to come, one after another; -1 after a slot's last.
+        """Return the likeliest tokens to come, one after another; -1 after a slot's last.
 
         Args:
           numbers: of slots, a row each; under a mesh all of them.
@@ -149,7 +149,7 @@ class DraftModel:
         return proposed
 
     def run_idle(self, rows: int) -> None:
-        """Runs the program of so many rows to its end; it changes no slot's text."""
+        """Run the program of so many rows to its end; it changes no slot's text."""
         with on_mesh(self._mesh):
             jax.block_until_ready(self._draft(range(rows), {}, {}))
 
@@ -203,7 +203,7 @@ class DraftModel:
         )
 
     def _catch_up(self, numbers: Sequence[int], texts: Mapping[int, Sequence[int]]) -> None:
-        """Runs tokens of texts, all but the last of each."""
+        """Run tokens of texts, all but the last of each."""
         before = {slot: text[:-1] for slot, text in texts.items()}
         rows = self._rows(numbers, before, _CATCH_UP)
         _, self._cache = step_functions.decode(
@@ -230,8 +230,8 @@ class DraftModel:
         return drafts
 
     def _rows(self, numbers: Sequence[int], texts: Mapping[int, Sequence[int]], width: int) -> Rows:
-        """The next tokens of texts that are not in the cache, at most `width` of each; from here on
-        they are."""
+        """Return the next tokens of texts that are not in the cache, at most `width` of each; from
+        here on they are."""
         shape = (len(numbers), width)
         rows = Rows(
             is_active=np.zeros(shape, bool),
@@ -268,7 +268,7 @@ def _draft(
     count: int,
     pages_a_layer: int,
 ) -> tuple[Int[Array, "rows drafts"], PagedKVCache]:
-    """The likeliest tokens behind each row's, and pages with all of these but the last.
+    """Return the likeliest tokens behind each row's, and pages with all of these but the last.
 
     Args:
       counts: how many each row gets, 0 where it has no tokens.

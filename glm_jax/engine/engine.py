@@ -93,7 +93,7 @@ class Engine:
         special_tokens: SpecialTokens | None = None,
         small_model: SmallModel | None = None,
     ):
-        """Makes pages and slots on the mesh that the parameters lie on.
+        """Make pages and slots on the mesh that the parameters lie on.
 
         Args:
           small_model: writes drafts where `settings.speculate` says how many.
@@ -172,7 +172,7 @@ class Engine:
         return self._scheduler.counts
 
     def submit(self, request: Request, is_urgent: bool = False, turn: Turn = ALONE) -> int:
-        """Takes a request; `step` gives its tokens.
+        """Take a request; `step` gives its tokens.
 
         Args:
           is_urgent: goes before all of its priority that wait.
@@ -195,7 +195,7 @@ class Engine:
         check_request(request, self._config, self.max_length, self._adapter_count)
 
     def cancel(self, request_id: int) -> None:
-        """Ends a request wherever it is; its slot is free for the next step."""
+        """End a request wherever it is; its slot is free for the next step."""
         self._scheduler.queue.drop(request_id)
         if self._prefill is not None:
             self._prefill.cancelled.add(request_id)
@@ -259,7 +259,7 @@ class Engine:
         return [self._take_token(step.numbers[at[0]], emitted, at) for at in given]
 
     def _grow(self) -> None:
-        """Gives requests pages for the next step's tokens."""
+        """Give requests pages for the next step's tokens."""
         preempted, grown = self._scheduler.grow()
         for slot in preempted:
             self._slots = release(self._slots, np.int32(slot))
@@ -282,7 +282,7 @@ class Engine:
         return emitted
 
     def _run_idle_step(self, numbers: Sequence[int], drafts: np.ndarray | None) -> None:
-        """Runs a step to its end that changes no slot."""
+        """Run a step to its end that changes no slot."""
         active = self._slots.is_active
         self._slots = dataclasses.replace(self._slots, is_active=active & False)
         jax.block_until_ready(self._run_step(numbers, drafts))
@@ -305,7 +305,7 @@ class Engine:
         return token
 
     def _prefill_some(self) -> None:
-        """Runs batches through layers, as many as the budget allows."""
+        """Run batches through layers, as many as the budget allows."""
         layers = self._config.num_layers
         budget = math.inf
         if self._scheduler.running and self._settings.prefill_budget is not None:
@@ -359,7 +359,7 @@ class Engine:
         prefill.layers_done = end
 
     def _enter_all(self, prefill: Prefill) -> None:
-        """Puts the requests of a prefilled batch into their slots."""
+        """Put the requests of a prefilled batch into their slots."""
         self._copy_pages(prefill.admission.followers)
         for one in prefill.admitted:
             if one.request_id not in prefill.cancelled:

@@ -48,7 +48,7 @@ class EngineSettings:
         return longest
 
     def prefill_steps(self, num_layers: int, width: int) -> int:
-        """Steps before which a prefill batch of this width runs through its layers, at most."""
+        """Return within how many steps a prefill batch of this width has run through its layers."""
         if self.prefill_budget is None:
             return 1
         return -(-num_layers // max(1, self.prefill_budget * num_layers // width))

@@ -102,7 +102,7 @@ class Turns(Generic[_Item]):
             level.rounds.setdefault(client, {}).setdefault(request, {})[number] = item
 
     def peek(self) -> tuple[int, _Item]:
-        """What goes next, of one that waits at least."""
+        """Return what goes next, of one that waits at least."""
         level = self._levels[min(self._levels)]
         if level.urgent:
             return min(level.urgent.items(), key=lambda pair: pair[0])

@@ -59,7 +59,7 @@ class ForkingDecoder:
             self._cache = step_functions.make_cache(params, config, pages, PAGE_SIZE)
 
     def run(self, program: Any, *arguments: Any) -> Steps[Any]:
-        """What a program gives, which can be compiled before its first run."""
+        """Yield what a program gives, which can be compiled before its first run."""
         if program not in self._compiled:
             self._compiled.add(program)
             yield functools.partial(self._compile, program, *arguments)
@@ -72,7 +72,7 @@ class ForkingDecoder:
             return program.lower(*arguments).compile()
 
     def prefill(self, prompt: Prompt, sop: int) -> Steps[None]:
-        """Puts a prompt's keys and values into the pages of the one row there is."""
+        """Put a prompt's keys and values into the pages of the one row there is."""
         config = self._config
         of_shards = [
             (prompt, PageAllocation(shard, self._rows[0].pages)) for shard in range(self._shards)

@@ -59,7 +59,7 @@ class Setting:
         return f"from {self.lowest:.10g} to {self.highest:.10g}"
 
     def checked(self, name: str, value: Any) -> Any:
-        """A value in the setting's type.
+        """Return a value in the setting's type.
 
         Raises:
           SamplingError: another type, or out of range; the message says `name`.
@@ -100,7 +100,7 @@ class Setting:
 
 
 def _json_object(value: Any, said: str) -> str:
-    """The text of a JSON object that is given as such, or as text."""
+    """Return the text of a JSON object that is given as such, or as text."""
     try:
         value = json.loads(value) if isinstance(value, str) else value
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
@@ -112,7 +112,7 @@ def _json_object(value: Any, said: str) -> str:
 
 
 def _pairs(name: str, value: Any) -> list[tuple[int, Any]]:
-    """The items of a mapping by token id; JSON has ids as texts. Checked ones are pairs already."""
+    """Return the items of a mapping by token id, text in JSON; checked ones are pairs already."""
     try:
         pairs = list(value.items() if isinstance(value, Mapping) else value)
         ids = [int(token) for token, _ in pairs]
@@ -245,7 +245,7 @@ SETTINGS: dict[str, Setting] = {
 
 
 def check_settings(values: Any) -> None:
-    """Checks those fields of a dataclass that the table has.
+    """Check those fields of a dataclass that the table has.
 
     Raises:
       SamplingError: a value of another type, or out of range.

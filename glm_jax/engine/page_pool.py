@@ -52,27 +52,27 @@ class PagePool:
         return max(0, page_count(tokens, self._page_size) - len(allocation.pages))
 
     def extend(self, allocation: PageAllocation, tokens: int) -> PageAllocation:
-        """The allocation of a sequence with pages for at least so many tokens."""
+        """Return the allocation of a sequence with pages for at least so many tokens."""
         count, shard = self.missing(allocation, tokens), allocation.shard
         new = tuple(self._take(shard) for _ in range(count))
         return PageAllocation(shard, (*allocation.pages, *new))
 
     def fork(self, allocation: PageAllocation, count: int | None = None) -> PageAllocation:
-        """The same pages, or the first `count` of them, for one more sequence."""
+        """Return the same pages, or the first `count` of them, for one more sequence."""
         shared = PageAllocation(allocation.shard, allocation.pages[:count])
         for page in shared.pages:
             self._counts[shared.shard][page] += 1
         return shared
 
     def free(self, allocation: PageAllocation) -> None:
-        """Ends a sequence: pages that no other has can be allocated again."""
+        """End a sequence: pages that no other has can be allocated again."""
         self._drop(allocation.shard, reversed(allocation.pages))
 
     def make_writable(
         self, allocation: PageAllocation, position: int
     ) -> tuple[PageAllocation, tuple[int, int] | None]:
-        """The allocation of a sequence that is about to write a token at `position`, such that no
-        other sequence has that page.
+        """Return the allocation of a sequence that is about to write a token at `position`, such
+        that no other sequence has that page.
 
         Returns:
           It, and which page is to be copied onto which first; None where none is.

@@ -34,8 +34,8 @@ class PrefillBatch:
 
 
 def prefill_widths(longest: int) -> list[int]:
-    """The widths that a batch may have, so that `longest` fits: 32, 48, 64, .., 256, 288, ..,
-    from 128 on eight to each doubling, so that one in twenty tokens is padding."""
+    """Return the widths that a batch may have, so that `longest` fits: 32, 48, 64, .., 256, 288,
+    .., from 128 on eight to each doubling, so that one in twenty tokens is padding."""
     widths = [_MIN_WIDTH]
     while widths[-1] < longest:
         octave = 1 << (widths[-1].bit_length() - 1)
@@ -44,7 +44,7 @@ def prefill_widths(longest: int) -> list[int]:
 
 
 def prefill_width(length: int) -> int:
-    """The narrowest of `prefill_widths` that holds `length` tokens."""
+    """Return the narrowest of `prefill_widths` that holds `length` tokens."""
     return prefill_widths(length)[-1]
 
 
@@ -56,7 +56,7 @@ def prefill_length(prompt: Prompt) -> int:
 def fitting_width(
     prompts: Sequence[tuple[Prompt, PageAllocation]], shards: int, at_least: int
 ) -> int:
-    """The narrowest width that holds these prompts, each in its allocation's shard.
+    """Return the narrowest width that holds these prompts, each in its allocation's shard.
 
     Args:
       at_least: tokens that it holds anyway.

@@ -65,7 +65,7 @@ class Prompt:
 
     @classmethod
     def from_tokens(cls, tokens: Iterable[int], special: SpecialTokens) -> "Prompt":
-        """Fills the first [MASK], else the first [sMASK], else [gMASK], which is appended
+        """Fill the first [MASK], else the first [sMASK], else [gMASK], which is appended
         where there is no mask at all.
 
         Raises:
@@ -105,7 +105,7 @@ def resolve(
     end_tokens: Sequence[int] | None,
     special_tokens: SpecialTokens | None,
 ) -> Resolved:
-    """`generate`'s arguments with defaults put in.
+    """Return `generate`'s arguments with defaults put in.
 
     Raises:
       PromptError: as `generate`.
@@ -122,12 +122,12 @@ def resolve(
 
 
 def bucket(length: int, minimum: int = _MIN_BUCKET) -> int:
-    """The static length that serves `length`: the next power of two, and no less than `minimum`."""
+    """Return the static length that serves `length`: the next power of two, at least `minimum`."""
     return max(minimum, 1 << (length - 1).bit_length())
 
 
 def check_prompt(prompt: Prompt, config: GLMConfig, limit: int) -> None:
-    """Raises PromptError for one that leaves no room in `limit` tokens, or is no tokens."""
+    """Raise PromptError for one that leaves no room in `limit` tokens, or is no tokens."""
     if len(prompt) >= limit:
         raise PromptError(
             f"{len(prompt.context) + len(prompt.prefix)} tokens: with sop and one answer token "
@@ -142,13 +142,13 @@ def check_prompt(prompt: Prompt, config: GLMConfig, limit: int) -> None:
 
 
 def check_adapter(prompt: Prompt, count: int) -> None:
-    """Raises PromptError for an adapter that a model with so many does not have."""
+    """Raise PromptError for an adapter that a model with so many does not have."""
     if not 0 <= prompt.adapter <= count:
         raise PromptError(f"adapter={prompt.adapter}: the model has {count}")
 
 
 def check_end_tokens(tokens: Iterable[int], config: GLMConfig) -> None:
-    """Raises PromptError for an end token that no answer can have."""
+    """Raise PromptError for an end token that no answer can have."""
     for token in _checked(tokens):
         if token >= config.vocab_size:
             raise PromptError(f"end token {token} is not in the vocabulary")

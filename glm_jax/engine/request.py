@@ -63,7 +63,7 @@ class Token:
     error: UserError | None = None
 
     def checked(self) -> "Token":
-        """The token itself.
+        """Return the token itself.
 
         Raises:
           UserError: `error`.

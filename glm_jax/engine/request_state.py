@@ -145,7 +145,7 @@ class Running:
         return self.admitted.end - self.length
 
     def next_token(self, emitted: Emitted, at: tuple[int, int]) -> Token:
-        """The token that a step gave it, and whether that ends it.
+        """Return the token that a step gave it, and whether that ends it.
 
         Args:
           at: row and position in the step, of numpy arrays.

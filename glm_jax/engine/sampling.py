@@ -35,7 +35,7 @@ class LogitsError(UserError):
 
 
 def no_numbers(number: int) -> LogitsError:
-    """What to raise where an answer's logits are no numbers.
+    """Return what to raise where an answer's logits are no numbers.
 
     Args:
       number: of the token in the answer, from 0.
@@ -44,7 +44,7 @@ def no_numbers(number: int) -> LogitsError:
 
 
 def nothing_allowed(number: int) -> SamplingError:
-    """What to raise where bans leave no token to choose.
+    """Return what to raise where bans leave no token to choose.
 
     Args:
       number: of the token in the answer, from 0.
@@ -53,7 +53,8 @@ def nothing_allowed(number: int) -> SamplingError:
 
 
 def check_banned(tokens: Iterable[int], vocab: int) -> None:
-    """
+    """Check token ids that must not be chosen.
+
     Raises:
       SamplingError: a token that is not in the vocabulary.
     """
@@ -121,7 +122,7 @@ class Sampling:
         return self.temperature < _MIN_TEMPERATURE or is_narrow
 
     def row(self) -> SamplingRows:
-        """These settings on the device, without those of logit processors."""
+        """Return these settings as arrays, without those of logit processors."""
         return SamplingRows(
             temperature=np.float32(self.temperature or 1),
             top_k=np.int32(self.top_k),
@@ -206,7 +207,7 @@ def _ordered_bits(x: Array) -> Array:
 
 
 def _crossing(order: Array, weights: Array, target: Array) -> Array:
-    """The largest value in `order` of each row such that the weights from it upwards sum to
+    """Return the largest value in `order` of each row such that the weights from it upwards sum to
     more than the target; 0 where there is none."""
 
     def step(i: Array, bits: Array) -> Array:
@@ -235,7 +236,7 @@ def sample(
 
 
 def greedy(logits: Float[Array, "batch vocab"]) -> Int[Array, " batch"]:
-    """The likeliest token of each row, the first of equals."""
+    """Return the likeliest token of each row, the first of equals."""
     # By blocks: XLA's argmax of a long row takes seven times as long on CPU.
     padded = jnp.pad(logits, ((0, 0), (0, -logits.shape[1] % _BLOCK)), constant_values=-jnp.inf)
     blocks = padded.reshape(len(logits), -1, _BLOCK)

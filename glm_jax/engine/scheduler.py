@@ -116,7 +116,7 @@ class Scheduler:
         return [slot for slot in range(self._limits.slots) if slot not in taken]
 
     def shard(self, slot: int) -> int:
-        """The group of devices that a slot belongs to."""
+        """Return the group of devices that a slot belongs to."""
         return slot * self._limits.shards // self._limits.slots
 
     def admit(self) -> Admission:
@@ -143,8 +143,8 @@ class Scheduler:
     def _prefilled(
         self, request_id: int, queued: Queued, free: list[int], used: list[int]
     ) -> Admitted | None:
-        """A slot and pages for a request whose text is to be prefilled; None where there is no
-        room."""
+        """Return a slot and pages for a request whose text is to be prefilled; None where there is
+        no room."""
         count = prefill_length(queued.text)
         width = self._limits.prefill_width
         width = width if any(used) else max(count, width)
@@ -169,8 +169,8 @@ class Scheduler:
         used: list[int],
         admission: Admission,
     ) -> Admitted | None:
-        """A slot and pages for a request whose prompt another one has, added to the others of
-        its kind; None where there is none, or no room beside it."""
+        """Return a slot and pages for a request whose prompt another one has, added to the others
+        of its kind; None where there is none, or no room beside it."""
         if queued.answer:
             return None
         key, shards = queued.request.sharing_key, {self.shard(slot) for slot in free}
@@ -335,8 +335,8 @@ class Scheduler:
 def page_copies(
     followers: Iterable[Admitted], shards: int
 ) -> Iterator[Int[np.ndarray, "copies 2"]]:
-    """Sources and targets for `paged_cache.copy_pages`, some at a time: the page in which each
-    follower's shared prompt ends, to which it will write."""
+    """Yield sources and targets for `paged_cache.copy_pages`, some at a time: the page in which
+    each follower's shared prompt ends, to which it will write."""
     copies: list[list[tuple[int, int]]] = [[] for _ in range(shards)]
     for one in followers:
         if one.copy is not None:
@@ -351,5 +351,5 @@ def page_copies(
 
 
 def no_copies(shards: int) -> Int[np.ndarray, "copies 2"]:
-    """What copies page 0 alone, which no one reads."""
+    """Return what copies page 0 alone, which no one reads."""
     return np.zeros((shards * _COPIES, 2), np.int32)

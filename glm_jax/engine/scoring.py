@@ -30,7 +30,7 @@ class ScoringError(UserError):
 
 
 def not_finite(kind: str) -> ScoringError:
-    """What to raise where a model's numbers of some kind are NaN or infinite."""
+    """Return what to raise where a model's numbers of some kind are NaN or infinite."""
     return ScoringError(
         f"the model's {kind} are not finite: its weights are damaged, or too "
         "large for its dtype (try --dtype=float32)"
@@ -78,7 +78,7 @@ class Scorer(SequenceBatches[Score]):
         self._static = {"num_top": num_top}
 
     def score(self, sequences: Iterable[ScoredSequence]) -> Iterator[Score]:
-        """The score of each sequence, in no order. They are taken some at a time.
+        """Yield the score of each sequence, in no order. They are taken some at a time.
 
         Raises:
           ScoringError: a log-probability is not finite.

@@ -106,7 +106,7 @@ class Emitted:
 
 
 def empty_slot(config: GLMConfig, width: int, table_size: int) -> Slots:
-    """A slot that no request has, of numpy arrays."""
+    """Return a slot that no request has, of numpy arrays."""
     vocab = config.vocab_size
     numbers = ("token", "index", "position_id", "position_step", "first", "end", "adapter_id")
     zeros: dict[str, Any] = dict.fromkeys(numbers, np.int32(0))
@@ -131,7 +131,7 @@ def request_row(
     end: int,
     special: SpecialTokens,
 ) -> Slots:
-    """The row of a request whose text is in the cache.
+    """Return the row of a request whose text is in the cache.
 
     Args:
       empty: an `empty_slot`.
@@ -168,7 +168,8 @@ def request_row(
 
 
 def check_sampling(sampling: Sampling, vocab: int) -> None:
-    """
+    """Check that a slot has room for a request's settings.
+
     Raises:
       SamplingError: more, or longer, banned sequences than a slot has room for, or a token
         that is not in the vocabulary.
@@ -186,7 +187,7 @@ def check_sampling(sampling: Sampling, vocab: int) -> None:
 
 
 def sampling_row(sampling: Sampling, seed: int, vocab: int) -> dict[str, Any]:
-    """A request's fields of `Slots` that say how its tokens are chosen, which
+    """Return a request's fields of `Slots` that say how its tokens are chosen, which
     `check_sampling` lets pass."""
     banned = np.zeros(vocab, bool)
     sequences = np.full((MAX_SEQUENCES, MAX_SEQUENCE_LENGTH), -1, np.int32)
@@ -229,20 +230,20 @@ def empty_slots(row: Slots, count: int, mesh: Mesh | None) -> Slots:
 
 @functools.partial(jax.jit, donate_argnames="slots")
 def admit(slots: Slots, number: Int[ArrayLike, ""], row: Slots) -> Slots:
-    """Puts a request into a slot."""
+    """Put a request into a slot."""
     admitted: Slots = jax.tree.map(lambda all_, one: all_.at[number].set(one), slots, row)
     return admitted
 
 
 @functools.partial(jax.jit, donate_argnames="slots")
 def set_table(slots: Slots, number: Int[ArrayLike, ""], table: Int[Any, " table_size"]) -> Slots:
-    """Gives the request in a slot more pages."""
+    """Give the request in a slot more pages."""
     return dataclasses.replace(slots, table=slots.table.at[number].set(table))
 
 
 @functools.partial(jax.jit, donate_argnames="slots")
 def release(slots: Slots, number: Int[ArrayLike, ""]) -> Slots:
-    """Ends the request in a slot."""
+    """End the request in a slot."""
     return dataclasses.replace(slots, is_active=slots.is_active.at[number].set(False))
 
 
@@ -255,7 +256,7 @@ def put_back(slots: Slots, numbers: Int[Any, " rows"], some: Slots) -> Slots:
 
 
 def changing_fields(slots: Slots) -> dict[str, Any]:
-    """What `choosing.choose` changes."""
+    """Return what `choosing.choose` changes."""
     return {
         name: getattr(slots, name)
         for name in ("is_active", "token", "index", "position_id", "tokens")

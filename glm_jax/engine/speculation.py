@@ -42,7 +42,7 @@ class Acceptance:
         self._accepted = self._refused = 0.0
 
     def fade(self) -> None:
-        """Takes a token of the text, which makes what was counted before matter less."""
+        """Take a token of the text, which makes what was counted before matter less."""
         self._accepted *= _FADING
         self._refused *= _FADING
 
@@ -53,7 +53,7 @@ class Acceptance:
         return float(sum(share**i for i in range(1, count + 1)))
 
     def judge(self, drafted: int, accepted: int) -> None:
-        """Takes what became of a step's drafts."""
+        """Take what became of a step's drafts."""
         self._accepted += accepted
         self._refused += accepted < drafted
 
@@ -79,7 +79,7 @@ class Drafter:
             self.add(token)
 
     def add(self, token: int) -> None:
-        """Takes the next token of the text."""
+        """Take the next token of the text."""
         end = len(self.text)
         for size in _NGRAMS:
             if end >= size:
@@ -124,7 +124,7 @@ class Speculation:
         self._paused: set[int] = set()  # slots whose next step is to be without drafts
 
     def begin(self, slot: int, prompt: Prompt, sop: int) -> None:
-        """Takes the request of a slot."""
+        """Take the request of a slot."""
         if self._count:
             self._drafters[slot] = Drafter(prompt.tokens(sop))
             self._paused.discard(slot)
@@ -222,7 +222,7 @@ class Speculation:
             self.measure(rows, functools.partial(run, rows))
 
     def take(self, numbers: Sequence[int], drafts: Any, tokens: np.ndarray) -> None:
-        """Takes what a step gave.
+        """Take what a step gave.
 
         Args:
           drafts: that it ran, or None.
@@ -245,7 +245,7 @@ class Speculation:
                 drafter.add(token)
 
     def shapes(self, rows: int) -> list[Int[np.ndarray, "rows drafts"] | None]:
-        """Returns a step's drafts in each shape that they come in, without any draft."""
+        """Return a step's drafts in each shape that they come in, without any draft."""
         return [None, self._nothing(rows)] if self._count else [None]
 
     def _nothing(self, rows: int) -> Int[np.ndarray, "rows drafts"]:

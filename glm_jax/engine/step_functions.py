@@ -53,7 +53,7 @@ class Rows:
 
 
 def make_cache(params: GLMParams, config: GLMConfig, pages: int, page_size: int) -> PagedKVCache:
-    """An empty cache where parameters are.
+    """Return an empty cache where parameters are.
 
     Args:
       params: prepared.
@@ -78,7 +78,7 @@ def beside(params: GLMParams, tree: Any) -> Any:
 def embed(
     params: GLMParams, config: GLMConfig, batch: PrefillBatch
 ) -> Float[Array, "rows seq embed"]:
-    """What the first block takes."""
+    """Return what the first block takes."""
     return glm.embed_tokens(params, config, jnp.asarray(batch.tokens))
 
 
@@ -92,7 +92,7 @@ def prefill_layers(
     first: int | Int[Any, ""],
     end: int | Int[Any, ""],
 ) -> tuple[Float[Array, "rows seq embed"], PagedKVCache]:
-    """Runs a batch through some blocks.
+    """Run a batch through some blocks.
 
     Args:
       layers: stacked, of which those from `first` to `end` run; or a tuple of them that all
@@ -114,7 +114,7 @@ def prefill(
     first: int,
     end: int,
 ) -> tuple[Float[Array, "rows seq embed"], PagedKVCache]:
-    """Runs a batch through the blocks from `first` to `end` (exclusive), in one program; or in
+    """Run a batch through the blocks from `first` to `end` (exclusive), in one program; or in
     one a layer where layers are apart, so that it is compiled once for all of them."""
     if not as_layers(params.layers).is_apart:
         return prefill_layers(*prefill_arguments(params, config, x, batch, cache, first, end))
@@ -135,7 +135,7 @@ def prefill_arguments(
     first: int,
     end: int,
 ) -> tuple[Any, ...]:
-    """What the first run of `prefill_layers` by `prefill` takes."""
+    """Return what the first run of `prefill_layers` by `prefill` takes."""
     if as_layers(params.layers).is_apart:
         return (params.layers[first],), config, x, batch, (cache[first],), 0, 1
     return params.layers, config, x, batch, cache, np.int32(first), np.int32(end)
@@ -153,7 +153,7 @@ def step(
     numbers: Int[Any, " rows"] | None = None,
     drafts: Int[Any, "rows drafts"] | None = None,
 ) -> tuple[Emitted, Slots, PagedKVCache]:
-    """The next token of every active slot, and those after it that are its drafts.
+    """Return the next token of every active slot, and those after it that are its drafts.
 
     Args:
       pages_a_layer: of a device where layers share an array, else 0.
@@ -179,8 +179,9 @@ def begin_step(
     numbers: Int[Any, " rows"] | None = None,
     drafts: Int[Any, "rows drafts"] | None = None,
 ) -> tuple[Float[Array, "rows new vocab"], PagedKVCache]:
-    """The first part of a `step` that `finish_step` ends: its logits, and pages. What tokens may be
-    chosen can be found out while it runs.
+    """Run the first part of a `step` that `finish_step` ends; return its logits, and pages.
+
+    What tokens may be chosen can be found out while it runs.
 
     Args:
       As of `step`.
@@ -197,7 +198,7 @@ def finish_step(
     numbers: Int[Any, " rows"] | None = None,
     drafts: Int[Any, "rows drafts"] | None = None,
 ) -> tuple[Emitted, Slots]:
-    """The tokens of a step that `begin_step` began.
+    """Return the tokens of a step that `begin_step` began.
 
     Args:
       allowed: what may be chosen at each position, as bits; see `sampling.keep_allowed`.
@@ -215,7 +216,7 @@ def run_step(
     drafts: Int[Any, "rows drafts"] | None,
     masks: Callable[[], UInt32[np.ndarray, "rows new words"]] | None,
 ) -> tuple[Emitted, Slots, PagedKVCache]:
-    """A `step`, in two programs where not all tokens may be chosen.
+    """Return a `step`, in two programs where not all tokens may be chosen.
 
     Args:
       masks: returns what may be chosen at each position, as bits; called while the device runs.
@@ -250,7 +251,7 @@ def _choose(
 
 
 def _rows(slots: Slots, drafts: Int[Any, "rows drafts"] | None) -> Rows:
-    """The tokens that a step runs: each slot's next one, and its drafts."""
+    """Return the tokens that a step runs: each slot's next one, and its drafts."""
     is_active, tokens = slots.is_active[:, None], slots.token[:, None]
     if drafts is not None:
         drafts = jnp.asarray(drafts)
@@ -286,7 +287,7 @@ def copy_pages(
     targets: Int[Any, " copies"],
     pages_a_layer: int,
 ) -> PagedKVCache:
-    """Copies pages of every layer onto others.
+    """Copy pages of every layer onto others.
 
     Args:
       sources, targets: see `paged_cache.copy_pages`.
@@ -297,7 +298,7 @@ def copy_pages(
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def clear_failed(cache: PagedKVCache) -> PagedKVCache:
-    """The cache with 0 for what is no finite number. Pages are read whole, and NaN times the
+    """Return the cache with 0 for what is no finite number. Pages are read whole, and NaN times the
     probability 0 of a masked position is NaN: a failed request's would fail the next to have them.
     """
 
@@ -311,7 +312,7 @@ def clear_failed(cache: PagedKVCache) -> PagedKVCache:
 def forward_rows(
     params: GLMParams, config: GLMConfig, rows: Rows, cache: PagedKVCache, pages_a_layer: int
 ) -> tuple[Float[Array, "rows new vocab"], PagedKVCache]:
-    """A `decode` that is part of another program."""
+    """Return a `decode` that is part of another program."""
     page_size = jax.tree.leaves(cache)[0].shape[2]
     table, active = jnp.asarray(rows.table), jnp.asarray(rows.is_active)
     index = jnp.asarray(rows.index)[:, None] + jnp.arange(active.shape[1], dtype=jnp.int32)

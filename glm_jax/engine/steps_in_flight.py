@@ -98,7 +98,7 @@ def in_next_step(running: Mapping[int, Running]) -> dict[int, Running]:
 
 
 def max_in_flight(platform: str) -> int:
-    """Steps at once: on a CPU the host's work is on the cores that a step runs on."""
+    """Return how many steps may be in flight: on a CPU one, whose cores do the host's work too."""
     return 1 if platform == "cpu" else 2
 
 

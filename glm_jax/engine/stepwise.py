@@ -13,7 +13,7 @@ Steps = Generator[Callable[[], object] | None, None, _Result]
 
 
 def finish(steps: Steps[_Result]) -> _Result:
-    """The result of all steps, done at once."""
+    """Return the result of all steps, done at once."""
     while True:
         try:
             next(steps)

@@ -108,7 +108,7 @@ def specs(config: GLMConfig, adapter: AdapterConfig) -> Adapters:
 
 
 def attach(params: GLMParams, adapters: Adapters, scale: float) -> GLMParams:
-    """The model with adapters beside its kernels, layers in any form."""
+    """Return the model with adapters beside its kernels, layers in any form."""
 
     def adapted(layers: LayerParams, own: Adapters) -> LayerParams:
         def change(name: str, linear: LinearParams) -> LinearParams:
@@ -125,8 +125,8 @@ def attach(params: GLMParams, adapters: Adapters, scale: float) -> GLMParams:
 def attach_several(
     params: GLMParams, several: Sequence[tuple[AdapterConfig, Adapters]], dtype: str
 ) -> GLMParams:
-    """The model with several adapters beside its kernels, of which each token uses one or none;
-    see `choose_adapters`.
+    """Return the model with several adapters beside its kernels, of which each token uses one or
+    none; see `choose_adapters`.
 
     Args:
       several: their ids count from 1 in this order.
@@ -167,7 +167,7 @@ def _joined(pairs: Sequence[tuple[LowRank, float]], dtype: str) -> LowRank:
 
 
 def choose_adapters(layer: LayerParams, adapter_ids: Int[Array, "batch seq"] | None) -> LayerParams:
-    """A layer as tokens see it that use these of the adapters that `attach_several` gave it.
+    """Return a layer as tokens see it that use these of the adapters that `attach_several` gave it.
 
     Args:
       adapter_ids: from 1 on, 0 for none; None where no token uses any.

@@ -68,7 +68,7 @@ def forward_hidden(
     paging: Paging | None = None,
     adapter_ids: Int[ArrayLike, "batch seq"] | None = None,
 ) -> tuple[Float[Array, "batch seq embed"], Any]:
-    """Final hidden states, and the cache with these tokens' keys and values.
+    """Return the final hidden states, and the cache with these tokens' keys and values.
 
     Args:
       mask: who sees whom among these tokens; unused where `paging` has tables.
@@ -87,7 +87,7 @@ def forward_hidden(
 def embed_tokens(
     params: GLMParams, config: GLMConfig, tokens: Int[Array, "batch seq"]
 ) -> Float[Array, "batch seq embed"]:
-    """What the first block takes."""
+    """Return what the first block takes."""
     return constrain(embed(params, tokens).astype(config.activation_dtype), HIDDEN_AXES)
 
 
@@ -220,7 +220,7 @@ def run_layers(
     bounds: tuple[Index, Index] | None = None,
     adapter_ids: Int[Array, "batch seq"] | None = None,
 ) -> tuple[Float[Array, "batch seq embed"], Any]:
-    """Runs a model's layers, and returns what the last one gives and the cache of all.
+    """Run a model's layers, and returns what the last one gives and the cache of all.
 
     Args:
       layers: in any form that `as_layers` takes.

@@ -129,7 +129,7 @@ def _change_by(layout: Callable[[Any], Any]) -> Callable[[str, LinearParams], Li
 
 
 def _quantized(layers: Any) -> Iterator[QuantizedArray]:
-    """The weights that can be laid out."""
+    """Return the weights that can be laid out."""
     is_weight = lambda leaf: isinstance(leaf, QuantizedArray)
     leaves = jax.tree.leaves(layers, is_leaf=is_weight)
     return filter(_is_taken, leaves)

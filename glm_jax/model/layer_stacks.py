@@ -175,7 +175,7 @@ def take(stack: Any, index: Index) -> Any:
 def map_linears(
     function: Callable[[str, LinearParams], LinearParams], params: GLMParams
 ) -> GLMParams:
-    """Applies `function(name, linear)` to the four linears of the layers, in any form."""
+    """Apply `function(name, linear)` to the four linears of the layers, in any form."""
     changed = as_layers(params.layers).map(functools.partial(map_layer_linears, function))
     return dataclasses.replace(params, layers=changed)
 
@@ -193,12 +193,12 @@ def stack_layers(params: GLMParams) -> GLMParams:
 
 
 def split(stacked: Any) -> tuple[Any, ...]:
-    """A tree of stacks as a tuple of trees, one for each entry of the stacks."""
+    """Return a tree of stacks as a tuple of trees, one for each entry of the stacks."""
     return transposed(apart(stacked), jax.tree.leaves(stacked)[0].shape[0])
 
 
 def transposed(columns: Any, count: int) -> tuple[Any, ...]:
-    """A tree with tuples of `count` for leaves as a tuple of `count` trees."""
+    """Return a tree with tuples of `count` for leaves as a tuple of `count` trees."""
     return tuple(
         jax.tree.map(lambda c, i=i: c[i], columns, is_leaf=lambda c: type(c) is tuple)
         for i in range(count)
@@ -218,7 +218,7 @@ def described_apart(params: GLMParams) -> GLMParams:
 
 
 def described_stack(layer: LayerParams, count: int) -> LayerParams:
-    """A stack of `count` layers like one that is described on a mesh."""
+    """Return a stack of `count` layers like one that is described on a mesh."""
 
     def of_stack(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         sharding: Any = x.sharding
@@ -235,7 +235,7 @@ def _unstack(x: Array) -> tuple[Array, ...]:
 
 @jax.jit
 def apart(stacks: Any) -> Any:
-    """A tree of stacks as one of tuples of their entries."""
+    """Return a tree of stacks as one of tuples of their entries."""
     return jax.tree.map(_unstack, stacks)
 
 

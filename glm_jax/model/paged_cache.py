@@ -67,7 +67,7 @@ class Paging:
     pages_a_layer: int = struct.field(pytree_node=False, default=0)
 
     def of_layer(self, index: Int[Array, ""] | int) -> "Paging":
-        """The same in pages that follow those of `index` other layers."""
+        """Return the same in pages that follow those of `index` other layers."""
         if not self.pages_a_layer:  # each layer has pages of its own
             return self
         first = jnp.asarray(index, jnp.int32) * self.pages_a_layer
@@ -107,7 +107,7 @@ def write(
     values: Float[Array, "batch seq heads head_dim"],
     paging: Paging,
 ) -> PagedCache:
-    """Puts new keys and values into their pages, rounded as the cache stores them."""
+    """Put new keys and values into their pages, rounded as the cache stores them."""
     new = PagedCache(keys=keys, values=values)
     if cache.key_scales is not None:
         new = PagedCache(*quantize_heads(keys, values))
@@ -139,7 +139,7 @@ def copy_pages(
     targets: Int32[Array, " copies"],
     pages_a_layer: int,
 ) -> PagedKVCache:
-    """Copies pages of every layer onto others.
+    """Copy pages of every layer onto others.
 
     Args:
       sources, targets: pages within a device and layer: as many for each group of devices that

@@ -147,7 +147,7 @@ def _query_key_value(hidden: int, value_gain: float) -> Initializer:
 
 
 def specs(config: GLMConfig) -> GLMParams:
-    """The whole model as `ParamSpec` leaves, layers stacked.
+    """Return the whole model as `ParamSpec` leaves, layers stacked.
 
     Initial values after DeepNorm (arXiv:2210.02414, section 2.1 and appendix): Xavier
     normal, scaled by (2 * layers)^-1/2 but for query and key; zero biases.
@@ -206,7 +206,7 @@ def _count(tree: Any) -> int:
 
 
 def abstract(config: GLMConfig, mesh: Mesh | None = None) -> GLMParams:
-    """The float tree as `jax.ShapeDtypeStruct`, with shardings where a mesh is given."""
+    """Return the float tree as `jax.ShapeDtypeStruct`, with shardings where a mesh is given."""
     return abstract_of(specs(config), mesh)
 
 
@@ -264,7 +264,7 @@ def _axis_size(mesh: Mesh, axis: str) -> int:
 def map_layer_linears(
     function: Callable[[str, LinearParams], LinearParams], layers: LayerParams
 ) -> LayerParams:
-    """Applies `function(name, linear)` to the four linears of a layer, or of stacked ones."""
+    """Apply `function(name, linear)` to the four linears of a layer, or of stacked ones."""
     linears: dict[str, Any] = {name: function(name, getattr(layers, name)) for name in LINEAR_NAMES}
     return dataclasses.replace(layers, **linears)
 
@@ -275,7 +275,7 @@ def contraction_axis(kernel: Any) -> int:
 
 
 def quantize_params(params: GLMParams, scheme: Scheme) -> GLMParams:
-    """The four linears of each (stacked) layer in 8 or 4 bits.
+    """Return the four linears of each (stacked) layer in 8 or 4 bits.
 
     Embedding, layernorms and biases stay as they are, as in the original.
 
@@ -303,7 +303,7 @@ def _quantize_each(kernel: Array, scheme: Scheme, axis: int, axes: LogicalAxes) 
 
 
 def cast_params(params: Any, dtype: str) -> Any:
-    """A tree's float arrays in `dtype`; the scales of quantised kernels too."""
+    """Return a tree's float arrays in `dtype`; the scales of quantised kernels too."""
     return jax.tree.map(
         lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params
     )

@@ -102,7 +102,7 @@ class OffloadedLayers:
 
 
 def _within(bound: Index, high: int) -> Any:
-    """A bound in [0, high], of the streamed blocks."""
+    """Return a bound in [0, high], of the streamed blocks."""
     return min(max(bound, 0), high) if isinstance(bound, int) else jnp.clip(bound, 0, high)
 
 
@@ -113,7 +113,7 @@ def _run_if(is_run: bool | Array, run: Callable[..., Any], carry: tuple[Any, ...
 
 
 def fetch(streamed: Any, index: int | Int[Array, ""]) -> Any:
-    """Copies one entry of a tree of stacks, such as a streamed block, to the devices."""
+    """Copy one entry of a tree of stacks, such as a streamed block, to the devices."""
 
     def one(stack: Array) -> Array:
         here = jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
@@ -129,7 +129,7 @@ def is_streamed(stack: Any) -> bool:
 
 
 def resident_count(rest: int, layers: Any, num_layers: int, limit_gib: float) -> int:
-    """Counts the blocks that can stay on a device whose weights may take `limit_gib`.
+    """Count the blocks that can stay on a device whose weights may take `limit_gib`.
 
     Args:
       rest: bytes a device of embedding and final layernorm, which always stay.

@@ -44,7 +44,7 @@ def training_hidden(
     dropout: Dropout | None = None,
     attention: str | None = None,
 ) -> tuple[Float[Array, "batch seq embed"], Float[Array, " layers"]]:
-    """Final hidden states, and the root mean square of each block's output.
+    """Return the final hidden states, and the root mean square of each block's output.
 
     Args:
       remat: one of `REMAT_POLICIES`.

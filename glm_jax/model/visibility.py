@@ -50,7 +50,7 @@ class Visibility:
 
     @classmethod
     def choices(cls, choice_ids: Int[ArrayLike, "batch seq"]) -> "Visibility":
-        """A context (id 0), then choices (ids 1, 2, ..) that see it but not each other.
+        """Return a context (id 0), then choices (ids 1, 2, ..) that see it but not each other.
 
         Padding goes at the end under an id of its own.
         """

@@ -315,7 +315,7 @@ def _(leaf: MultiAdaptedWeight, adapter_ids: Array) -> MultiAdaptedWeight:
 
 
 def _output_axes(y: Array, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes of the outputs in y and in a weight of that shape."""
+    """Return the axes of the outputs in y and in a weight of that shape."""
     count = len(shape) - 1
     return tuple(range(y.ndim - count, y.ndim)), tuple(range(1, len(shape)))
 
