@@ -220,7 +220,7 @@ def run_layers(
     bounds: tuple[Index, Index] | None = None,
     adapter_ids: Int[Array, "batch seq"] | None = None,
 ) -> tuple[Float[Array, "batch seq embed"], Any]:
-    """Run a model's layers, and returns what the last one gives and the cache of all.
+    """Run a model's layers, and return what the last one gives and the cache of all.
 
     Args:
       layers: in any form that `as_layers` takes.

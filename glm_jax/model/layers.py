@@ -56,7 +56,7 @@ def _seed(key: Array, salt: int) -> Array:
 
 
 def drop(x: Float[Array, "..."], dropout: Dropout | None, salt: int) -> Float[Array, "..."]:
-    """Apply dropout to x and divides what remains by the share that remains.
+    """Apply dropout to x, and divide what remains by the share that remains.
 
     Args:
       salt: folded into the key; unique for each call site.
