@@ -53,7 +53,7 @@ test-aot:
 
 test-gpu:
 	GLM_JAX_TEST_PLATFORMS=$(PLATFORMS) PYTHONPATH=.:tests python3 -m pytest -p one_device -m "gpu and not slow" \
-	    -rs --durations=5 $$(python3 -c "import xdist" 2>/dev/null && echo "-n 4") $(GPU_TESTS)
+	    -rs --durations=5 $$(python3 -c "import xdist" 2>/dev/null && echo "-n auto --maxprocesses 8") $(GPU_TESTS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

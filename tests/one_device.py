@@ -5,8 +5,13 @@ package that is missing there, or more devices, is left out, and the reason is p
 GLM_JAX_TEST_PLATFORMS=cpu tries the selection where there is no GPU.
 """
 
+import contextlib
+import faulthandler
+import fcntl
 import importlib.util
 import os
+import tempfile
+import urllib.parse
 
 PLATFORMS = os.environ.setdefault("GLM_JAX_TEST_PLATFORMS", "cuda,cpu")
 os.environ["JAX_PLATFORMS"] = PLATFORMS
@@ -14,6 +19,7 @@ os.environ["JAX_PLATFORMS"] = PLATFORMS
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
@@ -24,10 +30,18 @@ PACKAGES = (
     "pyarrow", "sentencepiece", "tensorboardX", "tensorstore", "tokamax", "torch", "tqdm", "yaml",
     "zstandard",
 )  # fmt: skip
+SECONDS = 120  # of a test, after which its process is ended: a kernel may never end
+# Of all processes of a run: a locked file while a test runs, named by test and process.
+_RUNNING = Path(
+    os.environ.setdefault("GLM_JAX_TESTS_RUNNING", tempfile.mkdtemp(prefix="glm_jax_tests_"))
+)
 
 
 def _missing() -> list[str]:
     return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+
+
+_STDERR = os.dup(2)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -70,7 +84,37 @@ def _leaving_out() -> Iterator[None]:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    name = f"{os.getpid()} {_function(item)}"
+    with (_RUNNING / f"new {name}").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until this process ends
+        note = (_RUNNING / f"new {name}").rename(_RUNNING / name)
+        faulthandler.dump_traceback_later(SECONDS, exit=True, file=_STDERR)
+        try:
+            return (yield)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            note.unlink()
+
+
+def _function(item: pytest.Item) -> str:
+    """A test's name without its parameters, as a file's."""
+    return urllib.parse.quote(item.nodeid.partition("[")[0], safe="")
+
+
+def _has_ended_a_process(item: pytest.Item) -> bool:
+    """Whether the same function with other parameters did."""
+    for note in _RUNNING.glob(f"[0-9]* {_function(item)}"):
+        with contextlib.suppress(OSError), note.open() as file:  # locked, or just removed
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    return False
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    if _has_ended_a_process(item):
+        pytest.fail("with other parameters it ended its process, or did not end in time", False)
     return (yield from _leaving_out())
 
 

@@ -16,8 +16,8 @@ from glm_jax.quantization import QuantizedArray, dequantize
 
 pytestmark = pytest.mark.gpu
 IS_GPU = jax.default_backend() == "gpu"
-DRAWN = np.random.default_rng(1).integers(48, 2050, 4).tolist()
-ROWS = (*range(1, 34), *DRAWN, 64, 65, 128, 2049) if IS_GPU else (3,)
+DRAWN = np.random.default_rng(1).integers(48, 2050, 2).tolist()
+ROWS = (*range(1, 34), *DRAWN, 64, 65, 2049) if IS_GPU else (3,)
 # Inputs, outputs, groups: a whole linear's, parts of others, an odd number of groups.
 SHAPES = ((12288, 4608, 1), (1536, 12288, 12), (4992, 1536, 39)) if IS_GPU else ((192, 64, 3),)
 TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3}
@@ -48,11 +48,14 @@ def test_products_of_all_rows(shape, bits, dtype):
     # Activations whose mean is not 0 are the hard case for what is taken off by their sums.
     x = jax.random.normal(draws[3], (max(ROWS), inputs)) + 0.5
     device = (target.compute_capability(), jax.devices()[0].core_count) if IS_GPU else (8.0, 1)
-    for rows in ROWS:
-        problem = Problem(rows, inputs, outputs, bits, inputs // groups, has_zeros)
-        blocks = choose(problem, *device)
-        some = (0.1 * x[:rows]).astype(dtype)
-        product = mma_gpu.matmul(some, laid_out, blocks, interpret=not IS_GPU)
-        exact = np.asarray(some, np.float64) @ exact_weight
-        error = np.linalg.norm(np.asarray(product, np.float64) - exact)
-        assert error < TOLERANCE[dtype] * np.linalg.norm(exact), rows
+    x = (0.1 * x).astype(dtype)
+    exact = np.asarray(x, np.float64) @ exact_weight
+
+    def multiply(x, weight):
+        for rows in ROWS:
+            problem = Problem(rows, inputs, outputs, bits, inputs // groups, has_zeros)
+            yield mma_gpu.matmul(x[:rows], weight, choose(problem, *device), interpret=not IS_GPU)
+
+    for product in jax.jit(lambda *operands: list(multiply(*operands)))(x, laid_out):
+        error = np.linalg.norm(np.asarray(product, np.float64) - exact[: len(product)])
+        assert error < TOLERANCE[dtype] * np.linalg.norm(exact[: len(product)]), len(product)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent.parent
 # Of the environment in which the project met its first GPU.
 MISSING = """ml_collections grain array_record tensorboardX zstandard tokamax qwix beartype
@@ -37,10 +39,10 @@ def test_fixture(made):
 """
 
 
-def _run(folder, platforms):
+def _run(folder, platforms, *options):
     blocked = f"import sys; sys.modules.update(dict.fromkeys({MISSING.split()}))"
     code = f"{blocked}; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    arguments = ["-q", "-p", "one_device", "-p", "no:cacheprovider", "-m", "gpu", "-rs"]
+    arguments = ["-q", "-p", "one_device", "-p", "no:cacheprovider", "-m", "gpu", "-rs", *options]
     variables = os.environ | {"GLM_JAX_TEST_PLATFORMS": platforms}
     variables["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
     return subprocess.run(
@@ -72,3 +74,25 @@ def test_without_a_gpu_it_is_one_line(tmp_path):
     assert result.returncode == 1
     assert "make test-gpu needs a GPU that JAX can use" in result.stdout + result.stderr
     assert "Traceback" not in result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_a_test_that_does_not_end_costs_the_others_nothing(tmp_path):
+    """But its own other parameters, which fail at once."""
+    (tmp_path / "test_some.py").write_text("""
+import time, pytest, one_device
+one_device.SECONDS = 0.5
+pytestmark = pytest.mark.gpu
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_hangs(n):
+    time.sleep(60)
+
+def test_ends():
+    pass
+""")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n")
+    result = _run(tmp_path, "cpu", "-n", "1")
+    assert re.search(r"1 failed, 1 passed, 1 error", result.stdout), result.stdout
+    assert "crashed while running 'test_some.py::test_hangs[0]'" in result.stdout
+    assert "with other parameters it ended its process, or did not end in time" in result.stdout
