@@ -20,6 +20,7 @@ if not _IS_ONE_DEVICE or importlib.util.find_spec("beartype") is not None:
     install_import_hook("glm_jax", "beartype.beartype")
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -42,6 +43,9 @@ from glm_jax.tokenizer import Tokenizer, train_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 NUM_HEADS, POSITIONS = 8, 64
+# Folders whose files use what another has compiled: none changes by patches what is compiled.
+_SHARING = ("serving", "jobs", "generation")
+_MOST_MAPPINGS = 20_000  # when a file begins, which may add twice as many
 
 
 def pytest_configure() -> None:
@@ -68,11 +72,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _few_programs_at_once() -> Iterator[None]:
+def _not_too_many_programs(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compiled programs hold mappings of memory, of which Linux gives a process 65530: beyond
     them XLA ends by a segmentation fault."""
+    shares = request.path.parent.name in _SHARING and _mappings() < _MOST_MAPPINGS
+    if not shares:
+        jax.clear_caches()
     yield
-    jax.clear_caches()
+    if not shares:
+        jax.clear_caches()
+
+
+def _mappings() -> float:
+    try:
+        return Path("/proc/self/maps").read_bytes().count(b"\n")
+    except FileNotFoundError:  # another system than Linux
+        return math.inf
 
 
 @pytest.fixture(scope="session")
