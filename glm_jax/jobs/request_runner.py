@@ -20,7 +20,7 @@ from glm_jax.generation.blank_filling import (
     TextCodec,
 )
 from glm_jax.generation.driver import Answer, Search, drive
-from glm_jax.generation.scored_texts import ScoredChoice, score_choices
+from glm_jax.generation.scored_texts import ScoredChoice, likeliest, score_choices
 from glm_jax.generation.shared_scoring import Scoring, SharedScorer
 from glm_jax.generation.text_request import RequestError
 from glm_jax.jobs.request_files import Line
@@ -175,7 +175,7 @@ class RequestRunner:
 
     def _choice_record(self, line: Line, filling: _ChoiceFilling) -> Record:
         scored = filling.result
-        best = max(range(len(scored)), key=lambda number: scored[number].log_probability)
+        best = likeliest(scored)
         filled = filling.partly.filled(scored[best].tokens, ()).finished(self._tokenizer)
         return _base(line) | {
             "text": filled.text,
@@ -193,12 +193,11 @@ class RequestRunner:
         beams = []
         for partly, hypothesis in filling.result:
             filled = partly.finished(self._tokenizer)
-            has_ended = bool(hypothesis.tokens) and hypothesis.tokens[-1] in ends
             beams.append(
                 {
                     "text": filled.text,
                     "blanks": list(filled.blanks),
-                    "finish_reason": "stop" if has_ended else "length",
+                    "finish_reason": hypothesis.finish_reason(ends),
                     "score": round(hypothesis.score, 6),
                 }
             )
