@@ -60,7 +60,7 @@ class PromptFile:
 
 
 def load_prompt_file(path: Path) -> PromptFile:
-    """Reads a prompt file.
+    """Read a prompt file.
 
     Raises:
       PromptFileError: it is not there, or a field is unknown, missing or wrong.
@@ -115,7 +115,7 @@ def _check_fields(path: Path, content: dict[str, Any]) -> None:
 def prepare_task(
     prompts: PromptFile, source: Path, output: Path, split: str, examples: Path | None = None
 ) -> dict[Path, int]:
-    """Writes OUTPUT/PATH/PROMPT/SPLIT.jsonl for every prompt, and returns how many lines each.
+    """Write OUTPUT/PATH/PROMPT/SPLIT.jsonl for every prompt, and return how many lines each.
 
     Args:
       examples: a file of the same format for `shots`; else the first rows of each label.

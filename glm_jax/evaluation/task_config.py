@@ -242,7 +242,7 @@ def _value(name: str, kind: Any, value: Any) -> Any:
 
 
 def find_tasks(paths: Iterable[Path]) -> list[Path]:
-    """Task files, and those in folders, in order.
+    """Return task files, and those in folders, in order.
 
     Raises:
       TaskError: a path is neither, or a folder has none.

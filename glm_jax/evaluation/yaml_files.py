@@ -37,7 +37,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path, error: type[UserError] = TextFileError) -> dict[str, Any]:
-    """The fields of a YAML file; dates are texts, aliases are refused.
+    """Return the fields of a YAML file; dates are texts, aliases are refused.
 
     Args:
       error: class of errors to raise.
