@@ -11,8 +11,8 @@ import numpy as np
 from convert import sat_layout
 from convert.errors import ConvertError
 from convert.file_kinds import is_plain_name
-from convert.merging import open_with
-from convert.model_readers import OpenModel
+from convert.merging import MergedModel
+from convert.model_readers import OpenModel, open_model
 from convert.numbers import cast
 from convert.torch_writer import TorchWriter
 from glm_jax import files
@@ -61,7 +61,9 @@ def write_shards(
     if not is_iteration(iteration):
         raise ConvertError(f"--iteration={iteration!r}: {ITERATION_RULE}")
     with files.whole_folder(output) as partial:
-        model = open_with(source, adapter)
+        model = open_model(source)
+        if adapter is not None:
+            model = MergedModel(model, adapter)
         config = model.config
         if config.vocab_size % shards or config.num_heads % shards:
             raise ConvertError(

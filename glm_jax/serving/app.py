@@ -174,7 +174,7 @@ async def tokenize(
     request: Request, wanted: schemas.TokenizeRequest, service: ServiceOf
 ) -> Response:
     """Return the tokens of a text, including masks; no blank is added at its end."""
-    service.check_model(wanted.model)
+    service.adapter_of(wanted.model)
     encode = service.worker.ready_model().tokenizer.encode
     texts = [text for text in (wanted.text, wanted.prompt) if text is not None]
     if len(texts) != 1:
@@ -192,7 +192,7 @@ async def detokenize(
     request: Request, wanted: schemas.DetokenizeRequest, service: ServiceOf
 ) -> Response:
     """Return the text of tokens."""
-    service.check_model(wanted.model)
+    service.adapter_of(wanted.model)
     decode = service.worker.ready_model().tokenizer.decode
     return await _compute(request, lambda: JSONResponse({"prompt": decode(wanted.tokens)}))
 
@@ -225,7 +225,7 @@ async def models(service: ServiceOf) -> Response:
 @api.get("/v1/models/{name}", response_model=answer_schemas.Model)
 async def model(name: str, service: ServiceOf) -> Response:
     """Return the model of a name."""
-    service.check_model(name)
+    service.adapter_of(name)
     return JSONResponse(_described(service, name))
 
 

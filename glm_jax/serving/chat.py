@@ -55,7 +55,7 @@ class ChatRun(CompletionRun):
 
 def _completion_request(service: Service, request: ChatRequest) -> CompletionRequest:
     """Return the completion request whose answer is that to a chat request."""
-    service.check_model(request.model)
+    service.adapter_of(request.model)
     if service.settings.chat_template is None:
         raise refused(400, _NO_TEMPLATE, "messages", "no_chat_template")
     tokenizer = service.worker.ready_model().tokenizer

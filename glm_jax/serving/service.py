@@ -103,10 +103,6 @@ class Service:
         """Names that clients may ask for, by `Prompt.adapter`: the model's, then its adapters'."""
         return self.settings.name, *self.settings.adapters
 
-    def check_model(self, name: str | None) -> None:
-        """Raise HTTPException for the name of another model; None is any."""
-        self.adapter_of(name)
-
     def adapter_of(self, name: str | None) -> int:
         """Return the `Prompt.adapter` of a name that a client asks for; None is the model's.
 
