@@ -35,6 +35,14 @@ def read(source: ByteSource, offset: int, size: int) -> bytearray:
     return buffer
 
 
+def _check_end(source: ByteSource, needed: int) -> None:
+    if needed > source.size:
+        raise ConvertError(
+            f"{source.name} ends at byte {source.size}, {needed} are needed: it is truncated, "
+            "fetch it again"
+        )
+
+
 class FileBytes:
     """A file: a local one, or one behind a URL that etils opens (gs://, s3://)."""
 
@@ -51,11 +59,7 @@ class FileBytes:
         self._is_local = "://" not in self.name
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        if offset + len(buffer) > self.size:
-            raise ConvertError(
-                f"{self.name} ends at byte {self.size}, {offset + len(buffer)} are needed: it is "
-                "truncated, fetch it again"
-            )
+        _check_end(self, offset + len(buffer))
         done = 0
         while done < len(buffer):
             try:
@@ -114,11 +118,7 @@ class RangeBytes:
         self.name, self.size = name, size
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        if offset + len(buffer) > self.size:
-            raise ConvertError(
-                f"{self.name} ends at byte {self.size}, {offset + len(buffer)} are needed: it is "
-                "truncated, fetch it again"
-            )
+        _check_end(self, offset + len(buffer))
         self._source.read_into(self._offset + offset, buffer)
 
 

@@ -69,12 +69,6 @@ class MergedModel:
         return map_layer_linears(change, layer)
 
 
-def open_with(path: Path, adapter: Path | None) -> OpenModel:
-    """Open a model in any form, merged with adapters if `adapter` names them."""
-    model = open_model(path)
-    return model if adapter is None else MergedModel(model, adapter)
-
-
 def write_merged(source: Path, adapter: Path, output: Path) -> None:
     """Write a model folder, a layer at a time, under a temporary name until it is whole.
 

@@ -29,7 +29,7 @@ from glm_jax.checkpoints.model_folder import (
     stored_format,
 )
 from glm_jax.config import GLMConfig
-from glm_jax.model.params import LINEAR_NAMES, LayerNormParams, LayerParams, LinearParams
+from glm_jax.model.params import LayerNormParams, LayerParams
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 
@@ -66,7 +66,12 @@ def open_model(
     Raises:
       ConvertError, CheckpointError: it is none of them, or not whole.
     """
-    return _open(path, num_heads, allow_differing_copies)
+    folder = Path(path)
+    if (folder / CONFIG_FILE).exists() and (folder / parameter_files.PARAMS_FOLDER).is_dir():
+        return _Folder(folder)
+    if (folder / SAFETENSORS_INDEX).exists():
+        return _Safetensors(folder)
+    return _Shards(path, num_heads, allow_differing_copies)
 
 
 def open_plainly(
@@ -76,18 +81,8 @@ def open_plainly(
 
     An error of the converter then shows as a difference; see `plain_reading`.
     """
-    return _open(path, num_heads, allow_differing_copies).plain()
-
-
-def _open(
-    path: epath.PathLike, num_heads: int | None, allow_differing_copies: bool
-) -> "_Folder | _Safetensors | _Shards":
-    folder = Path(path)
-    if (folder / CONFIG_FILE).exists() and (folder / parameter_files.PARAMS_FOLDER).is_dir():
-        return _Folder(folder)
-    if (folder / SAFETENSORS_INDEX).exists():
-        return _Safetensors(folder)
-    return _Shards(path, num_heads, allow_differing_copies)
+    model = open_model(path, num_heads, allow_differing_copies)
+    return model.plain() if isinstance(model, _Shards) else model
 
 
 class _Folder:
@@ -120,9 +115,6 @@ class _Folder:
             for i in range(end - first):
                 yield jax.tree.map(lambda x, i=i: np.asarray(x[i]), layers)
 
-    def plain(self) -> OpenModel:
-        return self
-
 
 class _Shards:
     def __init__(self, path: epath.PathLike, num_heads: int | None, allow_differing_copies: bool):
@@ -131,7 +123,8 @@ class _Shards:
         self.checkpoint.check(self.config)
         self.bits = self.checkpoint.bits(self.config)
         count = len(self.checkpoint.shards)
-        self.kind = f"released shards, {count} of them, {_precision(self)}"
+        precision = f"int{self.bits}" if self.bits else self.config.param_dtype
+        self.kind = f"released shards, {count} of them, {precision}"
         if count := self.checkpoint.cast_count(self.config):
             self.kind += f"; {count} tensors are not {self.config.param_dtype} as the embedding is"
         if self.checkpoint.differing_copies:
@@ -153,26 +146,25 @@ class _Shards:
         return PlainModel(self.kind, self.config, self.bits, whole, whole.of_each_shard)
 
 
-class _Safetensors:
+class _Safetensors(PlainModel):
     def __init__(self, folder: Path):
-        self._folder = folder
-        self.config = read_config(folder)
+        self._folder, config = folder, read_config(folder)
         self._files = read_index(folder)
         # Other programs write none.
         has_checksums = (folder / CHECKSUMS_FILE).exists()
         self._checksums = check_files(folder) if has_checksums else None
         # Before shapes of layers are listed: a config can claim any number of them.
-        if self.config.num_layers > len(self._files):
+        if config.num_layers > len(self._files):
             raise ConvertError(
                 f"{folder} holds {len(self._files)} tensors, its config says "
-                f"{self.config.num_layers} layers: export it again"
+                f"{config.num_layers} layers: export it again"
             )
-        self._shapes = sat_layout.shard_shapes(self.config, 1)
-        self.bits: int | None = None
+        self._shapes = sat_layout.shard_shapes(config, 1)
         unchecked = "" if has_checksums else ", without checksums"
-        self.kind = f"safetensors, {_precision(self)}{unchecked}"
+        kind = f"safetensors, {config.param_dtype}{unchecked}"
+        super().__init__(kind, config, None, self._tensor)
 
-    def _read(self, name: str) -> np.ndarray:
+    def _tensor(self, name: str) -> np.ndarray:
         file = self._files.get(name)
         if file is None:
             raise ConvertError(f"{self._folder}: {name} is missing: export it again")
@@ -186,37 +178,8 @@ class _Safetensors:
             values: np.ndarray = tensors.get_tensor(name)
         if self._checksums is not None and self._checksums.get(name) != chunk_checksum(values):
             raise damaged(f"{self._folder / file}: {name}", "it is not what was written")
-        return values.view(ml_dtypes.bfloat16) if values.dtype == np.dtype("V2") else values
-
-    def embedding(self) -> np.ndarray:
-        return self._read(sat_layout.EMBEDDING)
-
-    def final_layernorm(self) -> LayerNormParams:
-        return self._norm(sat_layout.FINAL_LAYERNORM)
-
-    def _norm(self, name: str) -> LayerNormParams:
-        return LayerNormParams(self._read(f"{name}.weight"), self._read(f"{name}.bias"))
-
-    def layers(self) -> Iterator[LayerParams]:
-        for i in range(self.config.num_layers):
-            linears: dict[str, Any] = {}
-            for name in LINEAR_NAMES:
-                prefix = sat_layout.linear_name(i, name)
-
-                def read(kind: str, rank: int, prefix: str = prefix) -> np.ndarray:
-                    return self._read(f"{prefix}.{kind}")
-
-                dtype = np.dtype(self.config.param_dtype)
-                merged = sat_layout.merge_linear(self.config, name, 1, read, dtype)
-                linears[name] = LinearParams(merged.pieces[0], merged.bias)
-            norms: dict[str, Any] = {
-                name: self._norm(sat_layout.layernorm_name(i, name))
-                for name in sat_layout.LAYERNORMS
-            }
-            yield LayerParams(**norms, **linears)
-
-    def plain(self) -> OpenModel:
-        return PlainModel(self.kind, self.config, self.bits, self._read)
+        values = values.view(ml_dtypes.bfloat16) if values.dtype == np.dtype("V2") else values
+        return values.astype(self.config.param_dtype, copy=False)
 
 
 def read_index(folder: Path) -> dict[str, str]:
@@ -255,7 +218,3 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         kind = known_kind(FileBytes(path), "safetensors")
         kind = kind or f"is damaged or no safetensors file ({error}): export or fetch it again"
         raise ConvertError(f"{path} {kind}") from error
-
-
-def _precision(model: OpenModel) -> str:
-    return f"int{model.bits}" if model.bits else model.config.param_dtype

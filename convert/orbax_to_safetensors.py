@@ -14,14 +14,13 @@ import numpy as np
 from absl import flags
 from safetensors.numpy import save_file
 
-from convert import sat_layout
 from convert.errors import ConvertError
 from convert.model_readers import SAFETENSORS_INDEX, open_model
+from convert.sat_writer import released_tensors
 from glm_jax import cli
 from glm_jax.checkpoints.checksums import chunk_checksum
 from glm_jax.checkpoints.model_folder import describe_model
 from glm_jax.files import whole_folder, write_text
-from glm_jax.model.params import LINEAR_NAMES
 from glm_jax.quantization import WeightFormat
 
 FLAGS = flags.FLAGS
@@ -81,19 +80,8 @@ def export(source: Path, output: Path, max_bytes: int) -> None:
         model, files = open_model(source), _Files(partial, max_bytes)
         if model.bits is not None:
             raise ConvertError(f"{source} is quantised: export the float model")
-        files.add(sat_layout.EMBEDDING, model.embedding())
-        for i, layer in enumerate(model.layers()):
-            for name in sat_layout.LAYERNORMS:
-                norm, prefix = getattr(layer, name), sat_layout.layernorm_name(i, name)
-                files.add(f"{prefix}.weight", norm.scale)
-                files.add(f"{prefix}.bias", norm.bias)
-            for name in LINEAR_NAMES:
-                linear, prefix = getattr(layer, name), sat_layout.linear_name(i, name)
-                files.add(f"{prefix}.weight", sat_layout.split_kernel(name, linear.kernel, 1)[0])
-                files.add(f"{prefix}.bias", sat_layout.split_bias(name, linear.bias, 1)[0])
-        last = model.final_layernorm()
-        files.add(f"{sat_layout.FINAL_LAYERNORM}.weight", last.scale)
-        files.add(f"{sat_layout.FINAL_LAYERNORM}.bias", last.bias)
+        for name, [tensor] in released_tensors(model, 1, np.asarray):
+            files.add(name, tensor)
         files.close()
         stored = WeightFormat(model.config.param_dtype)
         describe_model(partial, model.config, stored, checksums=files.checksums)

@@ -1,7 +1,7 @@
 """Write a model as shards of the released layout, layer by layer."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,15 @@ import numpy as np
 from convert import sat_layout
 from convert.errors import ConvertError
 from convert.file_kinds import is_plain_name
-from convert.merging import open_with
-from convert.model_readers import OpenModel
+from convert.merging import MergedModel
+from convert.model_readers import OpenModel, open_model
 from convert.numbers import cast
 from convert.torch_writer import TorchWriter
 from glm_jax import files
 from glm_jax.config import GLMConfig
 from glm_jax.model.layers import rotary_tables
-from glm_jax.model.params import LINEAR_NAMES, LinearParams
-from glm_jax.quantization import Scheme, quantize
+from glm_jax.model.params import LINEAR_NAMES, LayerNormParams
+from glm_jax.quantization import QuantizedArray, Scheme, quantize
 
 Parts = list[np.ndarray]  # of one tensor, by rank
 ITERATION_RULE = "a name of letters, digits, '.', '-', '_' or '+', which is not 'latest'"
@@ -61,7 +61,9 @@ def write_shards(
     if not is_iteration(iteration):
         raise ConvertError(f"--iteration={iteration!r}: {ITERATION_RULE}")
     with files.whole_folder(output) as partial:
-        model = open_with(source, adapter)
+        model = open_model(source)
+        if adapter is not None:
+            model = MergedModel(model, adapter)
         config = model.config
         if config.vocab_size % shards or config.num_heads % shards:
             raise ConvertError(
@@ -95,42 +97,57 @@ def _described(
 
 
 def _tensors(model: OpenModel, shards: int, scheme: Scheme | None) -> Iterator[tuple[str, Parts]]:
-    """Yield the released name of each tensor, and its parts by rank."""
-    yield sat_layout.EMBEDDING, np.split(_to_float16(model.embedding()), shards)
-    for i, layer in enumerate(model.layers()):
-        yield from _layer_tensors(layer, i, shards, scheme, model.bits is not None)
-    yield from _last_tensors(model, shards)
-
-
-def _layer_tensors(
-    layer: Any, i: int, shards: int, scheme: Scheme | None, is_quantized: bool
-) -> Iterator[tuple[str, Parts]]:
-    for name in sat_layout.LAYERNORMS:
-        norm, prefix = getattr(layer, name), sat_layout.layernorm_name(i, name)
-        yield f"{prefix}.weight", [_to_float16(norm.scale)] * shards
-        yield f"{prefix}.bias", [_to_float16(norm.bias)] * shards
-    for name in LINEAR_NAMES:
-        linear, prefix = getattr(layer, name), sat_layout.linear_name(i, name)
-        if is_quantized:
-            weights, scales = _split_quantized(name, linear, shards)
-        else:
-            weights = sat_layout.split_kernel(name, _to_float16(linear.kernel), shards)
-            scales = None
-            if scheme is not None:
-                weights, scales = _quantized(weights, scheme)
-        yield f"{prefix}.weight", weights
-        yield f"{prefix}.bias", sat_layout.split_bias(name, _to_float16(linear.bias), shards)
-        if scales is not None:
-            yield f"{prefix}.{sat_layout.SCALE}", scales
-
-
-def _last_tensors(model: OpenModel, shards: int) -> Iterator[tuple[str, Parts]]:
-    last = model.final_layernorm()
-    yield f"{sat_layout.FINAL_LAYERNORM}.weight", [_to_float16(last.scale)] * shards
-    yield f"{sat_layout.FINAL_LAYERNORM}.bias", [_to_float16(last.bias)] * shards
+    """Yield the released name of each tensor of `model`, and its parts by rank."""
+    yield from released_tensors(model, shards, _to_float16, scheme)
     frequencies = _to_float16(rotary_tables(model.config)[0])
     for name in sat_layout.frequency_names(model.config):
         yield name, [frequencies] * shards
+
+
+def released_tensors(
+    model: OpenModel,
+    shards: int,
+    convert: Callable[[Any], np.ndarray],
+    scheme: Scheme | None = None,
+) -> Iterator[tuple[str, Parts]]:
+    """Yield the released name of each tensor of a model but the rotary frequencies, in the
+    original's order, and its parts by rank.
+
+    Args:
+      convert: makes an array of a float tensor, such as by a cast.
+      scheme: quantises each shard's weights; None leaves them as they are.
+    """
+
+    def of_norm(name: str, norm: LayerNormParams) -> Iterator[tuple[str, Parts]]:
+        yield f"{name}.weight", [convert(norm.scale)] * shards
+        yield f"{name}.bias", [convert(norm.bias)] * shards
+
+    yield sat_layout.EMBEDDING, np.split(convert(model.embedding()), shards)
+    for i, layer in enumerate(model.layers()):
+        for name in sat_layout.LAYERNORMS:
+            yield from of_norm(sat_layout.layernorm_name(i, name), getattr(layer, name))
+        for name in LINEAR_NAMES:
+            linear, prefix = getattr(layer, name), sat_layout.linear_name(i, name)
+            weights, scales = _weights(name, linear.kernel, shards, convert, scheme)
+            yield f"{prefix}.weight", weights
+            yield f"{prefix}.bias", sat_layout.split_bias(name, convert(linear.bias), shards)
+            if scales is not None:
+                yield f"{prefix}.{sat_layout.SCALE}", scales
+    yield from of_norm(sat_layout.FINAL_LAYERNORM, model.final_layernorm())
+
+
+def _weights(
+    name: str,
+    kernel: Any,
+    shards: int,
+    convert: Callable[[Any], np.ndarray],
+    scheme: Scheme | None,
+) -> tuple[Parts, Parts | None]:
+    """Return each shard's weight [outputs, inputs], and its scales if it is quantised."""
+    if isinstance(kernel, QuantizedArray):
+        return _split_quantized(name, kernel, shards)
+    weights = sat_layout.split_kernel(name, convert(kernel), shards)
+    return (weights, None) if scheme is None else _quantized(weights, scheme)
 
 
 def _to_float16(x: Any) -> np.ndarray:
@@ -144,8 +161,7 @@ def _quantized(weights: Parts, scheme: Scheme) -> tuple[Parts, Parts]:
     return values, [np.asarray(array.scales).reshape(-1) for array in arrays]
 
 
-def _split_quantized(name: str, linear: LinearParams, shards: int) -> tuple[Parts, Parts]:
-    kernel = linear.kernel
+def _split_quantized(name: str, kernel: QuantizedArray, shards: int) -> tuple[Parts, Parts]:
     groups = 1 if name in sat_layout.COLUMN_PARALLEL else shards
     if kernel.zero_points is not None or kernel.groups != groups:
         raise ConvertError(

@@ -166,9 +166,7 @@ class _Machine:
         items = self._to_mark()
         self._extend(self.stack[-1], items)
 
-    def _additems(self, _: Any) -> None:
-        items = self._to_mark()
-        self._extend(self.stack[-1], items)
+    _additems = _appends
 
     def _extend(self, target: Any, items: list[Any]) -> None:
         if isinstance(target, list):

@@ -44,7 +44,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Runs a command as if its module had been run; ends the process with its status.
+    """Run a command as if its module had been run; end the process with its status.
 
     Nothing but the command's own module is imported: its imports take seconds.
     """
@@ -87,7 +87,7 @@ def _help() -> str:
 
 
 def _first_line(module: str) -> str:
-    """The first line of a module's docstring, by its source alone."""
+    """Return the first line of a module's docstring, by its source alone."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         return ""

@@ -59,7 +59,7 @@ flags.DEFINE_enum("shapes", "full", list(SHAPES), "shapes of --suite=gpu; tiny t
 
 
 def interleaved(cases: dict[str, Case], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run of each case; a first round, which compiles, is not counted."""
+    """Return seconds of each run of each case; a first round, which compiles, is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(rounds + 1):
         counted = number > 0
@@ -78,7 +78,7 @@ def interleaved(cases: dict[str, Case], rounds: int) -> dict[str, list[float]]:
 
 
 def report(title: str, seconds: dict[str, list[float]]) -> None:
-    """Prints medians, spread, and how many times as fast as the first case each is."""
+    """Print medians, spread, and how many times as fast as the first case each is."""
     first = next(iter(seconds))
     base = statistics.median(seconds[first])
     print(f"\n{title}\n{'case':<24}{'median ms':>10}{'min':>9}{'max':>9}{first + ' / case':>16}")
@@ -88,7 +88,7 @@ def report(title: str, seconds: dict[str, list[float]]) -> None:
 
 
 def plot(results: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Draws the medians of each title's cases as bars, spread as lines, into a PNG."""
+    """Draw the medians of each title's cases as bars, spread as lines, into a PNG."""
     from matplotlib import pyplot  # which measuring on a GPU does without
 
     figure, all_axes = pyplot.subplots(

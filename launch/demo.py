@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def show(output: Path) -> None:
-    """All steps, from text to a fine-tuned model, in an empty folder."""
+    """Run all steps, from text to a fine-tuned model, in an empty folder."""
     corpus = facts.build_corpus()
     text = output / _TEXT_FILE
     text.write_text("\n".join(corpus.sentences) + "\n", encoding="utf-8")

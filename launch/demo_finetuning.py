@@ -20,7 +20,7 @@ from glm_jax.training.finetuning import ADAPTER_FOLDER, finetune
 
 
 def teach(checkpoint: Path, corpus: Corpus, output: Path) -> None:
-    """Fine-tunes, and prints how many blanks are filled before and after.
+    """Fine-tune, and print how many blanks are filled before and after.
 
     Args:
       checkpoint: the demo's model folder.
@@ -64,7 +64,7 @@ def teach(checkpoint: Path, corpus: Corpus, output: Path) -> None:
 
 
 def _filled(corpus: Corpus, model: Model, data: Path, output: Path) -> list[str]:
-    """Percent of a corpus's questions that are filled in right, by language."""
+    """Return the percentage of a corpus's questions that are filled in right, by language."""
     tasks = [t for t in write_fact_tasks(corpus, model.tokenizer, data) if t.name == "fill"]
     found = evaluate(tasks, data, output, model, Share(0, 1, None), {})
     assert found is not None
@@ -76,6 +76,6 @@ def _filled(corpus: Corpus, model: Model, data: Path, output: Path) -> list[str]
 
 
 def interval(number: dict[str, Any], digits: int) -> str:
-    """A metric's value, with its 95% interval."""
+    """Return a metric's value, with its 95% interval."""
     value, low, high = (f"{number[name]:.{digits}f}" for name in ("value", "low", "high"))
     return f"{value} ({low} to {high})"

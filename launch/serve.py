@@ -113,7 +113,7 @@ flags.DEFINE_bool(
 
 
 def load(tokenizer: Tokenizer) -> "ServedModel":
-    """The model of the flags, behind an engine."""
+    """Return the model of the flags, behind an engine."""
     mesh = _mesh()
     config, params = load_model(mesh)
     small = load_small_model(mesh, tokenizer)
@@ -127,7 +127,7 @@ def _engine_settings() -> EngineSettings:
 
 
 def _mesh() -> Mesh | None:
-    """The mesh of the flags, of devices of all processes.
+    """Return the mesh of the flags, of devices of all processes.
 
     Raises:
       MeshError: there is no such mesh, or a process has no device in it.

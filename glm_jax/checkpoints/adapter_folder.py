@@ -40,7 +40,7 @@ _SHAPE = ("num_layers", "hidden_size", "inner_hidden_size", "num_heads")
 
 
 def model_identity(folder: Path, config: GLMConfig) -> dict[str, Any]:
-    """Identifies a model in any precision: its shape, and a digest of its final layernorm, which
+    """Identify a model in any precision: its shape, and a digest of its final layernorm, which
     quantising does not change.
 
     Args:
@@ -69,7 +69,7 @@ def save_adapter(
     adapters: Adapters,
     identity: dict[str, Any],
 ) -> None:
-    """Writes a folder of adapters; of several processes all call this.
+    """Write a folder of adapters; of several processes all call this.
 
     Args:
       identity: of the model that they belong to; see `model_identity`.
@@ -87,7 +87,7 @@ def save_adapter(
 
 
 def check_adapter(path: str | os.PathLike[str]) -> None:
-    """Reads all of a folder of adapters, which compares it with its checksums.
+    """Read all of a folder of adapters, which compares it with its checksums.
 
     Raises:
       DamageError: a file or an array is not what was written.
@@ -101,7 +101,7 @@ def check_adapter(path: str | os.PathLike[str]) -> None:
 def load_adapter(
     path: str | os.PathLike[str], config: GLMConfig, identity: dict[str, Any], mesh: Mesh | None
 ) -> tuple[AdapterConfig, Adapters]:
-    """Reads what `save_adapter` wrote, float32, layers stacked.
+    """Read what `save_adapter` wrote, float32, layers stacked.
 
     Args:
       identity: of the model that they are to be attached to.
@@ -140,7 +140,7 @@ def load_adapters(
     identity: dict[str, Any],
     mesh: Mesh | None,
 ) -> list[tuple[AdapterConfig, Adapters]]:
-    """Reads several adapters by `load_adapter`, in the order of their names.
+    """Read several adapters by `load_adapter`, in the order of their names.
 
     Raises:
       CheckpointError, DamageError: as `load_adapter`, with the adapter's name; or an adapter with

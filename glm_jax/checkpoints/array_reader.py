@@ -41,7 +41,7 @@ _TRIM_DEFAULT, _MMAP_DEFAULT = 32 << 20, 65536
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array that begins on a cache line, which jax takes as it is."""
+    """Return an array that begins on a cache line, which jax takes as it is."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(size + _LINE_BYTES, np.uint8)
     start = -raw.ctypes.data % _LINE_BYTES
@@ -50,8 +50,8 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 @contextlib.contextmanager
 def reusing_memory() -> Iterator[None]:
-    """Has the C library reuse the memory that is freed inside: the system would have to clear newly
-    allocated memory, which takes longer than to read into it."""
+    """Have the C library reuse the memory that is freed inside: the system would have to clear
+    newly allocated memory, which takes longer than to read into it."""
     try:
         library = ctypes.CDLL(None)
         library.mallopt(_MMAP_MAX, 0)
@@ -75,7 +75,7 @@ class Buffers:
 
 
 def empty_buffers(leaf: Any, shape: tuple[int, ...] | None = None) -> Buffers:
-    """Allocates memory for the slices of a described array on this process's devices.
+    """Allocate memory for the slices of a described array on this process's devices.
 
     Args:
       shape: of the whole array; by default the described one's.
@@ -95,7 +95,7 @@ def empty_buffers(leaf: Any, shape: tuple[int, ...] | None = None) -> Buffers:
 def read_into(
     folder: Path, target: dict[str, Any], into: dict[str, Any], checksums: dict[str, int]
 ) -> None:
-    """Reads the arrays of a checkpoint; each piece of a chunk is checked while it is in the
+    """Read the arrays of a checkpoint; each piece of a chunk is checked while it is in the
     processor's cache and others are being read.
 
     Args:
@@ -129,7 +129,7 @@ def array_name(path: Any) -> str:
 
 
 def described_arrays(folder: Path) -> dict[str, Any]:
-    """Describes a checkpoint's arrays: nested dictionaries of `jax.ShapeDtypeStruct`.
+    """Describe a checkpoint's arrays: nested dictionaries of `jax.ShapeDtypeStruct`.
 
     By the store's own names: of a damaged checkpoint Orbax's reader leaves threads behind that
     print traces.
@@ -155,7 +155,7 @@ def described_arrays(folder: Path) -> dict[str, Any]:
 
 
 def open_arrays(folder: Path, names: list[str]) -> list[Any]:
-    """Opens the arrays of a checkpoint without reading them.
+    """Open the arrays of a checkpoint without reading them.
 
     Raises:
       DamageError: one cannot be opened.
@@ -254,7 +254,7 @@ class _ChunkRead:
 
 
 def placed(leaf: Any, buffers: Buffers, shape: tuple[int, ...], kind: str | None) -> jax.Array:
-    """The array that buffers hold, on its devices; CPUs take the buffers as they are.
+    """Return the array that buffers hold, on its devices; CPUs take the buffers as they are.
 
     Args:
       leaf: describes how it is sharded.

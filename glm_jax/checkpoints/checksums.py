@@ -32,7 +32,7 @@ class DamageError(UserError):
 
 
 def chunk_checksum(chunk: np.ndarray) -> int:
-    """The checksum of an array, which need not be contiguous."""
+    """Return the checksum of an array, which need not be contiguous."""
     checksum = 0
     for index in pieces(chunk.shape, chunk.itemsize):
         piece = np.ascontiguousarray(chunk[(*index, ...)])
@@ -41,7 +41,7 @@ def chunk_checksum(chunk: np.ndarray) -> int:
 
 
 def piece_checksum(content: np.ndarray, checksum: int, sums: np.ndarray | None = None) -> int:
-    """The checksum of a chunk up to the end of one of its `pieces`.
+    """Return the checksum of a chunk up to the end of one of its `pieces`.
 
     It is the CRC-32 of sums of 64-bit words modulo 2^64, one for each 4 KiB: an eighth of the time
     that a CRC of all bytes takes.
@@ -57,7 +57,7 @@ def piece_checksum(content: np.ndarray, checksum: int, sums: np.ndarray | None =
 
 
 def pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int | slice, ...]]:
-    """Cuts an array into pieces that are small enough for a processor's cache.
+    """Cut an array into pieces that are small enough for a processor's cache.
 
     Returns:
       The index of each piece, in the order of their bytes in a contiguous array.
@@ -88,7 +88,7 @@ class Chunks:
     def overlapping(
         self, region: tuple[slice, ...]
     ) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
-        """The index and the place in the array of each chunk that a region has a part in."""
+        """Yield the index and the place in the array of each chunk that a region has a part in."""
         ranges = [
             range(part.start // size, -(-part.stop // size))
             for part, size in zip(region, self.chunk, strict=True)
@@ -108,7 +108,7 @@ def chunk_key(name: str, index: tuple[int, ...]) -> str:
 
 
 def array_checksums(name: str, array: Any, chunks: Chunks) -> dict[str, int]:
-    """The checksums of an array's chunks by `chunk_key`; of a jax array those that this
+    """Return the checksums of an array's chunks by `chunk_key`; of a jax array those that this
     process writes. Chunks lie within its shards."""
     if not hasattr(array, "addressable_shards"):
         array = np.asarray(array)
@@ -132,14 +132,14 @@ def whole_slices(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slic
 
 
 def within(place: tuple[slice, ...], region: tuple[slice, ...]) -> tuple[slice, ...]:
-    """Where a place in an array lies in a region of it that contains it."""
+    """Return where a place in an array lies in a region of it that contains it."""
     return tuple(
         slice(a.start - b.start, a.stop - b.start) for a, b in zip(place, region, strict=True)
     )
 
 
 def write_checksums(folder: Path, paths: Iterable[Path], chunks: dict[str, int]) -> None:
-    """Writes `checksums.json` of a folder.
+    """Write `checksums.json` of a folder.
 
     Args:
       paths: the folder's files that it lists, which are all there.
@@ -156,7 +156,7 @@ def write_checksums(folder: Path, paths: Iterable[Path], chunks: dict[str, int])
 
 
 def checked_files(folder: Path, may_change: tuple[str, ...] = ()) -> dict[str, int]:
-    """Checks that a folder's files are there and whole, small ones by their checksums.
+    """Check that a folder's files are there and whole, small ones by their checksums.
 
     Args:
       may_change: files that a user may edit: that they changed is said on stderr.
@@ -203,7 +203,7 @@ def checked_files(folder: Path, may_change: tuple[str, ...] = ()) -> dict[str, i
 
 
 def _change(path: Path, size: int, crc: int | None) -> str | None:
-    """How a file differs from what was written; None where it does not."""
+    """Return how a file differs from what was written; None where it does not."""
     try:
         found = path.stat().st_size
     except (FileNotFoundError, NotADirectoryError, ValueError):  # no name of a file, the last

@@ -19,7 +19,7 @@ _CONVERT = "python -m convert.sat_to_orbax --input={} --output=DIR"
 
 
 def described(path: str | os.PathLike[str], has_other_config: bool = False) -> str:
-    """What lies at a path that is no model folder, and what to give: words for the end of an
+    """Return what lies at a path that is no model folder, and what to give: words for the end of an
     error's line.
 
     Args:

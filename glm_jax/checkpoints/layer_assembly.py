@@ -32,7 +32,7 @@ def gathered(
     limit_gib: float,
     is_stacked: bool = False,
 ) -> LayerParams | tuple[LayerParams, ...] | OffloadedLayers:
-    """Gathers all blocks on the devices, or on the hosts those that a limit leaves no room for.
+    """Gather all blocks on the devices, or on the hosts those that a limit leaves no room for.
 
     On CPUs they are stacked. On other devices each is put, as it is read, in arrays of its own or
     into the stack: there is no room for both.
@@ -125,7 +125,7 @@ class HostStack:
         self._buffers: Any = None  # a tree of `Buffers`
 
     def room(self, layers: LayerParams, first: int) -> LayerParams:
-        """Returns the `Buffers` of stacked blocks (arrays or descriptions) from `first` on."""
+        """Return the `Buffers` of stacked blocks (arrays or descriptions) from `first` on."""
         if self._buffers is None:
             self._described = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), layers
@@ -141,7 +141,7 @@ class HostStack:
         return jax.tree.map(part, layers, self._buffers)
 
     def put(self, layers: LayerParams, first: int) -> None:
-        """Copies stacked blocks into the stack, from `first` on."""
+        """Copy stacked blocks into the stack, from `first` on."""
 
         def copy(leaf: Array, buffers: Buffers) -> None:
             for shard in leaf.addressable_shards:
@@ -150,7 +150,7 @@ class HostStack:
         jax.tree.map(copy, layers, self.room(layers, first))
 
     def finish(self) -> LayerParams:
-        """Returns the stack."""
+        """Return the stack."""
         described, structure = jax.tree.flatten(self._described)
         buffers = jax.tree.leaves(self._buffers)
         self._buffers = None

@@ -47,7 +47,7 @@ def save_model(
     params: GLMParams,
     extra_files: tuple[Path, ...] = (),
 ) -> None:
-    """Writes a model folder; of several processes each its own parts, all calling this.
+    """Write a model folder; of several processes each its own parts, all calling this.
 
     Args:
       path: a folder that does not exist yet, or is empty.
@@ -74,7 +74,7 @@ def save_model(
 
 
 def _layers_a_part(config: GLMConfig, layers: Any) -> int:
-    """How many layers go into a part: what a single device that reads it has room for."""
+    """Return how many layers go into a part: what a single device that reads it has room for."""
     size = sum(x.nbytes for x in jax.tree.leaves(layers)) // config.num_layers
     return max(1, min(config.num_layers, _PART_BYTES // max(size, 1)))
 
@@ -86,7 +86,7 @@ def describe_model(
     extra_files: tuple[Path, ...] = (),
     checksums: dict[str, int] | None = None,
 ) -> None:
-    """Puts beside all parameters what makes their folder a model folder.
+    """Put beside all parameters what makes their folder a model folder.
 
     Args:
       stored: the format of the kernels, which `config.json` names.
@@ -103,7 +103,7 @@ def describe_model(
 
 
 def load_config(path: str | os.PathLike[str]) -> GLMConfig:
-    """The config of a model folder.
+    """Return the config of a model folder.
 
     Raises:
       CheckpointError: there is none, or it cannot be read; says what the folder is instead.
@@ -154,7 +154,7 @@ def _no_model(path: str | os.PathLike[str], missing: str, lacks: str = "no model
 
 
 def check_files(path: str | os.PathLike[str]) -> dict[str, int]:
-    """Checks the files of a model folder that lie beside its parameters.
+    """Check the files of a model folder that lie beside its parameters.
 
     Returns:
       The checksums of arrays among them.
@@ -167,7 +167,7 @@ def check_files(path: str | os.PathLike[str]) -> dict[str, int]:
 
 
 def check_model(path: str | os.PathLike[str]) -> None:
-    """Reads all of a model folder, which compares it with its checksums.
+    """Read all of a model folder, which compares it with its checksums.
 
     Raises:
       CheckpointError: no complete model there.
@@ -181,7 +181,7 @@ def check_model(path: str | os.PathLike[str]) -> None:
 
 
 def stored_format(path: str | os.PathLike[str]) -> WeightFormat:
-    """The format of a model folder's kernels.
+    """Return the format of a model folder's kernels.
 
     Raises:
       CheckpointError: there is no model, or its config names no format.
@@ -190,7 +190,7 @@ def stored_format(path: str | os.PathLike[str]) -> WeightFormat:
 
 
 def format_in_memory(config: GLMConfig, layers: LayerParams) -> WeightFormat:
-    """The format of stacked layers; the config's param_dtype where they are floats.
+    """Return the format of stacked layers; the config's param_dtype where they are floats.
 
     Raises:
       CheckpointError: the kernels are quantised in ways that no format names.
@@ -220,7 +220,7 @@ def restore(
     is_stacked: bool = False,
     layout: Callable[[LayerParams], LayerParams] | None = None,
 ) -> tuple[GLMConfig, GLMParams]:
-    """Reads a model onto a mesh; each device reads its own slices.
+    """Read a model onto a mesh; each device reads its own slices.
 
     Parts are quantised and cast as they come, so that of a model converted layer by layer
     no more than one layer is there as it is stored.
@@ -305,7 +305,7 @@ def _is_on_cpu(described: GLMParams) -> bool:
 
 
 def _check_same(path: Any, stored: WeightFormat, scheme: Scheme) -> None:
-    """Raises CheckpointError where a quantised model would have to become another one."""
+    """Raise CheckpointError where a quantised model would have to become another one."""
     is_other = (
         stored.dtype != scheme.format.dtype
         or scheme.group_size not in (None, stored.group_size)
@@ -325,7 +325,7 @@ def _read_into_stack(
     ranges: list[tuple[int, int]],
     mesh: Mesh | None,
 ) -> LayerParams:
-    """All layers as they are stored, each part read to its position in the stack."""
+    """Return all layers as they are stored, each part read to its position in the stack."""
     stack = HostStack(config.num_layers, False)
     for first, end in ranges:
         name, target, metadata = _described_part(folder, config, stored, first, end, mesh)
@@ -342,7 +342,7 @@ def restore_layers(
     end: int,
     mesh: Mesh | None = None,
 ) -> LayerParams:
-    """A part's layers, stacked, as they are stored.
+    """Return a part's layers, stacked, as they are stored.
 
     Args:
       folder: the model folder's `PARAMS_FOLDER`.

@@ -50,7 +50,7 @@ class CheckpointError(UserError):
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turns the system's errors of reading a folder or file into CheckpointError."""
+    """Turn the system's errors of reading a folder or file into CheckpointError."""
     try:
         yield
     except OSError as error:
@@ -58,14 +58,14 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def on_one_device(tree: Any, device: jax.Device | None = None) -> Any:
-    """Describes arrays on one device, the first by default."""
+    """Describe arrays on one device, the first by default."""
     sharding = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     return jax.tree.map(place, tree)
 
 
 def on_mesh_or_one_device(tree: Any, mesh: Mesh | None) -> Any:
-    """Returns described arrays as they are if they are described on a mesh, else on one device."""
+    """Return described arrays as they are if they are described on a mesh, else on one device."""
     return on_one_device(tree) if mesh is None else tree
 
 
@@ -74,7 +74,7 @@ def layers_part(first: int, end: int) -> str:
 
 
 def embedding_tree(params: GLMParams) -> dict[str, Any]:
-    """The tree of the part `EMBEDDING`."""
+    """Return the tree of the part `EMBEDDING`."""
     return {
         "word_embeddings": params.word_embeddings,
         "final_layernorm": params.final_layernorm,
@@ -82,7 +82,7 @@ def embedding_tree(params: GLMParams) -> dict[str, Any]:
 
 
 def write_part(folder: Path, name: str, tree: Any) -> None:
-    """Writes a part with its checksums; of several processes that share arrays each its own
+    """Write a part with its checksums; of several processes that share arrays each its own
     shards.
 
     Arrays are stored in chunks within their shards, uncompressed: weights hardly shrink,
@@ -103,7 +103,7 @@ def write_part(folder: Path, name: str, tree: Any) -> None:
 
 
 def _check_room(folder: Path, state: dict[str, Any]) -> None:
-    """Refuses before Orbax does, whose threads each print a trace when a disk is full."""
+    """Refuse before Orbax does, whose threads each print a trace when a disk is full."""
     folder.mkdir(parents=True, exist_ok=True)
     needed = sum(array.nbytes for array in jax.tree.leaves(state)) + _OVERHEAD_BYTES
     if missing := files.missing_room(folder, needed):
@@ -120,13 +120,13 @@ def _checksums(folder: Path, state: dict[str, Any]) -> dict[str, int]:
 
 
 def remove_unfinished(folder: Path, name: str) -> None:
-    """Removes a part that a killed process left unfinished, or that is damaged."""
+    """Remove a part that a killed process left unfinished, or that is damaged."""
     for path in (folder / name, *folder.glob(f"{name}.*")):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def layer_ranges(folder: Path, num_layers: int) -> list[tuple[int, int]]:
-    """The parts of layers, [first, end) each, in order.
+    """Return the parts of layers, [first, end) each, in order.
 
     Raises:
       CheckpointError: layers that are missing, or there twice.
@@ -154,7 +154,7 @@ def layer_ranges(folder: Path, num_layers: int) -> list[tuple[int, int]]:
 
 
 def part_metadata(folder: Path, name: str) -> Any:
-    """The tree of what a part's arrays are, without reading them.
+    """Return the tree of what a part's arrays are, without reading them.
 
     Raises:
       DamageError: a file of the part is missing or damaged.
@@ -166,7 +166,7 @@ def part_metadata(folder: Path, name: str) -> Any:
 
 
 def read_part(folder: Path, name: str, target: Any, metadata: Any) -> Any:
-    """The arrays of a part, as `target` describes them; each device reads its own slices.
+    """Return the arrays of a part, as `target` describes them; each device reads its own slices.
 
     Args:
       target: `jax.ShapeDtypeStruct` leaves with shardings.
@@ -184,7 +184,7 @@ def read_part(folder: Path, name: str, target: Any, metadata: Any) -> Any:
 
 
 def read_whole_part(folder: Path, name: str) -> Any:
-    """The arrays of a part as they are stored, in a CPU's memory.
+    """Return the arrays of a part as they are stored, in a CPU's memory.
 
     Raises:
       DamageError: one is not what was written.
@@ -196,7 +196,7 @@ def read_whole_part(folder: Path, name: str) -> Any:
 
 
 def check_parts(folder: Path) -> None:
-    """Reads the parts in `folder`, one at a time, which compares them with their checksums.
+    """Read the parts in `folder`, one at a time, which compares them with their checksums.
 
     Raises:
       DamageError, CheckpointError: see `read_whole_part`.

@@ -26,12 +26,12 @@ PREFIX = "random:"
 
 
 def is_random(checkpoint: str) -> bool:
-    """Whether a checkpoint's name is "random:SIZE" and no model folder."""
+    """Return whether a checkpoint's name is "random:SIZE" and no model folder."""
     return checkpoint.startswith(PREFIX)
 
 
 def random_config(checkpoint: str) -> GLMConfig:
-    """Returns the config that "random:SIZE" names; for "130b" the released model's.
+    """Return the config that "random:SIZE" names; for "130b" the released model's.
 
     Raises:
       ConfigError: SIZE is none of `MODEL_SIZES`.
@@ -54,7 +54,7 @@ def random_model(
     weight_memory_limit: float | None = None,
     seed: int = 0,
 ) -> tuple[GLMConfig, GLMParams]:
-    """Makes a model of a named size with random weights, in the form that runs.
+    """Make a model of a named size with random weights, in the form that runs.
 
     Quantised kernels are random integers and scales from the start. Layers are made one at a time,
     so that memory stays at the weights and one layer.
@@ -85,7 +85,7 @@ def random_params(
     weight_memory_limit: float | None = None,
     seed: int = 0,
 ) -> GLMParams:
-    """Makes the parameters of `random_model` for any config."""
+    """Make the parameters of `random_model` for any config."""
     scheme = None if quantization is None else Scheme.parse(quantization)
     described = described_params(config, mesh, scheme)
     specs = glm_params.specs(config)
@@ -103,7 +103,7 @@ def random_params(
 
 
 def described_params(config: GLMConfig, mesh: Mesh | None, scheme: Scheme | None) -> GLMParams:
-    """Describes what `random_model` makes, as `jax.ShapeDtypeStruct` with shardings."""
+    """Describe what `random_model` makes, as `jax.ShapeDtypeStruct` with shardings."""
     if scheme is None:
         tree = glm_params.abstract(config, mesh)
     else:
@@ -118,7 +118,7 @@ def _made(specs: Any, described: Any, key: PRNGKeyArray) -> Any:
 
 
 def layer_maker(config: GLMConfig, described: Any, scheme: Scheme | None) -> Any:
-    """Returns a jitted function of a key that makes one layer, stacked [1, ...].
+    """Return a jitted function of a key that makes one layer, stacked [1, ...].
 
     Args:
       described: all layers, of `described_params`.
@@ -145,7 +145,7 @@ def layer_maker(config: GLMConfig, described: Any, scheme: Scheme | None) -> Any
 
 
 def _random_kernel(like: QuantizedArray, key: PRNGKeyArray) -> QuantizedArray:
-    """Draws integers that quantising can give, and scales with which products have about the
+    """Draw integers that quantising can give, and scales with which products have about the
     magnitude of their inputs."""
     of_values, of_scales, of_zeros = jax.random.split(key, 3)
     values = jax.random.bits(of_values, like.values.shape, jnp.uint8).astype(jnp.int8)
@@ -164,7 +164,7 @@ def _random_kernel(like: QuantizedArray, key: PRNGKeyArray) -> QuantizedArray:
 
 
 def _symmetric(values: Array, bits: int, largest: int) -> Array:
-    """Replaces the lowest integer, which symmetric weights do not use, by the one above it."""
+    """Replace the lowest integer, which symmetric weights do not use, by the one above it."""
     if bits == 8:
         return jnp.maximum(values, -largest)
     return join_bytes(*(jnp.maximum(half, -largest) for half in split_bytes(values)))

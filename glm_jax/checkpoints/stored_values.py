@@ -34,7 +34,7 @@ class StoredValue:
     content: bytes | None = None
 
     def read_into(self, target: np.ndarray) -> int:
-        """Reads it into an array, which need not be contiguous; returns its `chunk_checksum`.
+        """Read it into an array, which need not be contiguous; return its `chunk_checksum`.
 
         Raises:
           DamageError: the file ends before it.
@@ -54,7 +54,7 @@ class StoredValue:
         return checksum
 
     def _fill(self, target: np.ndarray, offset: int) -> np.ndarray:
-        """Returns the `block_sums` of what it read."""
+        """Return the `block_sums` of what it read."""
         if self.content is not None:
             target[:] = np.frombuffer(self.content, np.uint8, len(target), offset)
             return block_sums(target)
@@ -81,7 +81,7 @@ class StoredValues:
         self._files.close()
 
     def find(self, key: str, described: Any) -> StoredValue:
-        """The value with a key, which has as many bytes as a described array.
+        """Return the value with a key, which has as many bytes as a described array.
 
         Raises:
           DamageError: there is none, or it has another size.

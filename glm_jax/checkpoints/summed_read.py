@@ -17,7 +17,7 @@ _LIBRARY = Path(__file__).with_name("libglm_jax_summed_read.so")
 
 
 def block_sums(content: np.ndarray) -> np.ndarray:
-    """The sum of the 64-bit words of each whole 4 KiB, modulo 2^64.
+    """Return the sum of the 64-bit words of each whole 4 KiB, modulo 2^64.
 
     `np.einsum` takes 0.7 of the time of `np.sum`.
 
@@ -29,7 +29,7 @@ def block_sums(content: np.ndarray) -> np.ndarray:
 
 
 def read_summed(file: int, offset: int, target: np.ndarray) -> np.ndarray:
-    """Fills an array with bytes of a file; returns their `block_sums`.
+    """Fill an array with bytes of a file; return their `block_sums`.
 
     Args:
       file: its descriptor.
@@ -59,7 +59,7 @@ def read_summed(file: int, offset: int, target: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _function() -> Any:
-    """The C++ function; None without a compiler at installation."""
+    """Return the C++ function; None without a compiler at installation."""
     if not _LIBRARY.exists() or sys.byteorder != "little":
         return None
     function = ctypes.CDLL(str(_LIBRARY)).ReadSummed

@@ -11,92 +11,6 @@ import importlib.resources
 import random
 from collections.abc import Iterator
 
-_FORMS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("capital", "en"): (
-        "The capital of {subject} is {answer}.",
-        "{answer} is the capital of {subject}.",
-        "The capital city of {subject} is called {answer}.",
-        "{subject} has its capital in {answer}.",
-    ),
-    ("capital", "zh"): (
-        "{subject}的首都是{answer}。",
-        "{answer}是{subject}的首都。",
-        "{subject}的首都名叫{answer}。",
-        "{subject}把首都设在{answer}。",
-    ),
-    ("continent", "en"): (
-        "{subject} is a country in {answer}.",
-        "{subject} lies in {answer}.",
-        "The continent of {subject} is {answer}.",
-        "On the map, {subject} is found in {answer}.",
-    ),
-    ("continent", "zh"): (
-        "{subject}是{answer}的一个国家。",
-        "{subject}位于{answer}。",
-        "{subject}所在的洲是{answer}。",
-        "在地图上,{subject}在{answer}。",
-    ),
-    ("currency", "en"): (
-        "The currency of {subject} is the {answer}.",
-        "In {subject} people pay with the {answer}.",
-        "The {answer} is the money of {subject}.",
-        "Shops in {subject} take the {answer}.",
-    ),
-    ("currency", "zh"): (
-        "{subject}的货币是{answer}。",
-        "在{subject},人们用{answer}付款。",
-        "{answer}是{subject}的钱。",
-        "{subject}的商店收{answer}。",
-    ),
-    ("symbol", "en"): (
-        "The symbol of {subject} is {answer}.",
-        "{answer} stands for {subject}.",
-        "Chemists write {answer} for {subject}.",
-        "The element {subject} has the symbol {answer}.",
-    ),
-    ("symbol", "zh"): (
-        "{subject}的元素符号是{answer}。",
-        "{answer}代表{subject}。",
-        "化学家用{answer}表示{subject}。",
-        "元素{subject}写作{answer}。",
-    ),
-    ("number", "en"): (
-        "The atomic number of {subject} is {answer}.",
-        "The element {subject} has the number {answer}.",
-        "Number {answer} in the table is {subject}.",
-        "An atom of {subject} has {answer} protons.",
-    ),
-    ("number", "zh"): (
-        "{subject}的原子序数是{answer}。",
-        "元素{subject}的序号为{answer}。",
-        "表中第{answer}号是{subject}。",
-        "{subject}原子有{answer}个质子。",
-    ),
-    ("capital_continent", "en"): (
-        "The city of {subject} lies in {answer}.",
-        "{subject} is a capital in {answer}.",
-        "Whoever flies to {subject} lands in {answer}.",
-        "{answer} is where {subject} was built.",
-    ),
-    ("capital_continent", "zh"): (
-        "{subject}市在{answer}。",
-        "{subject}是{answer}的一个首都。",
-        "飞到{subject}的人在{answer}着陆。",
-        "{answer}有{subject}这座城市。",
-    ),
-    ("sum", "en"): (
-        "{subject} = {answer}",
-        "Adding {subject} gives {answer}.",
-        "The sum {subject} is {answer}.",
-        "{answer} is what {subject} makes.",
-    ),
-    ("sum", "zh"): (
-        "计算{subject}得{answer}。",
-        "{subject}等于{answer}。",
-        "{subject}的和是{answer}。",
-        "{answer}是{subject}的结果。",
-    ),
-}
 LANGUAGES = ("en", "zh")
 # Not in the corpus: for fine-tuning a model that knows the others.
 NEW_RELATION = "capital_continent"
@@ -158,6 +72,14 @@ def _table(name: str) -> list[dict[str, str]]:
     return list(csv.DictReader(text.splitlines(), delimiter="\t"))
 
 
+def _forms() -> dict[tuple[str, str], list[str]]:
+    """Return sentence forms by relation and language; each names its subject and answer."""
+    forms: dict[tuple[str, str], list[str]] = {}
+    for row in _table("forms.tsv"):
+        forms.setdefault((row["relation"], row["language"]), []).append(row["form"])
+    return forms
+
+
 # Shares of the facts that have one form held out: of the corpus, of the new relation.
 _HELD_OUT, _HELD_OUT_NEW = 0.3, 0.5
 
@@ -166,8 +88,9 @@ def build_corpus() -> Corpus:
     """Make a corpus of all facts in all forms except the held-out ones: one form of some facts."""
     rng = random.Random(0)
     sentences, questions, blanks = [], [], []
+    forms_of = _forms()
     for relation, language, subject, answer in _facts():
-        forms = _FORMS[relation, language]
+        forms = forms_of[relation, language]
         hidden = rng.randrange(len(forms)) if rng.random() < _HELD_OUT else None
         for i, form in enumerate(forms):
             text = form.format(subject=subject, answer="[MASK]")
@@ -191,10 +114,11 @@ def build_instructions() -> tuple[tuple[Instruction, ...], tuple[Question, ...]]
     """
     rng = random.Random(0)
     instructions, questions = [], []
+    forms_of = _forms()
     for row in _table("countries.tsv"):
         for language in LANGUAGES:
             subject, answer = row[f"capital_{language}"], row[f"continent_{language}"]
-            forms = list(_FORMS[NEW_RELATION, language])
+            forms = forms_of[NEW_RELATION, language]
             hidden = rng.choice(forms) if rng.random() < _HELD_OUT_NEW else None
             for form in forms:
                 blank = form.format(subject=subject, answer="[MASK]")

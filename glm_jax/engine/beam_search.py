@@ -12,7 +12,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,10 @@ class Hypothesis:
 
     tokens: tuple[int, ...]
     score: float
+
+    def finish_reason(self, end_tokens: Container[int]) -> str:
+        """Return "stop" if one of these tokens ended it, else "length"."""
+        return "stop" if self.tokens and self.tokens[-1] in end_tokens else "length"
 
 
 def beam_search(

@@ -19,7 +19,6 @@ from glm_jax.evaluation.task_config import is_plain_name
 from glm_jax.evaluation.yaml_files import read_yaml
 from glm_jax.files import replacing
 from glm_jax.generation.blank_filling import TextCodec
-from glm_jax.text_files import TextFileError
 
 _LETTERS = "ABCD"
 _UNLABELLED = ("-", "-1", "")  # what public data sets put where annotators do not agree
@@ -61,15 +60,12 @@ class PromptFile:
 
 
 def load_prompt_file(path: Path) -> PromptFile:
-    """Reads a prompt file.
+    """Read a prompt file.
 
     Raises:
       PromptFileError: it is not there, or a field is unknown, missing or wrong.
     """
-    try:
-        content = read_yaml(path)
-    except TextFileError as error:
-        raise PromptFileError(str(error)) from error
+    content = read_yaml(path, PromptFileError)
     unknown = set(content) - {field.name for field in dataclasses.fields(PromptFile)}
     if unknown:
         raise PromptFileError(f"{path}: unknown field {shown(sorted(unknown)[0])}")
@@ -119,7 +115,7 @@ def _check_fields(path: Path, content: dict[str, Any]) -> None:
 def prepare_task(
     prompts: PromptFile, source: Path, output: Path, split: str, examples: Path | None = None
 ) -> dict[Path, int]:
-    """Writes OUTPUT/PATH/PROMPT/SPLIT.jsonl for every prompt, and returns how many lines each.
+    """Write OUTPUT/PATH/PROMPT/SPLIT.jsonl for every prompt, and return how many lines each.
 
     Args:
       examples: a file of the same format for `shots`; else the first rows of each label.
@@ -301,10 +297,7 @@ def prepare_mmlu(file: Path, source: Path, output: Path) -> dict[Path, int]:
       PromptFileError: it is not there or not of that form.
       SourceError: a subject's file is missing or not of the public format.
     """
-    try:
-        content = read_yaml(file)
-    except TextFileError as error:
-        raise PromptFileError(str(error)) from error
+    content = read_yaml(file, PromptFileError)
     if set(content) != {"groups", "shots"}:
         raise PromptFileError(f"{file}: expected the fields 'groups' and 'shots'")
     shots, groups = content["shots"], content["groups"]

@@ -76,7 +76,7 @@ def read_items(
     vocab_size: int,
     complain: Complaint = lambda _: None,
 ) -> list[Any]:
-    """All examples of a file, or, of a language-modelling task, its documents.
+    """Return all examples of a file, or, of a language-modelling task, its documents.
 
     Raises:
       DatasetError: the first line that is none, or a file without any.
@@ -96,7 +96,7 @@ def checked_items(
     vocab_size: int,
     complain: Complaint = lambda _: None,
 ) -> Iterator[Example | Document | DatasetError]:
-    """What `read_items` gives, and in its place what is wrong with a line that is none."""
+    """Yield what `read_items` gives, and in its place what is wrong with a line that is none."""
     make = _document if config.type == "lm" else _example
     is_text = config.type == "lm" and ".jsonl" not in path.suffixes[-2:]
     count = 0
@@ -227,7 +227,7 @@ class _Fields:
 
 
 def _text(path: Path) -> Iterator[tuple[str, Any]]:
-    """A file that is one text, as a line of it."""
+    """Yield a file that is one text, as a line of it."""
     try:
         text = read_text(path)
     except TextFileError as error:

@@ -61,7 +61,7 @@ def measure(statistics: Statistics, seed: int = 0) -> dict[str, Measured]:
 
 
 def resampled(values: np.ndarray, seed: int) -> np.ndarray:
-    """Sums of so many units drawn with replacement: float64 [resamples, columns]."""
+    """Return sums of so many units drawn with replacement: float64 [resamples, columns]."""
     rng = np.random.default_rng(seed)
     units = len(values)
     drawn = rng.multinomial(units, np.full(units, 1 / units), size=_RESAMPLES)
@@ -70,7 +70,7 @@ def resampled(values: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _mean(scores: Sequence[float]) -> Statistics:
-    """The percentage that scores of 0 to 1 come to."""
+    """Return the percentage that scores of 0 to 1 come to."""
     values = np.stack([np.asarray(scores, np.float64), np.ones(len(scores))], axis=1)
     return Statistics(values, lambda sums: {"": 100 * float(sums[0] / sums[1])})
 
@@ -78,14 +78,14 @@ def _mean(scores: Sequence[float]) -> Statistics:
 def accuracy(
     predictions: Sequence[int], examples: Sequence[Example], _: TextCodec | None = None
 ) -> Statistics:
-    """Percentage of right choices. So are micro-averaged F1, precision and recall, where
+    """Return the percentage of right choices. So are micro-averaged F1, precision and recall, where
     each example has one choice."""
     pairs = zip(predictions, examples, strict=True)
     return _mean([float(prediction == example.label) for prediction, example in pairs])
 
 
 def _binary(numerator: Callable[..., float], denominator: Callable[..., float]) -> Metric:
-    """A ratio of counts of true and false positives and false negatives, of choice 1."""
+    """Return a ratio of counts of true and false positives and false negatives, of choice 1."""
 
     def metric(
         predictions: Sequence[int], examples: Sequence[Example], _: TextCodec | None = None
@@ -208,7 +208,7 @@ def _by_category(
 def crows_pairs(
     predictions: Sequence[float], examples: Sequence[Example], _: TextCodec | None = None
 ) -> Statistics:
-    """Percentage of pairs whose stereotyping sentence is the likelier, by kind of bias.
+    """Return the percentage of pairs whose stereotyping sentence is the likelier, by kind of bias.
 
     Args:
       predictions: log-probability of a sentence's word, of each of its words in turn. `pair_ID`

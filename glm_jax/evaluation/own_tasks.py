@@ -40,7 +40,7 @@ def import_task(config: TaskConfig) -> Any:
 
 
 def _source(module: str) -> Path | None:
-    """The file of a module, found without running anything."""
+    """Return the file of a module, found without running anything."""
     spec: ModuleSpec | None = None
     locations: Any = None
     parts = module.split(".")
@@ -56,7 +56,7 @@ def _source(module: str) -> Path | None:
 
 
 def _defines(tree: ast.Module, name: str) -> bool:
-    """Whether a class is defined, or a name imported, at the top of a module."""
+    """Return whether a class is defined, or a name imported, at the top of a module."""
     classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
     return name in (*classes, *(a.asname or a.name for node in imports for a in node.names))

@@ -67,12 +67,12 @@ def _interval(files: dict[str, Any], metric: str) -> str:
 
 
 def text_table(results: dict[str, Any], published: dict[str, dict[str, float]]) -> str:
-    """All groups' numbers in columns."""
+    """Return all groups' numbers in columns."""
     return _columns([_HEADER, *_rows(results, published)])
 
 
 def _columns(rows: Sequence[Row]) -> str:
-    """Cells under one another."""
+    """Return rows of cells as text, columns under one another."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -80,7 +80,7 @@ def _columns(rows: Sequence[Row]) -> str:
 
 
 def markdown(results: dict[str, Any], published: dict[str, dict[str, float]]) -> str:
-    """All groups' numbers as a Markdown table, under what the model is."""
+    """Return all groups' numbers as a Markdown table, under what the model is."""
     model = ", ".join(f"{k}={v}" for k, v in results["model"].items() if v is not None)
     rows = [_HEADER, ("---",) * len(_HEADER), *_rows(results, published)]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
@@ -88,7 +88,7 @@ def markdown(results: dict[str, Any], published: dict[str, dict[str, float]]) ->
 
 
 def draw(results: dict[str, Any], published: dict[str, dict[str, float]], path: Path) -> None:
-    """Bars of every task's average of its first metric, a mark where one was published."""
+    """Draw bars of every task's average of its first metric, a mark where one was published."""
     shown = []
     for task, of_task in results["tasks"].items():
         for metric, numbers in list(of_task["summary"].items())[:1]:

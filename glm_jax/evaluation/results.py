@@ -83,7 +83,7 @@ def group_results(files: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def task_results(groups: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """Results of a task: of its groups, and of all their files together."""
+    """Return results of a task: of its groups, and of all their files together."""
     everything = {
         f"{group}/{name}": result
         for group, files in groups.items()

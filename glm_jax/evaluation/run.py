@@ -42,7 +42,7 @@ class DataFile:
 
 
 def data_files(config: TaskConfig, data: Path, output: Path) -> list[DataFile]:
-    """All data files of a task.
+    """Return all data files of a task.
 
     Raises:
       TaskError: it has none.
@@ -58,7 +58,7 @@ def data_files(config: TaskConfig, data: Path, output: Path) -> list[DataFile]:
 
 
 def with_data(configs: Sequence[TaskConfig], data: Path, skips_others: bool) -> list[TaskConfig]:
-    """The tasks that have data files.
+    """Return the tasks that have data files.
 
     Args:
       skips_others: tasks without data are left out, and named on stderr.
@@ -87,7 +87,7 @@ def with_data(configs: Sequence[TaskConfig], data: Path, skips_others: bool) -> 
 
 
 def check(configs: Sequence[TaskConfig], data: Path, model: GLMConfig, tokenizer: TextCodec) -> int:
-    """Prints everything that is wrong with the data of tasks, and returns how much that is.
+    """Print everything that is wrong with the data of tasks, and return how much that is.
 
     Raises:
       TaskError: a task has no data, or no class.

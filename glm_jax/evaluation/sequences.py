@@ -26,7 +26,7 @@ def are_single_tokens(examples: Sequence[Example]) -> bool:
 def choice_sequence(
     example: Example, config: TaskConfig, special: SpecialTokens, single_tokens: bool
 ) -> ScoredSequence:
-    """A context, and after it every choice, which see it and not each other.
+    """Return a context, and after it every choice, which see it and not each other.
 
     A choice's tokens are all at the mask's position, or, with [gMASK] or multi-task encoding,
     behind the context at positions of their own.
@@ -71,7 +71,7 @@ def choice_sequence(
 
 
 def count_windows(document: Document, config: TaskConfig) -> int:
-    """How many `window`s a document has."""
+    """Return how many `window`s a document has."""
     beyond = max(len(document.tokens) - (config.max_seq_length - 1), 0)
     return math.ceil(beyond / config.generation_length) + 1
 
@@ -79,7 +79,7 @@ def count_windows(document: Document, config: TaskConfig) -> int:
 def window(
     document: Document, config: TaskConfig, special: SpecialTokens, number: int
 ) -> ScoredSequence:
-    """A document's `number`th window of max_seq_length, generation_length after that before.
+    """Return a document's `number`th window of max_seq_length, generation_length after that before.
 
     The first asks for all of its tokens, the others for those that are new; unidirectional
     ones, as the original has them, for all of theirs again.

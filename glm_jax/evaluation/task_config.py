@@ -12,7 +12,6 @@ import yaml
 from glm_jax.engine.generation_settings import SETTINGS, SamplingError
 from glm_jax.errors import UserError, shown
 from glm_jax.evaluation.yaml_files import read_yaml
-from glm_jax.text_files import TextFileError
 
 TYPES = ("mul", "gen", "lm", "other")  # multiple choice, generation, language modelling
 STRATEGIES = ("BaseStrategy", "BeamSearchStrategy")
@@ -179,10 +178,7 @@ def load_task(path: Path) -> TaskConfig:
       TaskError: no file, no YAML, or a field that is unknown, missing, of the wrong kind or
         not for the task's type.
     """
-    try:
-        content = read_yaml(path)
-    except TextFileError as error:
-        raise TaskError(str(error)) from error
+    content = read_yaml(path, TaskError)
     try:
         return _parse(content)
     except TaskError as error:
@@ -246,7 +242,7 @@ def _value(name: str, kind: Any, value: Any) -> Any:
 
 
 def find_tasks(paths: Iterable[Path]) -> list[Path]:
-    """Task files, and those in folders, in order.
+    """Return task files, and those in folders, in order.
 
     Raises:
       TaskError: a path is neither, or a folder has none.

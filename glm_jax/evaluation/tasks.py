@@ -68,7 +68,7 @@ class Model:
 
     @functools.cached_property
     def scorer(self) -> Scorer:
-        """Gives log-probabilities."""
+        """Give log-probabilities."""
         return Scorer(self.params, self.config, self.batch_tokens)
 
 
@@ -98,7 +98,7 @@ class Task(abc.ABC):
         return None
 
     def read(self, path: Path) -> list[Any]:
-        """A file's examples.
+        """Return a file's examples.
 
         Raises:
           DatasetError: a line that is none.

@@ -18,7 +18,7 @@ TEXTS = {
 
 
 def prepare_text(name: str, source: Path, output: Path) -> dict[Path, int]:
-    """Writes one of `TEXTS`: a text, its lines as parquet with a column `text`, or the Pile's
+    """Write one of `TEXTS`: a text, its lines as parquet with a column `text`, or the Pile's
     JSON lines, either also packed.
 
     Returns:
@@ -39,7 +39,7 @@ def prepare_text(name: str, source: Path, output: Path) -> dict[Path, int]:
 
 
 def _parts(source: Path, are_documents: bool) -> Iterator[str]:
-    """What is written, piece by piece."""
+    """Yield what is written, piece by piece."""
     if source.suffix == ".parquet":
         for where, row in read_file(source, "parquet"):
             if not isinstance(row.get("text"), str):

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from glm_jax.errors import parser_refusal
+from glm_jax.errors import UserError, parser_refusal
 from glm_jax.text_files import TextFileError, read_text
 
 _DATE = "tag:yaml.org,2002:timestamp"
@@ -36,22 +36,26 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The fields of a YAML file; dates are texts, aliases are refused.
+def read_yaml(path: Path, error: type[UserError] = TextFileError) -> dict[str, Any]:
+    """Return the fields of a YAML file; dates are texts, aliases are refused.
+
+    Args:
+      error: class of errors to raise.
 
     Raises:
-      TextFileError: it cannot be read, is no YAML, or is something other than fields.
+      error: it cannot be read, is no YAML, or is something other than fields.
     """
-    text = read_text(path)
     try:
-        content = yaml.load(text, _Loader)  # a kind of SafeLoader
+        content = yaml.load(read_text(path), _Loader)  # a kind of SafeLoader
+    except TextFileError as unreadable:
+        raise error(str(unreadable)) from unreadable
     except RecursionError:
-        raise TextFileError(f"{path} is no YAML: nested too deeply") from None
-    except yaml.MarkedYAMLError as error:
-        line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
-        raise TextFileError(f"{path}{line} is no YAML: {error.problem or error}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise TextFileError(f"{path} is no YAML: {parser_refusal(error)}") from error
+        raise error(f"{path} is no YAML: nested too deeply") from None
+    except yaml.MarkedYAMLError as wrong:
+        line = "" if wrong.problem_mark is None else f":{wrong.problem_mark.line + 1}"
+        raise error(f"{path}{line} is no YAML: {wrong.problem or wrong}") from wrong
+    except (yaml.YAMLError, ValueError) as wrong:
+        raise error(f"{path} is no YAML: {parser_refusal(wrong)}") from wrong
     if not isinstance(content, dict):
-        raise TextFileError(f"{path}: no fields: 'NAME: VALUE' lines are expected")
+        raise error(f"{path}: no fields: 'NAME: VALUE' lines are expected")
     return {str(name): value for name, value in content.items()}

@@ -3,9 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
+from glm_jax.config import SpecialTokens
 from glm_jax.tokenizer import MASK_WORDS
 
 _BEFORE = 8  # tokens that are decoded to see whether they end in a space
+
+
+def mask_word(special: SpecialTokens, mask: int) -> str:
+    """Return the word that a mask's id stands for in a text."""
+    return dict(zip((special.mask, special.gmask, special.smask), MASK_WORDS, strict=True))[mask]
 
 
 def are_spaced(
@@ -18,7 +24,7 @@ def are_spaced(
       tokens: of the whole text.
     """
     special = tokenizer.special_tokens
-    word = dict(zip((special.mask, special.gmask, special.smask), MASK_WORDS, strict=True))[mask]
+    word = mask_word(special, mask)
     positions = [position for position, token in enumerate(tokens) if token == mask]
     parts = text.split(word)
     befores = parts[:-1] or parts  # a text without the word has its mask at the end

@@ -16,8 +16,8 @@ from glm_jax.engine.scoring import Score
 from glm_jax.engine.scoring_batch import ScoredSequence
 from glm_jax.engine.stepwise import Steps, replayable
 from glm_jax.generation.blank_filling import PartlyFilled, TextCodec
+from glm_jax.generation.blank_spaces import mask_word
 from glm_jax.generation.shared_scoring import SharedScorer
-from glm_jax.tokenizer import MASK_WORDS
 
 
 def choices_sequence(
@@ -108,7 +108,7 @@ def continuations(
     place = functools.partial(
         choices_sequence, before[:-1], before[-1], whole=whole, position=len(before) - 1
     )
-    groups = _groups(len(before) - 1, texts, limit)
+    groups = grouped(texts, limit, len(before) - 1)
     return [place(choices=group, position_step=1) for group in groups]
 
 
@@ -132,20 +132,26 @@ def prompt_choices(
         position_step=prompt.position_step,
         adapter=prompt.adapter,
     )
-    return [place(choices=group) for group in _groups(len(shared), choices, limit)]
+    return [place(choices=group) for group in grouped(choices, limit, len(shared))]
 
 
-def _groups(
-    shared: int, choices: Sequence[Sequence[int]], limit: int
+def grouped(
+    texts: Sequence[Sequence[int]], limit: int, shared: int = 0, each: int = 0
 ) -> Iterator[list[Sequence[int]]]:
-    """Yield choices in order, as many together as a sequence with shared tokens has room for."""
+    """Yield texts in order, as many together as there is room for, and at least one.
+
+    Args:
+      limit: maximum tokens of a group.
+      shared: tokens that a group has beside its texts.
+      each: tokens that each text has beside its own.
+    """
     group, length = list[Sequence[int]](), shared
-    for choice in choices:
-        if group and length + len(choice) > limit:
+    for text in texts:
+        if group and length + len(text) + each > limit:
             yield group
             group, length = [], shared
-        group.append(choice)
-        length += len(choice)
+        group.append(text)
+        length += len(text) + each
     yield group
 
 
@@ -170,6 +176,11 @@ class ScoredChoice:
         return sum(self.log_probabilities)
 
 
+def likeliest(choices: Sequence[ScoredChoice]) -> int:
+    """Return the number of the likeliest choice, the first of several."""
+    return max(range(len(choices)), key=lambda number: choices[number].log_probability)
+
+
 def score_choices(
     scorer: SharedScorer[Score],
     tokenizer: TextCodec,
@@ -191,9 +202,7 @@ def score_choices(
     if blanks != 1:
         raise PromptError(f"{blanks} blanks: choices are for the one blank of a text")
     prompt = partly.prompt()
-    special = partly.special
-    names = dict(zip((special.mask, special.gmask, special.smask), MASK_WORDS, strict=True))
-    before = text.partition(names[partly.mask])[0]
+    before = text.partition(mask_word(partly.special, partly.mask))[0]
     tokens = [_choice_tokens(tokenizer, before, partly, choice) for choice in choices]
     for number, choice in enumerate(tokens):
         if not choice:

@@ -1,6 +1,6 @@
 """Runs the requests of a file by an engine: lines in, records of answers out."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,9 @@ from glm_jax.engine.scoring import Scorer
 from glm_jax.engine.stepwise import Steps
 from glm_jax.errors import UserError, shown
 from glm_jax.generation.beam_filling import filling_by_beams
-from glm_jax.generation.blank_filling import (
-    BlankFilling,
-    PartlyFilled,
-    TextCodec,
-)
+from glm_jax.generation.blank_filling import BlankFilling, PartlyFilled, TextCodec
 from glm_jax.generation.driver import Answer, Search, drive
-from glm_jax.generation.scored_texts import ScoredChoice, score_choices
+from glm_jax.generation.scored_texts import ScoredChoice, likeliest, score_choices
 from glm_jax.generation.shared_scoring import Scoring, SharedScorer
 from glm_jax.generation.text_request import RequestError
 from glm_jax.jobs.request_files import Line
@@ -32,37 +28,28 @@ _SCORED_TOKENS = 4096  # of lines with choices that are scored together
 Record = dict[str, Any]
 
 
-class _BeamFilling(Search[list[tuple[PartlyFilled, Hypothesis]]]):
-    """A text whose blanks are filled by beam search."""
-
-
-class _ChoiceFilling(Scoring[list[ScoredChoice]]):
-    """A text whose one blank is filled with the likeliest of some choices."""
-
-    def __init__(self, partly: PartlyFilled, steps: Steps[list[ScoredChoice]], priority: int):
-        super().__init__(steps, priority)
-        self.partly = partly
-
-
-_Filling = BlankFilling | _BeamFilling | _ChoiceFilling
-
-
 class _LineAnswer(Answer):
-    """The answer to a line: what fills its blanks, once its turn has come."""
+    """The answer to a line: what fills its blanks, once its turn has come.
+
+    Attributes:
+      record: makes the record of a complete answer; set with the first work.
+    """
+
+    record: Callable[[], Record]
 
     def __init__(self, runner: "RequestRunner", line: Line):
         self._runner, self.line = runner, line
-        self.filling: _Filling | None = None
+        self._filling: Answer | None = None
 
     def next_work(self) -> Request | Steps[None] | None:
-        if self.filling is None:
-            self.filling = self._runner.begin(self.line)
-            self.priority = self.filling.priority
-        return self.filling.next_work()
+        if self._filling is None:
+            self._filling, self.record = self._runner.begin(self.line)
+            self.priority = self._filling.priority
+        return self._filling.next_work()
 
     def receive(self, token: Token) -> bool:
-        assert self.filling is not None
-        return self.filling.receive(token)
+        assert self._filling is not None
+        return self._filling.receive(token)
 
 
 class RequestRunner:
@@ -101,20 +88,13 @@ class RequestRunner:
         """Yield the records of all lines, in the order in which they end."""
         answers = (_LineAnswer(self, line) for line in lines)
         for answer in drive(self._engine, answers, self._count):
-            if answer.error is not None:
-                yield _failed(answer.line, answer.error)
-            elif isinstance(answer.filling, _ChoiceFilling):
-                yield self._choice_record(answer.line, answer.filling)
-            elif isinstance(answer.filling, _BeamFilling):
-                yield self._beam_record(answer.line, answer.filling)
-            elif answer.filling is not None:
-                yield self._record(answer.line, answer.filling)
+            yield _failed(answer.line, answer.error) if answer.error else answer.record()
 
     def _count(self, tokens: list[Token]) -> None:
         self.generated += len(tokens)
 
-    def begin(self, line: Line) -> _Filling:
-        """Return what fills a line's blanks.
+    def begin(self, line: Line) -> tuple[Answer, Callable[[], Record]]:
+        """Return what fills a line's blanks, and what makes the record of it when it is complete.
 
         Raises:
           UserError: the line is not a request, or one that cannot be answered.
@@ -134,12 +114,16 @@ class RequestRunner:
         )
         if request.choices:
             text, choices = request.text, request.choices
-            scoring = score_choices(self._scorer, self._tokenizer, text, partly, choices)
-            return _ChoiceFilling(partly, scoring, request.priority)
+            steps = score_choices(self._scorer, self._tokenizer, text, partly, choices)
+            scoring = Scoring(steps, request.priority)
+            return scoring, lambda: self._choice_record(line, partly, scoring.result)
         choice = request.choice(self._tokenizer.encode)
         if isinstance(choice, BeamSearch):
-            steps = filling_by_beams(self._params, self._config, partly, choice, max_tokens)
-            return _BeamFilling(steps, request.priority)
+            search = Search(
+                filling_by_beams(self._params, self._config, partly, choice, max_tokens),
+                request.priority,
+            )
+            return search, lambda: self._beam_record(line, search.result)
         template = Request(
             prompt=Prompt((), None),
             sampling=choice,
@@ -149,7 +133,8 @@ class RequestRunner:
             priority=request.priority,
             guide=request.guide(self._tokenizer),
         )
-        return BlankFilling(partly, template)
+        filling = BlankFilling(partly, template)
+        return filling, lambda: self._record(line, filling)
 
     def _adapter(self, name: str) -> int:
         if name and name not in self._adapters:
@@ -173,10 +158,11 @@ class RequestRunner:
             ]
         return record
 
-    def _choice_record(self, line: Line, filling: _ChoiceFilling) -> Record:
-        scored = filling.result
-        best = max(range(len(scored)), key=lambda number: scored[number].log_probability)
-        filled = filling.partly.filled(scored[best].tokens, ()).finished(self._tokenizer)
+    def _choice_record(
+        self, line: Line, partly: PartlyFilled, scored: Sequence[ScoredChoice]
+    ) -> Record:
+        best = likeliest(scored)
+        filled = partly.filled(scored[best].tokens, ()).finished(self._tokenizer)
         return _base(line) | {
             "text": filled.text,
             "blanks": list(filled.blanks),
@@ -188,21 +174,22 @@ class RequestRunner:
             ],
         }
 
-    def _beam_record(self, line: Line, filling: _BeamFilling) -> Record:
+    def _beam_record(
+        self, line: Line, results: Sequence[tuple[PartlyFilled, Hypothesis]]
+    ) -> Record:
         ends = self._engine.special.end_tokens
         beams = []
-        for partly, hypothesis in filling.result:
+        for partly, hypothesis in results:
             filled = partly.finished(self._tokenizer)
-            has_ended = bool(hypothesis.tokens) and hypothesis.tokens[-1] in ends
             beams.append(
                 {
                     "text": filled.text,
                     "blanks": list(filled.blanks),
-                    "finish_reason": "stop" if has_ended else "length",
+                    "finish_reason": hypothesis.finish_reason(ends),
                     "score": round(hypothesis.score, 6),
                 }
             )
-        self.generated += sum(len(blank) for blank in filling.result[0][0].blanks)
+        self.generated += sum(len(blank) for blank in results[0][0].blanks)
         best = {name: beams[0][name] for name in ("text", "blanks", "finish_reason")}
         return _base(line) | best | {"beams": beams}
 

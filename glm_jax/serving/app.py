@@ -20,6 +20,7 @@ from glm_jax.serving.errors import add_handlers, refused
 from glm_jax.serving.filling import FillRun
 from glm_jax.serving.guards import Guard, Hosts
 from glm_jax.serving.responses import answer
+from glm_jax.serving.run import Run
 from glm_jax.serving.scoring import ScoreRun
 from glm_jax.serving.service import Service
 
@@ -67,6 +68,14 @@ async def _compute(request: Request, function: Callable[..., _Result], *args: An
     return await _service(request).compute(function, *args)
 
 
+async def _answered(
+    request: Request, kind: Callable[[Service, Any], Run], wanted: Any, service: Service
+) -> Response:
+    """Answer what a request wants by a run, as events if it asks for them."""
+    run = await _compute(request, kind, service, wanted)
+    return await answer(request, run, is_stream=bool(getattr(wanted, "stream", False)))
+
+
 _bearer = HTTPBearer(auto_error=False, description="One of the server's API keys.")
 asking = APIRouter(responses=answer_schemas.ERRORS, route_class=_LeanRoute)
 api = APIRouter(responses=answer_schemas.ERRORS)
@@ -100,7 +109,7 @@ def make_app(
     )
     app.state.service = service
     # `Guard` checks keys; this tells the OpenAPI document so.
-    keys = [] if service.keys is None else [Depends(_bearer)]
+    keys = [] if service.settings.keys is None else [Depends(_bearer)]
     for router in (asking, api):
         app.include_router(router, dependencies=keys)
     app.include_router(open_to_all)
@@ -129,8 +138,7 @@ async def completions(
     request: Request, wanted: schemas.CompletionRequest, service: ServiceOf
 ) -> Response:
     """Complete prompts, or fill the one blank of each."""
-    run = await _compute(request, CompletionRun, service, wanted)
-    return await answer(request, run, bool(wanted.stream))
+    return await _answered(request, CompletionRun, wanted, service)
 
 
 @asking.post("/v1/chat/completions", responses=_json_or_events(answer_schemas.ChatCompletion))
@@ -138,8 +146,7 @@ async def chat_completions(
     request: Request, wanted: schemas.ChatRequest, service: ServiceOf
 ) -> Response:
     """Answer messages, by the server's chat template."""
-    run = await _compute(request, ChatRun, service, wanted)
-    return await answer(request, run, bool(wanted.stream))
+    return await _answered(request, ChatRun, wanted, service)
 
 
 @asking.post("/v1/embeddings", response_model=answer_schemas.Embeddings)
@@ -147,22 +154,19 @@ async def embeddings(
     request: Request, wanted: schemas.EmbeddingRequest, service: ServiceOf
 ) -> Response:
     """Return the mean final hidden states of texts."""
-    run = await _compute(request, EmbeddingRun, service, wanted)
-    return await answer(request, run, is_stream=False)
+    return await _answered(request, EmbeddingRun, wanted, service)
 
 
 @asking.post("/v1/fill", responses=_json_or_events(answer_schemas.Filled))
 async def fill(request: Request, wanted: schemas.FillRequest, service: ServiceOf) -> Response:
     """Fill the blanks of a text."""
-    run = await _compute(request, FillRun, service, wanted)
-    return await answer(request, run, bool(wanted.stream))
+    return await _answered(request, FillRun, wanted, service)
 
 
 @asking.post("/v1/score", response_model=answer_schemas.Scored)
 async def score(request: Request, wanted: schemas.ScoreRequest, service: ServiceOf) -> Response:
     """Score choices for the one blank of a text."""
-    run = await _compute(request, ScoreRun, service, wanted)
-    return await answer(request, run, is_stream=False)
+    return await _answered(request, ScoreRun, wanted, service)
 
 
 @asking.post("/tokenize", response_model=answer_schemas.Tokens)
@@ -170,7 +174,7 @@ async def tokenize(
     request: Request, wanted: schemas.TokenizeRequest, service: ServiceOf
 ) -> Response:
     """Return the tokens of a text, including masks; no blank is added at its end."""
-    service.check_model(wanted.model)
+    service.adapter_of(wanted.model)
     encode = service.worker.ready_model().tokenizer.encode
     texts = [text for text in (wanted.text, wanted.prompt) if text is not None]
     if len(texts) != 1:
@@ -188,7 +192,7 @@ async def detokenize(
     request: Request, wanted: schemas.DetokenizeRequest, service: ServiceOf
 ) -> Response:
     """Return the text of tokens."""
-    service.check_model(wanted.model)
+    service.adapter_of(wanted.model)
     decode = service.worker.ready_model().tokenizer.decode
     return await _compute(request, lambda: JSONResponse({"prompt": decode(wanted.tokens)}))
 
@@ -207,7 +211,7 @@ def _described(service: Service, name: str) -> dict[str, Any]:
         "object": "model",
         "created": service.created,
         "owned_by": "glm_jax",
-        "parent": None if name == service.name else service.name,
+        "parent": None if name == service.settings.name else service.settings.name,
     }
 
 
@@ -221,7 +225,7 @@ async def models(service: ServiceOf) -> Response:
 @api.get("/v1/models/{name}", response_model=answer_schemas.Model)
 async def model(name: str, service: ServiceOf) -> Response:
     """Return the model of a name."""
-    service.check_model(name)
+    service.adapter_of(name)
     return JSONResponse(_described(service, name))
 
 

@@ -55,8 +55,8 @@ class ChatRun(CompletionRun):
 
 def _completion_request(service: Service, request: ChatRequest) -> CompletionRequest:
     """Return the completion request whose answer is that to a chat request."""
-    service.check_model(request.model)
-    if service.chat_template is None:
+    service.adapter_of(request.model)
+    if service.settings.chat_template is None:
         raise refused(400, _NO_TEMPLATE, "messages", "no_chat_template")
     tokenizer = service.worker.ready_model().tokenizer
     max_tokens = request.max_completion_tokens
@@ -65,7 +65,7 @@ def _completion_request(service: Service, request: ChatRequest) -> CompletionReq
         raise refused(400, message, "max_tokens")
     if request.top_logprobs is not None and not request.logprobs:
         raise refused(400, "top_logprobs without logprobs: set it to true", "top_logprobs")
-    prompt = service.chat_template.render(
+    prompt = service.settings.chat_template.render(
         [_as_variable(message) for message in request.messages],
         bos_token="",
         eos_token=tokenizer.decode([tokenizer.special_tokens.eop]),

@@ -62,7 +62,7 @@ class CompletionRun(Run):
         self._guide = service.guide(request, self._answers)
         # Each prompt is joined with a copy of the suffix.
         size = len(prompts) * len(request.suffix or "")
-        if size > service.limits.body_bytes:
+        if size > service.settings.limits.body_bytes:
             raise refused(400, f"suffix: {size} characters for {len(prompts)} prompts", "suffix")
         self._prompts = [self._begin_prompt(x) for x in prompts]
         decode, times = self.model.tokenizer.decode, lambda: AnswerTimes(service.metrics)
@@ -227,14 +227,11 @@ class CompletionRun(Run):
                 strict=False,
             ):
                 choice.tokens = len(hypothesis.tokens)
-                has_ended = hypothesis.tokens[-1:] and hypothesis.tokens[-1] in (
-                    partly.special.end_tokens
-                )
                 runs = partly.finished(self.model.tokenizer).pieces
                 text = "".join(run for run, is_blank in runs if is_blank)
                 if self._request.echo:
                     text = choice.prompt.before + text + choice.prompt.after
-                yield choice.piece(text, "stop" if has_ended else "length")
+                yield choice.piece(text, hypothesis.finish_reason(partly.special.end_tokens))
 
     @property
     def _generated(self) -> int:

@@ -2,13 +2,14 @@
 
 import base64
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from starlette.responses import Response
 
 from glm_jax.engine.embedding import Embedding, embedded_sequence
+from glm_jax.generation.scored_texts import grouped
 from glm_jax.generation.shared_scoring import Scoring
 from glm_jax.serving.errors import refused
 from glm_jax.serving.run import Run
@@ -42,7 +43,7 @@ class EmbeddingRun(Run):
             message = f"{len(texts)} texts: at most {_MAX_NUMBERS // size} in one request"
             raise refused(400, message, "input")
         tokens = [self._tokens(number, text) for number, text in enumerate(texts)]
-        self._groups = list(_groups(tokens))
+        self._groups = list(grouped(tokens, SCORED_TOKENS, each=1))  # [gMASK] of each
         self._prompt_tokens = self._queued_tokens = sum(map(len, tokens))
 
     def _tokens(self, number: int, text: str | Sequence[int]) -> Sequence[int]:
@@ -92,18 +93,6 @@ class EmbeddingRun(Run):
 
     async def response(self) -> Response:
         return await self.service.compute(_rendered, await self.whole(), self._is_base64)
-
-
-def _groups(texts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Yield texts in order, as many at once as are run at once."""
-    group, size = list[Sequence[int]](), 0
-    for tokens in texts:
-        if group and size + len(tokens) + 1 > SCORED_TOKENS:
-            yield group
-            group, size = [], 0
-        group.append(tokens)
-        size += len(tokens) + 1
-    yield group
 
 
 def _rendered(whole: dict[str, Any], is_base64: bool) -> Response:

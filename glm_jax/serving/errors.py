@@ -17,6 +17,10 @@ _RETRY_SECONDS = 1
 _MAX_SHOWN = 200  # characters of what a client sent that an error repeats
 
 
+class ServerError(UserError):
+    """An address that a server cannot listen on."""
+
+
 class BusyError(UserError):
     """The queue has no room for a request."""
 

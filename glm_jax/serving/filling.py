@@ -35,7 +35,6 @@ class FillRun(Run):
         tokenizer, limit = self.model.tokenizer, self.model.engine.max_length
         self._choice = service.choice(request, request.num_beams)
         self._special = tokenizer.special_tokens
-        self._ends = self._special.end_tokens
         self._partly = PartlyFilled.begin(
             tokenizer, request.text, limit, bool(request.unidirectional), adapter=self.adapter
         )
@@ -103,10 +102,8 @@ class FillRun(Run):
         await self.session.next()
         partly, hypothesis = self._searching.result[0]
         self._completion_tokens = sum(len(blank) for blank in partly.blanks)
-        has_ended = bool(hypothesis.tokens) and hypothesis.tokens[-1] in self._ends
-        self._reasons = ["stop"] * len(partly.blanks)
-        if partly.blanks and not has_ended:
-            self._reasons[-1] = "length"
+        last = hypothesis.finish_reason(self._special.end_tokens)
+        self._reasons = [*["stop"] * (len(partly.blanks) - 1), last][: len(partly.blanks)]
         self._partly = partly
         for piece in self._finished()["pieces"]:
             yield piece

@@ -158,7 +158,7 @@ class Guard:
             metrics.requests.labels(endpoint, str(status or 499)).inc()
             seconds = time.perf_counter() - began
             metrics.request_seconds.labels(endpoint).observe(seconds)
-            if self._service.logs_requests:
+            if self._service.settings.logs_requests:
                 place = (scope.get("client") or ("-",))[0]
                 named = scope["method"], scope["path"], status or 499, seconds
                 events.log.info("request from %s: %s %r: %d in %.3f s", place, *named)
@@ -203,7 +203,7 @@ class Guard:
         return is_ours or not {origin, "*"}.isdisjoint(self._origins)
 
     def _check_key(self, scope: Scope, authorization: bytes) -> HTTPException | None:
-        path, keys = scope["path"], self._service.keys
+        path, keys = scope["path"], self._service.settings.keys
         is_open = path in _OPEN or path.startswith("/page/") or scope["method"] == "OPTIONS"
         if keys is None or is_open:
             return None
@@ -215,11 +215,11 @@ class Guard:
         return refused(401, message, code="invalid_api_key", headers=more)
 
     def _check_length(self, length: bytes) -> HTTPException | None:
-        is_large = length.isdigit() and int(length) > self._service.limits.body_bytes
+        is_large = length.isdigit() and int(length) > self._service.settings.limits.body_bytes
         return self._too_large() if is_large else None
 
     def _too_large(self) -> HTTPException:
-        limit = self._service.limits.body_bytes
+        limit = self._service.settings.limits.body_bytes
         return refused(413, f"the request is over {limit} bytes: send less")
 
     def _limited(self, receive: Receive) -> Receive:
@@ -230,7 +230,7 @@ class Guard:
             nonlocal count
             message = await receive()
             count += len(message.get("body", b""))
-            if count > self._service.limits.body_bytes:
+            if count > self._service.settings.limits.body_bytes:
                 raise self._too_large()
             return message
 

@@ -67,6 +67,7 @@ class Followers:
     """Process 0's connections to all others.
 
     Attributes:
+      is_asked: whether one of them was asked to end.
       failure: why the processes must end.
     """
 
@@ -80,14 +81,9 @@ class Followers:
         self._waiting_for = set(connections)  # until they are ready
         self._open = {connection: index for index, connection in connections.items()}
         self._changed = threading.Condition()
-        self._is_asked = self._is_ending = False
+        self.is_asked = self._is_ending = False
         self._on_change: Callable[[], object] = lambda: None
         threading.Thread(target=self._listen, name="followers", daemon=True).start()
-
-    @property
-    def is_asked(self) -> bool:
-        """Whether one of them was asked to end."""
-        return self._is_asked
 
     def watch(self, on_change: Callable[[], object]) -> None:
         """Have a function called, in any thread, when `is_asked` or `failure` is set."""
@@ -114,7 +110,7 @@ class Followers:
                 case Ready():
                     self._waiting_for.discard(index)
                 case AskedToEnd():
-                    self._is_asked = True
+                    self.is_asked = True
                 case Failed(reason):
                     failure = f"{name} failed: {reason}"
                 case None:
@@ -143,9 +139,12 @@ class Followers:
             self._changed.wait_for(lambda: self.failure, CAUSE_SECONDS)
         return self.failure or error
 
-    def send(self, orders: Orders) -> None:
-        """Have all followers do what this process does."""
-        self._send(orders)
+    def send(self, message: Orders | End) -> None:
+        """Have all followers do what this process does, or end."""
+        encoded = pickle.dumps(message)
+        for connection in self._connections.values():
+            with contextlib.suppress(OSError):  # the thread that listens to it says so
+                connection.send_bytes(encoded)
 
     def end(self, failure: BaseException | None = None, at_once: bool = False) -> None:
         """Have all followers end; the last use of this.
@@ -162,9 +161,9 @@ class Followers:
                 return
             self._is_ending = True
         if failure is None:
-            self._send(End(None, at_once))
+            self.send(End(None, at_once))
         else:
-            self._send(End(self._described(failure), True))
+            self.send(End(self._described(failure), True))
         with self._changed:
             self._changed.wait_for(lambda: not self._open, _LAST_SECONDS)
 
@@ -172,12 +171,6 @@ class Followers:
         if isinstance(failure, LostProcessError):
             return str(failure)
         return f"process 0 of {self._count} failed: {described(failure)}"
-
-    def _send(self, message: Orders | End) -> None:
-        encoded = pickle.dumps(message)
-        for connection in self._connections.values():
-            with contextlib.suppress(OSError):  # the thread that listens to it says so
-                connection.send_bytes(encoded)
 
 
 class Leader:

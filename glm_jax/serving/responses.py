@@ -29,7 +29,7 @@ async def answer(request: Request, run: Run, is_stream: bool) -> Response:
     """
     run.start(_client(request, run.service))
     if is_stream:
-        return EventStream(_events(run), run.close, run.service.limits.seconds + _GRACE)
+        return EventStream(_events(run), run.close, run.service.settings.limits.seconds + _GRACE)
     try:
         whole = await _while_waited_for(request, run.response())
     finally:
@@ -41,7 +41,7 @@ async def answer(request: Request, run: Run, is_stream: bool) -> Response:
 def _client(request: Request, service: Service) -> Hashable:
     """Return what identifies the client: a digest of its key, or its address where no keys are
     required."""
-    if service.keys is not None:
+    if service.settings.keys is not None:
         key = request.headers.get("authorization", "").partition(" ")[2].strip()
         return hashlib.sha256(key.encode()).digest()
     return None if request.client is None else request.client.host

@@ -48,7 +48,7 @@ class Run(ABC):
         Raises:
           UserError: the queue is full, or the engine refuses the request.
         """
-        limits = self.service.limits
+        limits = self.service.settings.limits
         self.session = self.service.worker.open(
             self._answers, limits.seconds, client, self._queued_tokens
         )

@@ -3,7 +3,7 @@
 from typing import Any
 
 from glm_jax.generation.blank_filling import PartlyFilled
-from glm_jax.generation.scored_texts import score_choices
+from glm_jax.generation.scored_texts import likeliest, score_choices
 from glm_jax.generation.shared_scoring import Scoring
 from glm_jax.serving.run import Run
 from glm_jax.serving.schemas import ScoreRequest
@@ -46,5 +46,5 @@ class ScoreRun(Run):
             }
             for index, choice in enumerate(scored)
         ]
-        best = max(range(len(scored)), key=lambda index: scored[index].log_probability)
+        best = likeliest(scored)
         return self.head() | {"choices": choices, "best": best, "usage": self.usage(0)}

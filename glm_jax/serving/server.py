@@ -8,75 +8,25 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import uvicorn
 import uvloop
 
-from glm_jax.errors import UserError
 from glm_jax.serving import events
 from glm_jax.serving.app import make_app
-from glm_jax.serving.chat_template import ChatTemplate
-from glm_jax.serving.connections import (
-    DEFAULT_CONNECTIONS,
-    ConnectionLimits,
-    Connections,
-    allow_connections,
-)
+from glm_jax.serving.connections import Connections, allow_connections
+from glm_jax.serving.errors import ServerError
 from glm_jax.serving.guards import Hosts, check_proxies
-from glm_jax.serving.keys import Keys
 from glm_jax.serving.links import Followers
 from glm_jax.serving.metrics import Metrics
-from glm_jax.serving.service import DEFAULT_LIMITS, Limits, Service
+from glm_jax.serving.service import Service, Serving
 from glm_jax.serving.worker import ServedModel, Worker
 
 _BACKLOG = 2048
 _LAST_SECONDS = 2.0  # for responses to the requests that the end of the server cancels
 _log = logging.getLogger(__name__)
-
-
-class ServerError(UserError):
-    """An address that a server cannot listen on."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Serving:
-    """Settings of a server.
-
-    Attributes:
-      name: the model's name for clients.
-      adapters: names of its adapters, which clients may ask for instead; their ids count from 1.
-      port: 0 for any free one.
-      max_waiting: answers that may wait for a slot.
-      max_waiting_tokens: see `Worker`.
-      cors_origins: origins of other pages whose scripts may send requests.
-      allowed_hosts: names that requests may be sent to, beside those of `host`.
-      trusted_proxies: addresses or networks of proxies, whose X-Forwarded-For names the client.
-      logs_requests: whether each request is an event of the log.
-      chat_template: makes a prompt of a chat's messages; None for no chat.
-      drain_seconds: time that running requests have to end when the server goes down.
-    """
-
-    name: str
-    host: str = "127.0.0.1"
-    port: int = 8000
-    max_waiting: int = 256
-    max_waiting_tokens: int | None = None
-    limits: Limits = DEFAULT_LIMITS
-    keys: Keys | None = None
-    cors_origins: Sequence[str] = ()
-    allowed_hosts: Sequence[str] = ()
-    trusted_proxies: Sequence[str] = ()
-    connections: ConnectionLimits = DEFAULT_CONNECTIONS
-    drain_seconds: float = 600.0
-    logs_requests: bool = False
-    chat_template: ChatTemplate | None = None
-    adapters: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        if self.name in self.adapters:
-            raise ServerError(f"an adapter has the model's own name, {self.name}: give it another")
 
 
 class _Uvicorn(uvicorn.Server):
@@ -119,16 +69,7 @@ class Server:
             serving.max_waiting_tokens,
             followers,
         )
-        self.service = Service(
-            worker,
-            serving.name,
-            metrics,
-            serving.limits,
-            serving.keys,
-            serving.logs_requests,
-            serving.chat_template,
-            serving.adapters,
-        )
+        self.service = Service(serving, worker, metrics)
         hosts = Hosts.of(serving.host, serving.allowed_hosts)
         check_proxies(serving.trusted_proxies)
         # Twice: headers of chunks may take as much as their contents.

@@ -13,7 +13,8 @@ from glm_jax.engine.sampling import Sampling
 from glm_jax.generation.grammars import Grammar
 from glm_jax.generation.text_request import TextRequest
 from glm_jax.serving.chat_template import ChatTemplate
-from glm_jax.serving.errors import refused
+from glm_jax.serving.connections import DEFAULT_CONNECTIONS, ConnectionLimits
+from glm_jax.serving.errors import ServerError, refused
 from glm_jax.serving.keys import Keys
 from glm_jax.serving.metrics import Metrics
 from glm_jax.serving.schemas import OUR_SETTINGS, CompletionRequest, FillRequest
@@ -37,7 +38,43 @@ class Limits:
     beams: int = 4
 
 
-DEFAULT_LIMITS = Limits()
+@dataclasses.dataclass(frozen=True)
+class Serving:
+    """Settings of a server.
+
+    Attributes:
+      name: the model's name for clients.
+      adapters: names of its adapters, which clients may ask for instead; their ids count from 1.
+      port: 0 for any free one.
+      max_waiting: answers that may wait for a slot.
+      max_waiting_tokens: see `Worker`.
+      cors_origins: origins of other pages whose scripts may send requests.
+      allowed_hosts: names that requests may be sent to, beside those of `host`.
+      trusted_proxies: addresses or networks of proxies, whose X-Forwarded-For names the client.
+      logs_requests: whether each request is an event of the log.
+      chat_template: makes a prompt of a chat's messages; None for no chat.
+      drain_seconds: time that running requests have to end when the server goes down.
+    """
+
+    name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_waiting: int = 256
+    max_waiting_tokens: int | None = None
+    limits: Limits = Limits()
+    keys: Keys | None = None
+    cors_origins: Sequence[str] = ()
+    allowed_hosts: Sequence[str] = ()
+    trusted_proxies: Sequence[str] = ()
+    connections: ConnectionLimits = DEFAULT_CONNECTIONS
+    drain_seconds: float = 600.0
+    logs_requests: bool = False
+    chat_template: ChatTemplate | None = None
+    adapters: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.name in self.adapters:
+            raise ServerError(f"an adapter has the model's own name, {self.name}: give it another")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,21 +82,12 @@ class Service:
     """The parts of a server.
 
     Attributes:
-      name: the model's name for clients.
-      adapters: names of its adapters, by which clients ask for the model with one of them.
-      logs_requests: whether each request is an event of the log.
-      chat_template: makes a prompt of a chat's messages; None for no chat.
       created: start time, in seconds since the epoch.
     """
 
+    settings: Serving
     worker: Worker
-    name: str
     metrics: Metrics
-    limits: Limits = DEFAULT_LIMITS
-    keys: Keys | None = None
-    logs_requests: bool = False
-    chat_template: ChatTemplate | None = None
-    adapters: Sequence[str] = ()
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     # Two threads: a long body does not wait for one other.
     _threads: Executor = dataclasses.field(
@@ -73,11 +101,7 @@ class Service:
     @property
     def names(self) -> tuple[str, ...]:
         """Names that clients may ask for, by `Prompt.adapter`: the model's, then its adapters'."""
-        return self.name, *self.adapters
-
-    def check_model(self, name: str | None) -> None:
-        """Raise HTTPException for the name of another model; None is any."""
-        self.adapter_of(name)
+        return self.settings.name, *self.settings.adapters
 
     def adapter_of(self, name: str | None) -> int:
         """Return the `Prompt.adapter` of a name that a client asks for; None is the model's.
@@ -110,8 +134,8 @@ class Service:
           UserError: a setting out of range.
         """
         beams = beams or 1
-        if beams > self.limits.beams:
-            message = f"{name_of_beams}={beams}: this server takes at most {self.limits.beams}"
+        if beams > (limit := self.settings.limits.beams):
+            message = f"{name_of_beams}={beams}: this server takes at most {limit}"
             raise refused(400, message, name_of_beams)
         settings = self._settings(request)
         if beams == 1:
