@@ -1,8 +1,11 @@
 """What the suites of `launch.benchmark` are made of."""
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 
@@ -35,3 +38,19 @@ def find_torch() -> Any:
         print("torch is not installed: its cases are left out")
         return None
     return torch
+
+
+@contextlib.contextmanager
+def process_group(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a process of a group of its own, all of which is killed if it still runs at the end.
+
+    Args:
+      options: of `subprocess.Popen`.
+    """
+    process = subprocess.Popen(command, start_new_session=True, **options)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

@@ -6,7 +6,6 @@ This process never touches the device: a part may need nearly all of its memory.
 import datetime
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 from glm_jax.errors import UserError
 from glm_jax.model import gpu_layout
 from launch.suites import gpu_checks
+from launch.suites.case import process_group
 
 Results = dict[str, Any]
 
@@ -132,15 +132,10 @@ def _run_part(
         command = [sys.executable, "-m", "launch.suites.gpu_parts", *arguments]
         log = Path(folder) / "log"
         with log.open("w+", encoding="utf-8") as file, output.open(encoding="utf-8") as written:
-            process = subprocess.Popen(
-                [*command, f"--output={output}"],
-                env=os.environ | variables,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # torch.compile has processes of its own
-            )
             ends, text, has_ended = time.monotonic() + limit, "", False
-            try:
+            options = {"env": os.environ | variables, "stdout": file, "stderr": subprocess.STDOUT}
+            # A group, for torch.compile has processes of its own.
+            with process_group([*command, f"--output={output}"], **options) as process:
                 while not has_ended and time.monotonic() < ends:
                     has_ended = process.poll() is not None
                     # The last line may be half written.
@@ -148,10 +143,6 @@ def _run_part(
                     for line in lines:
                         take(json.loads(line))
                     time.sleep(0 if has_ended else _POLL)
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
         if not has_ended:
             return f"no more time after {limit:.0f} s"
         return _last_line(log) if process.returncode else None

@@ -25,6 +25,7 @@ from launch.suites.gpu_parts import (
     often,
     turns_of,
 )
+from launch.suites.tuned_products import all_of
 
 _COMPILERS = 8  # programs that are compiled at once
 _MAX_TORCH_ROWS = 128
@@ -101,13 +102,12 @@ class _Job:
         """A compiled product of all activations with all weights."""
         weight = jax.eval_shape(lambda: _weight(self.stored_as, self.inputs, self.outputs, 0))
         x = jax.eval_shape(self.activations)
-        multiply: Any = {
+        products: dict[str, Any] = {
             "float16": jnp.matmul,
             "float16_back": lambda x, weight: jnp.matmul(x, weight.T),
             "int4_back": transposed_matmul,
-        }.get(self.form, quantized_matmul)
-        product = jax.jit(multiply)  # traced once, however many products there are
-        run = jax.jit(lambda xs, weights: [product(x, weight) for x in xs for weight in weights])
+        }
+        run = all_of(products.get(self.form, quantized_matmul))
         return run.lower(x, [weight] * self.copies).compile()
 
 

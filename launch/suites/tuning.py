@@ -11,8 +11,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -32,6 +30,7 @@ from glm_jax.kernels.quantized_matmul.api import BACKENDS
 from glm_jax.kernels.quantized_matmul.arguments import Arguments
 from glm_jax.quantization import Scheme
 from glm_jax.text_files import to_json
+from launch.suites.case import process_group
 from launch.suites.tuned_products import (
     Case,
     Failure,
@@ -142,23 +141,20 @@ def _run_worker(request: Request, trial: Path) -> tuple[int | None, Failure | No
         json.dumps(dataclasses.asdict(request)),
     ]
     ends = time.monotonic() + request.seconds
-    process = subprocess.Popen(command, start_new_session=True)
     try:
-        while process.poll() is None:
-            time.sleep(_POLL)
-            if time.monotonic() > ends:
-                return None, None
-            if time.time() - trial.stat().st_mtime > _MAX_TRIAL:
-                running = _on_trial(trial)
-                if running is not None and "implementation" in running:
-                    return None, running | {"reason": f"it did not end within {_MAX_TRIAL} s"}
-        tried = _on_trial(trial)
-        reason = {"reason": f"the process ended with status {process.returncode}"}
-        return process.returncode, None if tried is None else reason | tried
+        with process_group(command) as process:
+            while process.poll() is None:
+                time.sleep(_POLL)
+                if time.monotonic() > ends:
+                    return None, None
+                if time.time() - trial.stat().st_mtime > _MAX_TRIAL:
+                    running = _on_trial(trial)
+                    if running is not None and "implementation" in running:
+                        return None, running | {"reason": f"it did not end within {_MAX_TRIAL} s"}
+            tried = _on_trial(trial)
+            reason = {"reason": f"the process ended with status {process.returncode}"}
+            return process.returncode, None if tried is None else reason | tried
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
         trial.unlink(missing_ok=True)
 
 

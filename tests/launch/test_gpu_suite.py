@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from glm_jax.errors import UserError
-from launch.suites import gpu, gpu_goals, gpu_parts, gpu_products, gpu_report, mosaic
+from launch.suites import gpu, gpu_goals, gpu_parts, gpu_products, gpu_report
 
 TINY = gpu_parts.SHAPES["tiny"]
 ROOT = Path(__file__).parent.parent.parent
@@ -30,13 +30,6 @@ def test_rates_and_products(tmp_path):
     assert products[0]["int8_us"] > 0
     assert all(p["int4_us"] > 0 and p["float16_us"] > 0 for p in products)
     assert products[1]["int4_back_us"] > 0 < products[1]["float16_back_us"]
-
-
-def test_products_of_weights_laid_out_for_mosaic():
-    shapes = dataclasses.replace(gpu_parts.SHAPES["tiny"], rows=(1,))
-    (line,) = mosaic.mosaic_products(shapes, every=True, bits=(4,))
-    assert list(line["us"]) == ["float16", "default", "mosaic"]  # others where there is a GPU
-    assert line["error"] < 1e-3
 
 
 @pytest.mark.parametrize(("variable", "expected"), [("", "mosaic"), ("stored", "stored")])

@@ -8,6 +8,7 @@ pairs evenly, whatever the shape; a tile that several worked on comes back in pa
 added in one order.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -147,7 +148,13 @@ def _copy(
     stop: Array,
     plan: Plan,
 ) -> None:
-    """Copies what each step takes into shared memory."""
+    """Copies the operands of each of a program's steps into shared memory.
+
+    Args:
+      memory, shared: the operands in global memory and, by stage, in shared memory.
+      full, empty: barriers of stages: all operands are there; all warpgroups have read them.
+      first, stop: the program's steps, numbered over all tiles.
+    """
     blocks = plan.blocks
 
     def wait(index: Array, _: None = None) -> None:
@@ -187,17 +194,17 @@ def _multiply(
     warpgroup: Array,
     plan: Plan,
 ) -> tuple[Array, ...]:
-    """Products of a warpgroup's tiles over some steps, each [64, rows]."""
+    """Products of a warpgroup's tiles over some steps, each [64, rows]; arguments as `_copy`'s."""
     blocks = plan.blocks
 
     def one(step: Array, totals: Any, accumulators: Any = None) -> Any:
         stage = lax.rem(step - first, blocks.stages)
         plgpu.barrier_wait(full.at[stage])
-        here = {name: ref.at[stage] for name, ref in shared.items()}
+        here = Step({name: ref.at[stage] for name, ref in shared.items()}, warpgroup, plan)
         if blocks.scale_first:
-            totals = _accumulate_step(accumulators or totals, here, warpgroup, plan)
+            totals = here.accumulate(accumulators or totals)
         else:
-            totals = _add_step(totals, here, warpgroup, plan)
+            totals = here.add_to(totals)
         plgpu.barrier_arrive(empty.at[stage])
         return totals
 
@@ -216,134 +223,123 @@ def _multiply(
     if not plan.interpret:
         zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
     totals = lax.fori_loop(*steps, one, (zero,) * blocks.tiles)
-    return tuple(total / _factors(plan, total) for total in totals)
+    return tuple(total / plan.factors(total) for total in totals)
 
 
-def _add_step(
-    totals: tuple[Array, ...], here: dict[str, Any], warpgroup: Array, plan: Plan
-) -> tuple[Array, ...]:
-    """Adds a step's products, scaled group by group."""
-    added = list(totals)
-    pairs = [(g, t) for g in range(plan.groups) for t in range(plan.blocks.tiles)]
-    parts = _products(here, pairs, warpgroup, plan)
-    for (group, index), part in zip(pairs, parts, strict=True):
-        tile = warpgroup * plan.blocks.tiles + index
-        if plan.sums:
-            sums = _vector(here["sums"].at[group], 0, plan, part)
-            part = part - _excess(here, group, tile, plan, part) * sums
-        added[index] += part * _vector(here["scales"].at[group, tile], 1, plan, part)
-    return tuple(added)
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A warpgroup's part in a step.
 
+    Attributes:
+      refs: the step's operands in shared memory, by name.
+      warpgroup: index; its tiles of 64 outputs follow each other.
+    """
 
-def _excess(
-    here: dict[str, Any], group: int, tile: Array, plan: Plan, like: Array
-) -> Array | float:
-    """How much larger weights are, as they are multiplied, than what they stand for."""
-    offset, _ = plan.form
-    if plan.zeros:
-        return _factors(plan, like) * (
-            offset + _vector(here["zeros"].at[group, tile], 1, plan, like)
-        )
-    return _factors(plan, like) * offset
+    refs: dict[str, Any]
+    warpgroup: Array | int
+    plan: Plan
 
+    def add_to(self, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Totals [64, rows] of tiles with the step's products, scaled group by group."""
+        plan, added = self.plan, list(totals)
+        pairs = [(g, t) for g in range(plan.groups) for t in range(plan.blocks.tiles)]
+        for (group, tile), part in zip(pairs, self._products(pairs), strict=True):
+            if plan.sums:
+                sums = self._broadcast(self.refs["sums"].at[group], 0, part)
+                part = part - self._excess(group, tile, part) * sums
+            added[tile] += part * self._of_outputs("scales", group, tile, part)
+        return tuple(added)
 
-def _factors(plan: Plan, like: Array) -> Array | float:
-    """By what a tile's weights, [64, rows], are multiplied in `plan.form`."""
-    _, (first, second) = plan.form
-    if first == second:
-        return first
-    index = lax.broadcasted_iota(jnp.int32, (TILE,), 0)
-    factors = jnp.where(lax.rem(index, 16) < 8, jnp.float32(first), jnp.float32(second))
-    return lax.broadcast_in_dim(factors, like.shape, (0,))
+    def accumulate(self, accumulators: tuple[Any, ...]) -> tuple[Array, ...] | None:
+        """Multiplies the step's scaled weights into accumulators, one for each tile."""
+        plan, operand, totals = self.plan, self._operands(), list(accumulators)
+        for chunk in range(plan.blocks.inputs // plan.chunk):
+            for tile in range(plan.blocks.tiles):
+                values, x = operand(tile, chunk)
+                values = self.scaled(values, chunk * plan.chunk // plan.group, tile)
+                if plan.interpret:
+                    totals[tile] += _dot(values, x)
+                else:
+                    plgpu.wgmma(accumulators[tile], values, x.T)
+                    plgpu.wgmma_wait(1)
+        if plan.interpret:
+            return tuple(totals)
+        plgpu.wgmma_wait(0)
+        return None
 
+    def scaled(self, values: Array, group: int, tile: int) -> Array:
+        """Weights [64, chunk] of one group, less their zero points, times their scales."""
+        if self.plan.zeros:
+            values = values - self._of_outputs("zeros", group, tile, values)
+        return values * self._of_outputs("scales", group, tile, values)
 
-def _products(
-    here: dict[str, Any], pairs: list[tuple[int, int]], warpgroup: Array, plan: Plan
-) -> list[Array]:
-    """Products of groups and tiles, [64, rows] each. One is multiplied while the next converts."""
-    chunks = plan.group // plan.chunk
-    operand = _operands(here, warpgroup, plan)
-    if plan.interpret:
-        of_group = lambda group: range(group * chunks, (group + 1) * chunks)
-        sums = [[_dot(*operand(i, c)) for c in of_group(group)] for group, i in pairs]
-        return [functools.reduce(jnp.add, chunks_of_group) for chunks_of_group in sums]
+    def _excess(self, group: int, tile: int, like: Array) -> Array | float:
+        """How much larger weights are, as they are multiplied, than what they stand for."""
+        plan = self.plan
+        offset, _ = plan.form
+        if plan.zeros:
+            return plan.factors(like) * (offset + self._of_outputs("zeros", group, tile, like))
+        return plan.factors(like) * offset
 
-    def scoped(*accumulators: Any) -> list[Array]:
-        done = []
-        for number, (group, index) in enumerate(pairs):
-            for chunk in range(chunks):
-                values, x = operand(index, group * chunks + chunk)
-                plgpu.wgmma(accumulators[number], values, x.T)
-            if number:
-                done.append(plgpu.wgmma_accumulator_load(accumulators[number - 1], wait_n=chunks))
-        done.append(plgpu.wgmma_accumulator_load(accumulators[-1], wait_n=0))
-        return done
+    def _products(self, pairs: list[tuple[int, int]]) -> list[Array]:
+        """Products of groups and tiles, [64, rows] each. One is multiplied while the next
+        converts."""
+        plan, operand = self.plan, self._operands()
+        chunks = plan.group // plan.chunk
+        if plan.interpret:
+            of_group = lambda group: range(group * chunks, (group + 1) * chunks)
+            sums = [[_dot(*operand(i, c)) for c in of_group(group)] for group, i in pairs]
+            return [functools.reduce(jnp.add, chunks_of_group) for chunks_of_group in sums]
 
-    shape = (TILE, plan.blocks.rows)
-    products: list[Array] = pl.run_scoped(
-        scoped, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32)] * len(pairs)
-    )
-    return products
+        def scoped(*accumulators: Any) -> list[Array]:
+            done = []
+            for number, (group, tile) in enumerate(pairs):
+                for chunk in range(chunks):
+                    values, x = operand(tile, group * chunks + chunk)
+                    plgpu.wgmma(accumulators[number], values, x.T)
+                if number:
+                    before = accumulators[number - 1]
+                    done.append(plgpu.wgmma_accumulator_load(before, wait_n=chunks))
+            done.append(plgpu.wgmma_accumulator_load(accumulators[-1], wait_n=0))
+            return done
 
+        kind = plgpu.WGMMAAccumulatorRef((TILE, plan.blocks.rows), jnp.float32)
+        products: list[Array] = pl.run_scoped(scoped, *[kind] * len(pairs))
+        return products
 
-def _accumulate_step(
-    accumulators: tuple[Any, ...], here: dict[str, Any], warpgroup: Array, plan: Plan
-) -> tuple[Array, ...] | None:
-    """Multiplies a step's scaled weights into accumulators, one for each tile."""
-    operand = _operands(here, warpgroup, plan)
-    totals = list(accumulators)
-    for chunk in range(plan.blocks.inputs // plan.chunk):
-        for index in range(plan.blocks.tiles):
-            values, x = operand(index, chunk)
-            values = scaled(values, here, chunk * plan.chunk // plan.group, index, warpgroup, plan)
-            if plan.interpret:
-                totals[index] += _dot(values, x)
-            else:
-                plgpu.wgmma(accumulators[index], values, x.T)
-                plgpu.wgmma_wait(1)
-    if plan.interpret:
-        return tuple(totals)
-    plgpu.wgmma_wait(0)
-    return None
+    def _operands(self) -> Any:
+        """A function of (tile, chunk) to weights [64, chunk] and x [rows, chunk] that is shared."""
+        plan, loaded = self.plan, dict[tuple[int, int], list[Array]]()
+        tiles = max(1, plan.chunk // TILE)
+        load = mosaic_registers.emulate if plan.interpret else mosaic_registers.load
+
+        def operand(tile: int, chunk: int) -> tuple[Array, Any]:
+            first, part = divmod(chunk * plan.chunk, tiles * TILE)
+            if (tile, first) not in loaded:
+                values = self.refs["values"].at[self._output(tile), pl.ds(first * tiles, tiles)]
+                loaded[tile, first] = load(values, plan.bits, plan.dtype, plan.chunk, plan.raw)
+            x = self.refs["x"].at[:, pl.ds(chunk * plan.chunk, plan.chunk)]
+            return loaded[tile, first][part // plan.chunk], x
+
+        return operand
+
+    def _output(self, tile: int) -> Array | int:
+        """The index of one of the warpgroup's tiles among the program's."""
+        return self.warpgroup * self.plan.blocks.tiles + tile
+
+    def _of_outputs(self, name: str, group: int, tile: int, like: Array) -> Array:
+        """A group's scales or zero points of a tile's 64 outputs, in the shape of `like`."""
+        return self._broadcast(self.refs[name].at[group, self._output(tile)], 1, like)
+
+    def _broadcast(self, ref: Any, axis: int, like: Array) -> Array:
+        """A vector of shared memory, as wide as a matrix in registers whose `axis` it lacks."""
+        if self.plan.interpret:
+            vector = ref[...]
+        else:
+            vector = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(axis), optimized=False)
+        return lax.broadcast_in_dim(vector.astype(like.dtype), like.shape, (1 - axis,))
 
 
 def _dot(values: Array, x: Any) -> Array:
     """What wgmma adds, in the interpreter, which has no operand in registers."""
     return jnp.dot(values, x[...].T, preferred_element_type=jnp.float32)
-
-
-def scaled(
-    values: Array, here: dict[str, Any], group: int, index: int, warpgroup: Array | int, plan: Plan
-) -> Array:
-    """Weights [64, chunk] of one group, less their zero points, times their scales."""
-    tile = warpgroup * plan.blocks.tiles + index
-    if plan.zeros:
-        values = values - _vector(here["zeros"].at[group, tile], 1, plan, values)
-    return values * _vector(here["scales"].at[group, tile], 1, plan, values)
-
-
-def _operands(here: dict[str, Any], warpgroup: Array, plan: Plan) -> Any:
-    """A function of (tile, chunk) to (weights [64, chunk], x [rows, chunk] in shared memory)."""
-    loaded: dict[tuple[int, int], list[Array]] = {}
-    tiles = max(1, plan.chunk // TILE)
-    load = mosaic_registers.emulate if plan.interpret else mosaic_registers.load
-
-    def operand(index: int, chunk: int) -> tuple[Array, Any]:
-        first, part = divmod(chunk * plan.chunk, tiles * TILE)
-        if (index, first) not in loaded:
-            output = warpgroup * plan.blocks.tiles + index
-            values = here["values"].at[output, pl.ds(first * tiles, tiles)]
-            loaded[index, first] = load(values, plan.bits, plan.dtype, plan.chunk, plan.raw)
-        x = here["x"].at[:, pl.ds(chunk * plan.chunk, plan.chunk)]
-        return loaded[index, first][part // plan.chunk], x
-
-    return operand
-
-
-def _vector(ref: Any, axis: int, plan: Plan, like: Array) -> Array:
-    """A vector of shared memory, as wide as a matrix in registers whose `axis` it lacks."""
-    if plan.interpret:
-        vector = ref[...]
-    else:
-        vector = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(axis), optimized=False)
-    return lax.broadcast_in_dim(vector.astype(like.dtype), like.shape, (1 - axis,))

@@ -74,6 +74,15 @@ class Plan:
         """Offset and factors of weights as they are multiplied."""
         return mosaic_registers.raw_form(self.dtype) if self.raw else (0.0, (1.0, 1.0))
 
+    def factors(self, like: Float[Array, "64 rows"]) -> Array | float:
+        """By what a tile's products are multiplied in `form`, in the shape of `like`."""
+        _, (first, second) = self.form
+        if first == second:
+            return first
+        index = lax.broadcasted_iota(jnp.int32, (TILE,), 0)
+        factors = jnp.where(lax.rem(index, 16) < 8, jnp.float32(first), jnp.float32(second))
+        return lax.broadcast_in_dim(factors, like.shape, (0,))
+
     def pad(self, x: Float[Array, "rows inputs"]) -> Float[Array, "padded inputs"]:
         """Rows of zeros behind x, to whole tiles."""
         return jnp.pad(x, ((0, -len(x) % self.blocks.rows), (0, 0)))

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from glm_jax.kernels.quantized_matmul import mosaic_registers
 from glm_jax.kernels.quantized_matmul.mosaic_blocks import Blocks, ConvertedTiles, Division
-from glm_jax.kernels.quantized_matmul.mosaic_gpu import scaled, scales_by_tile, swizzled
+from glm_jax.kernels.quantized_matmul.mosaic_gpu import Step, scales_by_tile, swizzled
 from glm_jax.kernels.quantized_matmul.mosaic_layout import LANES, TILE, MosaicArray
 from glm_jax.kernels.quantized_matmul.mosaic_plan import Plan, scales_of
 
@@ -86,6 +86,7 @@ def _kernel(
     for name, ref in zip(names, operands, strict=True):
         plgpu.copy_gmem_to_smem(ref.at[slices[name]], shared[name], full)
     plgpu.barrier_wait(full)
+    here = Step(shared, 0, plan)
     load = mosaic_registers.emulate if plan.interpret else mosaic_registers.load
     tiles = max(1, plan.chunk // TILE)
     for start in range(0, step // TILE, tiles):
@@ -93,8 +94,7 @@ def _kernel(
         parts = load(words, plan.bits, plan.dtype, plan.chunk, False)
         for index, part in enumerate(parts):
             column = start * TILE + index * plan.chunk
-            group = column // plan.group
-            floats[:, pl.ds(column, plan.chunk)] = scaled(part, shared, group, 0, 0, plan)
+            floats[:, pl.ds(column, plan.chunk)] = here.scaled(part, column // plan.group, 0)
     plgpu.commit_smem()
     written = out.at[pl.ds(row * TILE, TILE), pl.ds(block * step, step)]
     plgpu.copy_smem_to_gmem(floats, written)
