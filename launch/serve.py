@@ -37,8 +37,8 @@ try:
     from glm_jax.serving.follower import Follower
     from glm_jax.serving.keys import Keys
     from glm_jax.serving.links import Followers, Leader, connect
-    from glm_jax.serving.server import Serving, serve
-    from glm_jax.serving.service import Limits
+    from glm_jax.serving.server import serve
+    from glm_jax.serving.service import Limits, Serving
     from glm_jax.serving.worker import ServedModel
 
     _missing = None

@@ -23,7 +23,8 @@ from glm_jax.generation.driver import complete_all
 from glm_jax.model import params as glm_params
 from glm_jax.model.device_layout import prepare
 from glm_jax.model.params import GLMParams
-from glm_jax.serving.server import Serving, serve
+from glm_jax.serving.server import serve
+from glm_jax.serving.service import Serving
 from glm_jax.serving.worker import ServedModel
 from launch.suites.case import Case
 from launch.suites.decode import SPECIAL, make_int4, part_of_model, random_prompt

@@ -15,7 +15,8 @@ from glm_jax.engine.engine import Engine, EngineSettings
 from glm_jax.model import params as glm_params
 from glm_jax.model.adapters import attach_several
 from glm_jax.model.device_layout import prepare
-from glm_jax.serving.server import Server, Serving, bound_socket
+from glm_jax.serving.server import Server, bound_socket
+from glm_jax.serving.service import Serving
 from glm_jax.serving.worker import ServedModel
 
 NAME = "tiny"

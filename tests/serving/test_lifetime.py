@@ -10,8 +10,8 @@ import pytest
 from served import ASKED, Served, error_of, post, tiny_served
 
 from glm_jax.errors import UserError
-from glm_jax.serving.errors import UnavailableError
-from glm_jax.serving.server import ServerError, bound_socket
+from glm_jax.serving.errors import ServerError, UnavailableError
+from glm_jax.serving.server import bound_socket
 
 pytest_plugins = ["serving_fixtures"]
 
