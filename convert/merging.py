@@ -24,9 +24,11 @@ class MergedModel:
     """An `OpenModel` whose kernels have adapters in them."""
 
     def __init__(self, model: OpenModel, adapter: Path):
-        """Raises:
-        ConvertError: the model is quantised.
-        CheckpointError: there are no adapters, or they belong to another model.
+        """Read the adapters' settings.
+
+        Raises:
+          ConvertError: the model is quantised.
+          CheckpointError: there are no adapters, or they belong to another model.
         """
         if model.bits is not None:
             raise ConvertError(

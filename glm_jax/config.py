@@ -295,7 +295,7 @@ class GLMConfig:
 
 
 def _check_special_tokens(special: SpecialTokens, vocab_size: int) -> None:
-    """Raises ConfigError for ids outside of a vocabulary, and for one that two tokens have."""
+    """Raise ConfigError for ids outside of a vocabulary, and for one that two tokens have."""
     names: dict[int, str] = {}
     for name, token in dataclasses.asdict(special).items():
         if token >= vocab_size:

@@ -13,8 +13,8 @@ _LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}
 def progress_bar(
     of: Iterable[Any] | None = None, *, desc: str, total: int | None = None, **more: Any
 ) -> "tqdm[Any]":
-    """A tqdm, which draws a bar where stderr is a terminal; elsewhere it writes a line at the
-    beginning, at most every half minute, and at the end.
+    """Return a tqdm, which draws a bar where stderr is a terminal; elsewhere it writes a line at
+    the beginning, at most every half minute, and at the end.
 
     Args:
       of: what is iterated over, if anything is.

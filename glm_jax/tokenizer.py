@@ -72,7 +72,7 @@ class TokenizerConfig:
 
     @classmethod
     def for_vocabulary(cls, num_text_tokens: int) -> "TokenizerConfig":
-        """The same layout for a small vocabulary: text first, then special tokens."""
+        """Return the same layout for a small vocabulary: text first, then special tokens."""
         names = [f.name for f in dataclasses.fields(SpecialTokens) if f.name != "eos"]
         ids = {name: num_text_tokens + i for i, name in enumerate(names)}
         return cls(0, SpecialTokens(**ids, eos=2), "continued")
@@ -103,7 +103,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | os.PathLike[str], config: TokenizerConfig | None = None):
-        """Reads a folder (`tokenizer.model`, `tokenizer_config.json`) or a .model file.
+        """Read a folder (`tokenizer.model`, `tokenizer_config.json`) or a .model file.
 
         Args:
           config: the id layout; by default that of the config file beside the model, or
@@ -197,7 +197,7 @@ class Tokenizer:
         return [self._config.text_offset + piece for piece in pieces]
 
     def _encode_continued(self, part: str, is_first: bool, is_last: bool) -> list[int]:
-        """A part of a running text. The blank before a special token belongs to what will
+        """Return a part of a running text. The blank before a special token belongs to what will
         fill it, because a word's blank is part of its piece."""
         if not is_last and part.endswith(" ") and not part.endswith("  "):
             part = part[:-1]
@@ -228,7 +228,7 @@ class Tokenizer:
 
 
 def checked_id(token: Any) -> int:
-    """A token's id as an int.
+    """Return a token's id as an int.
 
     Raises:
       TokenizerError: it is negative, or no integer.
@@ -244,7 +244,7 @@ def checked_id(token: Any) -> int:
 
 
 def check_fits(tokenizer: Any, config: GLMConfig) -> None:
-    """Checks that a tokenizer is one of a model; before its weights are read.
+    """Check that a tokenizer is one of a model; before its weights are read.
 
     Args:
       tokenizer: has `special_tokens` and, where it knows, `vocab_size`.
@@ -280,7 +280,7 @@ def check_fits(tokenizer: Any, config: GLMConfig) -> None:
 
 
 def save_tokenizer(folder: str | os.PathLike[str], model: bytes, config: TokenizerConfig) -> None:
-    """Writes a sentencepiece model and its id layout, the form that `Tokenizer` reads."""
+    """Write a sentencepiece model and its id layout, the form that `Tokenizer` reads."""
     path = Path(folder)
     # The model last: alone it would be read with another id layout.
     write_text(path / CONFIG_FILE, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
@@ -343,12 +343,12 @@ def _training_lines(text: str) -> Iterator[str]:
 
 
 def _split(text: str, words: tuple[str, ...]) -> list[str]:
-    """A text cut before and after each of some words."""
+    """Return a text cut before and after each of some words."""
     return re.split("(" + "|".join(map(re.escape, words)) + ")", text) if words else [text]
 
 
 def byte_tokenizer(special_tokens: SpecialTokens, vocab_size: int) -> Tokenizer:
-    """A stand-in for a model without a tokenizer of its own: each byte of a text is a token.
+    """Return a stand-in for a model without a tokenizer of its own: each byte of a text is a token.
 
     Args:
       vocab_size: of the model. Ids that no byte has are decoded as "<|ID|>".

@@ -128,7 +128,7 @@ def _are_adapters(is_named: bool, values: Sequence[str]) -> bool:
 
 
 def _named_folder(value: str) -> tuple[str | None, str]:
-    """The name and the folder of NAME=FOLDER; a folder alone, with a "=" or not, has no name."""
+    """Return the name and the folder of NAME=FOLDER; a folder alone, even with "=", has no name."""
     named = _NAMED_FOLDER.fullmatch(value)
     return (None, value) if named is None or os.path.exists(value) else (named[1], named[2])
 

@@ -167,7 +167,7 @@ def main() -> None:
 
 
 def _shared_settings() -> dict[str, Any]:
-    """Flags that are the same in all processes of a model."""
+    """Return flags that are the same in all processes of a model."""
     names = [flag.name for flag in FLAGS.flags_by_module_dict()["launch.model_flags"]]
     values = {name: FLAGS[name].value for name in names}
     return values | dataclasses.asdict(_engine_settings())

@@ -216,8 +216,8 @@ def _change(path: Path, size: int, crc: int | None) -> str | None:
 
 
 def unreadable(what: Any, error: Exception) -> UserError:
-    """The error to raise where a library cannot read stored data: a DamageError, but where the
-    system refused to read it."""
+    """Return the error to raise where a library cannot read stored data: a DamageError, but
+    where the system refused to read it."""
     refused = system_refusal(error, str(what))
     if refused is None or isinstance(error, FileNotFoundError):
         return damaged(what, str(error)[:300] or type(error).__name__)

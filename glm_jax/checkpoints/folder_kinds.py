@@ -78,7 +78,7 @@ def _folder(place: Path, has_other_config: bool) -> str:
 
 
 def is_model(place: Path) -> bool:
-    """True of a folder with a model's config and parameters, whatever their state."""
+    """Return True of a folder with a model's config and parameters, whatever their state."""
     return (place / CONFIG_FILE).is_file() and (place / "params").is_dir()
 
 

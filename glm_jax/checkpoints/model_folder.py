@@ -360,8 +360,8 @@ def _described_part(
     end: int,
     mesh: Mesh | None,
 ) -> tuple[str, LayerParams, Any]:
-    """A part's name, its layers as a format says that they are stored (scales in their own dtype),
-    and its metadata."""
+    """Return a part's name, its layers as a format says that they are stored (scales in their own
+    dtype), and its metadata."""
     name = parameter_files.layers_part(first, end)
     metadata = parameter_files.part_metadata(folder, name)
     config = config.replace(num_layers=end - first)

@@ -68,7 +68,8 @@ class StoredValues:
     """Where the values of an OCDBT store are; its files stay open until `close`."""
 
     def __init__(self, folder: Path):
-        """
+        """Open a store.
+
         Raises:
           DamageError: the store has no index, or one that is damaged.
         """

@@ -15,7 +15,7 @@ _HEADER = ("task", "group", "metric", "examples", "max", "median", "average (95%
 
 
 def read_published(path: Path, precision: str | None = None) -> dict[str, dict[str, float]]:
-    """Published numbers: by task, then metric.
+    """Return published numbers: by task, then metric.
 
     Args:
       precision: "int8" or "int4" for numbers of the model in so many bits, where there are.

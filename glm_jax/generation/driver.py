@@ -51,10 +51,7 @@ class Answer(abc.ABC):
         return False
 
     def check(self) -> None:
-        """
-        Raises:
-          Exception: `error`.
-        """
+        """Raise `error`, if there is one."""
         if self.error is not None:
             raise self.error
 

@@ -59,7 +59,8 @@ class Vocabulary:
     """
 
     def __init__(self, tokenizer: Any):
-        """
+        """Give the library a tokenizer's pieces.
+
         Raises:
           GrammarError: the library is not installed, or the tokenizer has no pieces.
         """
@@ -223,7 +224,7 @@ class GrammarState:
         return allowed, self._matcher.is_accepting()
 
     def _first(self) -> tuple[Mask, bool]:
-        """What may come first: a text of the grammar behind the mark, or without it."""
+        """Return what may come first: a text of the grammar behind the mark, or without it."""
         is_spaced = self._vocabulary.is_spaced
         with_mark = self._computed() & is_spaced
         self._matcher.consume_token(self._vocabulary.space)
@@ -320,7 +321,7 @@ _SOURCES: dict[str, Any] = {"guided_choice": _choice, "guided_regex": _regex, "g
 
 
 def _reason(message: str) -> str:
-    """The library's message in a line: without its picture of the grammar made for it."""
+    """Return the library's message in a line: without its picture of the grammar made for it."""
     if message.startswith("panic"):  # by a size that the library does not check
         return "too complex"
     lines = message.replace("<non-verbose/>", "").splitlines()
