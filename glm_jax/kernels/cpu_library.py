@@ -75,7 +75,7 @@ class RowKernel(_CPUKernel):
 
 @functools.cache
 def register(library: Path, *targets: str) -> bool:
-    """Makes a library's handlers known to XLA.
+    """Make a library's handlers known to XLA.
 
     A jaxlib takes libraries that were built for its own version of XLA's foreign function
     interface or an earlier one, which their names say: the newest that it takes is loaded.
@@ -115,7 +115,7 @@ def _interface(path: Path) -> tuple[int, ...]:
 
 @functools.cache
 def _own_interface() -> tuple[int, ...]:
-    """The version of the interface that this jaxlib has."""
+    """Return the version of the interface that this jaxlib has."""
     header = Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h").read_text(encoding="utf-8")
     numbers = re.findall(r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", header)
     return tuple(map(int, numbers))

@@ -54,7 +54,7 @@ class PlainFormula:
     platform: None = None
 
     def supports(self, arguments: Any) -> None:
-        """Takes everything."""
+        """Take everything."""
 
 
 def dispatch(

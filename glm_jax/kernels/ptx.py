@@ -41,7 +41,7 @@ def i32(value: int) -> Any:
 
 
 def thread() -> Any:
-    """The number of a thread in its block of 128."""
+    """Return the number of a thread in its block of 128."""
     return mgpu.thread_idx()
 
 

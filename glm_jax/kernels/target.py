@@ -47,7 +47,7 @@ def compute_capability() -> float:
 
 
 def _of_mesh() -> Any:
-    """The surrounding mesh's device, as it is described; None without a mesh."""
+    """Return the surrounding mesh's device, as it is described; None without a mesh."""
     return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
 
 

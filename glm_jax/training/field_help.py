@@ -56,7 +56,7 @@ _ENTRY = re.compile(
 
 
 def field_help(name: str) -> str:
-    """What a field means.
+    """Return what a field means.
 
     Args:
       name: dotted, such as "data.batch_size".

@@ -36,7 +36,7 @@ SPECIAL = 9  # tokens of its model; those after them are text
 
 
 def decode_suite() -> Iterator[tuple[str, dict[str, Case]]]:
-    """The 1B model in INT4, including the embedding: prompts and answers of 128 tokens.
+    """Yield the 1B model in INT4, including the embedding: prompts and answers of 128 tokens.
 
     `stream` reads the bytes of all weights once, which bounds a step of one row. In cases named
     `a8` activations are rounded to 8 bits; in others they are floats.
@@ -66,7 +66,7 @@ def decode_suite() -> Iterator[tuple[str, dict[str, Case]]]:
 
 
 def part_of_model() -> GLMConfig:
-    """The 1B model with an eighth of its layers and vocabulary, and its own widths."""
+    """Return the 1B model with an eighth of its layers and vocabulary, and its own widths."""
     config = glm_config("1b", max_sequence_length=_LENGTH)
     return config.replace(
         num_layers=config.num_layers // _MIXED_PART,
@@ -84,7 +84,7 @@ def make_int4(config: GLMConfig) -> GLMParams:
 
 
 def random_prompt(config: GLMConfig, length: int, seed: int = 0) -> Prompt:
-    """A random context to continue after [gMASK]."""
+    """Return a random context to continue after [gMASK]."""
     special = config.special_tokens
     assert special is not None
     tokens = np.random.default_rng(seed).integers(SPECIAL, config.vocab_size, length - 1)
@@ -227,7 +227,7 @@ def _llama_case(config: GLMConfig, whole: bool) -> dict[str, Case]:
 
 
 def _overhead(config: GLMConfig, params: GLMParams, batch: int) -> dict[str, Case]:
-    """A step of the engine, and the decode program of that step alone, without sampling."""
+    """Return a step of the engine, and the decode program of that step alone, without sampling."""
     rows, *cached = decode_rows(config, params, batch, PROMPT, PROMPT + 1 + ANSWER)
 
     def finish() -> None:
@@ -244,7 +244,7 @@ def _overhead(config: GLMConfig, params: GLMParams, batch: int) -> dict[str, Cas
 
 
 def _mixed(config: GLMConfig, params: GLMParams) -> dict[str, Case]:
-    """Requests of mixed lengths, answered in the order in which they arrive.
+    """Yield requests of mixed lengths, answered in the order in which they arrive.
 
     `continuous, same memory` has twice the static batch's slots and a cache of the same size.
     """
@@ -278,7 +278,7 @@ def _mixed(config: GLMConfig, params: GLMParams) -> dict[str, Case]:
 
 
 def _static_batches(engine: Engine, requests: list[Request]) -> None:
-    """Static batching: a batch ends with its longest answer, and then the next one starts."""
+    """Answer by static batching: a batch ends with its longest answer, and then the next one starts."""
     for first in range(0, len(requests), BATCH):
         some = requests[first : first + BATCH]
         longest = max(request.max_tokens or 0 for request in some)

@@ -44,7 +44,7 @@ def measure(
     quantization: str | None,
     save: Callable[[Results], None] = lambda _: None,
 ) -> Results:
-    """Runs the parts one after another; prints each result as it comes.
+    """Run the parts one after another, and print each result as it comes.
 
     Args:
       skipped: names of `PARTS`.
@@ -125,7 +125,7 @@ def _run_part(
     limit: float,
     take: Callable[[Results], None],
 ) -> str | None:
-    """Gives what a part writes to `take`, line by line; returns why it did not end well."""
+    """Give what a part writes to `take`, line by line; return why it did not end well."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "results.jsonl"
         output.touch()
@@ -154,7 +154,7 @@ def _last_line(log: Path) -> str:
 
 
 def _add(results: Results, line: Results) -> None:
-    """Puts a line of a part where it belongs."""
+    """Put a line of a part where it belongs."""
     if "device" in line or "model" in line:
         results.update(line)
     elif "warning" in line:

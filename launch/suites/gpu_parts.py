@@ -201,7 +201,7 @@ def example_weight(form: str, inputs: int, outputs: int, seed: int) -> Any:
 
 
 def decode(shapes: Shapes, checkpoint: str, quantization: str | None) -> Iterator[Result]:
-    """A decode step of several batches beside what reading its bytes takes, and prefills."""
+    """Yield a decode step of several batches beside what reading its bytes takes, and prefills."""
     rate = read_rate(shapes)
     began = time.perf_counter()
     load = random_model if is_random(checkpoint) else restore
@@ -260,7 +260,7 @@ def _fill(
 
 
 def train(shapes: Shapes, dropout: float, attention: str) -> Iterator[Result]:
-    """A train step of ours.
+    """Yield a train step of ours.
 
     Args:
       attention: see `Recipe`.
@@ -277,7 +277,7 @@ def train(shapes: Shapes, dropout: float, attention: str) -> Iterator[Result]:
 
 
 def torch_train(shapes: Shapes, dropout: float) -> Iterator[Result]:
-    """The same step by torch.compile, in bfloat16 by autocast."""
+    """Yield the same step by torch.compile, in bfloat16 by autocast."""
     torch = find_torch()
     if torch is None:
         raise SystemExit("torch is not installed")
@@ -292,7 +292,7 @@ def torch_train(shapes: Shapes, dropout: float) -> Iterator[Result]:
 
 
 def about() -> Result:
-    """What a measurement was made with."""
+    """Return what a measurement was made with."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind,

@@ -99,7 +99,7 @@ class _Job:
         return _weights(self.stored_as, self.inputs, self.outputs, self.copies)
 
     def program(self) -> Any:
-        """A compiled product of all activations with all weights."""
+        """Return a compiled product of all activations with all weights."""
         weight = jax.eval_shape(lambda: _weight(self.stored_as, self.inputs, self.outputs, 0))
         x = jax.eval_shape(self.activations)
         products: dict[str, Any] = {
@@ -113,7 +113,7 @@ class _Job:
 
 @functools.cache
 def _weights(form: str, inputs: int, outputs: int, count: int) -> list[Any]:
-    """Copies of a weight, all different; kept, since every number of rows needs them."""
+    """Return copies of a weight, all different; kept, since every number of rows needs them."""
     return [_weight(form, inputs, outputs, seed) for seed in range(count)]
 
 

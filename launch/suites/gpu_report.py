@@ -29,7 +29,7 @@ _FORMS = ("int4_us", "int8_us", "float16_us", "torch_int4_us")
 
 
 def history_row(results: Results) -> str:
-    """The line of the history table; what was not measured is a dash."""
+    """Return the line of the history table; what was not measured is a dash."""
     products = {
         (p["inputs"], p["outputs"], p["rows"]): p for p in results["products"] if "error" not in p
     }
@@ -65,7 +65,7 @@ def _line(cells: Any) -> str:
 
 
 def header() -> list[str]:
-    """The first two lines of the history table."""
+    """Return the first two lines of the history table."""
     return [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
 
 

@@ -11,7 +11,7 @@ _BLOCK, _BLOCK_BYTES = 32, 18  # weights that share a float16 scale
 
 
 def load(config: GLMConfig, folder: Path, threads: int) -> Any:
-    """A `llama_cpp.Llama` with as many weights, in as many bits, as a GLM of this config.
+    """Return a `llama_cpp.Llama` with as many weights, in as many bits, as a GLM of this config.
 
     Four projections of hidden x hidden and three of hidden x inner a layer, and an embedding
     that is the output projection too. None, said in print, where a package is missing.

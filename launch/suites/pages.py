@@ -49,7 +49,7 @@ def pages(shapes: Shapes) -> Iterator[Result]:
 
 
 def _runs(shapes: Shapes, heads: int, cache: str) -> tuple[Callable[[str], Any], int]:
-    """A function from an implementation to a run by it; and bytes that a run must read."""
+    """Return a function from an implementation to a run by it; and bytes that a run must read."""
     count, table = shapes.sequences, -(-shapes.tokens // PAGE)
     size = 1 << (table - 1).bit_length()
     draws = jax.random.split(jax.random.key(0), 3)

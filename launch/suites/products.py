@@ -29,7 +29,7 @@ SHAPES = ((4096, 16384), (16384, 4096))
 
 
 def decode_step_suite() -> Iterator[tuple[str, dict[str, Case]]]:
-    """A decode step of the 1B model in every precision, beside a limit and a peer.
+    """Yield a decode step of the 1B model in every precision, beside a limit and a peer.
 
     `float32` has XLA's products. `stream float32` reads the bytes of all float32 weights
     once: no float32 step can be faster. `torch float32` is PyTorch's linears of the same
@@ -109,7 +109,7 @@ def _few(weights: list[Any], rows: int) -> list[Any]:
 
 
 def with_integer_activations(params: GLMParams) -> GLMParams:
-    """The same weights, with activations rounded to 8 bits."""
+    """Return the same weights, with activations rounded to 8 bits."""
     is_tiled = lambda leaf: isinstance(leaf, TiledArray)
     changed: GLMParams = jax.tree.map(
         lambda leaf: leaf.replace(activation_bits=8) if is_tiled(leaf) else leaf,
@@ -156,7 +156,7 @@ def stream_case(name: str, size: int, copies: int) -> dict[str, Case]:
 
 
 def _torch_steps(config: GLMConfig) -> dict[str, Callable[[int], None]]:
-    """The linears of a decode step in PyTorch, and one reading of their weights."""
+    """Return the linears of a decode step in PyTorch, and one reading of their weights."""
     torch = find_torch()
     if torch is None:
         return {}

@@ -69,7 +69,7 @@ def serve_suite() -> Iterator[tuple[str, dict[str, Case]]]:
 
 
 def _one_request(url: str, seconds: dict[str, list[float]]) -> dict[str, Case]:
-    """A request of one token to a model that takes hardly any time.
+    """Return a request of one token to a model that takes hardly any time.
 
     Both wait as long before each, for a machine that was idle takes longer to do the same.
     The client is a bare socket: what a client's library takes is not the server's.

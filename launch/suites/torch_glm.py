@@ -8,7 +8,7 @@ from launch.suites.case import find_torch
 
 
 def build(config: GLMConfig, dropout: float = 0.0) -> Any:
-    """A GLM of `torch.nn` modules: forward(tokens, positions, mask) -> [batch, seq, vocab].
+    """Return a GLM of `torch.nn` modules: forward(tokens, positions, mask) -> [batch, seq, vocab].
 
     With `is_causal` and no mask each token sees those before it. `dropout` is that of the paper:
     of the embedding, of attention's weights and of both outputs of a block.

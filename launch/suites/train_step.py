@@ -30,7 +30,7 @@ def train_step_case(
     remat: str = "none",
     attention: str = "auto",
 ) -> Case:
-    """An update on one device, half of each row context. Returns the step's metrics."""
+    """Return an update on one device, half of each row context. Returns the step's metrics."""
     recipe = Recipe(
         total_samples=10**6,
         dropout=dropout,

@@ -132,7 +132,7 @@ def run(request: Request) -> None:
 
 
 def _run_worker(request: Request, trial: Path) -> tuple[int | None, Failure | None]:
-    """Returns a worker's exit status, None if it had no more time, and what it died of, if that
+    """Return a worker's exit status, None if it had no more time, and what it died of, if that
     was a candidate."""
     command = [
         sys.executable,
@@ -164,7 +164,7 @@ def _on_trial(trial: Path) -> Failure | None:
 
 
 def _leave_out(folder: Path, failure: Failure) -> None:
-    """Records a candidate that ended its process in the table of its device."""
+    """Record a candidate that ended its process in the table of its device."""
     path = measured.path_in(folder, failure.pop("device"))
     table = measured.read(path)
     write_text(path, measured.to_text(table.plus([failure])))
@@ -234,7 +234,7 @@ def _is_measured(table: measured.Table, case: Case, backends: Sequence[Backend[A
 
 @contextlib.contextmanager
 def _trial(path: Path, record: Failure) -> Iterator[None]:
-    """Notes what is running; an error leaves the note, for a device may not survive one."""
+    """Note what is running; an error leaves the note, for a device may not survive one."""
     write_text(path, to_json(record))
     try:
         yield

@@ -179,7 +179,7 @@ def _scores(query: Array, key: Array, ranges: Array, offset: Array) -> Array:
 def _dropout_factors(
     dropout: WeightDropout | None, shape: tuple[int, ...], rows: Array, first_key: Array
 ) -> Array | float:
-    """What dropout multiplies a block's weights [batch, heads, query, key] by."""
+    """Return what dropout multiplies a block's weights [batch, heads, query, key] by."""
     batch, heads, _, keys = shape
     if dropout is None:
         return 1.0
@@ -200,7 +200,7 @@ def _slice(x: Array, index: Array, block: int) -> Array:
 
 
 def _map(function: Any, arrays: tuple[Array, ...], block: int) -> Any:
-    """Applies `function` to blocks of axis 1; results are stacked."""
+    """Apply `function` to blocks of axis 1; results are stacked."""
 
     def split(x: Array) -> Array:
         blocks = padded(x, 1, block).reshape(len(x), -1, block, *x.shape[2:])

@@ -44,7 +44,7 @@ class CPUBlocks(cpu_library.AttentionKernel):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _attention(arguments: Arguments, max_vector_bits: int) -> Array:
-    """Here keys and values are [batch, key, heads, head_dim]."""
+    """Return attention whose keys and values are [batch, key, heads, head_dim]."""
     return _forward(arguments, max_vector_bits)[0]
 
 
@@ -77,7 +77,7 @@ _attention.defvjp(_forward, _backward)
 
 
 def _inputs(arguments: Arguments) -> tuple[Array, ...]:
-    """What both kernels read first."""
+    """Return what both kernels read first."""
     a, dropout = arguments, arguments.dropout
     return a.query, a.key, a.value, a.visible, jnp.uint32(0) if dropout is None else dropout.seed
 

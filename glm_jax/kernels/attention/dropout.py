@@ -79,7 +79,7 @@ def are_kept(
 
 
 def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """A permutation of 32-bit numbers in which each bit depends on all (Wellons' lowbias32)."""
+    """Permute 32-bit numbers so that each bit depends on all (Wellons' lowbias32)."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     return x ^ (x >> 16)

@@ -51,7 +51,7 @@ class Library:
 
 @functools.cache
 def _modules() -> tuple[Any, Any] | None:
-    """The library's mask and kernel; None where it is not installed, or no more what it was."""
+    """Return the library's mask and kernel; None where it is absent, or no more what it was."""
     try:
         base = importlib.import_module("tokamax._src.ops.attention.base")
         kernel = importlib.import_module("tokamax._src.ops.attention.pallas_triton")
@@ -79,7 +79,7 @@ def _is_no_missing_tuning(record: logging.LogRecord) -> bool:
 
 
 def _trace_small_call(make_mask: Any, make_kernel: Any) -> None:
-    """Raises where the library does not take what `attention` gives it."""
+    """Raise where the library does not take what `attention` gives it."""
     queries = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.float16)
     keys = jax.ShapeDtypeStruct((1, 1, 64, 64), jnp.float16)
     ranges = jax.ShapeDtypeStruct((1, 64, 2), jnp.int32)

@@ -84,8 +84,8 @@ def _why_not(dtype: str, head_dim: int) -> str | None:
 
 
 def _example(dtype: str, head_dim: int, rate: float, length: int) -> tuple[Arguments, Array]:
-    """A context and a causal part in one row, packed texts and queries that see nothing in the
-    other; and the output's gradient."""
+    """Return a context and a causal part in one row, packed texts and queries that see nothing in
+    the other; and the output's gradient."""
     rows, keys = (_BATCH, length, _HEADS, head_dim), (_BATCH, _HEADS, length, head_dim)
     draws = jax.random.split(jax.random.key(0), 4)
     query, key, value, cotangent = (

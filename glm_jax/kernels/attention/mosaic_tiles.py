@@ -128,7 +128,7 @@ class Tile:
         )(*(ref for ref, _ in operands))
 
     def _keys(self, shape: tuple[int, ...], index: Any, axis: int) -> Array:
-        """The number of each key of a block, whose queries lie along `axis`."""
+        """Return the number of each key of a block, whose queries lie along `axis`."""
         first = self.first_row if axis else (self.first + index[0]) * shape[1]
         return first + plgpu.broadcasted_iota(jnp.int32, shape, 1 - axis, layout=plgpu.Layout.WGMMA)
 
@@ -173,7 +173,7 @@ class Tile:
 
 
 def _first_of_pairs(keys: Array, axis: int) -> Array:
-    """The first of the two keys that share a hash of `dropout.are_kept`, for each key."""
+    """Return the first of the two keys that share a hash of `dropout.are_kept`, for each key."""
     array = plgpu.ShapeDtypeStruct(keys.shape, keys.dtype, layout=plgpu.Layout.WGMMA)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=array)

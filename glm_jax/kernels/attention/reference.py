@@ -23,7 +23,7 @@ class Reference(PlainFormula):
 def ranges_to_mask(
     key_ranges: Int32[Array, "batch query bounds"], num_keys: int
 ) -> Bool[Array, "batch query key"]:
-    """True where the query row may see the key column.
+    """Return True where the query row may see the key column.
 
     Args:
       key_ranges: [start, end) of one or two ranges a row.

@@ -156,7 +156,7 @@ def _kernel(
         return lax.cond(first_key + PAGE <= bounds_ref[row, 0], lambda: scores, hidden)
 
     def floats(name: str, stage: Any) -> Any:
-        """A page in shared memory, as wgmma takes it."""
+        """Return a page in shared memory, as wgmma takes it."""
         if len(names) == 2:
             return shared[name].at[stage]
         buffer = shared[f"float_{name}"]
@@ -246,7 +246,7 @@ _BYTES = (
 
 
 def _convert(ref: Any, dtype: Any, interpret: bool) -> Array:
-    """A page of int8 in shared memory as floats in registers, two values an instruction."""
+    """Return a page of int8 in shared memory as floats in registers, two values an instruction."""
     if interpret:
         return ref[...].astype(dtype)
     layout = plgpu.Layout.WGMMA_UPCAST_2X

@@ -63,7 +63,7 @@ _TRANSPOSED: tuple[Backend[Arguments], ...] = (
 def prepare(
     weight: Weight | Array, activation_bits: int | None = None, layout: str | None = None
 ) -> Weight | Array:
-    """A weight [K, *outputs] on one CPU device in the layout that multiplies fastest there.
+    """Return a weight [K, *outputs] on one CPU device in the layout that multiplies fastest there.
 
     It stays as it is where the CPU kernel is not built or does not take its shape.
 

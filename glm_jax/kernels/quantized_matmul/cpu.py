@@ -62,7 +62,7 @@ class TiledArray:
         return -len(self.shape)
 
     def flattened(self) -> "TiledArray":
-        """The same weight as [K, N]."""
+        """Return the same weight as [K, N]."""
         return dataclasses.replace(self, shape=(self.shape[0], math.prod(self.shape[1:])))
 
 
@@ -197,7 +197,7 @@ def transposed_matmul(
 def take_outputs(
     weight: TiledArray, outputs: Int[Array, "*indices"]
 ) -> Float[Array, "*indices inputs"]:
-    """The weights of some outputs, as floats: float32, or bfloat16 where stored so.
+    """Return the weights of some outputs, as floats: float32, or bfloat16 where stored so.
 
     Args:
       outputs: indices into [0, 16 * strips), outputs flattened.

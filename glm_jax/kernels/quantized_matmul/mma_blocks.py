@@ -30,7 +30,7 @@ def device() -> tuple[float, int]:
 
 
 def choose(problem: Problem, capability: float, multiprocessors: int) -> Blocks:
-    """The blocks for a device that nothing was measured on.
+    """Return the blocks for a device that nothing was measured on.
 
     Where rows are few, a step has at most 16 KiB of weights, so that two programs of several
     steps fit into a multiprocessor. Of each two that follow each other the later must keep 10%

@@ -20,7 +20,7 @@ _NEAR = 2048
 
 
 def start(source: Any, target: Any, swizzled: bool = False, once: bool = False) -> None:
-    """Starts a copy by the 128 threads of a block.
+    """Start a copy by the 128 threads of a block.
 
     Args:
       source: [rows, columns] in global memory; a row has a multiple of 16 bytes.
@@ -94,7 +94,7 @@ _READ_ONCE = "createpolicy.fractional.L2::evict_first.b64 $0, 1.0;"
 
 
 def end_group() -> None:
-    """Ends a group of copies."""
+    """End a group of copies."""
 
     @plgpu.inline_mgpu(arg_types=(), return_type=())
     def commit(_: Any) -> Any:
@@ -105,7 +105,7 @@ def end_group() -> None:
 
 
 def wait(groups: int) -> None:
-    """Waits until all copies but those of the last groups are there, of all threads."""
+    """Wait until all copies but those of the last groups are there, of all threads."""
 
     @plgpu.inline_mgpu(arg_types=(), return_type=())
     def finish(_: Any) -> Any:

@@ -29,7 +29,7 @@ class Form:
 
 
 def form_of(bits: int, dtype: Any, scale_first: bool) -> Form:
-    """The form of a weight's integers.
+    """Return the form of a weight's integers.
 
     Args:
       dtype: of activations, float16 or bfloat16.

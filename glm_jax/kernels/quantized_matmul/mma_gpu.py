@@ -98,7 +98,7 @@ def _kernel(
         )
 
     def copy(index: Array, tile: Array, step: Array) -> tuple[Array, Array]:
-        """Copies a step, if it is this program's; returns tile and step of the next copy."""
+        """Copy a step, if it is this program's; return tile and step of the next copy."""
         pl.when(index < stop)(lambda: _copy(memory, shared, stage(index), tile, step, plan))
         if not plan.interpret:
             mma_copies.end_group()
@@ -143,7 +143,7 @@ def _copy(
     step: Array,
     plan: Plan,
 ) -> None:
-    """Copies what a step takes into shared memory."""
+    """Copy what a step takes into shared memory."""
     blocks = plan.blocks
     output, row = plan.position(tile)
     rows, words = pl.ds(row * blocks.rows, blocks.rows), shared["values"].shape[-1]
@@ -168,7 +168,7 @@ def _copy(
 def _emulated_step(
     here: dict[str, Any], totals: tuple[Array, ...], plan: Plan, form: Form
 ) -> tuple[Array, ...]:
-    """What `multiply_step` returns, in plain operations, for the interpreter."""
+    """Return what `multiply_step` returns, in plain operations, for the interpreter."""
     blocks, dtype = plan.blocks, plan.dtype
     words = here["values"][...].reshape(blocks.tiles, -1, plan.bits, LANES)
     scales = here["scales"][...].astype(jnp.float32)[..., None]  # [groups, outputs, 1]

@@ -28,7 +28,7 @@ Values = list[Any]  # of a thread, in registers
 def multiply_step(
     here: dict[str, Any], totals: tuple[Float[Array, "64 rows"], ...], plan: Plan, form: Form
 ) -> tuple[Float[Array, "64 rows"], ...]:
-    """Adds a step's products to the totals of tiles.
+    """Add a step's products to the totals of tiles.
 
     Args:
       here: what the step takes, in shared memory.
@@ -53,7 +53,7 @@ def multiply_step(
 
 
 def _unpacked(total: Any) -> list[Values]:
-    """A thread's four values of each 8 rows: of outputs g, g, g + 8, g + 8."""
+    """Return a thread's four values of each 8 rows: of outputs g, g, g + 8, g + 8."""
     flat = [llvm.extractelement(p, i32(i)) for p in total.registers.flat for i in range(2)]
     return [flat[i : i + 4] for i in range(0, len(flat), 4)]
 
@@ -139,7 +139,7 @@ class _Step:
         return added
 
     def _sums(self, group: int) -> list[Values]:
-        """Sums of a group's activations, two for each 8 rows."""
+        """Return the sum of a group's activations, two for each 8 rows."""
         if "sums" not in self.refs:
             return []
         sums = []
@@ -150,7 +150,7 @@ class _Step:
         return sums
 
     def _starts(self, group: int, tile: int, sums: list[Values]) -> list[Values]:
-        """What a group's products of 16 outputs start from: less what weights are too large."""
+        """Return where a group's products start, of 16 outputs, less what weights are too large."""
         if not sums:
             return [[mgpu.c(0.0, ir.F32Type.get())] * 4] * (self.plan.blocks.rows // 8)
         excess = [self._excess(group, tile, half) for half in range(2)]
@@ -158,7 +158,7 @@ class _Step:
         return [[product(pair[i % 2], excess[i // 2]) for i in range(4)] for pair in sums]
 
     def _excess(self, group: int, tile: int, half: int) -> Any:
-        """What a unit of activations takes off products, negative."""
+        """Return what a unit of activations takes off products, negative."""
         factor, offset = -self.form.factors[half], self.form.offsets[half]
         if not self.plan.zeros:
             return mgpu.c(factor * offset, ir.F32Type.get())
@@ -167,7 +167,7 @@ class _Step:
         return asm("f", text, [zero], "f")
 
     def _scaling(self, group: int) -> Any:
-        """A function of (tile, registers of weights) to the same in numbers that are scaled."""
+        """Return a function of (tile, registers of weights) that gives them scaled."""
         pair = f"cvt.rn.{self.kind}x2.f32 $0, $1, $1;"
         factors = []
         for tile in range(self.plan.blocks.tiles):
@@ -212,7 +212,7 @@ class _Step:
         return totals
 
     def _activations(self, depth: int) -> list[Values]:
-        """Registers of 16 inputs, two for each 8 rows."""
+        """Return the register of 16 inputs, two for each 8 rows."""
         of_load = self.load_depth // _DEPTH
         load, part = divmod(depth, of_load)
         if part == 0:
@@ -227,7 +227,7 @@ class _Step:
         return self.rows if of_load == 1 else self.rows[part : part + 1]
 
     def _weights(self, tile: int, depth: int) -> Values:
-        """The four registers of 16 outputs by 16 inputs, of words that are loaded four at once."""
+        """Return the four registers of 16 outputs by 16 inputs, from words loaded four at once."""
         bits = self.plan.bits
         count = bits // 4  # words
         load, part = divmod(count * depth, 4)
@@ -242,7 +242,7 @@ class _Step:
         return made
 
     def _number(self, name: str, group: int, tile: int, half: int) -> Any:
-        """A scale or zero point of output g (+ 8), in float32."""
+        """Return a scale or zero point of output g (+ 8), in float32."""
         element = self.refs[name].type.element_type
         output = group * self.plan.blocks.outputs + tile * TILE + 8 * half
         at = f"[$1 + {self.bytes[name] * output}]"
@@ -260,5 +260,5 @@ _REGISTERS = ((0, 4), (4, 8), (8, 10), (10, 14))
 
 
 def _hex(value: float) -> str:
-    """A float32 in PTX."""
+    """Return a float32 in PTX."""
     return f"0f{np.float32(value).view(np.uint32):08X}"

@@ -132,7 +132,7 @@ def supports(weight: QuantizedArray | MosaicArray, dtype: Any) -> str | None:
 
 
 def choose(problem: Problem, programs: int) -> Blocks:
-    """The candidate that keeps most multiprocessors busy, for devices that nobody measured.
+    """Return the candidate that keeps most multiprocessors busy, for devices that nobody measured.
 
     Of each two that follow each other the later must keep 2% more busy, or 10% where rows are
     many: larger tiles read activations less often.
@@ -149,7 +149,7 @@ def choose(problem: Problem, programs: int) -> Blocks:
 
 
 def busiest(problem: Problem, ranked: Iterable[Blocks], gain: float) -> Blocks:
-    """The blocks that keep most multiprocessors busy.
+    """Return the blocks that keep most multiprocessors busy.
 
     Args:
       ranked: those first that are expected to be the fastest.
@@ -241,7 +241,7 @@ def candidates(problem: Problem, programs: int) -> Iterator[Blocks]:
 
 
 def give_whole_tiles(problem: Problem, blocks: Blocks) -> Blocks:
-    """The blocks, with whole tiles for programs where each has several of them: parts of the
+    """Return the blocks, with whole tiles for programs where each has several of them: parts of the
     product would take its memory once more, and they are to add."""
     division = divide(problem, blocks)
     whole = division.row_tiles * division.output_tiles >= 4 * blocks.programs

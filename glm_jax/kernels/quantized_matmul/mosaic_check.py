@@ -42,7 +42,7 @@ class Kind:
 
     @classmethod
     def of(cls, weight: QuantizedArray) -> "Kind":
-        """The kind of a weight's products, with fewer inputs where it has very many."""
+        """Return the kind of a weight's products, with fewer inputs where it has very many."""
         group_size = min(weight.group_size, _MAX_INPUTS)
         inputs = min(weight.shape[0], _MAX_INPUTS) // group_size * group_size
         has_zeros = weight.zero_points is not None

@@ -80,7 +80,7 @@ def _over_tiles(
     dtype: Any,
     multiply: Callable[[Array, Array, Array], Array],
 ) -> Array:
-    """The product [rows, results] of x, tile after tile, in one buffer.
+    """Return the product [rows, results] of x, tile after tile, in one buffer.
 
     Args:
       sizes: depth and width of a tile: columns of x, and of the result.
@@ -105,7 +105,7 @@ def _over_tiles(
 def convert_by_xla(
     weight: MosaicArray, inputs: Array, outputs: Array, tiles: ConvertedTiles, dtype: Any
 ) -> Float[Array, "tile_outputs tile_inputs"]:
-    """A tile of a weight [K, N] in floats, turned, on any device.
+    """Return a tile of a weight [K, N] in floats, turned, on any device.
 
     Args:
       inputs, outputs: the first of the tile's.

@@ -148,7 +148,7 @@ def _copy(
     stop: Array,
     plan: Plan,
 ) -> None:
-    """Copies the operands of each of a program's steps into shared memory.
+    """Copy the operands of each of a program's steps into shared memory.
 
     Args:
       memory, shared: the operands in global memory and, by stage, in shared memory.
@@ -308,7 +308,7 @@ class Step:
         return products
 
     def _operands(self) -> Any:
-        """A function of (tile, chunk) to weights [64, chunk] and x [rows, chunk] that is shared."""
+        """Return a function of (tile, chunk) to weights [64, chunk] and shared x [rows, chunk]."""
         plan, loaded = self.plan, dict[tuple[int, int], list[Array]]()
         tiles = max(1, plan.chunk // TILE)
         load = mosaic_registers.emulate if plan.interpret else mosaic_registers.load
@@ -324,15 +324,15 @@ class Step:
         return operand
 
     def _output(self, tile: int) -> Array | int:
-        """The index of one of the warpgroup's tiles among the program's."""
+        """Return the index of one of the warpgroup's tiles among the program's."""
         return self.warpgroup * self.plan.blocks.tiles + tile
 
     def _of_outputs(self, name: str, group: int, tile: int, like: Array) -> Array:
-        """A group's scales or zero points of a tile's 64 outputs, in the shape of `like`."""
+        """Return a group's scales or zero points of a tile's 64 outputs, in the shape of `like`."""
         return self._broadcast(self.refs[name].at[group, self._output(tile)], 1, like)
 
     def _broadcast(self, ref: Any, axis: int, like: Array) -> Array:
-        """A vector of shared memory, as wide as a matrix in registers whose `axis` it lacks."""
+        """Return a vector of shared memory, broadcast along the `axis` that it lacks."""
         if self.plan.interpret:
             vector = ref[...]
         else:
@@ -341,5 +341,5 @@ class Step:
 
 
 def _dot(values: Array, x: Any) -> Array:
-    """What wgmma adds, in the interpreter, which has no operand in registers."""
+    """Return what wgmma adds, in the interpreter, which has no operand in registers."""
     return jnp.dot(values, x[...].T, preferred_element_type=jnp.float32)

@@ -65,7 +65,7 @@ class MosaicArray:
     layout = "mosaic"
 
     def flattened(self) -> "MosaicArray":
-        """The same weight as [K, N], without logical axes."""
+        """Return the same weight as [K, N], without logical axes."""
         flat = lambda a: None if a is None else a.reshape(a.shape[0], -1)
         return MosaicArray(
             values=self.values.reshape(-1, *self.values.shape[-3:]),
@@ -104,8 +104,10 @@ def count_outer(outputs: Sequence[int]) -> int:
 
 
 def lay_out(weight: QuantizedArray) -> MosaicArray:
-    """A weight [K, *outputs], K and all outputs multiples of 64, in the kernel's layout. Inverse
-    of `restore`."""
+    """Return a weight [K, *outputs], K and all outputs multiples of 64, in the kernel's layout.
+
+    Inverse of `restore`.
+    """
     values = weight.values if weight.bits == 8 else unpack_int4(weight.values, 0)
     inputs, *outputs = values.shape
     words, zeros = _words(values.reshape(inputs, -1), weight.bits), weight.zero_points
@@ -120,7 +122,7 @@ def lay_out(weight: QuantizedArray) -> MosaicArray:
 
 
 def restore(weight: MosaicArray) -> QuantizedArray:
-    """The weight [K, *outputs] as it is stored. Inverse of `lay_out`."""
+    """Return the weight [K, *outputs] as it is stored. Inverse of `lay_out`."""
     values, zeros = integers(weight).reshape(weight.shape), weight.zero_points
     return QuantizedArray(
         values=values if weight.bits == 8 else pack_int4(values, 0),
@@ -133,7 +135,7 @@ def restore(weight: MosaicArray) -> QuantizedArray:
 
 
 def integers(weight: MosaicArray) -> Int8[Array, "K N"]:
-    """The weight's integers, with their signs, outputs flattened."""
+    """Return the weight's integers, with their signs, outputs flattened."""
     bits, words = weight.bits, weight.values
     if bits == 4:
         words = _rotate(words, -_ROTATION)

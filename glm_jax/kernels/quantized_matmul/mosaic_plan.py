@@ -36,7 +36,7 @@ class Plan:
 
     @classmethod
     def of(cls, x: Array, weight: MosaicArray, blocks: Blocks, interpret: bool) -> "Plan":
-        """The plan of x [rows, K] times weight [K, N]."""
+        """Return the plan of x [rows, K] times weight [K, N]."""
         division, has_zeros = divide(Problem.of(x, weight), blocks), weight.zero_points is not None
         return cls(blocks, division, weight.bits, weight.group_size, x.dtype, has_zeros, interpret)
 
@@ -88,11 +88,11 @@ class Plan:
         return jnp.pad(x, ((0, -len(x) % self.blocks.rows), (0, 0)))
 
     def sums_of(self, x: Float[Array, "rows inputs"]) -> Float[Array, "groups rows"]:
-        """Sums of x over each group's inputs, in float32."""
+        """Return the sum of x over each group's inputs, in float32."""
         return x.astype(jnp.float32).reshape(len(x), -1, self.group).sum(-1).T
 
     def add_parts(self, parts: Float[Array, "parts outputs rows"]) -> Float[Array, "outputs rows"]:
-        """Adds what programs wrote of each tile, in one order.
+        """Add what programs wrote of each tile, in one order.
 
         Args:
           parts: a tile has as many as programs worked on it; what lies behind those is not written.

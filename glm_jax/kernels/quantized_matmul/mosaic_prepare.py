@@ -71,7 +71,7 @@ def _lay_out(weight: QuantizedArray) -> MosaicArray:
 
 @jax.jit
 def _lay_out_stack(stack: QuantizedArray) -> MosaicArray:
-    """A layer at a time: all at once would take several times their bytes."""
+    """Return a layer at a time: all at once would take several times their bytes."""
     laid_out: MosaicArray = jax.lax.map(_lay_out, stack)
     return laid_out
 

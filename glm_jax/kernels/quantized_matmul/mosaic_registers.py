@@ -25,7 +25,7 @@ from glm_jax.kernels.quantized_matmul.mosaic_layout import TILE, MosaicArray, in
 
 
 def raw_form(dtype: Any) -> tuple[float, tuple[float, float]]:
-    """What raw 4-bit values are: (integer + offset) * factor.
+    """Return what raw 4-bit values are: (integer + offset) * factor.
 
     Returns:
       The offset, and the factors of the first 8 and last 8 of each 16 outputs.
@@ -138,7 +138,7 @@ def load(
 def emulate(
     tiles: Any, bits: int, dtype: Any, inputs: int, raw: bool
 ) -> list[Float[Array, "64 inputs"]]:
-    """What `load` returns, in plain operations, for the interpreter; raw values in float32."""
+    """Return what `load` returns, by plain operations for the interpreter, as raw float32."""
     one = MosaicArray(values=tiles[...][None], scales=jnp.ones((1, TILE)), bits=bits)
     values = integers(one).T.astype(jnp.float32)
     if raw:

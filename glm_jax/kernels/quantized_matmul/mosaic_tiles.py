@@ -31,7 +31,7 @@ def convert(
     dtype: Any,
     interpret: bool = False,
 ) -> Float[Array, "tile_outputs tile_inputs"]:
-    """A tile of a weight [K, N], turned, in float16 or bfloat16.
+    """Return a tile of a weight [K, N], turned, in float16 or bfloat16.
 
     Args:
       inputs, outputs: the first of the tile's.

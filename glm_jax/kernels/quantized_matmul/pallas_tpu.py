@@ -103,7 +103,7 @@ def matmul(
 
 
 def _input_block(weight: QuantizedArray) -> int | None:
-    """Inputs of a block: whole lanes of x after packing, whole groups or part of one."""
+    """Return the inputs of a block: whole lanes of x after packing, whole groups or part of one."""
     inputs = weight.shape[0]
     smallest = _LANES * 8 // weight.bits
     for block in (_INPUTS, _INPUTS // 2, _INPUTS // 4, _INPUTS // 8):

@@ -96,8 +96,8 @@ def transposed_matmul(
 
 
 def divide(weight: Divisible) -> tuple[Any, Any, PartitionSpec]:
-    """The weight, its groups split so that each part has whole ones; the mesh axes of its arrays
-    in a tree like it; and those of [K, *outputs]."""
+    """Return the weight, its groups split so that each part has whole ones; the mesh axes of its
+    arrays in a tree like it; and those of [K, *outputs]."""
     assert weight.axes is not None
     mesh = jax.sharding.get_abstract_mesh()
     if isinstance(weight, MosaicArray):
@@ -121,7 +121,7 @@ def divide(weight: Divisible) -> tuple[Any, Any, PartitionSpec]:
 def specs_of_tiles(
     weight: Divisible, inputs: str | None, outputs: Sequence[str | None]
 ) -> MosaicArray:
-    """The mesh axes of a `MosaicArray`, in a tree like it.
+    """Return the mesh axes of a `MosaicArray`, in a tree like it.
 
     Args:
       weight: that array, or the weight as it is stored.
@@ -144,7 +144,7 @@ def _batch_axes(leading: tuple[int, ...]) -> list[str | None]:
 
 
 def _with_groups_for(weight: QuantizedArray, parts: int) -> QuantizedArray:
-    """The same weight, its groups split so that each part of the inputs has whole ones."""
+    """Return the same weight, its groups split so that each part of the inputs has whole ones."""
     if weight.groups == 1 or weight.groups % parts == 0:
         return weight
     copies = math.lcm(weight.groups, parts) // weight.groups

@@ -76,7 +76,7 @@ def transposed_matmul(
 
 
 def _tiles(weight: QuantizedArray) -> QuantizedArray:
-    """The weight [K, N] as [tiles, K / tiles, N], groups split where a tile ends in one."""
+    """Return the weight [K, N] as [tiles, K / tiles, N], groups split where a tile ends in one."""
     tiles = _count(weight)
     split = lambda a: a.reshape(tiles, a.shape[0] // tiles, *a.shape[1:])
     copies = math.lcm(weight.groups, tiles) // weight.groups
@@ -91,7 +91,7 @@ def _tiles(weight: QuantizedArray) -> QuantizedArray:
 
 
 def _count(weight: QuantizedArray) -> int:
-    """The most tiles of at least `_TILE` inputs in which groups stay whole or split evenly."""
+    """Return the number of tiles, of `_TILE` inputs or more, that cut no group unevenly."""
     inputs = weight.shape[0]
     pair = 2 if weight.bits == 4 else 1
     for tiles in range(max(1, inputs // _TILE), 1, -1):
