@@ -30,7 +30,8 @@ PACKAGES = (
     "pyarrow", "sentencepiece", "tensorboardX", "tensorstore", "tokamax", "torch", "tqdm", "yaml",
     "zstandard",
 )  # fmt: skip
-SECONDS = 120  # of a test, after which its process is ended: a kernel may never end
+# Of a test, after which its process is ended: a kernel may never end.
+SECONDS = 1200 if PLATFORMS == "cpu" else 120
 # Of all processes of a run: a locked file while a test runs, named by test and process.
 _RUNNING = Path(
     os.environ.setdefault("GLM_JAX_TESTS_RUNNING", tempfile.mkdtemp(prefix="glm_jax_tests_"))

@@ -45,7 +45,7 @@ from launch.suites.tuned_products import (
 # In the output: the candidate that is running for the first time, or the product of those that are
 # being compiled.
 _TRIAL = "on_trial"
-_MAX_TRIAL = 60  # seconds of one candidate
+_MAX_TRIAL = 30  # seconds of one candidate
 _POLL = 0.2
 
 

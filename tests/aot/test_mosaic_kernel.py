@@ -114,6 +114,14 @@ def test_groups_and_zero_points(make, group_size, zeros):
     _check(make(1, 12288, 12288, 4, "bfloat16", group_size, zeros))
 
 
+@pytest.mark.parametrize(
+    ("rows", "outputs", "group_size"), [(1, 9216, 12288), (32, 12288, 32), (64, 12288, 32)]
+)
+def test_many_products_at_once(make, rows, outputs, group_size):
+    """What the most registers are needed for: long groups, and many groups of several rows."""
+    _check(make(rows, 12288, outputs, 4, "float16", group_size))
+
+
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_converted_tiles_are_all_that_is_written_in_floats(is_transposed):
     """2048 rows of the 130B's largest output projection: no buffer beside results of over 16 MiB,

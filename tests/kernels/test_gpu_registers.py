@@ -58,6 +58,17 @@ def test_the_kernel_of_products(consumers):
     _assert_enough(requests, consumers + 1)
 
 
+@pytest.mark.parametrize(
+    ("rows", "group_size", "tiles", "consumers"),
+    [(8, 12288, 2, 3), (32, 32, 2, 2), (32, 32, 1, 3), (64, 32, 1, 2), (64, 32, 1, 1)],
+)
+def test_no_blocks_are_tried_that_have_too_few_registers(rows, group_size, tiles, consumers):
+    """The compiler spilled them, or had products wait for each other."""
+    found = list(candidates(Problem(rows, 12288, 36864, 4, group_size), 132))
+    assert (tiles, consumers, 256) not in [(b.tiles, b.consumers, b.inputs) for b in found]
+    assert any(b.inputs >= 128 for b in found)
+
+
 def test_the_kernels_of_attention():
     query = jax.ShapeDtypeStruct((1, 256, 1, 128), jnp.bfloat16)
     keys = jax.ShapeDtypeStruct((1, 1, 256, 128), jnp.bfloat16)

@@ -21,6 +21,7 @@ _SHARED_MEMORY = 227 * 1024 - 4096  # bytes of a program, less barriers and alig
 _FEW_ROWS = 64  # up to here a tile holds all rows, and groups are scaled after they are summed
 _MAX_STAGES = 8
 _REGISTERS = 65536  # of a multiprocessor
+_OTHER_REGISTERS = 24  # of a thread; with 8 left the compiler has too few, with 28 enough
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +235,7 @@ def candidates(problem: Problem, programs: int) -> Iterator[Blocks]:
             raw=few and problem.bits == 4,
         )
         stages = min(_MAX_STAGES, _SHARED_MEMORY // _stage_bytes(problem, blocks))
-        if stages < 3:
+        if stages < 3 or (few and _needed_registers(problem, blocks) > blocks.registers):
             continue
         blocks = dataclasses.replace(blocks, stages=stages)
         yield give_whole_tiles(problem, blocks)
@@ -246,6 +247,16 @@ def give_whole_tiles(problem: Problem, blocks: Blocks) -> Blocks:
     division = divide(problem, blocks)
     whole = division.row_tiles * division.output_tiles >= 4 * blocks.programs
     return dataclasses.replace(blocks, whole=whole)
+
+
+def _needed_registers(problem: Problem, blocks: Blocks) -> int:
+    """Of a thread that multiplies few rows: weights of two products, one that runs and one that is
+    next, products of all groups of a step, and totals. With less the compiler spills, or has each
+    matrix instruction wait for the one before."""
+    group = min(problem.group_size, blocks.inputs)
+    weights = min(2 * group, blocks.inputs * blocks.tiles) // 4
+    sums = (blocks.inputs // group + 1) * blocks.tiles * blocks.rows // 2
+    return weights + sums + _OTHER_REGISTERS
 
 
 def _stage_bytes(problem: Problem, blocks: Blocks) -> int:
