@@ -278,7 +278,7 @@ def _mixed(config: GLMConfig, params: GLMParams) -> dict[str, Case]:
 
 
 def _static_batches(engine: Engine, requests: list[Request]) -> None:
-    """Answer by static batching: a batch ends with its longest answer, and then the next one starts."""
+    """Answer in static batches: one ends with its longest answer, then the next one starts."""
     for first in range(0, len(requests), BATCH):
         some = requests[first : first + BATCH]
         longest = max(request.max_tokens or 0 for request in some)

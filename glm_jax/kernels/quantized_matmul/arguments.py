@@ -61,7 +61,7 @@ class Problem:
 
     @classmethod
     def of(cls, x: Any, weight: Any, transposed: bool = False) -> "Problem":
-        """Return the sizes of a product of activations and a weight [K, N]; both may be described."""
+        """Return the product of activations and a weight [K, N]; both may be described."""
         (inputs, outputs), has_zeros = weight.shape, weight.zero_points is not None
         return cls(len(x), inputs, outputs, weight.bits, weight.group_size, has_zeros, transposed)
 

@@ -91,7 +91,7 @@ def _tiles(weight: QuantizedArray) -> QuantizedArray:
 
 
 def _count(weight: QuantizedArray) -> int:
-    """Return the number of tiles, of `_TILE` inputs or more, that cut no group unevenly."""
+    """Return the most tiles, of `_TILE` inputs or more, that keep groups whole or split evenly."""
     inputs = weight.shape[0]
     pair = 2 if weight.bits == 4 else 1
     for tiles in range(max(1, inputs // _TILE), 1, -1):
