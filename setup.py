@@ -27,7 +27,7 @@ _SERVE = [
 
 
 def kernel(name: str, library: str, *sources: str) -> Extension:
-    """Sources in a kernel's folder as a shared library."""
+    """Return sources in a kernel's folder as a shared library."""
     folder = f"{_KERNELS}/{name}"
     return Extension(
         f"glm_jax.kernels.{name}.{library}",
@@ -40,7 +40,7 @@ def kernel(name: str, library: str, *sources: str) -> Extension:
 
 
 def plain_library(folder: str, library: str, source: str) -> Extension:
-    """A source that Python calls by ctypes."""
+    """Return a source that Python calls by ctypes."""
     return Extension(
         f"{folder.replace('/', '.')}.{library}",
         sources=[f"{folder}/{source}"],
@@ -70,8 +70,10 @@ def jaxlib_include() -> Path:
 
 
 def ffi_version() -> str:
-    """The version of XLA's foreign function interface that the kernels are built for: jaxlibs
-    with an earlier one refuse them, so that it is part of a library's name."""
+    """Return the version of XLA's foreign function interface that the kernels are built for.
+
+    jaxlibs with an earlier one refuse them, so that it is part of a library's name.
+    """
     header = (jaxlib_include() / "xla/ffi/api/c_api.h").read_text(encoding="utf-8")
     return "_".join(re.findall(r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", header))
 
