@@ -36,7 +36,7 @@ from glm_jax.training.stability import Monitor, init_monitor
 from glm_jax.training.trained_params import TrainedParams
 from glm_jax.training.update import BlockMoments, init_moments, without_layers
 
-_MAX_LAYERS_APART = 40  # a step takes some 3.6 s of a core to compile for each
+_MAX_LAYERS_APART = 40  # compiling takes 44 s of a core on a GPU, with 70 96, see docs/training.md
 
 
 @struct.dataclass

@@ -143,7 +143,7 @@ def test_results_wait_on_hosts():
     # In bfloat16 of a token: q, k, v, attention's result, the first linear of the feed-forward.
     numbers = 4 * model.hidden_size + 2 * model.inner_hidden_size
     assert taken.on_host > 2 * model.num_layers * 8 * length * numbers
-    assert taken.total < 21 * 2**30  # "dots" 26.2
+    assert taken.total < 21 * 2**30  # "dots" 28.7
 
 
 def test_what_a_step_on_one_gpu_writes():
