@@ -11,7 +11,6 @@ from pathlib import Path
 
 import httpx2
 import jax
-import numpy as np
 import yaml
 
 from glm_jax.checkpoints.model_folder import save_model
@@ -168,20 +167,6 @@ def in_slurm(folder, job, given, devices):
         GLM_JAX_PYTHON=sys.executable,
     )
     return [Started(["bash", str(ROOT / f"launch/slurm/{job}.sh"), *given], variables)]
-
-
-def assert_trains_as_one_process(start, folder, tokenizer):
-    """Two processes that `start` starts give the losses of a run of one."""
-    command = [sys.executable, "-m", "launch.train"]
-    mesh = arguments(folder, tokenizer, folder / "one", "1,1,1")
-    Started([*command, *mesh], environment(1)).finish()
-    two = arguments(folder, tokenizer, folder / "two", "2,2,2")
-    for process in start(folder, "train", two, 4):
-        process.finish()
-    expected, got = losses(folder / "one"), losses(folder / "two")
-    assert list(got) == list(expected)
-    np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-3)
-    assert (folder / "two" / "model" / "config.json").is_file()
 
 
 class ServerProcess:

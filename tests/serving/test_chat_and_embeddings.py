@@ -3,7 +3,6 @@ hidden states."""
 
 import base64
 import concurrent.futures
-import dataclasses
 import json
 import time
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
-from served import ASKED, NAME, SETTINGS, error_of, list_of, post, running, tiny_served, wait_idle
+from served import ASKED, NAME, error_of, list_of, post, running, wait_idle
 
 import glm_jax
 from glm_jax.engine.embedding import mean_hidden
@@ -33,11 +32,6 @@ MESSAGES = [
 ]
 PROMPT = "Be brief.\n\nUser: The capital of France?\nAssistant: Paris.\nUser: Of\n日本?\nAssistant:"
 TEMPLATE = "configs/chat/dialogue.jinja"
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return tiny_served(tokenizer, dataclasses.replace(SETTINGS, slots=2))  # compiles less
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 from evaluation_folder import write_evaluation
+from forked import Try, run_all
 from running import Started, arguments, environment, losses, start_joined
 
 from convert.model_readers import open_model
@@ -103,8 +104,9 @@ def test_decoding(folder, corpus, tmp_path):
         return ["launch.decode", f"--checkpoint={folder}/model", *files, f"--mesh={mesh}"]
 
     def answers(name):
-        merge = [sys.executable, "-m", "launch.decode", f"--output={tmp_path / name}", "--merge"]
-        Started(merge, environment(1)).finish()
+        merge = Try(("launch.decode", f"--output={tmp_path / name}", "--merge"), str(tmp_path))
+        [(status, _, said)] = run_all([merge], environment(1))
+        assert status == 0, said
         return (tmp_path / name / "answers.jsonl").read_text().splitlines()
 
     [whole] = start_joined(command("whole", "1,1,1"), 1, 1)

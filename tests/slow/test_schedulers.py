@@ -5,16 +5,19 @@ import sys
 import time
 
 import httpx2
+import numpy as np
 import psutil
 import pytest
 from evaluation_folder import write_evaluation
+from forked import Try, run_all
 from running import (
     Started,
-    assert_trains_as_one_process,
+    arguments,
     environment,
     free_port,
     in_kubernetes,
     in_slurm,
+    losses,
     ready,
 )
 
@@ -27,10 +30,26 @@ EXAMPLES = 20
 schedulers = pytest.mark.parametrize("start", [in_slurm, in_kubernetes])
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, corpus, tokenizer):
+    """A folder with a text, and the losses of one process that trains on it."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text("\n".join(corpus.sentences[:300]), encoding="utf-8")
+    given = arguments(folder, tokenizer, folder / "one", "1,1,1")
+    Started([sys.executable, "-m", "launch.train", *given], environment(1)).finish()
+    return folder, losses(folder / "one")
+
+
 @schedulers
-def test_two_processes_train_as_one_does(tmp_path, corpus, tokenizer, start):
-    (tmp_path / "text.txt").write_text("\n".join(corpus.sentences[:300]), encoding="utf-8")
-    assert_trains_as_one_process(start, tmp_path, tokenizer)
+def test_two_processes_train_as_one_does(trained, tmp_path, tokenizer, start):
+    folder, expected = trained
+    two = arguments(folder, tokenizer, tmp_path / "two", "2,2,2")
+    for process in start(tmp_path, "train", two, 4):
+        process.finish()
+    got = losses(tmp_path / "two")
+    assert list(got) == list(expected)
+    np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-3)
+    assert (tmp_path / "two" / "model" / "config.json").is_file()
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +66,9 @@ def test_two_processes_decode_and_evaluate(folder, corpus, tmp_path, start):
     given = [model, f"--input={source}", f"--output={answers}", "--max_length=48", mesh]
     for process in start(tmp_path, "decode", given, 1):
         process.finish()
-    Started(
-        [sys.executable, "-m", "launch.decode", f"--output={answers}", "--merge"], environment(1)
-    ).finish()
+    merge = Try(("launch.decode", f"--output={answers}", "--merge"), str(tmp_path))
+    [(status, _, said)] = run_all([merge], environment(1))
+    assert status == 0, said
     merged = [json.loads(line) for line in (answers / "answers.jsonl").open(encoding="utf-8")]
     assert [record["index"] for record in merged] == list(range(40))
     assert not any("error" in record for record in merged)

@@ -96,7 +96,7 @@ def _events(lines):
 
 
 def test_as_one_process_and_drained(start, expected):
-    """Whichever process is told to end, the others do so too, after the answers."""
+    """One that does not listen is told to end: all end, after the answers."""
     together = start(2)
     _assert_answers(together, expected)
     with _stream(together) as response:
