@@ -1,0 +1,1 @@
+"""AdamW's update of a parameter and its moments."""
