@@ -13,7 +13,6 @@ _CALLED_BY_XLA = (
     "libglm_jax_paged_attention",
     "libglm_jax_layer_norm",
     "libglm_jax_geglu",
-    "libglm_jax_adamw",
 )
 _GUIDED = ["llguidance>=1.9"]
 _SERVE = [
@@ -35,8 +34,7 @@ def kernel(name: str, library: str, *sources: str) -> Extension:
         sources=[f"{folder}/{source}" for source in sources],
         depends=[f"{_KERNELS}/threads.h", *map(str, Path(_KERNELS).glob("**/*.inc"))],
         language="c++",
-        # Nobody reads errno; with it, square roots are computed one number at a time.
-        extra_compile_args=["-O3", "-std=c++17", "-Wno-psabi", "-fno-math-errno"],
+        extra_compile_args=["-O3", "-std=c++17", "-Wno-psabi"],
         optional=True,
     )
 
@@ -104,7 +102,6 @@ setup(
         kernel("paged_attention", _CALLED_BY_XLA[2], "cpu.cc"),
         kernel("layer_norm", _CALLED_BY_XLA[3], "cpu.cc"),
         kernel("geglu", _CALLED_BY_XLA[4], "cpu.cc"),
-        kernel("adamw", _CALLED_BY_XLA[5], "cpu.cc"),
         plain_library("glm_jax/checkpoints", "libglm_jax_summed_read", "summed_read.cc"),
         plain_library("convert", "libglm_jax_transpose", "transpose.cc"),
     ],

@@ -75,17 +75,6 @@ def dispatch(
       BackendError: no backend of the name `implementation` supports the arguments on the
         platform that the program is compiled for.
     """
-    computed: Array = dispatch_tree(op, backends, arguments, implementation)
-    return computed
-
-
-def dispatch_tree(
-    op: str,
-    backends: Sequence[Backend[Arguments]],
-    arguments: Arguments,
-    implementation: str | None = None,
-) -> Any:
-    """Compute, as `dispatch` does, an op whose result is a pytree of arrays."""
     if implementation is not None:
         return _named(op, backends, arguments, implementation)(arguments)
     supporting = [backend for backend in backends if backend.supports(arguments) is None]
@@ -96,7 +85,8 @@ def dispatch_tree(
     if not special:
         return default(arguments)
     # Only lowering knows for certain where a program will run, and drops the other branches.
-    return jax.lax.platform_dependent(arguments, default=default, **special)
+    computed: Array = jax.lax.platform_dependent(arguments, default=default, **special)
+    return computed
 
 
 def unmet(*requirements: tuple[bool, str]) -> str | None:

@@ -13,11 +13,8 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from glm_jax.kernels.adamw.api import adamw
-from glm_jax.kernels.adamw.arguments import Arguments
 from glm_jax.model.params import GLMParams
 from glm_jax.model.streamed_layers import fetch, is_streamed
-from glm_jax.sharding import is_for_cpu
 from glm_jax.training.optimizer import apply_updates, make_optimizer
 from glm_jax.training.recipe import Recipe
 
@@ -87,9 +84,6 @@ def update(
     """
     if isinstance(moments, BlockMoments):
         return _update_by_block(params, gradients, moments, recipe, decays, step)
-    is_float32 = all(x.dtype == jnp.float32 for x in jax.tree.leaves((params, gradients)))
-    if recipe.moments == "float32" and is_float32 and is_for_cpu():
-        return _update_in_place(params, gradients, moments, recipe, decays, step)
     gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * step.factor, gradients)
     updates, after = make_optimizer(recipe, decays).update(gradients, moments, params)
     updates = jax.tree.map(lambda u: -step.rate * u, updates)
@@ -98,42 +92,6 @@ def update(
         lambda new, old: jnp.where(step.is_good, new, old), (moved, after), (params, moments)
     )
     return params, moments, optax.global_norm(updates)
-
-
-def _update_in_place(
-    params: Any, gradients: Any, moments: Any, recipe: Recipe, decays: Any, step: Step
-) -> tuple[Any, Any, Array]:
-    """Update as `make_optimizer` does, by a kernel that reads and writes each number once."""
-    adam, *others = moments
-    count = optax.safe_increment(adam.count)
-    corrections = 1 - jnp.array([recipe.beta1, recipe.beta2], jnp.float32) ** count
-
-    def one(param: Array, gradient: Array, first: Array, second: Array, decays: bool) -> Any:
-        return adamw(
-            Arguments(
-                param,
-                gradient,
-                first,
-                second,
-                step.factor,
-                step.rate,
-                corrections,
-                step.is_good,
-                recipe.beta1,
-                recipe.beta2,
-                recipe.epsilon,
-                recipe.weight_decay if decays else 0.0,
-            )
-        )
-
-    updated = jax.tree.map(one, params, gradients, adam.mu, adam.nu, decays)
-    of_params = jax.tree.structure(params)
-    params, first, second, squares = jax.tree.transpose(
-        of_params, jax.tree.structure((0,) * 4), updated
-    )
-    count = jnp.where(step.is_good, count, adam.count)
-    after = (adam._replace(count=count, mu=first, nu=second), *others)
-    return params, after, jnp.sqrt(sum(jax.tree.leaves(squares)))
 
 
 def _update_by_block(

@@ -4,7 +4,6 @@ import jax
 import pytest
 
 from glm_jax.kernels import target
-from glm_jax.kernels.adamw import cpu as adamw_cpu
 from glm_jax.kernels.attention import cpu
 from glm_jax.kernels.geglu import cpu as geglu_cpu
 from glm_jax.kernels.layer_norm import cpu as layer_norm_cpu
@@ -20,8 +19,7 @@ def why_not_here(backend):
         return f"{backend.name} runs on {backend.platform}, and this is {platform}"
     if backend.name == "mosaic" and jax.__version_info__ < (0, 11):
         return "Mosaic GPU is simulated from JAX 0.11 on"
-    ops = cpu, adamw_cpu, geglu_cpu, layer_norm_cpu, paged_cpu
-    is_built = all(op.is_available() for op in ops)
+    is_built = all(op.is_available() for op in (cpu, geglu_cpu, layer_norm_cpu, paged_cpu))
     return NO_CPU_KERNEL if backend.platform == "cpu" and not is_built else None
 
 

@@ -1,1 +1,0 @@
-"""AdamW's update of a parameter and its moments."""
