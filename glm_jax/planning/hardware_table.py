@@ -38,7 +38,7 @@ class HardwareCase:
 CASES = (
     HardwareCase("a100_40gb", 8, "float16", published="179.22 (SAT)"),
     HardwareCase("v100", 8, "int8"),
-    HardwareCase("v100", 8, "float16", limit=24),
+    HardwareCase("v100", 8, "float16", limit=24.0),
     HardwareCase("rtx_3090", 8, "int8"),
     HardwareCase("rtx_3090", 4, "int4", "int8", "150 (FasterTransformer)"),
     HardwareCase("rtx_2080_ti", 8, "int4", "int8"),
