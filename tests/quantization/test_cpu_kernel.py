@@ -133,12 +133,12 @@ def test_without_a_compiler_there_is_one_warning_and_the_plain_path(monkeypatch)
 def test_libraries_for_other_versions_of_jaxlib_are_passed_over(tmp_path):
     library = tmp_path / "kernel"
     (tmp_path / "kernel_ffi99_10.so").write_bytes(b"of a jaxlib to come")
-    arguments = (library, "GlmJaxQuantizedMatmul")
     with pytest.warns(UserWarning, match="no CPU kernel kernel .kernel_ffi99_10.so is for another"):
-        assert not cpu_library.register(*arguments, "alone")
+        assert not cpu_library.register(library, "glm_jax_quantized_matmul")
     [built, *_] = sorted(Path(cpu.__file__).parent.glob("libglm_jax_cpu_ffi*.so"))
     shutil.copy(built, tmp_path / "kernel_ffi0_3.so")
-    assert cpu_library.register(*arguments, "beside")
+    # The same handler by another name, which this process has not registered yet.
+    assert cpu_library.register(library, "glm_jax_quantized__matmul")
 
 
 def test_shapes_that_do_not_fit_stay_as_they_are():
