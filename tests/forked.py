@@ -102,6 +102,7 @@ def _begin(tried):
             os.close(writer)
         return child, [reader for reader, _ in pipes]
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdin = os.fdopen(0, encoding="utf-8")  # none of what the parent has read
     for number, (reader, writer) in enumerate(pipes, 1):
         os.close(reader)
         os.dup2(writer, number)
