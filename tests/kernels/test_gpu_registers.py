@@ -1,5 +1,5 @@
 """Warpgroups of a block that give registers to each other: one that asks for more than there are
-waits for ever, which neither the compilers nor the interpreter notice."""
+hangs, which neither the compilers nor the interpreter notice."""
 
 import jax
 import jax.numpy as jnp

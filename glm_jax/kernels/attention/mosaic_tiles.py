@@ -117,7 +117,7 @@ class Tile:
             step,
             grid=(self.count,),
             # The others have 240 then: three times the 168 that all start with. More than those
-            # there are not, and a thread that asks for them waits for ever.
+            # there are not, and a thread that asks for them hangs.
             memory_registers=24,
             in_specs=[spec for _, spec in operands],
             max_concurrent_steps=stages,

@@ -65,7 +65,7 @@ class Blocks:
         """Of a thread that multiplies: what threads that copy leave, in eights.
 
         A block gets no more than what its threads start with, all as many: one that asks for
-        more waits for ever.
+        more hangs.
         """
         warpgroups = self.consumers + 1
         left = _REGISTERS // (128 * warpgroups) // 8 * 8 * warpgroups - COPYING_REGISTERS
