@@ -14,9 +14,9 @@ from glm_jax.checkpoints.model_folder import CheckpointError, load_config
 from glm_jax.config import GLMConfig
 from launch.suites.convert import make_parts
 
-KILLS = 10
+KILLS = 20
 MODEL = GLMConfig(
-    num_layers=100, hidden_size=128, inner_hidden_size=256, num_heads=8, vocab_size=16384
+    num_layers=200, hidden_size=128, inner_hidden_size=256, num_heads=8, vocab_size=16384
 )
 
 
@@ -30,7 +30,7 @@ def _parts(output):
     return {p.name for p in folder.glob("*") if "." not in p.name} if folder.is_dir() else set()
 
 
-def test_kills_at_random_moments_change_nothing(tmp_path, capsys):
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path, capsys):
     make_parts(tmp_path / "downloads", MODEL, 2, 1 << 22)
     _start(tmp_path / "downloads", tmp_path / "whole").finish()
     rng, log, before = random.Random(0), [], set()

@@ -95,14 +95,15 @@ def _events(lines):
     return [line[6:] for line in lines if line]
 
 
-def test_as_one_process_and_drained(start, expected):
-    """One that does not listen is told to end: all end, after the answers."""
-    together = start(2)
+@pytest.mark.parametrize(("count", "told"), [(2, 0), (4, 3)])
+def test_as_one_process_and_drained(start, expected, count, told):
+    """Whichever process is told to end, the others do so too, after the answers."""
+    together = start(count)
     _assert_answers(together, expected)
     with _stream(together) as response:
         lines = response.iter_lines()
         first = next(lines)
-        together.processes[1].process.send_signal(signal.SIGTERM)
+        together.processes[told].process.send_signal(signal.SIGTERM)
         events = _events([first, *lines])
     assert events[-1] == "[DONE]"
     assert json.loads(events[-2])["choices"][0]["finish_reason"]
