@@ -28,7 +28,7 @@ SHAPES = [
 ]
 # One row and 16 share blocks, and what is between 32 and 512 differs little.
 PROBLEMS = [
-    Problem(rows, *shape, group or shape[0], bits)
+    Problem(rows, *shape, bits, group or shape[0])
     for shape, bits, group, rows in itertools.product(SHAPES, (8, 4), (None, 128), (1, 32, 128))
 ]
 
