@@ -62,6 +62,8 @@ def known_kind(source: ByteSource, expected: str) -> str | None:
         return "is a safetensors file: give the folder that it and its index lie in"
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return "is a pickle by itself, not a PyTorch zip file: save it with torch.save"
+    if head[:1] == b"\n" and head[2:3] == b"\n" and b"<unk>" in head:
+        return "is a tokenizer's file (sentencepiece): give the model's folder instead"
     if len(head) == _HEAD and not any(head):
         return "begins with zeros, as an unfinished download does: fetch it again"
     return None

@@ -74,7 +74,7 @@ def main() -> None:
         counts = run_batch(batch, share, config, params, tokenizer, small)
     if share.writes:
         print(
-            f"{counts.answered} prompts answered and {counts.failed} failed by this process; "
+            f"prompts answered by this process: {counts.answered}, failed: {counts.failed}; "
             "--merge puts all answers together"
         )
         if FLAGS.speculate:

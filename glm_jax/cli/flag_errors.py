@@ -83,8 +83,10 @@ def _unknown(name: str) -> str:
     known |= {f"no{flag.name}" for flag in own_flags() if flag.boolean}
     close = difflib.get_close_matches(name.replace("-", "_"), sorted(known), 3, 0.55)
     longer = sorted(flag for flag in known if name in flag.split("_"))
-    about = sorted((flag.help.find(name), flag.name) for flag in own_flags() if name in flag.help)
-    near = list(dict.fromkeys([*close[:1], *longer, *(flag for _, flag in about[:1])]))[:3]
+    word = re.compile(rf"\b{re.escape(name)}\b")
+    takes_values = (flag for flag in own_flags() if not flag.boolean)
+    about = sorted((found.start(), f.name) for f in takes_values if (found := word.search(f.help)))
+    near = list(dict.fromkeys([*close[:1], *longer, *(flag for _, flag in about[:2])]))[:3]
     hint = f"did you mean {' or '.join(f'--{flag}' for flag in near)}? " if near else ""
     return f"unknown flag --{name}; {hint}--help lists all"
 

@@ -94,7 +94,7 @@ def _placed(weight: Any, mesh: Mesh | None, is_stacked: bool = False) -> Any:
     if not _is_taken(weight):
         return weight
     try:
-        return mosaic_prepare.place(weight, mesh, is_stacked)
+        return mosaic_prepare.prepare(weight, mesh, is_stacked)
     except BackendError as error:
         _warn(str(error))
         return weight

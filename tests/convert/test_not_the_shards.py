@@ -117,6 +117,7 @@ def test_a_shard_that_is_there_twice_is_refused_by_its_checksums(four, twice):
         (b"\0" * 4096, "begins with zeros"),
         (b"\x10\0\0\0\0\0\0\0" + b'{"a":0}' + b" " * 99, "a safetensors file"),
         (b"", "is empty"),
+        (b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02", "a tokenizer's file.*the model's folder"),
         (b"PK\x03\x04" + b"1" * 100, "truncated"),
         (b"anything else", "truncated or not a PyTorch zip file"),
     ],

@@ -56,7 +56,7 @@ def _weight(name, shape, scheme, mesh):
 def test_products_and_gradients_of_a_divided_weight(name, scheme, shape_of_mesh):
     mesh, shape = make_mesh(shape_of_mesh), SHAPES[name]
     stored, exact = _weight(name, shape, SCHEMES[scheme], mesh)
-    laid_out = mosaic_prepare.place(stored, mesh)
+    laid_out = mosaic_prepare.prepare(stored, mesh)
     assert laid_out.shape == shape
     # Each device lays out what it has: nothing is sent, and nothing is there twice.
     size = lambda a: a.addressable_shards[0].data.nbytes
@@ -90,7 +90,7 @@ def test_the_kernel_multiplies_the_parts_of_devices(name):
         pytest.skip("JAX before 0.11 has no interpreter of the kernel")
     mesh, shape = make_mesh((1, 1, 2)), SHAPES[name]
     stored, exact = _weight(name, shape, SCHEMES["groups"], mesh)
-    laid_out = mosaic_prepare.place(stored, mesh)
+    laid_out = mosaic_prepare.prepare(stored, mesh)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, shape[0])), "float16")
     blocks = Blocks(8, 1, 1, 64, 2, 3, raw=True)
     wanted = np.tensordot(np.asarray(x, np.float64), exact, 1)
@@ -119,4 +119,4 @@ def test_parts_without_whole_tiles_are_refused(name, shape, reason):
     mesh = make_mesh((1, 1, 2)) if name != "query_key_value" else make_mesh((1, 2, 1))
     stored, _ = _weight(name, shape, Scheme(8, None), mesh)
     with pytest.raises(BackendError, match=reason):
-        mosaic_prepare.place(stored, mesh)
+        mosaic_prepare.prepare(stored, mesh)

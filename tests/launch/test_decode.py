@@ -80,14 +80,14 @@ def expected(model, source, tmp_path_factory):
     for status, _, said in done:
         assert status == 0, said[-2000:]
     shown, again = ("".join(done[number][1:]) for number in (0, 3))
-    assert "11 prompts answered and 1 failed" in shown
+    assert "answered by this process: 11, failed: 1;" in shown
     assert "tokens/s" in shown
     assert "12/12" in shown
     records = _records(folder / "first.jsonl")
     assert [record["index"] for record in records] == list(range(12))
     assert [record["id"] for record in records] == list(range(1, 13))
     assert records[4]["line"] == 5
-    assert "0 prompts answered" in again
+    assert "answered by this process: 0, failed: 0;" in again
     assert "0 of 0 draft tokens accepted" in again
     assert _records(output / "answers.jsonl") == records
     return records

@@ -26,7 +26,8 @@ WRONG = {
     "launch.generate": {
         "": ["missing --checkpoint (a model folder"],
         "--checkpont=x": ["unknown flag --checkpont; did you mean --checkpoint?"],
-        "--model=x": ["unknown flag --model; did you mean --checkpoint?"],
+        "--model=x": ["unknown flag --model; did you mean --checkpoint"],
+        "--text=x": ["did you mean --ban or --input?"],
         "--max-length=3": ["unknown flag --max-length; did you mean --max_length?"],
         "--checkpoint": ["--checkpoint has no value: give --checkpoint=VALUE, a model folder"],
         "--checkpoint=x --slots=3": ["unknown flag --slots"],

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from glm_jax.kernels.dispatch import Backend, BackendError, dispatch
-from glm_jax.kernels.quantized_matmul import cpu, measured, sharded
+from glm_jax.kernels.quantized_matmul import cpu, measured, mosaic_prepare, sharded
 from glm_jax.kernels.quantized_matmul.arguments import Arguments
 from glm_jax.kernels.quantized_matmul.cpu import CPUKernel, CPUTransposed, TiledArray, take_outputs
 from glm_jax.kernels.quantized_matmul.mosaic import (
@@ -21,7 +21,6 @@ from glm_jax.kernels.quantized_matmul.mosaic import (
     MosaicTilesTransposed,
 )
 from glm_jax.kernels.quantized_matmul.mosaic_layout import MosaicArray
-from glm_jax.kernels.quantized_matmul.mosaic_prepare import place
 from glm_jax.kernels.quantized_matmul.pallas_gpu import PallasGPU
 from glm_jax.kernels.quantized_matmul.pallas_tpu import PallasTPU
 from glm_jax.kernels.quantized_matmul.reference import Reference
@@ -77,7 +76,7 @@ def prepare(
     if layout is not None:
         if layout != "mosaic":
             raise BackendError(f"quantized_matmul: no layout is called {layout!r}; expected mosaic")
-        return place(weight)
+        return mosaic_prepare.prepare(weight)
     if not isinstance(weight, TiledArray | MosaicArray) and cpu.can_tile(weight):
         return cpu.tile(weight, activation_bits)
     return weight

@@ -22,7 +22,7 @@ from glm_jax.quantization import QuantizedArray
 from glm_jax.sharding import on_mesh, per_device
 
 
-def place(weight: Any, mesh: Mesh | None = None, is_stacked: bool = False) -> MosaicArray:
+def prepare(weight: Any, mesh: Mesh | None = None, is_stacked: bool = False) -> MosaicArray:
     """Lay a quantised weight [K, *outputs] out, each device its own part of it.
 
     Args:
@@ -38,10 +38,10 @@ def place(weight: Any, mesh: Mesh | None = None, is_stacked: bool = False) -> Mo
 
 
 def describe(weight: Any, mesh: Mesh) -> MosaicArray:
-    """Describe what `place` returns of a weight that is described.
+    """Describe what `prepare` returns of a weight that is described.
 
     Raises:
-      BackendError: as `place`.
+      BackendError: as `prepare`.
     """
     with on_mesh(mesh):
         shapes = jax.eval_shape(_lay_out, _checked(weight))
