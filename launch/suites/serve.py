@@ -84,16 +84,18 @@ def _one_request(url: str, seconds: dict[str, list[float]]) -> dict[str, Case]:
     connection = socket.create_connection((where.hostname, where.port))
     content = json.dumps(_asked(request, False)).encode()
     head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+        f"POST /v1/completions HTTP/1.1\r\nHost: {where.netloc}\r\n"
+        "Content-Type: application/json\r\n"
         f"Content-Length: {len(content)}\r\n\r\n"
     )
 
     def ask() -> None:
         connection.sendall(head.encode() + content)
         answer = connection.recv(65536)
-        while not answer.endswith(b"}"):
-            answer += connection.recv(65536)
-        assert answer.startswith(b"HTTP/1.1 200")
+        while not answer.endswith(b"}") and (more := connection.recv(65536)):
+            answer += more
+        if not answer.startswith(b"HTTP/1.1 200"):
+            raise RuntimeError(f"the server answered {answer[:500]!r}")
 
     def timed(name: str, run: Callable[[], object]) -> None:
         for _ in range(_TIMES):
