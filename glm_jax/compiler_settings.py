@@ -11,9 +11,6 @@ from typing import Any
 _PROCESS = {"xla_gpu_enable_latency_hiding_scheduler": True}
 # Of a step that trains; its products are large, and a library's are then faster than Triton's.
 _TRAINING = {"xla_gpu_enable_triton_gemm": False}
-# Of such a step on several devices: two layers are a turn of the loop over them, so that one
-# computes while the other's numbers are on their way.
-_OVERLAPPING = {"xla_gpu_enable_while_loop_double_buffering": True}
 # Where weights or gradients are exchanged, independent collectives of one kind become one, up to
 # these bytes: large ones use more of a link's bandwidth.
 _COMBINED = "xla_gpu_{}_combine_threshold_bytes"
@@ -37,7 +34,7 @@ def process_flags(given: str) -> str:
     return " ".join([given, *added]).strip()
 
 
-def of_training(platform: str, num_devices: int, exchanged: int = 0) -> dict[str, Any]:
+def of_training(platform: str, exchanged: int = 0) -> dict[str, Any]:
     """Return `compiler_options` of `jax.jit` for a train step.
 
     Args:
@@ -48,8 +45,6 @@ def of_training(platform: str, num_devices: int, exchanged: int = 0) -> dict[str
     if platform not in ("gpu", "cuda"):
         return {}
     settings: dict[str, Any] = dict(_TRAINING)
-    if num_devices > 1:
-        settings |= _OVERLAPPING
     if exchanged:
         # Weights in two bytes, gradients in float32.
         sizes = {"all_gather": 2, "reduce_scatter": 4, "all_reduce": 4}

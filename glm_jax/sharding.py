@@ -28,6 +28,7 @@ PARAMETER_RULES = (
     ("layers", None),
     ("group", None),
 )
+_GATHERED_AXIS = MESH_AXES[1]
 # The embed axis of activations is not sharded: fsdp shards parameters and, like data, the batch.
 _BATCH_AXES = ("data", "fsdp")
 ACTIVATION_RULES = (
@@ -262,6 +263,30 @@ def constrain_parameters(tree: Any, axes: Any) -> Any:
         return jax.lax.with_sharding_constraint(x, parameter_spec(mesh.shape, of_leaf, x.shape))
 
     return jax.tree.map(pin, tree, axes)
+
+
+def gather_parameters(tree: Any, axes: Any) -> Any:
+    """Gather parameters over fsdp, each in its own dtype; over tensor they stay divided.
+
+    Args:
+      axes: see `constrain_parameters`.
+    """
+    mesh = surrounding_mesh()
+    if mesh is None:
+        return tree
+
+    def gathered(x: jax.Array, of_leaf: LogicalAxes) -> jax.Array:
+        spec = parameter_spec(mesh.shape, of_leaf, x.shape)
+        whole = PartitionSpec(*(None if axis == _GATHERED_AXIS else axis for axis in spec))
+        return jax.lax.with_sharding_constraint(x, whole)
+
+    return jax.tree.map(gathered, constrain_parameters(tree, axes), axes)
+
+
+def parameters_are_divided() -> bool:
+    """Return whether weights are gathered before they are used, under the surrounding mesh."""
+    mesh = surrounding_mesh()
+    return mesh is not None and mesh.shape[_GATHERED_AXIS] > 1
 
 
 def fitting_activation_spec(shape: Sequence[int], axes: LogicalAxes) -> PartitionSpec:

@@ -8,12 +8,12 @@ from glm_jax.compiler_settings import of_decoding, of_training, process_flags
 
 def test_this_jax_knows_those_of_training(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    options = of_training("gpu", 2, 10**8)
+    options = of_training("gpu", 10**8)
     assert options["xla_gpu_enable_triton_gemm"] is False
     jax.jit(lambda x: x + 1, compiler_options=options).lower(1.0).compile()
     with pytest.raises(Exception, match="No such compile option"):
         jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_no": True}).lower(1.0).compile()
-    assert of_training("cpu", 2) == of_training("tpu", 2) == {}
+    assert of_training("cpu", 10**8) == of_training("tpu", 10**8) == {}
 
 
 def test_this_jax_knows_what_graphs_of_a_decode_step_may_have(monkeypatch):
@@ -28,11 +28,11 @@ def test_this_jax_knows_what_graphs_of_a_decode_step_may_have(monkeypatch):
 
 def test_the_environment_wins(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
-    assert "xla_gpu_enable_triton_gemm" not in of_training("cuda", 1)
+    assert "xla_gpu_enable_triton_gemm" not in of_training("cuda")
     scheduler = "--xla_gpu_enable_latency_hiding_scheduler"
     # A name is a whole one.
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm_too=true")
-    assert "xla_gpu_enable_triton_gemm" in of_training("cuda", 1)
+    assert "xla_gpu_enable_triton_gemm" in of_training("cuda")
     assert process_flags("") == f"{scheduler}=true"
     assert process_flags("--a=1") == f"--a=1 {scheduler}=true"
     assert process_flags(f"{scheduler}=false") == f"{scheduler}=false"
@@ -44,8 +44,8 @@ def test_collectives_are_combined_up_to_a_layer(monkeypatch):
     kinds = ("all_gather", "reduce_scatter", "all_reduce")
     names = [f"xla_gpu_{kind}_combine_threshold_bytes" for kind in kinds]
     of = lambda *given: [of_training("cuda", *given).get(name) for name in names]
-    assert of(8, 10**8) == [2 * 10**8, 4 * 10**8, 4 * 10**8]
-    assert of(8, 1000) == [30 * 2**20] * 3
-    assert of(8) == of(1) == [None] * 3
+    assert of(10**8) == [2 * 10**8, 4 * 10**8, 4 * 10**8]
+    assert of(1000) == [30 * 2**20] * 3
+    assert of() == [None] * 3
     monkeypatch.setenv("XLA_FLAGS", f"--a=1 --{names[0]}=5")
-    assert of(8, 10**8) == [None, 4 * 10**8, 4 * 10**8]
+    assert of(10**8) == [None, 4 * 10**8, 4 * 10**8]

@@ -52,10 +52,8 @@ class Layers(Protocol):
           The last layer's x, and the cache with what the layers wrote.
         """
 
-    def scan(
-        self, step: Callable[..., tuple[Array, Array]], x: Array, own: Callable[[Index], Any]
-    ) -> tuple[Array, Array]:
-        """Run `step(x, layer, own(index)) -> x, output` over all layers, to be differentiated.
+    def scan(self, step: Callable[..., tuple[Array, Array]], x: Array) -> tuple[Array, Array]:
+        """Run `step(x, layer, index) -> x, output` over all layers, to be differentiated.
 
         Returns:
           The last x, and the outputs stacked over layers.
@@ -98,10 +96,8 @@ class StackedLayers:
         one = lambda index, carry: step(take(self.layers, index), index, *carry)
         return jax.lax.fori_loop(first, end, one, (x, cache))
 
-    def scan(
-        self, step: Callable[..., tuple[Array, Array]], x: Array, own: Callable[[Index], Any]
-    ) -> tuple[Array, Array]:
-        one = lambda x, scanned: step(x, scanned[0], own(scanned[1]))
+    def scan(self, step: Callable[..., tuple[Array, Array]], x: Array) -> tuple[Array, Array]:
+        one = lambda x, scanned: step(x, *scanned)
         return jax.lax.scan(one, x, (self.layers, jnp.arange(len(self))))
 
     def map(self, function: Callable[..., LayerParams], *own: Any) -> LayerParams:
@@ -137,13 +133,11 @@ class LayersApart:
             x, caches[index] = step(self.layers[index], index, x, caches[index])
         return x, None if cache is None else tuple(caches)
 
-    def scan(
-        self, step: Callable[..., tuple[Array, Array]], x: Array, own: Callable[[Index], Any]
-    ) -> tuple[Array, Array]:
+    def scan(self, step: Callable[..., tuple[Array, Array]], x: Array) -> tuple[Array, Array]:
         step = jax.jit(step)  # traced and lowered once for all layers
         outputs = []
         for index, layer in enumerate(self.layers):
-            x, output = step(x, layer, own(index))
+            x, output = step(x, layer, index)
             outputs.append(output)
         return x, jnp.stack(outputs)
 

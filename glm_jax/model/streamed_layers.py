@@ -84,7 +84,7 @@ class OffloadedLayers:
         one = functools.partial(step, fetched, stop - 1 + count)
         return _run_if(turns % 2 == 1, one, carry)
 
-    def scan(self, step: Any, x: Array, own: Any) -> tuple[Array, Array]:
+    def scan(self, step: Any, x: Array) -> tuple[Array, Array]:
         raise OffloadError("weights in hosts' memory cannot be trained: leave out the limit")
 
     def map(self, function: Callable[..., LayerParams], *own: Any) -> "OffloadedLayers":

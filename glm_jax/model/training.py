@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from glm_jax.config import GLMConfig
 from glm_jax.kernels.attention.arguments import SAVED as ATTENDED
-from glm_jax.model import glm
+from glm_jax.model import glm, prefetched_layers
 from glm_jax.model.glm import HIDDEN_AXES
 from glm_jax.model.layer_stacks import as_layers
 from glm_jax.model.layers import PRODUCT, Dropout, drop, layer_norm, rotary_factors
@@ -51,33 +51,45 @@ def training_hidden(
       dropout: of the embedding, attention's weights and output, the feed-forward's output.
       attention: name of its implementation; None for the preferred one.
     """
-    rotary = rotary_factors(config, position_ids)
 
-    def run(x: Array, layer: LayerParams, own: Dropout | None) -> tuple[Array, Array]:
+    def run(x: Array, layer: LayerParams, index: Array | int, shared: Any) -> tuple[Array, Array]:
+        rotary, key_ranges, dropout = shared
         x, _ = glm.block(
             x,
             layer,
             config,
             rotary,
-            visibility.key_ranges,
-            dropout=own,
+            key_ranges,
+            dropout=None if dropout is None else dropout.of_layer(index),
             implementation=attention,
             residual_axes=_SAVED_AXES,
         )
         return x, jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
 
-    def of_layer(index: Array | int) -> Dropout | None:
-        return None if dropout is None else dropout.of_layer(index)
-
-    layers = as_layers(params.layers)
-    if remat != "none":
-        run = jax.checkpoint(run, policy=_policy(remat), prevent_cse=layers.is_apart)
     x = embed_rows(params.word_embeddings, tokens, config.activation_dtype)
     x = scatter(x, _SAVED_AXES, HIDDEN_AXES)
     x = drop(x, None if dropout is None else dropout.of_layer(_EMBEDDING), 0)
-    x, scales = layers.scan(run, constrain(x, _SAVED_AXES), of_layer)
+    shared = (rotary_factors(config, position_ids), visibility.key_ranges, dropout)
+    x, scales = _run_layers(run, params.layers, config, constrain(x, _SAVED_AXES), shared, remat)
     x = layer_norm(x, params.final_layernorm, config.layernorm_epsilon)
     return gather(x, _SAVED_AXES, HIDDEN_AXES), scales
+
+
+def _run_layers(
+    step: prefetched_layers.Step,
+    layers: Any,
+    config: GLMConfig,
+    x: Array,
+    shared: Any,
+    remat: str,
+) -> tuple[Array, Array]:
+    if remat == "blocks" and prefetched_layers.suits(layers, config):
+        return prefetched_layers.scan(step, config, layers, x, shared)
+    run = lambda x, layer, index: step(x, layer, index, shared)
+    if remat != "none":
+        is_apart = as_layers(layers).is_apart
+        run = jax.checkpoint(run, policy=_policy(remat), prevent_cse=is_apart)
+    return as_layers(layers).scan(run, x)
 
 
 def _policy(remat: str) -> Any:

@@ -229,7 +229,7 @@ def compiled_train_step(
     *_, tensor = mesh.axis_sizes
     exchanged = 0 if tensor == mesh.size else layer_parameter_count(config) // tensor
     platform = mesh.devices.flat[0].platform
-    options = compiler_settings.of_training(platform, mesh.size, exchanged)
+    options = compiler_settings.of_training(platform, exchanged)
     return jax.jit(
         step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options or None
     )

@@ -5,12 +5,13 @@ import os
 import re
 
 import pytest
+from aot import schedule
 from aot.compiling import collectives, hardware
 
 from configs import glm_130b
 from glm_jax.config import glm_config
 from glm_jax.planning import topology, training_programs
-from glm_jax.planning.collectives import find_collectives
+from glm_jax.planning.collectives import find_collectives, traffic
 from glm_jax.sharding import make_mesh
 from glm_jax.training import config as train_config
 from glm_jax.training.recipe import Recipe
@@ -89,6 +90,27 @@ def test_gradients_of_weights_are_scattered_in_float32(compiled):
     """As docs/training.md says why: of all that is scattered only rows are not."""
     scattered = _results(compiled, "reduce-scatter")
     assert {dtype for dtype, size in scattered if size not in (ROWS, ROWS // GPUS)} == {"f32"}
+
+
+def test_the_next_layers_weights_are_gathered_beside_products(compiled, capsys):
+    """By the program's order a step waits for rows within hosts and for gradients, and hardly for
+    weights."""
+    a100, model = hardware("a100_40gb"), train_config.model_config(glm_130b.get_config())
+    text = compiled.as_text()
+    found = find_collectives(text, model.num_layers)
+    is_weight = lambda e: e.kind == "all-gather" and len(e.group) == HOSTS
+    sent = lambda kept: traffic(kept, HOSTS * GPUS, GPUS)
+    weights = sent(filter(is_weight, found)).network / a100.network_bandwidth
+    others = sent(e for e in found if not is_weight(e))
+    waited = others.network / a100.network_bandwidth + others.link / a100.link_bandwidth
+    times = schedule.times(text, a100, HOSTS * GPUS, turns=2048 // 256)
+    with capsys.disabled():
+        print(
+            f"\n130B train step by its schedule: {times.now:.1f} s, {times.products:.1f} of "
+            f"products, {times.waiting:.1f} that none runs beside; weights take {weights:.1f} s of "
+            f"the network, gradients and rows {waited:.1f} of network and links"
+        )
+    assert times.waiting < waited + 0.2 * weights
 
 
 def _results(compiled, kind):
