@@ -27,8 +27,8 @@ Step = Callable[[Array, LayerParams, Array, Any], tuple[Array, Array]]
 
 def suits(layers: Any, config: GLMConfig) -> bool:
     """Return whether layers are a stack of float arrays, divided over the surrounding mesh."""
-    structure = jax.tree.structure(specs(config).layers, is_leaf=is_spec)
-    return parameters_are_divided() and jax.tree.structure(layers) == structure
+    floats: Any = jax.tree.structure(specs(config).layers, is_leaf=is_spec)
+    return parameters_are_divided() and bool(floats == jax.tree.structure(layers))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

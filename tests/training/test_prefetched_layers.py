@@ -69,7 +69,8 @@ def test_results_and_gradients_are_those_of_a_plain_loop(
     )
     (found, own_scales), gradients = _results(config, mesh, "blocks", dropout)
     assert taken
-    np.testing.assert_allclose(found, expected, rtol=tolerance)
+    # A sum of 2048 numbers of either sign.
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * 2048**0.5)
     np.testing.assert_allclose(own_scales, scales, rtol=tolerance)
     shardings = jax.tree.map(lambda x: x.sharding, glm_params.abstract(config, mesh))
 
