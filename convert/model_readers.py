@@ -16,6 +16,7 @@ from convert import sat_layout
 from convert.byte_source import FileBytes
 from convert.errors import ConvertError
 from convert.file_kinds import is_plain_name, known_kind
+from convert.numbers import cast
 from convert.plain_reading import PlainModel, WholeTensors
 from convert.sat_reader import SatCheckpoint
 from glm_jax.checkpoints import parameter_files
@@ -179,7 +180,14 @@ class _Safetensors(PlainModel):
         if self._checksums is not None and self._checksums.get(name) != chunk_checksum(values):
             raise damaged(f"{self._folder / file}: {name}", "it is not what was written")
         values = values.view(ml_dtypes.bfloat16) if values.dtype == np.dtype("V2") else values
-        return values.astype(self.config.param_dtype, copy=False)
+        if values.dtype.kind in "iub":
+            raise ConvertError(
+                f"{self._folder / file}: {name} has {values.dtype}, no floats: export it again"
+            )
+        try:
+            return cast(values, np.dtype(self.config.param_dtype))
+        except ConvertError as error:
+            raise ConvertError(f"{self._folder / file}: {name}: {error}") from None
 
 
 def read_index(folder: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ import faulthandler
 import fcntl
 import importlib.util
 import os
+import shutil
 import tempfile
 import urllib.parse
 
@@ -33,9 +34,10 @@ PACKAGES = (
 # Of a test, after which its process is ended: a kernel may never end.
 SECONDS = 1200 if PLATFORMS == "cpu" else 120
 # Of all processes of a run: a locked file while a test runs, named by test and process.
-_RUNNING = Path(
-    os.environ.setdefault("GLM_JAX_TESTS_RUNNING", tempfile.mkdtemp(prefix="glm_jax_tests_"))
-)
+_IS_FIRST = "GLM_JAX_TESTS_RUNNING" not in os.environ
+if _IS_FIRST:
+    os.environ["GLM_JAX_TESTS_RUNNING"] = tempfile.mkdtemp(prefix="glm_jax_tests_")
+_RUNNING = Path(os.environ["GLM_JAX_TESTS_RUNNING"])
 
 
 def _missing() -> list[str]:
@@ -52,6 +54,11 @@ def pytest_configure(config: pytest.Config) -> None:
         found = str(error).splitlines()[0]
     if found != "gpu" and PLATFORMS != "cpu":
         pytest.exit(f"make test-gpu needs a GPU that JAX can use, found: {found}", returncode=1)
+
+
+def pytest_unconfigure() -> None:
+    if _IS_FIRST:
+        shutil.rmtree(_RUNNING, ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 from jaxtyping import Array, Float
 
 from glm_jax import processes
@@ -24,7 +25,8 @@ from glm_jax import processes
 SECONDS = 180.0  # for a process to start, to compile and to end
 # Relative, of an array's norm: a few roundings of each product's operands.
 _TOLERANCES = {"float16": 2e-3, "bfloat16": 1.6e-2}
-_ROOT = Path(__file__).parents[2]
+_PACKAGE = Path(__file__).parents[1]
+_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @functools.cache
@@ -43,8 +45,8 @@ def check_apart(
 ) -> str | None:
     """Run a module as a process of its own; return why its check failed, None if it passed.
 
-    Where jax keeps compiled programs, as commands have it, a pass is noted beside them: the same
-    kernels are not checked again on such a device with this version of jax.
+    Where jax keeps compiled programs, as commands have it, a pass is noted beside them: it is not
+    checked again with the same code, versions of jax and driver, flags and kind of device.
 
     Args:
       module: ends with what `report` returns.
@@ -53,9 +55,9 @@ def check_apart(
       seconds: after which the process is ended.
     """
     note = None if command else _note_of_pass(module, argument)
-    if note is not None and note.exists():
+    if note is not None and os.path.exists(note):  # False where it may not be looked at
         return None
-    paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
+    paths = [str(_PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
     variables = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # this process has most of the memory
@@ -80,14 +82,29 @@ def check_apart(
 def _note_of_pass(module: str, argument: str) -> Path | None:
     """Return the file that says that a check passed; None where jax keeps nothing on a disk."""
     folder = jax.config.values["jax_compilation_cache_dir"]
-    if not folder or "://" in folder:
+    if not folder or "://" in folder or not jax.config.values["jax_enable_compilation_cache"]:
         return None
     device = jax.devices()[0]
-    about = module, argument, jax.__version__, device.device_kind, device.client.platform_version
+    compilers = jax.__version__, jaxlib.__version__, device.client.platform_version, _driver()
+    about = module, argument, device.device_kind, os.environ.get("XLA_FLAGS", ""), compilers
     digest = hashlib.sha256(json.dumps(about).encode())
-    for source in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(source.read_bytes())
+    digest.update(_code(_PACKAGE))
     return Path(folder) / f"checked_{digest.hexdigest()}"
+
+
+def _driver() -> str:
+    try:
+        return _DRIVER.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _code(package: Path) -> bytes:
+    """Return a hash of all modules: a verdict depends on what quantises and compares, too."""
+    digest = hashlib.sha256()
+    for source in sorted(package.rglob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.digest()
 
 
 def report(is_for: Callable[[Any], bool], capabilities: str, faults: Iterable[str | None]) -> int:

@@ -10,6 +10,7 @@ from conftest import GOLDEN, POSITIONS
 from forked import Try, run_all
 from running import environment
 from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from torch_files import read_module, write_torch_file
 
 from convert import inspect as inspect_tool
@@ -19,6 +20,7 @@ from convert.errors import ConvertError
 from convert.model_readers import open_model, open_plainly
 from convert.orbax_to_safetensors import export
 from convert.sat_reader import SatCheckpoint
+from convert.sat_writer import write_shards
 from convert.verify import compare
 from glm_jax import save_model
 from glm_jax.checkpoints import model_folder, parameter_files
@@ -57,6 +59,37 @@ def test_safetensors_hold_the_released_tensors(converted, tmp_path, most_bytes):
     assert {name: shape for name, shape, _ in rows} == {
         n: tuple(t.shape) for n, t in expected.items()
     }
+
+
+_EMBEDDING = "transformer.word_embeddings.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        (_EMBEDDING, lambda x: np.where(x == x.max(), 1e6, x), "1 numbers .* beyond float16"),
+        (
+            "transformer.layers.1.attention.dense.weight",
+            lambda x: np.where(x == x.max(), 1e6, x),
+            "1 numbers .* beyond float16",
+        ),
+        (_EMBEDDING, lambda x: x.astype(np.int32), "has int32, no floats"),
+    ],
+)
+def test_safetensors_of_another_program_that_its_config_cannot_hold(
+    converted, tmp_path, name, wrong, message
+):
+    """In a wider dtype than the model's they are cast; what would be infinite is refused."""
+    export(converted, tmp_path / "st", 10**9)
+    [file] = (tmp_path / "st").glob("*.safetensors")
+    (tmp_path / "st" / "checksums.json").unlink()
+    wide = {name: x.astype(np.float32) for name, x in load_file(file).items()}
+    save_file(wide, file)
+    assert _differences(tmp_path / "st", converted) == (39, [])
+    save_file(wide | {name: wrong(wide[name])}, file)
+    with pytest.raises(ConvertError, match=rf"{file.name}: {name}:? {message}"):
+        write_shards(tmp_path / "st", tmp_path / "shards", 1)
+    assert not (tmp_path / "shards").exists()
 
 
 @pytest.mark.parametrize("other", ["tp1", "tp8"])

@@ -103,8 +103,9 @@ def test_gradients_and_converted_tiles(bits, rows):
 )
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_the_check_of_the_kernel_passes(bits, dtype):
+def test_the_check_of_the_kernel_passes(bits, dtype, monkeypatch):
     """In its own process, as `prepare` runs it: whole rows, and groups with zero points."""
+    monkeypatch.setattr(self_check, "_note_of_pass", lambda *_: None)  # though it passed before
     kinds = [Kind(bits, 4096, 4096, dtype, False), Kind(bits, 4096, 128, dtype, True)]
     argument = mosaic_check.described(kinds)
     # In less time than the test has.

@@ -4,6 +4,7 @@ import dataclasses
 import sys
 
 import jax
+import jaxlib
 import pytest
 
 from glm_jax.config import ConfigError, glm_config
@@ -48,13 +49,54 @@ def test_what_passed_is_not_checked_again_with_the_same_kernels(tmp_path, monkey
         assert run("a") == "its check failed: a fault"
         status.write_text("0")
         assert [run(argument) for argument in "aab"] == [None] * 3
-        monkeypatch.setattr(jax, "__version__", "another")
+        jax.config.update("jax_enable_compilation_cache", False)  # nor is a program then
         assert run("a") is None
+        jax.config.update("jax_enable_compilation_cache", True)
         jax.config.update("jax_compilation_cache_dir", None)  # there is nowhere to note it
         assert run("a") is None
     finally:
+        jax.config.update("jax_enable_compilation_cache", True)
         jax.config.update("jax_compilation_cache_dir", before)
     assert (tmp_path / "runs").read_text() == "aabaa"
+
+
+def _other_code(monkeypatch, folder):
+    package = folder / "glm_jax"
+    (package / "quantization").mkdir(parents=True)
+    (package / "quantization" / "pack.py").write_text("")
+    monkeypatch.setattr(self_check, "_PACKAGE", package)
+
+
+def _other_driver(monkeypatch, folder):
+    (folder / "version").write_text("NVRM version: 1")
+    monkeypatch.setattr(self_check, "_DRIVER", folder / "version")
+
+
+OTHERS = {
+    "jax": lambda patch, _: patch.setattr(jax, "__version__", "another"),
+    "jaxlib": lambda patch, _: patch.setattr(jaxlib, "__version__", "another"),
+    "flags": lambda patch, _: patch.setenv("XLA_FLAGS", "--xla_another=1"),
+    "driver": _other_driver,
+    "code": _other_code,
+}
+
+
+@pytest.mark.parametrize("changed", OTHERS)
+def test_a_pass_is_of_the_code_the_compilers_and_the_driver(changed, tmp_path, monkeypatch):
+    monkeypatch.setitem(jax.config.values, "jax_compilation_cache_dir", str(tmp_path))
+    note = lambda: self_check._note_of_pass("module", "argument")
+    before = note()
+    assert before == note()
+    OTHERS[changed](monkeypatch, tmp_path)
+    assert note() != before
+
+
+def test_a_folder_that_cannot_be_looked_into_has_no_note(tmp_path, monkeypatch):
+    """As one of another user; here by its name's length. The check runs."""
+    folder = str(tmp_path / ("a" * 300))
+    monkeypatch.setitem(jax.config.values, "jax_compilation_cache_dir", folder)
+    assert "No module named" in self_check.check_apart("no_such_module", "")
+    assert self_check.check_apart("this", "") is None  # which python has
 
 
 class _Undropped(Blockwise):
