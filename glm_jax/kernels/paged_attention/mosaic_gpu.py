@@ -29,7 +29,7 @@ from glm_jax.kernels.paged_attention.mosaic import HEAD_DIM, PAGE, QUERIES
 
 _WRITTEN = 8  # of which results are written at once: rows of a tile in shared memory
 _PROGRAMS = 2  # on a multiprocessor at once
-_STAGES = {2: 3, 1: 4}  # pages in a program's shared memory, by bytes of a number
+_STAGES = 3  # pages in a program's shared memory, so that there is room for two programs
 _ROUNDS = 3  # of these, at least, or the last would leave many multiprocessors idle
 _untyped: Any = plgpu  # what its annotations get wrong
 _UNSEEN = -1e30  # a score, finite so that differences are numbers
@@ -73,7 +73,7 @@ def _call(
     query the logarithm (base 2) of its weights' sum, [batch, heads, parts, 64]."""
     (batch, heads, written, head_dim), dtype = query.shape, query.dtype
     is_int8 = a.key_scales is not None
-    stages = _STAGES[a.keys.dtype.itemsize]
+    stages = _STAGES
     swizzled: Any = (_untyped.TilingTransform((8, 64)), _untyped.SwizzleTransform(128))
     of_floats = lambda *shape: plgpu.SMEM(shape, dtype, transforms=swizzled)
     page = (stages, PAGE, head_dim)
@@ -99,7 +99,8 @@ def _call(
             "full": plgpu.Barrier(num_arrivals=len(operands), num_barriers=stages),
             "arrived": plgpu.Barrier(num_arrivals=1),
         },
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        # Threads reduce by shuffles: without scratch, two programs have room.
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         grid=(batch, heads, parts),
         grid_names=("batch", "heads", "part"),
         kernel_name="paged_attention",

@@ -259,9 +259,15 @@ def _needed_registers(problem: Problem, blocks: Blocks) -> int:
     return weights + sums + _OTHER_REGISTERS
 
 
+def aligned_rows(rows: int) -> int:
+    """Return how many sums of rows lie in shared memory for a block's: a copy by TMA must begin
+    at a multiple of 128 bytes there, in each stage."""
+    return -(-rows // 32) * 32
+
+
 def _stage_bytes(problem: Problem, blocks: Blocks) -> int:
     groups = max(1, blocks.inputs // problem.group_size)
     values = blocks.outputs * blocks.inputs * problem.bits // 8
     scales = groups * blocks.outputs * 4 * (2 if problem.zeros else 1)
-    sums = groups * blocks.rows * 4
+    sums = groups * aligned_rows(blocks.rows) * 4
     return values + 2 * blocks.rows * blocks.inputs + scales + sums

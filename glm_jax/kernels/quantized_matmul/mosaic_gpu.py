@@ -25,6 +25,7 @@ from glm_jax.kernels.quantized_matmul.arguments import Problem
 from glm_jax.kernels.quantized_matmul.mosaic_blocks import (
     COPYING_REGISTERS,
     Blocks,
+    aligned_rows,
     choose,
 )
 from glm_jax.kernels.quantized_matmul.mosaic_layout import LANES, TILE, MosaicArray
@@ -66,8 +67,9 @@ def _call(x: Array, weight: MosaicArray, plan: Plan) -> Array:
     scratch["x"] = swizzled((stages, blocks.rows, blocks.inputs), x.dtype, plan)
     scratch["values"] = plgpu.SMEM(of_values, jnp.int32)
     if plan.sums:
-        operands["sums"] = plan.sums_of(x)
-        scratch["sums"] = plgpu.SMEM((stages, plan.groups, blocks.rows), jnp.float32)
+        operands["sums"] = _aligned(plan.sums_of(x), blocks.rows)
+        of_sums = (stages, plan.groups, aligned_rows(blocks.rows))
+        scratch["sums"] = plgpu.SMEM(of_sums, jnp.float32)
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan=plan, names=tuple(operands)),
         out_type=jax.ShapeDtypeStruct(
@@ -88,6 +90,13 @@ def _call(x: Array, weight: MosaicArray, plan: Plan) -> Array:
     )
     parts: Array = kernel(*operands.values())
     return parts
+
+
+def _aligned(sums: Array, rows: int) -> Array:
+    """Put zeros behind each block's rows of sums [groups, rows]; see `aligned_rows`."""
+    by_block = sums.reshape(len(sums), -1, rows)
+    padding = aligned_rows(rows) - rows
+    return jnp.pad(by_block, ((0, 0), (0, 0), (0, padding))).reshape(len(sums), -1)
 
 
 def scales_by_tile(weight: MosaicArray) -> dict[str, Float[Array, "groups tiles 64"]]:
@@ -167,14 +176,14 @@ def _copy(
         tile, step = lax.div(first + index, of_tile), lax.rem(first + index, of_tile)
         output, row = plan.position(tile)
         outputs, rows = pl.ds(output, blocks.output_tiles), pl.ds(row * blocks.rows, blocks.rows)
-        tiles = blocks.inputs // TILE
+        tiles, aligned = blocks.inputs // TILE, aligned_rows(blocks.rows)
         groups = pl.ds(lax.div(step * blocks.inputs, plan.group_size), plan.groups)
         slices = {
             "x": (rows, pl.ds(step * blocks.inputs, blocks.inputs)),
             "values": (outputs, pl.ds(step * tiles, tiles)),
             "scales": (groups, outputs),
             "zeros": (groups, outputs),
-            "sums": (pl.ds(step * plan.groups, plan.groups), rows),
+            "sums": (pl.ds(step * plan.groups, plan.groups), pl.ds(row * aligned, aligned)),
         }
         for name, ref in memory.items():
             source = ref.at[slices[name]]
@@ -245,7 +254,8 @@ class Step:
         pairs = [(g, t) for g in range(plan.groups) for t in range(plan.blocks.tiles)]
         for (group, tile), part in zip(pairs, self._products(pairs), strict=True):
             if plan.sums:
-                sums = self._broadcast(self.refs["sums"].at[group], 0, part)
+                of_rows = self.refs["sums"].at[group, pl.ds(0, plan.blocks.rows)]
+                sums = self._broadcast(of_rows, 0, part)
                 part = part - self._excess(group, tile, part) * sums
             added[tile] += part * self._of_outputs("scales", group, tile, part)
         return tuple(added)
