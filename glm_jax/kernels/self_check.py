@@ -12,12 +12,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 from jaxtyping import Array, Float
 
 from glm_jax import processes
@@ -26,6 +26,7 @@ SECONDS = 180.0  # for a process to start, to compile and to end
 # Relative, of an array's norm: a few roundings of each product's operands.
 _TOLERANCES = {"float16": 2e-3, "bfloat16": 1.6e-2}
 _PACKAGE = Path(__file__).parents[1]
+_COMPILERS = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin")
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -85,11 +86,18 @@ def _note_of_pass(module: str, argument: str) -> Path | None:
     if not folder or "://" in folder or not jax.config.values["jax_enable_compilation_cache"]:
         return None
     device = jax.devices()[0]
-    compilers = jax.__version__, jaxlib.__version__, device.client.platform_version, _driver()
+    compilers = *map(_version, _COMPILERS), device.client.platform_version, _driver()
     about = module, argument, device.device_kind, os.environ.get("XLA_FLAGS", ""), compilers
     digest = hashlib.sha256(json.dumps(about).encode())
     digest.update(_code(_PACKAGE))
     return Path(folder) / f"checked_{digest.hexdigest()}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _driver() -> str:

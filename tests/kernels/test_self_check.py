@@ -4,7 +4,6 @@ import dataclasses
 import sys
 
 import jax
-import jaxlib
 import pytest
 
 from glm_jax.config import ConfigError, glm_config
@@ -60,6 +59,12 @@ def test_what_passed_is_not_checked_again_with_the_same_kernels(tmp_path, monkey
     assert (tmp_path / "runs").read_text() == "aabaa"
 
 
+def _other_version(monkeypatch, package):
+    version = self_check.metadata.version
+    other = lambda name: "another" if name == package else version(name)
+    monkeypatch.setattr(self_check.metadata, "version", other)
+
+
 def _other_code(monkeypatch, folder):
     package = folder / "glm_jax"
     (package / "quantization").mkdir(parents=True)
@@ -73,8 +78,9 @@ def _other_driver(monkeypatch, folder):
 
 
 OTHERS = {
-    "jax": lambda patch, _: patch.setattr(jax, "__version__", "another"),
-    "jaxlib": lambda patch, _: patch.setattr(jaxlib, "__version__", "another"),
+    "jax": lambda patch, _: _other_version(patch, "jax"),
+    "jaxlib": lambda patch, _: _other_version(patch, "jaxlib"),
+    "plugin": lambda patch, _: _other_version(patch, "jax-cuda12-plugin"),
     "flags": lambda patch, _: patch.setenv("XLA_FLAGS", "--xla_another=1"),
     "driver": _other_driver,
     "code": _other_code,
