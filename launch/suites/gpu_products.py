@@ -51,7 +51,9 @@ def products(shapes: Shapes) -> Iterator[Result]:
             }
             if rows <= _MAX_TORCH_ROWS and _has_torch():
                 ways["torch_int4"] = functools.partial(_torch_run, shapes, rows, inputs, outputs)
-            runs, counts, found = {}, {}, {}
+            runs: dict[str, Run] = {}
+            counts: dict[str, int] = {}
+            found: Result = {}
             for form, way in ways.items():
                 try:
                     runs[form], counts[form] = way()
