@@ -14,13 +14,13 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from glm_jax import processes
+from glm_jax import processes, supervision
 
 SECONDS = 180.0  # for a process to start, to compile and to end
 # Relative, of an array's norm: a few roundings of each product's operands.
@@ -50,7 +50,7 @@ def check_apart(
     checked again with the same code, versions of jax and driver, flags and kind of device.
 
     Args:
-      module: ends with what `report` returns.
+      module: calls `run`.
       argument: of the process.
       command: what to run instead.
       seconds: after which the process is ended.
@@ -115,8 +115,20 @@ def _code(package: Path) -> bytes:
     return digest.digest()
 
 
+def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Run a module's `main`, in the process that `check_apart` starts, with its arguments.
+
+    The process ends with the one that started it: a kernel that never ends would keep the GPU.
+
+    Args:
+      main: returns the exit status, as `report` does.
+    """
+    supervision.die_with_parent()
+    sys.exit(main(sys.argv[1:]))
+
+
 def report(is_for: Callable[[Any], bool], capabilities: str, faults: Iterable[str | None]) -> int:
-    """Print the first fault of a kernel, in the process that `check_apart` starts.
+    """Print the first fault of a kernel.
 
     Args:
       is_for: whether the kernel is one for a device.

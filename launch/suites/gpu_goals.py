@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from launch.suites.gpu_parts import MAX_ERROR
+
 Results = dict[str, Any]
 Goal = tuple[str, float, str, float]  # what, measured, "<=" or ">=", the goal
 
@@ -44,6 +46,8 @@ def _of_products(results: Results) -> Iterator[Goal]:
     for product in results["products"]:
         inputs, outputs, rows = (product[name] for name in ("inputs", "outputs", "rows"))
         of = f"{inputs} x {outputs}, {rows} row{'s' * (rows > 1)}"
+        if "int4_us" not in product or "float16_us" not in product:
+            continue  # its error is in the results
         int4, plain = product["int4_us"], product["float16_us"]
         speed = plain / int4
         if rows <= _FEW_ROWS and (inputs, outputs) in _MICROSECONDS:
@@ -63,17 +67,25 @@ def _of_products(results: Results) -> Iterator[Goal]:
             if "int8_us" in product:
                 eight = plain / product["int8_us"]
                 yield f"int8 {of}, times float16's speed", eight, ">=", 0.95
-        if "int4_back_us" in product:
+        if "int4_back_us" in product and "float16_back_us" in product:
             back = product["float16_back_us"] / product["int4_back_us"]
             yield f"int4 {of}, gradient to x, times float16's speed", back, ">=", 0.8
 
 
 def _of_pages(results: Results) -> Iterator[Goal]:
     for each in results["pages"]:
-        shares = [each["share"][name] for name in _PAGES if name in each["share"]]
+        shares = {name: each["share"][name] for name in _PAGES if name in each["share"]}
+        wrong = [name for name in shares if is_wrong(each, name)]
         if shares:
             what = f"attention over {each['cache']} pages, {each['heads']} heads"
-            yield f"{what}, share of the memory's rate", max(shares), ">=", 0.75
+            what += f" ({', '.join(wrong)} wrong)" if wrong else ""
+            right = [share for name, share in shares.items() if name not in wrong]
+            yield f"{what}, share of the memory's rate", max(right, default=0.0), ">=", 0.75
+
+
+def is_wrong(pages: Results, name: str) -> bool:
+    """Return whether an implementation's attention over pages has wrong numbers."""
+    return not pages["error"][name] <= MAX_ERROR  # of NaN, too
 
 
 def _of_steps(results: Results) -> Iterator[Goal]:

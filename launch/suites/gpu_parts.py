@@ -116,6 +116,8 @@ SHAPES = {
 }
 REPEATS = 5
 PAGE = 64  # tokens
+MAX_ERROR = 0.02  # see `error_of`
+_MAX_WORDS = 200  # characters
 _SPARE = 6 << 30  # bytes that programs need beside weights and cache
 _PROGRAM_BYTES = 2 << 30  # of weights that a program of short products reads
 _MAX_SHORT_ROWS = 64  # whose products take no longer than reading the weight
@@ -162,8 +164,32 @@ def read_rate(shapes: Shapes) -> float:
 
 
 def often(run: Callable[[], object]) -> Callable[[], object]:
-    """So that starting the work does not count."""
-    return lambda: [run() for _ in range(REPEATS)]
+    """So that starting the work does not count; the last result is returned.
+
+    Each result is dropped before the next run, which then has the same memory: for other
+    addresses XLA would update its CUDA graphs.
+    """
+
+    def repeated() -> object:
+        result = None
+        for _ in range(REPEATS):
+            result = None
+            result = run()
+        return result
+
+    return repeated
+
+
+def error_of(got: jax.Array, exact: jax.Array) -> float:
+    """Return the largest error of a number, as a share of all numbers' root mean square."""
+    difference = jnp.max(jnp.abs(got.astype(jnp.float32) - exact))
+    return float(difference / jnp.sqrt(jnp.mean(exact**2)))
+
+
+def words_of(error: Exception) -> str:
+    """Return an error in a line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:_MAX_WORDS]
 
 
 def turns_of(rows: int, size: int) -> int:

@@ -4,7 +4,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,8 +24,11 @@ from launch.suites.gpu_parts import (
     interleaved,
     often,
     turns_of,
+    words_of,
 )
 from launch.suites.tuned_products import all_of
+
+Run = Callable[[], object]
 
 _COMPILERS = 8  # programs that are compiled at once
 _MAX_TORCH_ROWS = 128
@@ -40,20 +43,32 @@ def products(shapes: Shapes) -> Iterator[Result]:
         forms = ["int4", "float16"] + ["int8"] * (rows in shapes.int8_rows)
         forms += ["int4_back", "float16_back"] * (rows == max(shapes.rows))
         jobs = [_Job(shapes, form, rows, *size) for size in shapes.products for form in forms]
-        compiled = dict(zip(jobs, pool.map(_Job.program, jobs), strict=True))
+        programs = {job: pool.submit(job.program) for job in jobs}
         for inputs, outputs in shapes.products:
-            runs, counts = {}, {}
-            for form in forms:
-                job = _Job(shapes, form, rows, inputs, outputs)
-                run = functools.partial(compiled[job], job.activations(), job.weights())
-                runs[form], counts[form] = often(run), job.copies * job.turns * REPEATS
-            if rows <= _MAX_TORCH_ROWS:
-                peer = _torch_product(shapes, rows, inputs, outputs)
-                if peer is not None:
-                    runs["torch_int4"], counts["torch_int4"] = peer
+            of_form = {form: _Job(shapes, form, rows, inputs, outputs) for form in forms}
+            ways = {
+                form: functools.partial(_run, job, programs[job]) for form, job in of_form.items()
+            }
+            if rows <= _MAX_TORCH_ROWS and _has_torch():
+                ways["torch_int4"] = functools.partial(_torch_run, shapes, rows, inputs, outputs)
+            runs: dict[str, Run] = {}
+            counts: dict[str, int] = {}
+            found: Result = {}
+            for form, way in ways.items():
+                try:
+                    runs[form], counts[form] = way()
+                except Exception as error:  # whatever a compiler or a library raises
+                    found[f"{form}_error"] = words_of(error)
             taken = interleaved(runs)
-            found = {f"{form}_us": 1e6 * taken[form] / counts[form] for form in runs}
+            found |= {f"{form}_us": 1e6 * taken[form] / counts[form] for form in runs}
             yield {"inputs": inputs, "outputs": outputs, "rows": rows, "layout": layout()} | found
+
+
+def _run(job: "_Job", program: concurrent.futures.Future[Any]) -> tuple[Run, int]:
+    """Return what multiplies, having done so once; and how many products a call is."""
+    run = functools.partial(program.result(), job.activations(), job.weights())
+    jax.block_until_ready(run())
+    return often(run), job.copies * job.turns * REPEATS
 
 
 def layout() -> str:
@@ -134,11 +149,14 @@ def _torch_weights(inputs: int, outputs: int, count: int) -> Any:
     return weights
 
 
-def _torch_product(shapes: Shapes, rows: int, inputs: int, outputs: int) -> Any:
-    """PyTorch's (tinygemm, groups of 128), and how many products a call is."""
+def _has_torch() -> bool:
     torch = find_torch()
-    if torch is None or not torch.cuda.is_available():
-        return None
+    return torch is not None and torch.cuda.is_available()
+
+
+def _torch_run(shapes: Shapes, rows: int, inputs: int, outputs: int) -> tuple[Run, int]:
+    """`_run` of PyTorch's (tinygemm, groups of 128)."""
+    torch = find_torch()
     count = copies_of(shapes, inputs * outputs // 2)
     x = torch.randn(rows, inputs, dtype=torch.bfloat16, device="cuda")
     weights = _torch_weights(inputs, outputs, count)
@@ -148,4 +166,5 @@ def _torch_product(shapes: Shapes, rows: int, inputs: int, outputs: int) -> Any:
             torch.ops.aten._weight_int4pack_mm(x, packed, 128, scales)
         torch.cuda.synchronize()
 
+    run()
     return run, count * REPEATS

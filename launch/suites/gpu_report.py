@@ -84,13 +84,35 @@ def page_table(results: Results) -> list[str]:
     measured = results.get("pages", [])
     if not measured:
         return []
-    names = list(measured[0]["us"])
+    names = list(dict.fromkeys(name for each in measured for name in each["us"]))
     lines = [_line(["cache", "heads", *names]), _line(["---"] * (2 + len(names)))]
     for each in measured:
-        cell = lambda name, of: f"{of['us'][name]:.0f}, {100 * of['share'][name]:.0f}%"
-        cells = [cell(name, each) if name in each["us"] else "–" for name in names]
+        cells = [_page_cell(each, name) if name in each["us"] else "–" for name in names]
         lines.append(_line([each["cache"], str(each["heads"]), *cells]))
     return ["", "Attention over pages, µs and share of the memory's rate:", "", *lines]
+
+
+def _page_cell(pages: Results, name: str) -> str:
+    wrong = " (wrong)" if gpu_goals.is_wrong(pages, name) else ""
+    return f"{pages['us'][name]:.0f}, {100 * pages['share'][name]:.0f}%{wrong}"
+
+
+def _failures(results: Results) -> list[str]:
+    """Return why forms of products and implementations of attention have no times."""
+    suffix = "_error"
+    products = [
+        f"{name.removesuffix(suffix)}: {why}"
+        for product in results["products"]
+        for name, why in product.items()
+        if name.endswith(suffix)
+    ]
+    attention = [
+        f"attention over {each['cache']} pages, {name}: {why}"
+        for each in results.get("pages", [])
+        for name, why in each["error"].items()
+        if name not in each["us"]
+    ]
+    return list(dict.fromkeys(products + attention))
 
 
 def markdown(results: Results) -> str:
@@ -102,6 +124,7 @@ def markdown(results: Results) -> str:
     for name, check in results["checks"].items():
         lines += ["", f"Checked: {name}: {check['fault'] or 'right'}"]
     lines += ["", *(f"Warning: {warning}" for warning in results["warnings"])]
+    lines += ["", *(f"Failed: {failure}" for failure in _failures(results))]
     lines += ["", *(f"Left out: {name}: {why}" for name, why in results["left_out"].items())]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -1,5 +1,7 @@
 """Attention over pages by the library's kernel and by ours, as a share of the memory's rate."""
 
+import concurrent.futures
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,71 +10,118 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm_jax.kernels.dispatch import BackendError
 from glm_jax.kernels.paged_attention.api import paged_attention
 from glm_jax.model.paged_cache import quantize_heads
-from launch.suites.gpu_parts import PAGE, REPEATS, Result, Shapes, interleaved, often, read_rate
+from launch.suites.gpu_parts import (
+    PAGE,
+    REPEATS,
+    Result,
+    Shapes,
+    copies_of,
+    error_of,
+    interleaved,
+    often,
+    read_rate,
+    turns_of,
+    words_of,
+)
+from launch.suites.tuned_products import all_of
 
 _HEAD_DIM = 128
-_IMPLEMENTATIONS = ("library", "mosaic", "xla")
+_CACHES = {"float16": 2, "int8": 1}  # bytes of a number
+# Ours last: if it never ends, or leaves a device that nothing runs on, all others are there.
+_IMPLEMENTATIONS = ("library", "xla", "mosaic")
 
 
 def pages(shapes: Shapes) -> Iterator[Result]:
-    """Microseconds of one layer's attention of a new token of each sequence, the share that this
-    is of the rate at which memory is read, and how far each result is from plain XLA's."""
+    """Yield of each implementation the microseconds of one layer's attention of a new token of
+    each sequence, the share that this is of the rate at which memory is read, and how far its
+    result is from plain XLA's, or why there is none."""
     rate = read_rate(shapes)
-    for heads in shapes.heads:
-        for cache in ("float16", "int8"):
-            run_by, size = _runs(shapes, heads, cache)
-            expected = run_by("xla")().astype(jnp.float32)
-            runs: dict[str, Callable[[], object]] = {}
-            errors: dict[str, Any] = {}
-            for name in _IMPLEMENTATIONS:
-                try:
-                    run = run_by(name)
-                    errors[name] = float(jnp.max(jnp.abs(run().astype(jnp.float32) - expected)))
-                    runs[name] = often(run)
-                except BackendError as error:
-                    errors[name] = str(error)
-                except jax.errors.JaxRuntimeError as error:  # a kernel that does not run here
-                    errors[name] = str(error).splitlines()[0]
-            taken = {name: time / REPEATS for name, time in interleaved(runs).items()}
-            yield {
-                "cache": cache,
-                "heads": heads,
-                "sequences": shapes.sequences,
-                "tokens": shapes.tokens,
-                "us": {name: 1e6 * time for name, time in taken.items()},
-                "share": {name: size / time / rate for name, time in taken.items()},
-                "error": errors,
-            }
+    cases = [Case(shapes, heads, cache) for heads in shapes.heads for cache in _CACHES]
+    with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:
+        for name in _IMPLEMENTATIONS:
+            programs = [pool.submit(case.program, name) for case in cases]
+            for case, program in zip(cases, programs, strict=True):
+                yield case.about() | _measured(case, name, program.result, rate)
 
 
-def _runs(shapes: Shapes, heads: int, cache: str) -> tuple[Callable[[str], Any], int]:
-    """Return a function from an implementation to a run by it; and bytes that a run must read."""
-    count, table = shapes.sequences, -(-shapes.tokens // PAGE)
-    size = 1 << (table - 1).bit_length()
-    draws = jax.random.split(jax.random.key(0), 3)
-    shape = (heads, 1 + count * table, PAGE, _HEAD_DIM)
-    keys, values = (jax.random.normal(draw, shape, jnp.float16) for draw in draws[:2])
-    scales: Any = (None, None)
-    if cache == "int8":
-        keys, values, *scales = jax.jit(quantize_heads)(keys, values)
-    tables = np.zeros((count, size), np.int32)
-    order = np.random.default_rng(0).permutation(count * table)
-    tables[:, :table] = 1 + order.reshape(count, table)
-    operands = (
-        jax.random.normal(draws[2], (count, 1, heads, _HEAD_DIM), jnp.float16),
-        keys,
-        values,
-        jnp.asarray(tables),
-        jnp.full((count, 1), shapes.tokens, jnp.int32),
-        *scales,
-    )
-    read = sum(x.nbytes for x in (keys, values, *scales) if x is not None)
+def _measured(case: "Case", name: str, compiled: Callable[[], Any], rate: float) -> Result:
+    try:
+        run = functools.partial(compiled(), *case.operands)
+        error = error_of(run()[0], case.expected)
+        seconds = interleaved({name: often(run)})[name] / (REPEATS * case.copies * case.turns)
+    except Exception as reason:  # whatever a compiler or a device raises
+        return {"us": {}, "share": {}, "error": {name: words_of(reason)}}
+    share = case.read_bytes / seconds / rate
+    return {"us": {name: 1e6 * seconds}, "share": {name: share}, "error": {name: error}}
 
-    def run_by(name: str) -> Callable[[], Any]:
-        run = jax.jit(functools.partial(paged_attention, implementation=name))
-        return functools.partial(run, *operands)
 
-    return run_by, read * count * shapes.tokens // (shape[1] * PAGE)
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Attention over several caches, by several queries each, in one program.
+
+    A program of one would take less time than its start, and find its cache in the GPU's own.
+    """
+
+    shapes: Shapes
+    heads: int
+    cache: str
+
+    def about(self) -> Result:
+        """Return what tells its results from others'."""
+        sizes = {"sequences": self.shapes.sequences, "tokens": self.shapes.tokens}
+        return {"cache": self.cache, "heads": self.heads} | sizes
+
+    @property
+    def read_bytes(self) -> int:
+        """Of keys, values and their scales, that one attention must read."""
+        of_token = _HEAD_DIM * _CACHES[self.cache] + (4 if self.cache == "int8" else 0)
+        return 2 * self.heads * self.shapes.sequences * self.shapes.tokens * of_token
+
+    @property
+    def copies(self) -> int:
+        return copies_of(self.shapes, self.read_bytes)
+
+    @property
+    def turns(self) -> int:
+        return turns_of(self.shapes.sequences, self.copies * self.read_bytes)
+
+    @functools.cached_property
+    def operands(self) -> tuple[list[jax.Array], list[Any]]:
+        """Queries, and the other arguments of `paged_attention` by cache."""
+        count, table = self.shapes.sequences, -(-self.shapes.tokens // PAGE)
+        tables = np.zeros((count, 1 << (table - 1).bit_length()), np.int32)
+        order = np.random.default_rng(0).permutation(count * table)
+        tables[:, :table] = 1 + order.reshape(count, table)
+        lengths = jnp.full((count, 1), self.shapes.tokens, jnp.int32)
+        of_query, *seeds = jax.random.split(jax.random.key(0), 1 + self.copies)
+        shape = self.turns, count, 1, self.heads, _HEAD_DIM
+        queries = jax.random.normal(of_query, shape, jnp.float16)
+        caches = []
+        for seed in seeds:
+            keys, values, *scales = self._filled(seed, 1 + count * table)
+            caches.append((keys, values, jnp.asarray(tables), lengths, *scales))
+        return list(queries), caches
+
+    def _filled(self, seed: jax.Array, size: int) -> tuple[jax.Array, ...]:
+        shape = self.heads, size, PAGE, _HEAD_DIM
+        draws = jax.random.split(seed)
+        keys, values = (jax.random.normal(draw, shape, jnp.float16) for draw in draws)
+        if self.cache == "int8":
+            quantized: tuple[jax.Array, ...] = jax.jit(quantize_heads)(keys, values)
+            return quantized
+        return keys, values
+
+    @functools.cached_property
+    def expected(self) -> jax.Array:
+        """float32, plain XLA's first result."""
+        queries, caches = self.operands
+        attend = jax.jit(functools.partial(paged_attention, implementation="xla"))
+        return attend(queries[0], *caches[0]).astype(jnp.float32)
+
+    def program(self, name: str) -> Any:
+        """Return an implementation's program, compiled."""
+        attend = functools.partial(paged_attention, implementation=name)
+        run = all_of(lambda query, cache: attend(query, *cache))
+        return run.lower(*self.operands).compile()

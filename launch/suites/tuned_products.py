@@ -25,13 +25,16 @@ from glm_jax.model import params as glm_params
 from glm_jax.quantization import QuantizedArray, Scheme
 from glm_jax.sharding import MESH_AXES, MeshError, parameter_spec
 from launch.suites.gpu_parts import (
+    MAX_ERROR,
     REPEATS,
     SHAPES,
     copies_of,
+    error_of,
     example_weight,
     interleaved,
     often,
     turns_of,
+    words_of,
 )
 
 Failure = dict[str, Any]  # what a table's `left_out` holds
@@ -42,8 +45,6 @@ Operands = tuple[list[jax.Array], list[Any]]  # activations, and weights
 # Rows, those that tell most first: a decode step, a batch of them, a prompt.
 ROWS = (1, 32, 2048, 8, 128, 64, 16, 512)
 _FINALISTS = 4  # of all candidates, after one round
-_MAX_REASON = 200  # characters
-_MAX_ERROR = 0.02  # of a number, as a share of all numbers' root mean square
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,8 +205,8 @@ def measure(
         record = ways[name][0]
         with trial(record):
             first, *_ = jax.block_until_ready(program(*operands))
-        error = float(jnp.max(jnp.abs(first - exact)) / jnp.sqrt(jnp.mean(exact**2)))
-        if error <= _MAX_ERROR:
+        error = error_of(first, exact)
+        if error <= MAX_ERROR:
             runs[name] = functools.partial(program, *operands)
         else:
             failures.append(record | {"reason": f"wrong numbers, off by {error:.3g} of their size"})
@@ -241,12 +242,12 @@ def _compile(operands: Operands, ways: Mapping[str, Way]) -> tuple[dict[str, Any
                 program = all_of(functools.partial(_product, backend)).lower(*operands)
                 lowered[name] = pool.submit(program.compile)
             except Exception as error:  # whatever a compiler raises
-                failures.append(record | {"reason": _line(error)})
+                failures.append(record | {"reason": words_of(error)})
         for name, future in lowered.items():
             try:
                 compiled[name] = future.result()
             except Exception as error:
-                failures.append(ways[name][0] | {"reason": _line(error)})
+                failures.append(ways[name][0] | {"reason": words_of(error)})
     return compiled, failures
 
 
@@ -255,14 +256,15 @@ def _product(backend: Backend[Arguments], x: jax.Array, weight: Any) -> jax.Arra
 
 
 def all_of(product: Callable[[jax.Array, Any], jax.Array]) -> Any:
-    """Return a program of all activations times all weights; the product is traced once."""
+    """Return a program of all activations times all weights; the product is traced once.
+
+    Each product computes all of its own, as a model's do: without barriers XLA joins those that
+    share activations or a weight into one of more columns or rows, and shares what they derive
+    from them, such as sums.
+    """
     once = jax.jit(product)
-    return jax.jit(lambda xs, weights: [once(x, weight) for x in xs for weight in weights])
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:_MAX_REASON]
+    alone = lambda x, weight: once(*jax.lax.optimization_barrier((x, weight)))
+    return jax.jit(lambda xs, weights: [alone(x, weight) for x in xs for weight in weights])
 
 
 def _exact(product: Product, x: jax.Array) -> jax.Array:

@@ -1,7 +1,11 @@
 """Kernels are checked by a process of their own, and attention takes those that pass."""
 
 import dataclasses
+import os
+import runpy
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -13,6 +17,8 @@ from glm_jax.kernels.attention.blockwise import Blockwise
 from glm_jax.sharding import make_mesh
 from glm_jax.training import step
 from glm_jax.training.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.parametrize(
@@ -30,6 +36,32 @@ def test_a_process_tells_what_is_wrong(code, reason):
     seconds = 0.5 if reason and "seconds" in reason else 60.0
     command = [sys.executable, "-S", "-c", code]
     assert self_check.check_apart("", "", command, seconds) == reason
+
+
+@pytest.mark.parametrize("op", ["attention", "quantized_matmul"])
+def test_a_check_ends_with_the_process_that_started_it(op, monkeypatch):
+    asked = []
+    monkeypatch.setattr(self_check.supervision, "die_with_parent", lambda: asked.append("die"))
+    monkeypatch.setattr(self_check, "report", lambda *_: asked.append("check") or 0)
+    arguments = {"attention": "bfloat16,64", "quantized_matmul": "[]"}
+    monkeypatch.setattr(sys, "argv", ["check", arguments[op]])
+    path = f"{self_check.__file__}/../{op}/mosaic_check.py"
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(os.path.normpath(path), run_name="__main__")
+    assert (ended.value.code, asked) == (0, ["die", "check"])
+
+
+def test_a_check_that_hangs_is_killed_with_its_parent():
+    code = """
+import time
+from glm_jax.kernels import self_check
+self_check.run(lambda _: print("begun", flush=True) or time.sleep(5) or print("went on"))
+"""
+    command = ["sh", "-c", '"$@"; :', "sh", sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "begun\n"
+        parent.kill()
+        assert parent.stdout.read() == ""  # as soon as the child has ended
 
 
 def test_what_passed_is_not_checked_again_with_the_same_kernels(tmp_path, monkeypatch):

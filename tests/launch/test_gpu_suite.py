@@ -1,15 +1,18 @@
 """The GPU suite in a small form: its parts on this CPU, and what becomes of their results."""
 
 import dataclasses
+import itertools
 import json
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
 
 from glm_jax.errors import UserError
-from launch.suites import gpu, gpu_goals, gpu_parts, gpu_products, gpu_report
+from launch.suites import gpu, gpu_goals, gpu_parts, gpu_products, gpu_report, pages
 
+_GPU_CACHE, _READ_RATE = 60e6, 4.3e12  # an H200's, in bytes and bytes a second
 TINY = gpu_parts.SHAPES["tiny"]
 ROOT = Path(__file__).parent.parent.parent
 FIRST = json.loads((ROOT / "docs" / "performance" / "h200-2026-11-26.json").read_text())
@@ -45,14 +48,82 @@ def test_products_are_of_weights_as_a_model_has_them_on_the_device(monkeypatch, 
 
 def test_attention_over_pages(tmp_path):
     _, *lines = _measured(tmp_path, "pages")
-    assert [line["cache"] for line in lines] == ["float16", "int8"]
-    for line in lines:
-        assert line["us"]["xla"] > 0 < line["share"]["xla"]
-        assert "it runs on cuda" in line["error"]["mosaic"]
-    results = {"pages": []}
+    # Ours last: one that never ends loses nothing else.
+    assert [list(line["error"]) for line in lines] == [["library"]] * 2 + [["xla"]] * 2 + [
+        ["mosaic"]
+    ] * 2
+    results = {"pages": [], "products": []}
     for line in lines:
         gpu._add(results, line)
+    assert [each["cache"] for each in results["pages"]] == ["float16", "int8"]
+    for each in results["pages"]:
+        assert each["us"]["xla"] > 0 < each["share"]["xla"]
+        assert each["error"]["xla"] < gpu_parts.MAX_ERROR
+        assert "it runs on cuda" in each["error"]["mosaic"]
     assert gpu_report.page_table(results)[5].startswith("| float16 | 2 | ")
+    failures = gpu_report._failures(results)
+    assert len(failures) == 4
+    assert failures[0].startswith("attention over float16 pages, library: BackendError: ")
+
+
+def test_attention_over_pages_is_of_more_than_a_gpus_cache_and_longer_than_a_start(monkeypatch):
+    monkeypatch.setattr(gpu_parts.jax, "default_backend", lambda: "gpu")
+    shapes = gpu_parts.SHAPES["full"]
+    for heads, cache in itertools.product(shapes.heads, ("float16", "int8")):
+        case = pages.Case(shapes, heads, cache)
+        assert case.copies * case.read_bytes >= 5 * _GPU_CACHE
+        assert case.turns * case.copies * case.read_bytes / _READ_RATE >= 300e-6
+    assert pages.Case(shapes, 12, "float16").read_bytes == 2 * 12 * 128 * 2 * 32 * 512
+
+
+def test_attention_over_pages_is_by_the_number_of_a_program(monkeypatch):
+    """Several queries over several caches: a result each, and a time of all."""
+    monkeypatch.setattr(pages, "turns_of", lambda rows, size: 3)
+    case = pages.Case(dataclasses.replace(TINY, in_turn=1 << 20), 2, "int8")
+    assert case.copies > 1
+    results = case.program("xla")(*case.operands)
+    assert len(results) == 3 * case.copies
+    assert pages.error_of(results[0], case.expected) < 1e-3
+    assert pages.error_of(results[-1], case.expected) > 0.1
+    monkeypatch.setattr(pages, "interleaved", lambda runs: dict.fromkeys(runs, 30.0 * case.copies))
+    found = pages._measured(case, "xla", lambda: case.program("xla"), 1.0)
+    assert found["us"] == {"xla": 1e6 * 30 / (3 * gpu_parts.REPEATS)}
+
+
+def test_a_result_is_dropped_before_the_next_run():
+    """So that it has the same memory."""
+    alive, runs = [], []
+
+    class Output(list):
+        pass
+
+    def run():
+        alive.append(sum(reference() is not None for reference in runs))
+        output = Output()
+        runs.append(weakref.ref(output))
+        return output
+
+    last = gpu_parts.often(run)()
+    assert alive == [0] * gpu_parts.REPEATS
+    assert last is runs[-1]()
+
+
+def test_what_fails_among_products_is_named_and_the_others_go_on(monkeypatch):
+    def unknown(*_):
+        raise AttributeError("no int4\nhere")
+
+    monkeypatch.setattr(gpu_products, "_has_torch", lambda: True)
+    monkeypatch.setattr(gpu_products, "_torch_run", unknown)
+    monkeypatch.setattr(gpu_products, "quantized_matmul", unknown)
+    shapes = dataclasses.replace(TINY, rows=(1,), int8_rows=())
+    [line] = gpu_products.products(shapes)
+    reason = "AttributeError: no int4 here"
+    assert line["torch_int4_error"] == line["int4_error"] == reason
+    assert line["float16_us"] > 0
+    assert "int4_us" not in line
+    results = {"products": [line], "rates": {}}
+    assert gpu_report._failures(results) == [f"{form}: {reason}" for form in ("int4", "torch_int4")]
+    assert list(gpu_goals._of_products(results)) == []
 
 
 def test_decode_steps_of_random_weights(tmp_path):
@@ -155,6 +226,35 @@ def test_a_kernel_that_hung_is_not_tried_again(program, tmp_path, name, layout, 
     assert ("--attention" in by_part["train"]) == bool(attention)
 
 
+def test_parts_fit_into_nine_minutes_and_share_the_device(program, tmp_path):
+    """PyTorch too beside what JAX takes at once; a step that trains is compiled within a minute."""
+    assert sum(gpu.PARTS.values()) <= 540
+    assert gpu.PARTS["train"] / 2 >= 60
+    program(f'echo "$3 $XLA_PYTHON_CLIENT_PREALLOCATE" >> {tmp_path}/calls')
+    gpu.measure(["decode", "train"], "tiny", "random:tiny", "int4")
+    calls = (tmp_path / "calls").read_text().splitlines()
+    for part in ("checks", "torch_train", "products"):
+        assert f"{part} false" in calls
+    assert len(calls) == 6
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (0.001, "reached attention over int8 pages, 96 heads, share of the memory's rate: 0.8"),
+        (0.5, "MISSED  attention over int8 pages, 96 heads (mosaic wrong), share of the memory's "),
+        (float("nan"), "MISSED  attention over int8 pages, 96 heads (mosaic wrong), share of"),
+    ],
+)
+def test_wrong_numbers_reach_no_goal(error, line):
+    measured = {"cache": "int8", "heads": 96, "share": {"library": 0.3, "mosaic": 0.8}}
+    measured |= {"error": {"library": 0.002, "mosaic": error}, "us": {"library": 9, "mosaic": 3}}
+    [goal] = gpu_goals._of_pages({"pages": [measured]})
+    assert gpu_goals._line(*goal).startswith(line)
+    table = gpu_report.page_table({"pages": [measured]})
+    assert ("(wrong)" in table[-1]) == (error != 0.001)
+
+
 def test_goals_are_named_one_by_one():
     product = {"inputs": 12288, "outputs": 36864, "rows": 1, "int4_us": 90.0, "float16_us": 240.0}
     back = {"int4_back_us": 10.0, "float16_back_us": 9.0}
@@ -162,12 +262,14 @@ def test_goals_are_named_one_by_one():
         {"program": name, "dropout": 0.1, "ms": ms, "peak_GB": 1.0, "TFLOPs": 500.0}
         for name, ms in (("ours", 300.0), ("torch.compile", 200.0))
     ]
+    page = {"cache": "int8", "heads": 96, "share": {"library": 0.3, "mosaic": 0.8}}
+    page["error"] = {"library": 0.0, "mosaic": 0.0}
     results = {
         "device": "NVIDIA H100 80GB HBM3",
         "model": "130B INT4",
         "rates": {"read_TBps": 3.0},
         "products": [product, product | {"rows": 2048} | back],
-        "pages": [{"cache": "int8", "heads": 96, "share": {"library": 0.3, "mosaic": 0.8}}],
+        "pages": [page],
         "decode": [{"batch": 1, "step_ms": 30.0}, {"batch": 32, "error": "no memory"}],
         "prefill": [{"prefill": 1900, "ms": 700.0}],
         "train": train,

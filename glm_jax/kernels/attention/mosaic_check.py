@@ -4,7 +4,6 @@ A process of its own compares their output and gradients with those of the formu
 """
 
 import functools
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -126,4 +125,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    self_check.run(main)

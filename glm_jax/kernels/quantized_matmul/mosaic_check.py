@@ -6,7 +6,6 @@ A process of its own multiplies small weights and compares with products in floa
 import dataclasses
 import functools
 import json
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -122,4 +121,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    self_check.run(main)
