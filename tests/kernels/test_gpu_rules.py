@@ -117,10 +117,10 @@ def test_copies_of_products(bits, zeros, group_size):
 
     inputs, outputs = 12288, 4608
     weight = _weight(inputs, outputs, bits, group_size, zeros)
-    for rows in (1, 9, 17, 25, 33, 56, 128):
+    for rows in (1, 17, 33, 56):
         x = jax.ShapeDtypeStruct((rows, inputs), jnp.float16)
         problem = Problem(rows, inputs, outputs, bits, group_size, zeros)
-        tried = itertools.islice(candidates(problem, 132), 0, None, 40)
+        tried = itertools.islice(candidates(problem, 132), 0, None, 80)
         for blocks in (choose(problem, 132), *tried):
             stages = _stages(functools.partial(mosaic_gpu.matmul, blocks=blocks), x, weight)
             assert len(stages) >= 3

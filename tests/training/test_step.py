@@ -10,14 +10,16 @@ import optax
 import pytest
 
 from glm_jax.config import GLMConfig
-from glm_jax.model import glm
+from glm_jax.model import glm, prefetched_layers
 from glm_jax.model import params as glm_params
+from glm_jax.model.layer_stacks import stack_layers
 from glm_jax.model.layers import Dropout, drop
 from glm_jax.model.streamed_layers import HOST_MEMORY
 from glm_jax.model.training import REMAT_POLICIES, embed_rows
 from glm_jax.model.visibility import Visibility
 from glm_jax.sharding import activation_sharding, make_mesh
 from glm_jax.training import state as training_state
+from glm_jax.training import step as training_step
 from glm_jax.training.loss import cross_entropy
 from glm_jax.training.recipe import Recipe
 from glm_jax.training.stability import embedding_factor, init_monitor, judge
@@ -196,6 +198,29 @@ def _step(state, batch, recipe, mesh=None, config=CONFIG):
 
 def _state(recipe, mesh=None, config=CONFIG):
     return init_state(config, recipe, jax.random.key(0), mesh or make_mesh((1, 1, 1)))
+
+
+def test_a_step_whose_weights_are_gathered_ahead_is_the_same(monkeypatch):
+    """In a loop, as on GPUs and TPUs; on CPUs layers are unrolled."""
+    mesh = make_mesh((1, 2, 2))
+    recipe = dataclasses.replace(PLAIN, dropout=0.1, attention_dropout=0.1, remat="blocks")
+    batch = _batch(accumulation=2, rows=4)
+    expected, metrics = _step(_state(recipe, mesh), batch, recipe, mesh)
+    taken = []
+    scan = prefetched_layers.scan
+    monkeypatch.setattr(
+        prefetched_layers, "scan", lambda *given: taken.append(given) or scan(*given)
+    )
+    monkeypatch.setattr(training_step, "is_for_cpu", lambda: False)
+    monkeypatch.setattr(training_state, "takes_layers_apart", lambda *_: False)
+    compiled_train_step.cache_clear()
+    got, own = _step(_state(recipe, mesh), batch, recipe, mesh)
+    compiled_train_step.cache_clear()
+    assert taken
+    for name in ("loss", "gradient_norm", "activation_scale"):
+        np.testing.assert_allclose(own[name], metrics[name], rtol=1e-5, err_msg=name)
+    near = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)
+    jax.tree.map(near, got.params, stack_layers(expected.params))
 
 
 def test_accumulated_micro_batches_equal_one_batch():
