@@ -27,6 +27,7 @@ SECONDS = 180.0  # for a process to start, to compile and to end
 _TOLERANCES = {"float16": 2e-3, "bfloat16": 1.6e-2}
 _PACKAGE = Path(__file__).parents[1]
 _COMPILERS = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin")
+_STARTED_BY = "GLM_JAX_CHECK_STARTED_BY"  # a variable for the check: this process's number
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -61,6 +62,7 @@ def check_apart(
     paths = [str(_PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
     variables = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        _STARTED_BY: str(os.getpid()),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # this process has most of the memory
     }
     try:
@@ -124,6 +126,9 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
       main: returns the exit status, as `report` does.
     """
     supervision.die_with_parent()
+    parent = str(os.getppid())
+    if os.environ.get(_STARTED_BY, parent) != parent:  # it ended while modules were imported
+        sys.exit("the process that asked for this check has ended")
     sys.exit(main(sys.argv[1:]))
 
 

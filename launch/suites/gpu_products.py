@@ -44,6 +44,8 @@ def products(shapes: Shapes) -> Iterator[Result]:
         forms += ["int4_back", "float16_back"] * (rows == max(shapes.rows))
         jobs = [_Job(shapes, form, rows, *size) for size in shapes.products for form in forms]
         programs = {job: pool.submit(job.program) for job in jobs}
+        # Compilers try programs on the device that the next lines time.
+        concurrent.futures.wait(programs.values())
         for inputs, outputs in shapes.products:
             of_form = {form: _Job(shapes, form, rows, inputs, outputs) for form in forms}
             ways = {

@@ -42,6 +42,7 @@ def pages(shapes: Shapes) -> Iterator[Result]:
     with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:
         for name in _IMPLEMENTATIONS:
             programs = [pool.submit(case.program, name) for case in cases]
+            concurrent.futures.wait(programs)  # compilers and operands take the device, too
             for case, program in zip(cases, programs, strict=True):
                 yield case.about() | _measured(case, name, program.result, rate)
 

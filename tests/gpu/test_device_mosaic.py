@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from glm_jax.config import GLMConfig
-from glm_jax.kernels import self_check
+from glm_jax.kernels import self_check, target
 from glm_jax.kernels.quantized_matmul import mosaic_check
 from glm_jax.kernels.quantized_matmul.api import prepare, quantized_matmul
 from glm_jax.kernels.quantized_matmul.arguments import Arguments
@@ -25,7 +25,7 @@ from glm_jax.sharding import make_mesh, on_mesh
 
 pytestmark = pytest.mark.gpu
 IS_GPU = jax.default_backend() == "gpu"
-HAS_KERNEL = any(map(mosaic_check.is_for, jax.devices()))
+HAS_KERNEL = target.requires_mosaic_gpu()[0] and any(map(mosaic_check.is_for, jax.devices()))
 DRAWN = np.random.default_rng(0).integers(48, 2050, 6).tolist()
 ROWS = (*range(1, 34), *DRAWN, 64, 65, 129, 2049) if IS_GPU else (1, 33)
 FEW_ROWS = (1, 8, 33, 64, 130, 2049) if IS_GPU else (1,)

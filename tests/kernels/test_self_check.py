@@ -64,6 +64,16 @@ self_check.run(lambda _: print("begun", flush=True) or time.sleep(5) or print("w
         assert parent.stdout.read() == ""  # as soon as the child has ended
 
 
+def test_a_check_whose_parent_ended_before_it_began_does_not_run(monkeypatch):
+    command = "from glm_jax.kernels import self_check; self_check.run(lambda _: print('ran') or 0)"
+    # By a shell, which is not the process that the variable names.
+    apart = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", command]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    reason = self_check.check_apart("", "", apart)
+    assert reason == "its check failed: the process that asked for this check has ended"
+    assert self_check.check_apart("", "", [sys.executable, "-c", command]) is None
+
+
 def test_what_passed_is_not_checked_again_with_the_same_kernels(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
