@@ -164,7 +164,8 @@ def read_rate(shapes: Shapes) -> float:
 
 
 def often(run: Callable[[], object]) -> Callable[[], object]:
-    """So that starting the work does not count; the last result is returned.
+    """Return several runs as one, so that starting the work does not count; it returns the last
+    result.
 
     Each result is dropped before the next run, which then has the same memory: for other
     addresses XLA would update its CUDA graphs.

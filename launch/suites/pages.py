@@ -38,7 +38,7 @@ def pages(shapes: Shapes) -> Iterator[Result]:
     each sequence, the share that this is of the rate at which memory is read, and how far its
     result is from plain XLA's, or why there is none."""
     rate = read_rate(shapes)
-    cases = [Case(shapes, heads, cache) for heads in shapes.heads for cache in _CACHES]
+    cases = [PagesCase(shapes, heads, cache) for heads in shapes.heads for cache in _CACHES]
     with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:
         for name in _IMPLEMENTATIONS:
             programs = [pool.submit(case.program, name) for case in cases]
@@ -47,7 +47,7 @@ def pages(shapes: Shapes) -> Iterator[Result]:
                 yield case.about() | _measured(case, name, program.result, rate)
 
 
-def _measured(case: "Case", name: str, compiled: Callable[[], Any], rate: float) -> Result:
+def _measured(case: "PagesCase", name: str, compiled: Callable[[], Any], rate: float) -> Result:
     try:
         run = functools.partial(compiled(), *case.operands)
         error = error_of(run()[0], case.expected)
@@ -59,7 +59,7 @@ def _measured(case: "Case", name: str, compiled: Callable[[], Any], rate: float)
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class PagesCase:
     """Attention over several caches, by several queries each, in one program.
 
     A program of one would take less time than its start, and find its cache in the GPU's own.

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from glm_jax.planning.collectives import (
     _CALLED,
+    _TRIPS,
     _WHILE,
     _computations,
     _limit,
@@ -24,7 +25,6 @@ _CONTRACTED = re.compile(
 _STARTED = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = .*-start\(")
 _AWAITED = re.compile(r"-done\(.*?%(?P<name>[\w.\-]+)\)")
 _ARRAY = re.compile(r"\w+\[([\d,]*)\]")
-_TRIPS = re.compile(r'"known_trip_count":\s*\{"n":"(\d+)"')
 _TURNS = 3  # of a loop, after which all are alike
 
 
@@ -107,7 +107,7 @@ class _Program:
     def _turns(self, line: str, condition: str) -> int:
         trips = _TRIPS.search(line)
         if trips:
-            return int(trips[1])
+            return int(trips["n"])
         return _limit(self._bodies[condition], self._bodies) or self._unsaid
 
     def _seconds(self, line: str) -> float:

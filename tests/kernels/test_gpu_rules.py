@@ -153,7 +153,11 @@ def test_the_kernels_of_attention():
         attend = lambda *inputs: Mosaic()(Arguments(*inputs, ranges))
         return jax.vjp(attend, query, key, value)[1](cotangent)
 
-    requests = _requests(run, query, keys, keys, ranges, query)
+    arguments = query, keys, keys, ranges, query
+    stages = _stages(run, *arguments)
+    assert len(stages) >= 9
+    assert all(size % 128 == 0 for size in stages)
+    requests = _requests(run, *arguments)
     assert len(requests) == 6  # of three kernels
     for start in range(0, 6, 2):
         _assert_enough(requests[start : start + 2], 3)

@@ -70,16 +70,16 @@ def test_attention_over_pages_is_of_more_than_a_gpus_cache_and_longer_than_a_sta
     monkeypatch.setattr(gpu_parts.jax, "default_backend", lambda: "gpu")
     shapes = gpu_parts.SHAPES["full"]
     for heads, cache in itertools.product(shapes.heads, ("float16", "int8")):
-        case = pages.Case(shapes, heads, cache)
+        case = pages.PagesCase(shapes, heads, cache)
         assert case.copies * case.read_bytes >= 5 * _GPU_CACHE
         assert case.turns * case.copies * case.read_bytes / _READ_RATE >= 300e-6
-    assert pages.Case(shapes, 12, "float16").read_bytes == 2 * 12 * 128 * 2 * 32 * 512
+    assert pages.PagesCase(shapes, 12, "float16").read_bytes == 2 * 12 * 128 * 2 * 32 * 512
 
 
 def test_attention_over_pages_is_by_the_number_of_a_program(monkeypatch):
     """Several queries over several caches: a result each, and a time of all."""
     monkeypatch.setattr(pages, "turns_of", lambda rows, size: 3)
-    case = pages.Case(dataclasses.replace(TINY, in_turn=1 << 20), 2, "int8")
+    case = pages.PagesCase(dataclasses.replace(TINY, in_turn=1 << 20), 2, "int8")
     assert case.copies > 1
     results = case.program("xla")(*case.operands)
     assert len(results) == 3 * case.copies

@@ -73,10 +73,9 @@ def _call(
     query the logarithm (base 2) of its weights' sum, [batch, heads, parts, 64]."""
     (batch, heads, written, head_dim), dtype = query.shape, query.dtype
     is_int8 = a.key_scales is not None
-    stages = _STAGES
     swizzled: Any = (_untyped.TilingTransform((8, 64)), _untyped.SwizzleTransform(128))
     of_floats = lambda *shape: plgpu.SMEM(shape, dtype, transforms=swizzled)
-    page = (stages, PAGE, head_dim)
+    page = (_STAGES, PAGE, head_dim)
     shared: dict[str, Any] = {"query": of_floats(QUERIES, head_dim)}
     operands = {"keys": a.keys, "values": a.values}
     if is_int8:
@@ -96,7 +95,7 @@ def _call(
         ],
         scratch_types={
             "shared": shared,
-            "full": plgpu.Barrier(num_arrivals=len(operands), num_barriers=stages),
+            "full": plgpu.Barrier(num_arrivals=len(operands), num_barriers=_STAGES),
             "arrived": plgpu.Barrier(num_arrivals=1),
         },
         # Threads reduce by shuffles: without scratch, two programs have room.
@@ -128,7 +127,7 @@ def _kernel(
     memory = dict(zip(names, operands, strict=True))
     row, head, part = map(lax.axis_index, ("batch", "heads", "part"))
     row_layout, column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-    stages, written = shared["keys"].shape[0], query_ref.shape[2]
+    written = query_ref.shape[2]
     pages = lax.div(bounds_ref[row, 1] + (PAGE - 1), PAGE)
     share = lax.div(pages + (parts - 1), parts)
     first = part * share
@@ -138,8 +137,8 @@ def _kernel(
     def cast(x: Array, layout: Any) -> Array:
         return x if interpret else plgpu.layout_cast(x, layout)
 
-    def fetch(index: Any) -> None:
-        stage, page = lax.rem(index, stages), tables_ref[row, first + index]
+    def fetch(index: Any, stage: Any) -> None:
+        page = tables_ref[row, first + index]
         for name, ref in memory.items():
             plgpu.copy_gmem_to_smem(ref.at[head, page], shared[name].at[stage], full.at[stage])
 
@@ -164,9 +163,8 @@ def _kernel(
         buffer[...] = _convert(shared[name].at[stage], dtype, interpret)
         return buffer
 
-    def step(index: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        largest, total, summed = carry
-        stage = lax.rem(index, stages)
+    def step(index: Any, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        largest, total, summed, stage = carry
         plgpu.barrier_wait(full.at[stage])
         keys, values = floats("keys", stage), floats("values", stage)
         if len(names) > 2:
@@ -187,8 +185,9 @@ def _kernel(
             weights = weights * lax.broadcast_in_dim(scales, shape, [1])
         summed = summed * lax.broadcast_in_dim(shrink, summed.shape, [0])
         summed = _add_product(summed, weights.astype(dtype), values, interpret)
-        pl.when(index + stages < count)(lambda: fetch(index + stages))
-        return new, total, summed
+        pl.when(index + _STAGES < count)(lambda: fetch(index + _STAGES, stage))
+        # Counted, for a remainder of 3 takes a multiplication and more.
+        return new, total, summed, jnp.where(stage == _STAGES - 1, 0, stage + 1)
 
     lengths = load(lengths_ref.at[row], row_layout)
     start = (
@@ -202,9 +201,9 @@ def _kernel(
         # Rows of the operand behind the queries are anything: no row touches another.
         here = shared["query"].at[pl.ds(0, written)]
         plgpu.copy_gmem_to_smem(query_ref.at[row, head], here, arrived)
-        lax.fori_loop(0, jnp.minimum(count, stages), lambda index, _: fetch(index), None)
+        lax.fori_loop(0, jnp.minimum(count, _STAGES), lambda index, _: fetch(index, index), None)
         plgpu.barrier_wait(arrived)
-        largest, total, summed = lax.fori_loop(0, count, step, start)
+        largest, total, summed, _ = lax.fori_loop(0, count, step, (*start, jnp.int32(0)))
         divisor = lax.broadcast_in_dim(jnp.where(total == 0.0, 1.0, total), summed.shape, [0])
         shared["query"][...] = (summed / divisor).astype(dtype)
         plgpu.commit_smem()
